@@ -1,0 +1,192 @@
+"""A seed -> a scene of coloured shapes -> pixels.
+
+Things stand in distinct cells of a square grid, jittered, so that they never touch. Some combinations of shape, colour, number
+and relation are held out: `draw_scene` gives them only for `split="held_out"`, so no training image ever shows them.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Bool, Float
+from pydantic import BaseModel, ConfigDict, Field
+
+Shape = Literal["circle", "square", "triangle", "cross", "diamond"]
+Colour = Literal["red", "green", "blue", "yellow", "purple", "cyan"]
+Relation = Literal["left of", "right of", "above", "below"]
+Split = Literal["train", "held_out"]
+
+SHAPES: tuple[Shape, ...] = get_args(Shape)
+COLOURS: dict[Colour, tuple[float, float, float]] = {
+    "red": (0.90, 0.15, 0.15),
+    "green": (0.15, 0.70, 0.20),
+    "blue": (0.15, 0.30, 0.95),
+    "yellow": (0.95, 0.85, 0.10),
+    "purple": (0.65, 0.20, 0.80),
+    "cyan": (0.10, 0.80, 0.90),
+}
+NEW_SHAPE: Shape = "diamond"
+NEW_COLOUR: Colour = "cyan"
+BASE_SHAPES: tuple[Shape, ...] = tuple(shape for shape in SHAPES if shape != NEW_SHAPE)
+BASE_COLOURS: tuple[Colour, ...] = tuple(colour for colour in COLOURS if colour != NEW_COLOUR)
+BACKGROUND = (0.10, 0.10, 0.10)
+
+HELD_OUT_PAIRS: frozenset[tuple[Colour, Shape]] = frozenset(
+    {("red", "triangle"), ("blue", "cross"), ("purple", "square"), ("cyan", "circle"), ("yellow", "diamond")}
+)
+"""Colour-shape pairs that no training image shows, alone or beside others."""
+
+INVERSE: dict[Relation, Relation] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+class WorldConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_size: int = Field(default=32, ge=16)
+    """Side of the square image in pixels."""
+    shapes: tuple[Shape, ...] = SHAPES
+    """Shapes that may occur."""
+    colours: tuple[Colour, ...] = tuple(COLOURS)
+    """Colours that may occur."""
+    new_share: float | None = Field(default=None, ge=0, le=1)
+    """Share of scenes that show the new shape or colour; None leaves it to chance."""
+    cells: int = Field(default=2, ge=2)
+    """Cells along a side of the placement grid."""
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A shape of one colour; centre and size are fractions of the image's side."""
+
+    shape: Shape
+    colour: Colour
+    x: float
+    y: float
+    size: float
+
+    @property
+    def is_new(self) -> bool:
+        return self.shape == NEW_SHAPE or self.colour == NEW_COLOUR
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One thing, two different things, or two to four alike; `relation` tells how the first of two stands to the second."""
+
+    things: tuple[Thing, ...]
+    relation: Relation | None = None
+
+    @property
+    def is_count(self) -> bool:
+        return len(self.things) > 1 and len({(thing.shape, thing.colour) for thing in self.things}) == 1
+
+    @property
+    def has_new(self) -> bool:
+        return any(thing.is_new for thing in self.things)
+
+
+def _in_hashed_share(text: str, share: float) -> bool:
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+
+def is_held_out_pair(first: tuple[Colour, Shape], second: tuple[Colour, Shape]) -> bool:
+    """Whether two differing things are never shown together in training, however they stand."""
+    names = sorted([" ".join(first), " ".join(second)])
+    return _in_hashed_share("pair " + " & ".join(names), 0.12)
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether training may not show this scene's combination of shape, colour, number and relation."""
+    looks = [(thing.colour, thing.shape) for thing in scene.things]
+    if any(look in HELD_OUT_PAIRS for look in looks):
+        return True
+    if scene.is_count:
+        return _in_hashed_share(f"count {len(looks)} {looks[0]}", 0.2)
+    if len(looks) == 2:
+        if is_held_out_pair(looks[0], looks[1]):
+            return True
+        if scene.relation is not None:
+            first, relation, second = looks[0], scene.relation, looks[1]
+            if relation in ("right of", "below"):
+                first, relation, second = second, INVERSE[relation], first
+            return _in_hashed_share(f"relation {first} {relation} {second}", 0.12)
+    return False
+
+
+def draw_scene(seed: int, config: WorldConfig = WorldConfig(), split: Split = "train") -> Scene:
+    """The scene of a seed: a third each of one thing, two different things, two to four alike.
+
+    Raises:
+        ValueError: where the config allows no scene of the split (too few shapes or colours).
+    """
+    rng = np.random.default_rng([seed, 0 if split == "train" else 1])
+    wants_new = None if config.new_share is None else bool(rng.random() < config.new_share)
+    for _ in range(10_000):
+        scene = _propose(rng, config)
+        if is_held_out(scene) == (split == "held_out") and wants_new in (None, scene.has_new):
+            return scene
+    raise ValueError(f"no {split} scene with shapes {config.shapes} and colours {config.colours}: allow more of them")
+
+
+def _propose(rng: np.random.Generator, config: WorldConfig) -> Scene:
+    kind = rng.choice(["single", "pair", "count"], p=[0.3, 0.4, 0.3])
+    number = {"single": 1, "pair": 2}.get(kind) or int(rng.integers(2, 5))
+    look = _draw_look(rng, config)
+    looks = [look] * number
+    if kind == "pair":
+        while looks[1][0] == look[0]:
+            looks[1] = _draw_look(rng, config)
+    cells = rng.choice(config.cells**2, size=number, replace=False)
+    rows, cols = cells // config.cells, cells % config.cells
+    things = tuple(_place(rng, *look, row, col, config.cells) for look, row, col in zip(looks, rows, cols, strict=True))
+    relation: Relation | None = None
+    if kind == "pair" and rows[0] == rows[1]:
+        relation = "left of" if cols[0] < cols[1] else "right of"
+    elif kind == "pair" and cols[0] == cols[1]:
+        relation = "above" if rows[0] < rows[1] else "below"
+    return Scene(things, relation)
+
+
+def _draw_look(rng: np.random.Generator, config: WorldConfig) -> tuple[Shape, Colour]:
+    return config.shapes[rng.integers(len(config.shapes))], config.colours[rng.integers(len(config.colours))]
+
+
+def _place(rng: np.random.Generator, shape: Shape, colour: Colour, row: int, col: int, cells: int) -> Thing:
+    size = rng.uniform(0.62, 0.78) / cells
+    slack = (1 / cells - size) / 2 - 0.04 / cells  # a gap of at least 8% of a cell between neighbours
+    x = (col + 0.5) / cells + rng.uniform(-slack, slack)
+    y = (row + 0.5) / cells + rng.uniform(-slack, slack)
+    return Thing(shape, colour, float(x), float(y), float(size))
+
+
+def inside(shape: Shape, x: Float[np.ndarray, "*n"], y: Float[np.ndarray, "*n"]) -> Bool[np.ndarray, "*n"]:
+    """Which points of the box [-1, 1]^2 (y downwards) belong to the shape."""
+    match shape:
+        case "circle":
+            return x**2 + y**2 <= 1
+        case "square":
+            return (abs(x) <= 0.9) & (abs(y) <= 0.9)
+        case "triangle":
+            return (y <= 0.9) & (abs(x) <= (y + 1) / 1.9)
+        case "cross":
+            return ((abs(x) <= 0.34) & (abs(y) <= 1)) | ((abs(y) <= 0.34) & (abs(x) <= 1))
+        case "diamond":
+            return abs(x) + abs(y) <= 1
+
+
+def render(scene: Scene, config: WorldConfig = WorldConfig()) -> Float[np.ndarray, "3 h w"]:
+    """Pixels float32 in [0, 1]; edges anti-aliased by 4 x 4 samples a pixel."""
+    side, samples = config.image_size, 4
+    points = (np.arange(side * samples) + 0.5) / (side * samples)
+    pixels = np.empty((3, side, side), np.float32)
+    pixels[:] = np.reshape(BACKGROUND, (3, 1, 1))
+    for thing in scene.things:
+        x = ((points - thing.x) / (thing.size / 2))[None, :]
+        y = ((points - thing.y) / (thing.size / 2))[:, None]
+        x, y = np.broadcast_arrays(x, y)
+        mask = inside(thing.shape, x, y) & (abs(x) <= 1) & (abs(y) <= 1)
+        coverage = mask.reshape(side, samples, side, samples).mean(axis=(1, 3), dtype=np.float32)
+        pixels += coverage * (np.reshape(COLOURS[thing.colour], (3, 1, 1)).astype(np.float32) - pixels)
+    return pixels
