@@ -1,0 +1,77 @@
+# Every command of the project; `make help` lists them. Each target sets up what it needs.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PORT ?= 5000
+TRACKING_DB := runs/mlflow.db
+DEMO := pipelines/configs/demo.yaml
+
+# One thread a process: the stages run as many processes as there are cores.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+# Nothing here phones home: usage statistics, telemetry and update checks are off.
+export RAY_USAGE_STATS_ENABLED ?= 0
+export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO ?= 0
+export MLFLOW_DISABLE_TELEMETRY ?= true
+export DO_NOT_TRACK ?= 1
+export NO_ALBUMENTATIONS_UPDATE ?= 1
+export HF_HUB_OFFLINE ?= 1
+export WANDB_MODE ?= disabled
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo status report test test-slow lint format foundation base mlflow clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The stamp is newer than the lock when the environment holds exactly the lock, so a second call costs nothing.
+# torch goes first and alone: once it is there, no other package asks for a build of its own choice.
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, this is {sys.version}; set PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $$(grep '^torch==' requirements.lock) $$(grep '^setuptools==' requirements.lock)
+	$(BIN)/python -m pip install -r requirements.lock
+	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
+	@touch $@
+
+setup: $(STAMP) ## create .venv with the locked versions (the other targets do this themselves)
+
+demo: $(STAMP) ## the whole pipeline on the embedded world: data -> training -> images, about ten minutes on 2 cores
+	@$(BIN)/python -m pipelines run $(DEMO)
+
+status: $(STAMP) ## what each stage of the demo holds, and why it is or is not up to date
+	@$(BIN)/python -m pipelines status $(DEMO)
+
+test: $(STAMP) ## the test suite, without the slow and GPU tests
+	$(BIN)/python -m pytest -x -q -m "not slow and not gpu"
+
+test-slow: $(STAMP) ## the slow tests
+	$(BIN)/python -m pytest -x -q -m "slow and not gpu"
+
+lint: $(STAMP) ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(STAMP) ## let ruff sort the imports and lay out the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+foundation: $(STAMP) ## train the shipped small models from scratch (weights/): vision tower, LLaVA, its text-only twin, decoder
+	$(BIN)/python -m repfusion.foundation
+
+base: $(STAMP) ## pre-train the shipped base checkpoint on the foundation (hours on a CPU, minutes on a GPU)
+	$(BIN)/python -m repfusion.foundation base
+
+mlflow: $(STAMP) ## the tracking UI of all runs on http://127.0.0.1:5000 (PORT=... for another)
+	@test -f $(TRACKING_DB) || { echo "no tracked run yet: $(TRACKING_DB) does not exist; 'make demo' makes one"; exit 1; }
+	@$(BIN)/python -c "import socket; socket.create_server(('127.0.0.1', $(PORT))).close()" 2>/dev/null \
+		|| { echo "port $(PORT) is taken; choose another: make mlflow PORT=5001"; exit 1; }
+	@echo "MLflow on http://127.0.0.1:$(PORT) (stop with Ctrl-C)"
+	@$(BIN)/mlflow server --backend-store-uri sqlite:///$(TRACKING_DB) --host 127.0.0.1 --port $(PORT) --workers 1
+
+clean: ## remove what was made by runs and tests; .venv and weights/ stay
+	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
