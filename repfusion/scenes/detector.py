@@ -1,9 +1,9 @@
 """Pixels -> the things they show -> whether they satisfy a prompt. Exact: no learned part.
 
-A pixel belongs to the palette colour whose mixing line with the background it lies nearest to; its place on that line is how much
-of the pixel the thing covers. A connected component is then compared with every shape at the area and centroid it would have, so
-that size and place need no search. The rules per task are GenEval's (arXiv 2310.11513): extra things are forgiven except in
-counting, and a relation needs a clear offset.
+A pixel belongs to the palette colour whose mixing line with the background it lies nearest to; its place on
+that line is how much of it the thing covers. A connected component is then compared with every shape at the
+area and centroid it would have, so size and place need no search. The rules per task are GenEval's (arXiv
+2310.11513): extra things are forgiven except in counting, and a relation needs a clear offset.
 """
 
 from dataclasses import dataclass
@@ -28,12 +28,14 @@ MIN_SATURATION = 0.7
 """Typical coverage inside a thing; below it the colour is too faint to count as the colour."""
 MIN_SIZE = 0.15
 """Smallest side of a thing, as a fraction of the image's side; smaller components are specks."""
-MIN_MATCH = 0.78
+MIN_MATCH = 0.8
 """Smallest soft intersection over union with the best shape."""
+BLUR = 0.025
+"""Blur a shape may show (standard deviation, fraction of the side): it is compared sharp and blurred."""
 MIN_LEAD = 0.02
 """How far the best shape has to be ahead of the second."""
 POSITION_MARGIN = 0.1
-"""Share of the two sizes by which an offset is reduced before its direction counts (GenEval's `position_threshold`)."""
+"""Share of the two sizes by which an offset is reduced before its direction counts (as in GenEval)."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,11 @@ def _palette() -> tuple[Float[np.ndarray, "c 3"], Float[np.ndarray, " c"]]:
 
 
 def _segment(pixels: Float[np.ndarray, "3 h w"]) -> tuple[Int[np.ndarray, "h w"], Float[np.ndarray, "h w"]]:
-    """Index of each pixel's colour (-1: none, or background) and the share of the pixel that it covers, in [0, 1]."""
+    """Index of each pixel's colour (-1: none, or background) and the share of the pixel it covers."""
     directions, squares = _palette()
     offset = pixels.astype(np.float32) - np.reshape(np.array(BACKGROUND, np.float32), (3, 1, 1))
     coverage = np.tensordot(directions / squares[:, None], offset, axes=1)
-    # |offset - coverage * direction|^2 with coverage held to [0, 1], written out to avoid a [c, 3, h, w] array
+    # |offset - coverage * direction|^2 with coverage held to [0, 1], without a [c, 3, h, w] array
     coverage = np.clip(coverage, 0, 1)
     dots = np.tensordot(directions, offset, axes=1)
     error = (offset**2).sum(axis=0) - 2 * coverage * dots + coverage**2 * squares[:, None, None]
@@ -75,19 +77,22 @@ def _segment(pixels: Float[np.ndarray, "3 h w"]) -> tuple[Int[np.ndarray, "h w"]
     return np.where(is_none, -1, colour), np.where(is_none, np.float32(0), own_coverage)
 
 
-def _template(shape: Shape, x: float, y: float, size: float, window: tuple[slice, slice]) -> Float[np.ndarray, "h w"]:
+def _template(
+    shape: Shape, x: float, y: float, size: float, window: tuple[slice, slice]
+) -> Float[np.ndarray, "h w"]:
     """Coverage by a shape of centre and size in pixels, over a window of the image."""
     samples = 4 if size < 24 else 2
     rows, cols = (
-        (np.arange(side.start * samples, side.stop * samples) + 0.5) / samples for side in (window[0], window[1])
+        (np.arange(side.start * samples, side.stop * samples) + 0.5) / samples
+        for side in (window[0], window[1])
     )
     v, u = np.meshgrid((rows - y) / (size / 2), (cols - x) / (size / 2), indexing="ij")
     mask = inside(shape, u, v)
     return mask.reshape(len(rows) // samples, samples, -1, samples).mean(axis=(1, 3), dtype=np.float32)
 
 
-def _fit(coverage: Float[np.ndarray, "h w"], colour: Colour) -> tuple[Thing | None, float]:
-    """The thing that a component's coverage shows, or None, and its match."""
+def _fit(coverage: Float[np.ndarray, "h w"], colour: Colour) -> Thing | None:
+    """The thing that a component's coverage shows; None where no shape matches well and alone."""
     side = coverage.shape[0]
     area = float(coverage.sum())
     rows, cols = np.arange(coverage.shape[0]) + 0.5, np.arange(coverage.shape[1]) + 0.5
@@ -106,19 +111,24 @@ def _fit(coverage: Float[np.ndarray, "h w"], colour: Colour) -> tuple[Thing | No
             for found, centre in zip(occupied, (y, x), strict=True)
         )
         template, own = _template(shape, x, y, size, (window[0], window[1])), coverage[window]
-        match = float(np.minimum(template, own).sum() / np.maximum(template, own).sum())
+        blurred = ndimage.gaussian_filter(template, BLUR * side, mode="constant")
+        match = max(
+            float(np.minimum(shown, own).sum() / np.maximum(shown, own).sum())
+            for shown in (template, blurred)
+        )
         fits.append((match, Thing(shape, colour, x / side, y / side, size / side)))
     fits.sort(key=lambda fit: -fit[0])
     (best, thing), (second, _) = fits[:2]
     clear = best >= MIN_MATCH and best - second >= MIN_LEAD and thing.size >= MIN_SIZE
-    return (thing if clear else None), best
+    return thing if clear else None
 
 
 def _find(
     coverage: Float[np.ndarray, "h w"], colour: Colour, levels: tuple[float, ...] = CORE_LEVELS
 ) -> list[Thing]:
-    """Things in a coverage map of one colour; a component that is no shape is tried again at the next level."""
-    labels, number = ndimage.label(coverage > levels[0])
+    """Things in a coverage map of one colour; a component that is no shape is tried at the next level."""
+    level, *higher = levels
+    labels, number = ndimage.label(coverage > level)
     if number == 0:
         return []
     smallest = min(_shape_moments(shape)[0] for shape in SHAPES) * (MIN_SIZE * coverage.shape[0]) ** 2
@@ -126,29 +136,24 @@ def _find(
     kept = [index for index in range(1, number + 1) if areas[index] >= 0.5 * smallest]
     if not kept:
         return []
-    # Each pixel goes to its nearest component, so that blurred edges stay with their thing and specks claim little.
-    if len(kept) == 1:
-        owner = np.full(labels.shape, kept[0])
-        distance = ndimage.distance_transform_edt(labels != kept[0])
-    else:
-        distance, (rows, cols) = ndimage.distance_transform_edt(~np.isin(labels, kept), return_indices=True)
-        owner = labels[rows, cols]
+    # Each pixel goes to its nearest component, so that blurred edges stay with their thing.
+    distance, (rows, cols) = ndimage.distance_transform_edt(~np.isin(labels, kept), return_indices=True)
+    owner = labels[rows, cols]
     things: list[Thing] = []
     for index in kept:
         own = np.where((owner == index) & (distance <= 2.5), coverage, np.float32(0))
-        core = own[own > levels[0]]
-        if np.median(core) < MIN_SATURATION:
+        if np.median(own[own > level]) < MIN_SATURATION:
             continue
-        thing, _ = _fit(own, colour)
+        thing = _fit(own, colour)
         if thing is not None:
             things.append(thing)
-        elif len(levels) > 1:
-            things += _find(own, colour, levels[1:])
+        elif higher:
+            things += _find(own, colour, tuple(higher))
     return things
 
 
 def detect(pixels: Float[np.ndarray, "3 h w"]) -> list[Thing]:
-    """The things in a square image (RGB in [0, 1]), by colour and then place; centres and sizes are fractions of the side.
+    """The things in a square image (RGB in [0, 1]), by colour; centres and sizes are fractions of the side.
 
     Raises:
         ValueError: where the image is not square or not finite.
@@ -169,7 +174,7 @@ def _fits(thing: Thing, want: Wanted) -> bool:
 
 
 def _stands(first: Thing, relation: Relation, second: Thing) -> bool:
-    """GenEval's rule: the offset, less a margin per axis, points within 60 degrees of the relation's direction."""
+    """GenEval's rule: the offset, less a margin per axis, points within 60 degrees of the relation."""
     margin = POSITION_MARGIN * (first.size + second.size)
     offset = np.array([first.x - second.x, first.y - second.y])
     offset = np.sign(offset) * np.maximum(abs(offset) - margin, 0)
@@ -201,7 +206,9 @@ def judge(things: list[Thing], prompt: Prompt) -> Verdict:
         if prompt.task == "counting" and (
             number != want.number or not all(_fits(t, want) for t in things if t.shape == want.shape)
         ):
-            return Verdict(False, f"{number} of {want.number} things of the shape {want.shape}, or in another colour")
+            return Verdict(
+                False, f"{number} of {want.number} things of the shape {want.shape}, or in another colour"
+            )
     if prompt.relation is not None:
         first, second = ([thing for thing in things if _fits(thing, want)] for want in prompt.wanted)
         if not any(_stands(a, prompt.relation, b) for a, b in product(first, second)):
