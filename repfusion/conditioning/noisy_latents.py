@@ -1,0 +1,83 @@
+"""RepFusion (arXiv 2606.14700): the frozen causal LLM reads the prompt, then P(z_t + e_t); its outputs there are the condition.
+
+P is the MLLM's own projector, fine-tuned; e_t is a learned embedding of the noise level. Gradients pass through the frozen LLM to P.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import Cache
+
+from repfusion.conditioning import Condition
+from repfusion.dit import Interface, TimestepEmbedder
+from repfusion.mllm import MLLM, Projector
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Prompt ids `[b, m]`, left-padded, their mask, and, for sampling, the LLM's keys and values over them."""
+
+    ids: Int[Tensor, "b m"]
+    mask: Bool[Tensor, "b m"]
+    cache: Cache | None = None
+
+
+class NoisyLatentConditioner(nn.Module):
+    interface: Interface = "adaln"
+    prompt_column = "ids"
+
+    def __init__(self, mllm: MLLM, latent_dim: int):
+        """Raises ValueError where the MLLM's projector takes another width than the latents have."""
+        super().__init__()
+        self.mllm = mllm
+        self.projector = mllm.projector or Projector(latent_dim, mllm.width)
+        if self.projector.linear_1.in_features != latent_dim:
+            took = self.projector.linear_1.in_features
+            raise ValueError(
+                f"MLLM {mllm.folder}: its projector takes width {took}, the latents have {latent_dim}; "
+                "use the vision tower this MLLM was trained with as encoder"
+            )
+        mllm.projector = None  # one owner: the trained copy
+        self.time = TimestepEmbedder(latent_dim, zero_init=True)
+
+    def prepare(self, prompts: list[str], device: torch.device, reuse: bool = False) -> Prefix:
+        """Prompts -> prefix. With `reuse`, the LLM reads the prefix once and keeps it for every step (no gradients)."""
+        ids, mask = self.mllm.tokenize(prompts)
+        ids, mask = ids.to(device), mask.to(device)
+        if not reuse:
+            return Prefix(ids, mask)
+        with torch.no_grad():
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            cache = self.mllm.language_model(
+                input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=True
+            ).past_key_values
+        return Prefix(ids, mask, cache)
+
+    def condition(self, prefix: Prefix, z_t: Float[Tensor, "b n d"], t: Float[Tensor, " b"]) -> Condition:
+        """The LLM's last hidden states at the n visual positions."""
+        model = self.mllm.language_model
+        visual = self.projector(z_t + self.time(t)[:, None])
+        num_text, num_visual = prefix.ids.shape[1], z_t.shape[1]
+        mask = torch.cat([prefix.mask, prefix.mask.new_ones(len(z_t), num_visual)], dim=1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        if prefix.cache is not None:
+            if (surplus := prefix.cache.get_seq_length() - num_text) > 0:
+                prefix.cache.crop(-surplus)  # forget the previous step's visual tokens
+            hidden = model(
+                inputs_embeds=visual.to(model.dtype),
+                attention_mask=mask.long(),
+                position_ids=positions[:, num_text:],
+                past_key_values=prefix.cache,
+                use_cache=True,
+            ).last_hidden_state
+            return Condition(hidden)
+        text = model.get_input_embeddings()(prefix.ids)
+        hidden = model(
+            inputs_embeds=torch.cat([text, visual.to(text.dtype)], dim=1),
+            attention_mask=mask.long(),
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state
+        return Condition(hidden[:, num_text:])

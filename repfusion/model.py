@@ -1,0 +1,148 @@
+"""Everything of one text-to-image model in one module: frozen MLLM, conditioner, DiT, and the statistics that define its latents."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from repfusion.conditioning.noisy_latents import NoisyLatentConditioner, Prefix
+from repfusion.conditioning.text_embed import TextEmbedConditioner, TextFeatures
+from repfusion.dit import DiT, DiTConfig
+from repfusion.flow import FlowConfig, interpolate, shift_factor, velocity
+from repfusion.foundation import WEIGHTS
+from repfusion.mllm import MLLM
+from repfusion.rae.decoder import RAEDecoder
+from repfusion.rae.encoder import RepresentationEncoder
+from repfusion.rae.statistics import LatentStatistics
+
+PromptBatch = Prefix | TextFeatures
+
+
+class EncoderConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Path = WEIGHTS / "vision_tower"
+    """Folder of the CLIP vision tower, or of a LLaVA that holds it."""
+    layer: int = -2
+    """Hidden state taken as features; -2 is the penultimate."""
+
+
+class ModelConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mllm: Path = WEIGHTS / "llava"
+    """Folder of the frozen MLLM (a LLaVA, or a causal language model)."""
+    mllm_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which the frozen weights are held."""
+    encoder: EncoderConfig = EncoderConfig()
+    """The tower whose features are denoised."""
+    decoder: Path = WEIGHTS / "decoder"
+    """Folder of the RAE decoder."""
+    conditioning: Literal["noisy_latents", "text_embed"] = "noisy_latents"
+    """RepFusion, or its static baseline."""
+    dit: DiTConfig = DiTConfig()
+    """The denoiser; its `interface` follows from `conditioning`."""
+    flow: FlowConfig = FlowConfig()
+    """Noise levels."""
+
+
+class Generator(nn.Module):
+    """Trains with `forward`, samples through `sampler.sample`.
+
+    Args:
+        config: what it is made of.
+        mllm: the frozen MLLM.
+        statistics: of the features; they define the latent space and travel with the checkpoint.
+        grid: rows and columns of latent tokens.
+    """
+
+    def __init__(self, config: ModelConfig, mllm: MLLM, statistics: LatentStatistics, grid: tuple[int, int]):
+        super().__init__()
+        num_tokens, latent_dim = statistics.mean.shape
+        if num_tokens != grid[0] * grid[1]:
+            raise ValueError(f"latent statistics have {num_tokens} tokens, the encoder's grid is {grid[0]} x {grid[1]}; re-run 'latents'")
+        self.config = config
+        self.statistics = statistics
+        self.grid = grid
+        self.latent_shape = (num_tokens, latent_dim)
+        self.shift = shift_factor(num_tokens, latent_dim, config.flow.base_dim)
+        match config.conditioning:
+            case "noisy_latents":
+                self.conditioner = NoisyLatentConditioner(mllm, latent_dim)
+            case "text_embed":
+                self.conditioner = TextEmbedConditioner(mllm)
+        dit_config = config.dit.model_copy(update={"interface": self.conditioner.interface})
+        self.dit = DiT(dit_config, latent_dim, grid, mllm.width)
+
+    @classmethod
+    def build(cls, config: ModelConfig, statistics: LatentStatistics) -> "Generator":
+        """Loads the frozen parts named by the config; the trainable ones are fresh, but for the MLLM's projector.
+
+        Raises:
+            ValueError: where a folder is missing or parts do not fit each other.
+        """
+        encoder = RepresentationEncoder.from_pretrained(config.encoder.path, config.encoder.layer)
+        mllm = MLLM.from_pretrained(config.mllm, getattr(torch, config.mllm_dtype))
+        if statistics.mean.shape != (encoder.num_tokens, encoder.feature_dim):
+            got, expected = tuple(statistics.mean.shape), (encoder.num_tokens, encoder.feature_dim)
+            raise ValueError(f"latent statistics are of features {got}, the encoder {config.encoder.path} gives {expected}; re-run 'latents'")
+        return cls(config, mllm, statistics, encoder.grid)
+
+    @property
+    def prompt_column(self) -> Literal["ids", "features"]:
+        """What training feeds: captions to tokenise, or precomputed text features."""
+        return self.conditioner.prompt_column
+
+    @property
+    def device(self) -> torch.device:
+        return self.dit.out.weight.device
+
+    def prompt_batch(self, prompts: list[str] | list[str | Float[Tensor, "m c"]], reuse: bool = False) -> PromptBatch:
+        """Prompts (an empty one is the unconditional prompt) on the model's device; `reuse` for many steps without gradients."""
+        return self.conditioner.prepare(prompts, self.device, reuse)
+
+    def velocity(self, z_t: Float[Tensor, "b n d"], t: Float[Tensor, " b"], prompts: PromptBatch) -> Float[Tensor, "b n d"]:
+        condition = self.conditioner.condition(prompts, z_t, t)
+        return self.dit(z_t, t, condition.tokens, condition.mask)
+
+    def forward(
+        self, latents: Float[Tensor, "b n d"], prompts: PromptBatch, t: Float[Tensor, " b"], noise: Float[Tensor, "b n d"]
+    ) -> Float[Tensor, " b"]:
+        """Mean squared error of the velocity, per sample, float32."""
+        predicted = self.velocity(interpolate(latents, noise, t), t, prompts)
+        return (predicted.float() - velocity(latents, noise)).square().mean(dim=(1, 2))
+
+    def normalise(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return self.statistics.normalise(features)
+
+    def denormalise(self, latents: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return self.statistics.denormalise(latents)
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Parameters that training changes: projector, embedders and DiT."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
+        """Strict. Raises ValueError naming what is missing, unknown or of another shape."""
+        own = self.trainable_state()
+        problems = [f"{name}: missing" for name in own.keys() - state.keys()]
+        problems += [f"{name}: unknown" for name in state.keys() - own.keys()]
+        for name in own.keys() & state.keys():
+            if own[name].shape != state[name].shape:
+                problems.append(f"{name}: {tuple(state[name].shape)}, expected {tuple(own[name].shape)}")
+        if problems:
+            raise ValueError("weights of another geometry: " + "; ".join(sorted(problems)[:6]) + f" ({len(problems)} in all)")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+    def load_decoder(self) -> RAEDecoder:
+        """Raises ValueError where the decoder reads other features than this model makes."""
+        decoder = RAEDecoder.from_pretrained(self.config.decoder).to(self.device)
+        got, expected = (decoder.config.grid, decoder.config.feature_dim), (self.grid, self.latent_shape[1])
+        if got != expected:
+            raise ValueError(f"decoder {self.config.decoder} reads (grid, width) {got}, the model makes {expected}")
+        return decoder
