@@ -1,0 +1,133 @@
+"""A checkpoint -> images of held-out prompts -> `scores.json` and `gallery.png` in a folder.
+
+step_00000500/  gallery.png  scores.json (written last: it marks the evaluation complete)
+"""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from repfusion.checkpoint import check_complete, load_checkpoint
+from repfusion.evaluation.gallery import gallery
+from repfusion.evaluation.scores import Scores, score_images
+from repfusion.generate import generate
+from repfusion.sampler import SamplerConfig
+from repfusion.scenes.captions import TASKS, Prompt, Task, held_out_prompts
+
+GALLERY_COLUMNS = 6
+
+
+class EvaluationConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    num_prompts: int = Field(default=240, ge=1)
+    """Held-out prompts, the six tasks in turn."""
+    include_new: bool = True
+    """Whether prompts may name the new shape and colour."""
+    seed: int = 0
+    """Of prompts, noise and shuffling: the same seed gives every checkpoint the same three."""
+    batch_size: int = Field(default=60, ge=1)
+    """Prompts sampled at once; the images do not depend on it."""
+    sampler: SamplerConfig = SamplerConfig()
+    """Steps and guidance."""
+    use_ema: bool = True
+    """Averaged weights rather than the last ones."""
+    device: str | None = None
+    """Torch device; None takes CUDA where there is one."""
+
+
+class ScoredPrompt(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str
+    task: Task
+    is_new: bool
+    correct: bool
+    reason: str
+
+
+class Evaluation(BaseModel):
+    """What `scores.json` holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    checkpoint: str
+    step: int | None
+    """Training step of the checkpoint; None where it does not say."""
+    config: EvaluationConfig
+    scores: Scores
+    seconds: float
+    """Loading, sampling and scoring."""
+    samples: list[ScoredPrompt]
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes under a temporary name of the same extension, then renames."""
+    temporary = path.with_name(f".tmp.{path.name}")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def _gallery_rows(prompts: list[Prompt]) -> tuple[list[int], list[str]]:
+    """Indices of the first prompts of each task, a row a task, and the rows' titles."""
+    rows = {task: [i for i, p in enumerate(prompts) if p.task == task][:GALLERY_COLUMNS] for task in TASKS}
+    full = {task: row for task, row in rows.items() if len(row) == GALLERY_COLUMNS}
+    if not full:
+        return list(range(len(prompts))), []
+    return [i for row in full.values() for i in row], [task.replace("_", " ") for task in full]
+
+
+def evaluate_checkpoint(
+    checkpoint: Path, out: Path, config: EvaluationConfig = EvaluationConfig()
+) -> Evaluation:
+    """Generates, scores, and writes `gallery.png` and then `scores.json` under `out`, each atomically.
+
+    Raises:
+        ValueError: an incomplete checkpoint, or one whose frozen weights are not those on this machine.
+    """
+    started = time.perf_counter()
+    info = check_complete(checkpoint)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    generator = load_checkpoint(checkpoint, use_ema=config.use_ema).to(device)
+    prompts = held_out_prompts(config.num_prompts, config.seed, config.include_new)
+    texts = [prompt.text for prompt in prompts]
+    pixels = generate(
+        generator, generator.load_decoder(), texts, config.seed, config.sampler, config.batch_size
+    ).numpy()
+    scored = score_images(pixels, prompts, config.seed)
+
+    out.mkdir(parents=True, exist_ok=True)
+    marks = [verdict.correct for verdict in scored.verdicts]
+    shown, titles = _gallery_rows(prompts)
+    picture = gallery(
+        pixels[shown], [texts[i] for i in shown], [marks[i] for i in shown], GALLERY_COLUMNS, titles or None
+    )
+    _replace(out / "gallery.png", picture.save)
+    evaluation = Evaluation(
+        checkpoint=str(checkpoint),
+        step=info.get("step"),
+        config=config,
+        scores=scored.scores,
+        seconds=round(time.perf_counter() - started, 2),
+        samples=[
+            ScoredPrompt(prompt=p.text, task=p.task, is_new=p.is_new, correct=v.correct, reason=v.reason)
+            for p, v in zip(prompts, scored.verdicts, strict=True)
+        ],
+    )
+    text = evaluation.model_dump_json(indent=1) + "\n"
+    _replace(out / "scores.json", lambda path: path.write_text(text))
+    return evaluation
+
+
+def read_evaluation(folder: Path) -> Evaluation | None:
+    """A finished evaluation, or None where there is none.
+
+    Raises:
+        ValueError: where `scores.json` is not one (pydantic names the field).
+    """
+    path = folder / "scores.json"
+    return Evaluation.model_validate_json(path.read_text()) if path.is_file() else None
