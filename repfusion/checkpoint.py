@@ -1,0 +1,191 @@
+"""A generator <-> a folder of safetensors and JSON. A folder without `complete.json` was cut short and is never read.
+
+    step_00000500/  config.json  model.safetensors  ema.safetensors  statistics.safetensors  resume/  complete.json
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from repfusion.foundation import WEIGHTS
+from repfusion.model import Generator, ModelConfig
+from repfusion.rae.encoder import weights_digest
+from repfusion.rae.statistics import LatentStatistics
+
+SCHEMA = 1
+COMPLETE = "complete.json"
+STEP_FOLDER = re.compile(r"step_(\d+)")
+# Stands for the folder of shipped weights in a saved config, so that a checkpoint can move to another machine.
+WEIGHTS_MARK = "{weights}"
+
+
+def checkpoint_folder(root: Path, step: int) -> Path:
+    return root / f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    match = STEP_FOLDER.fullmatch(folder.name)
+    if match is None:
+        raise ValueError(f"{folder}: not a checkpoint folder (expected a name like step_00000500)")
+    return int(match[1])
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """Checkpoints under `root` that were written to the end, by step."""
+    folders = [path for path in root.glob("step_*") if STEP_FOLDER.fullmatch(path.name) and (path / COMPLETE).exists()]
+    return sorted(folders, key=step_of)
+
+
+def latest_checkpoint(root: Path, resumable: bool = False) -> Path | None:
+    """The one of the highest step, or None; with `resumable`, the last that still holds its optimizer state."""
+    folders = [path for path in complete_checkpoints(root) if not resumable or (path / "resume" / "loop.json").exists()]
+    return folders[-1] if folders else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic: the file is the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def portable(config: Any, old: str = str(WEIGHTS), new: str = WEIGHTS_MARK) -> Any:
+    """The dumped config with the folder of shipped weights replaced by a mark (or back)."""
+    match config:
+        case dict():
+            return {key: portable(value, old, new) for key, value in config.items()}
+        case str() if config == old or config.startswith(f"{old}/"):
+            return new + config[len(old) :]
+        case _:
+            return config
+
+
+def frozen_digests(generator: Generator) -> dict[str, str]:
+    """sha256 of the frozen weights that a checkpoint relies on and does not hold."""
+    return {"encoder": weights_digest(generator.config.encoder.path), "mllm": generator.conditioner.mllm.digest}
+
+
+def begin_checkpoint(folder: Path) -> Path:
+    """An empty working folder beside `folder`, which takes its name in `finish_checkpoint`."""
+    working = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(working, ignore_errors=True)
+    working.mkdir(parents=True)
+    return working
+
+
+def finish_checkpoint(working: Path, folder: Path, info: Mapping[str, Any]) -> None:
+    """Writes `complete.json` with the size of every file, then gives the folder its name."""
+    files = {path.name: path.stat().st_size for path in sorted(working.iterdir()) if path.is_file()}
+    write_json(working / COMPLETE, {"schema": SCHEMA, **info, "files": files})
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(working, folder)
+
+
+def write_model(folder: Path, generator: Generator, ema: Mapping[str, Tensor], digests: Mapping[str, str]) -> None:
+    """Weights, averaged weights, statistics and config; all that generating needs."""
+    config = portable(generator.config.model_dump(mode="json"))
+    write_json(folder / "config.json", {"schema": SCHEMA, "model": config, "digests": dict(digests)})
+    weights = {name: p.detach().cpu().contiguous() for name, p in generator.trainable_state().items()}
+    save_file(weights, str(folder / "model.safetensors"))
+    save_file({name: p.detach().cpu().contiguous() for name, p in ema.items()}, str(folder / "ema.safetensors"))
+    generator.statistics.save(folder / "statistics.safetensors")
+
+
+def save_checkpoint(folder: Path, generator: Generator, ema: Mapping[str, Tensor], **info: Any) -> None:
+    """A checkpoint to generate or start from, without the state that resuming needs. `info` goes to `complete.json`."""
+    working = begin_checkpoint(folder)
+    write_model(working, generator, ema, frozen_digests(generator))
+    finish_checkpoint(working, folder, info)
+
+
+def check_complete(folder: Path) -> dict[str, Any]:
+    """What `complete.json` says. ValueError where the checkpoint is missing, was cut short, or lost a file since."""
+    if not (folder / COMPLETE).exists():
+        what = "has no complete.json: it was cut short" if folder.is_dir() else "does not exist"
+        raise ValueError(f"checkpoint {folder} {what}; choose another checkpoint")
+    info = json.loads((folder / COMPLETE).read_text())
+    if info["schema"] != SCHEMA:
+        raise ValueError(f"checkpoint {folder} has schema {info['schema']}, this code reads {SCHEMA}")
+    for name, num_bytes in info["files"].items():
+        path = folder / name
+        got = path.stat().st_size if path.exists() else None
+        if got != num_bytes:
+            found = "missing" if got is None else f"{got} bytes long (truncated?)"
+            raise ValueError(f"checkpoint {folder}: {name} is {found}, expected {num_bytes} bytes; copy it again")
+    return info
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, dict[str, str]]:
+    """The model config and the digests of the frozen weights it was trained with."""
+    saved = json.loads((folder / "config.json").read_text())
+    return ModelConfig.model_validate(portable(saved["model"], WEIGHTS_MARK, str(WEIGHTS))), saved["digests"]
+
+
+def read_weights(folder: Path, use_ema: bool) -> dict[str, Tensor]:
+    path = folder / ("ema.safetensors" if use_ema else "model.safetensors")
+    try:
+        return load_file(str(path))
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint {folder}: {path.name} is not readable ({error}); copy it again") from error
+
+
+def differences(got: Any, expected: Any, prefix: str = "") -> list[str]:
+    if isinstance(got, dict) and isinstance(expected, dict):
+        fields = [*got, *(field for field in expected if field not in got)]
+        return [line for f in fields for line in differences(got.get(f), expected.get(f), f"{prefix}.{f}" if prefix else f)]
+    return [] if got == expected else [f"{prefix} {got!r}, expected {expected!r}"]
+
+
+def load_weights(generator: Generator, folder: Path, use_ema: bool = True) -> None:
+    """Weights of a checkpoint into a generator that was built already.
+
+    Raises:
+        ValueError: of another geometry, naming the first tensors, and the config fields in which the two models differ.
+    """
+    check_complete(folder)
+    try:
+        generator.load_trainable_state(read_weights(folder, use_ema))
+    except ValueError as error:
+        saved, _ = read_config(folder)
+        fields = differences(saved.model_dump(mode="json"), generator.config.model_dump(mode="json"))
+        hint = f"; config fields that differ: {'; '.join(fields)}" if fields else ""
+        raise ValueError(f"checkpoint {folder} does not fit the model: {error}{hint}") from error
+
+
+def load_checkpoint(folder: str | Path, use_ema: bool = True) -> Generator:
+    """The generator of a checkpoint, on the CPU, in eval mode.
+
+    Raises:
+        ValueError: an incomplete checkpoint, or frozen weights on this machine that are not those it was trained with.
+    """
+    folder = Path(folder)
+    check_complete(folder)
+    config, digests = read_config(folder)
+    generator = Generator.build(config, LatentStatistics.load(folder / "statistics.safetensors"))
+    check_digests(folder, digests, frozen_digests(generator))
+    load_weights(generator, folder, use_ema)
+    return generator.eval()
+
+
+def check_digests(folder: Path, saved: Mapping[str, str], present: Mapping[str, str]) -> None:
+    for part, digest in saved.items():
+        if present[part] != digest:
+            raise ValueError(
+                f"checkpoint {folder} was trained with {part} weights {digest[:12]}, "
+                f"the folder its config names holds {present[part][:12]}; put the right {part} there"
+            )
+
+
+def prune_resume(root: Path, keep: int) -> None:
+    """Drops the optimizer state of all but the last `keep` checkpoints: it is several times the size of the weights."""
+    resumable = [path for path in complete_checkpoints(root) if (path / "resume").exists()]
+    for folder in resumable[: max(0, len(resumable) - keep)]:
+        shutil.rmtree(folder / "resume")

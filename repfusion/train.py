@@ -1,0 +1,379 @@
+"""Config and columns of tars -> checkpoints: `python -m repfusion.train CONFIG.yaml [key.path=value ...]`, or under torchrun."""
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from pydantic import BaseModel, ConfigDict, Field
+from tqdm import tqdm
+
+from repfusion.checkpoint import (
+    begin_checkpoint,
+    check_complete,
+    checkpoint_folder,
+    finish_checkpoint,
+    frozen_digests,
+    latest_checkpoint,
+    load_weights,
+    prune_resume,
+    read_weights,
+    write_json,
+    write_model,
+)
+from repfusion.data import Batch, ColumnDataset, DataConfig, batches, manifest_digest
+from repfusion.ema import EMA
+from repfusion.engine import Engine, EngineConfig, shut_down
+from repfusion.flow import draw
+from repfusion.model import Generator, ModelConfig
+from repfusion.rae.statistics import LatentStatistics
+from repfusion.sampler import SamplerConfig, sample
+from repfusion.tracking import Tracker, TrackingConfig
+
+log = logging.getLogger(__name__)
+FINAL_LOSS_STEPS = 100
+
+
+class TrainConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    output_dir: Path
+    """Folder of this training: checkpoints/, samples/, config.yaml, train.json."""
+    data: DataConfig
+    """The columns to train on."""
+    model: ModelConfig = ModelConfig()
+    """What is trained, and the frozen parts it stands on."""
+    engine: EngineConfig = EngineConfig()
+    """Optimizer, precision, sharding."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where metrics go."""
+    init_from: Path | None = None
+    """Checkpoint whose averaged weights and latent statistics the run starts from; None starts from scratch."""
+    num_steps: int = Field(default=1000, ge=0)
+    """Updates in all, those before a resume included."""
+    global_batch_size: int = Field(default=64, ge=1)
+    """Samples per update over all ranks."""
+    seed: int = 0
+    """Decides initial weights, the order of samples, captions, noise and dropped conditions."""
+    condition_dropout: float = Field(default=0.1, ge=0, le=1)
+    """Fraction of samples trained on the empty prompt, for classifier-free guidance."""
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the averaged weights, which sampling uses."""
+    checkpoint_every_steps: int = Field(default=500, ge=1)
+    """Steps between checkpoints; there is always one after the last step."""
+    keep_resume: int = Field(default=2, ge=1)
+    """How many checkpoints keep their optimizer state; the older ones keep weights only."""
+    log_every_steps: int = Field(default=20, ge=1)
+    """Steps between lines of metrics."""
+    sample_every_steps: int | None = Field(default=None, ge=1)
+    """Steps between grids of samples from the averaged weights; None draws none."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts of the grids."""
+    sampler: SamplerConfig = SamplerConfig()
+    """How the grids are sampled."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one log line says: means since the last one."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    samples_per_sec: float
+    data_wait: float
+    """Fraction of the time spent waiting for data."""
+
+    def metrics(self) -> dict[str, float]:
+        return {f"train/{name}": value for name, value in vars(self).items() if name != "step"}
+
+
+def build_generator(config: TrainConfig, dataset: ColumnDataset) -> Generator:
+    """From scratch on the data set's statistics, or from a checkpoint with its own.
+
+    Raises:
+        ValueError: the checkpoint is of another geometry, or the features are not those of the model's encoder.
+    """
+    source = config.data.features if config.init_from is None else config.init_from
+    statistics = LatentStatistics.load(source / "statistics.safetensors")
+    torch.manual_seed(config.seed)
+    generator = Generator.build(config.model, statistics)
+    if config.init_from is not None:
+        load_weights(generator, config.init_from)
+    if dataset.shape != generator.latent_shape:
+        raise ValueError(
+            f"{config.data.features}: features are {dataset.shape}, the model makes {generator.latent_shape}; "
+            "re-run the 'latents' stage with model.encoder, or point model.encoder at the tower that made them"
+        )
+    return generator
+
+
+def inputs_of(batch: Batch, generator: Generator, config: TrainConfig) -> dict[str, Any]:
+    """What `Generator.forward` takes: normalised latents, prompts (some dropped), noise levels and noise."""
+    device = generator.device
+    draws = draw(
+        config.seed, batch.positions, generator.latent_shape, generator.shift, config.condition_dropout, device
+    )
+    is_static = generator.prompt_column == "features" and batch.text is not None
+    prompts: list[Any] = list(batch.text if is_static and batch.text is not None else batch.captions)
+    prompts = ["" if dropped else p for p, dropped in zip(prompts, draws.dropped.tolist(), strict=True)]
+    latents = generator.normalise(batch.features.to(device, non_blocking=True))
+    return {"latents": latents, "prompts": generator.prompt_batch(prompts), "t": draws.t, "noise": draws.noise}
+
+
+def loop_state(config: TrainConfig, dataset: ColumnDataset, world_size: int) -> dict[str, Any]:
+    """What must not change between a checkpoint and the run that resumes from it."""
+    return {
+        "seed": config.seed,
+        "global_batch_size": config.global_batch_size,
+        "zero_stage": config.engine.zero_stage,
+        "world_size": world_size,
+        "num_samples": len(dataset),
+        "data_digest": manifest_digest(config.data.features),
+    }
+
+
+def resume(folder: Path, engine: Engine, ema: EMA, expected: dict[str, Any]) -> int:
+    """Loads optimizer, weights and EMA; returns the number of completed steps. ValueError where the run differs."""
+    check_complete(folder)
+    state = json.loads((folder / "resume" / "loop.json").read_text())
+    for field, value in expected.items():
+        if state[field] != value:
+            raise ValueError(
+                f"cannot resume from {folder}: {field} was {state[field]!r}, is {value!r}; restore it, "
+                f"or start a new output_dir with init_from={folder}"
+            )
+    engine.load(folder / "resume")
+    ema.load(read_weights(folder, use_ema=True))
+    return state["step"]
+
+
+def snapshot(
+    root: Path, step: int, generator: Generator, ema: EMA, engine: Engine, digests: dict[str, str], state: dict[str, Any]
+) -> Path:
+    """Writes the checkpoint of `step` completed steps; called by all ranks."""
+    folder = checkpoint_folder(root, step)
+    working = engine.broadcast_object(begin_checkpoint(folder) if engine.rank == 0 else None)
+    engine.save(working / "resume")
+    if engine.rank == 0:
+        write_model(working, generator, ema.state(), digests)
+        position = step * state["global_batch_size"]
+        write_json(working / "resume" / "loop.json", {"step": step, "position": position, **state})
+        finish_checkpoint(working, folder, {"step": step, "position": position})
+    engine.barrier()
+    return folder
+
+
+@torch.no_grad()
+def draw_grid(config: TrainConfig, generator: Generator, ema: EMA, step: int) -> Path:
+    """Samples of `sample_prompts` from the averaged weights, side by side in samples/step_XXXXXXXX.png."""
+    from PIL import Image
+
+    prompts = list(config.sample_prompts)
+    noise = draw(config.seed, list(range(len(prompts))), generator.latent_shape, 1.0, 0.0, generator.device).noise
+    decoder = generator.load_decoder()
+    with ema.applied(), torch.autocast(generator.device.type, torch.bfloat16, enabled=generator.device.type == "cuda"):
+        latents = sample(generator, prompts, noise, config.sampler)
+    pixels = decoder(generator.denormalise(latents).float()).clamp(0, 1)
+    row = (pixels * 255).round().byte().permute(2, 0, 3, 1).flatten(1, 2)
+    path = config.output_dir / "samples" / f"step_{step:08d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(row.cpu().numpy()).save(path)
+    return path
+
+
+def start_tracking(config: TrainConfig, dataset: ColumnDataset) -> Tracker:
+    """A new MLflow run, or the one that this output folder started before."""
+    remembered = config.output_dir / "mlflow_run.json"
+    tracking = config.tracking
+    if tracking.uri is not None and tracking.run_id is None and remembered.exists():
+        saved = json.loads(remembered.read_text())
+        if saved["uri"] == tracking.uri:
+            tracking = tracking.model_copy(update={"run_id": saved["run_id"]})
+    tracker = Tracker(tracking)
+    if tracker.run_id is not None:
+        write_json(remembered, {"uri": tracking.uri, "run_id": tracker.run_id})
+        tracker.log_params(config.model_dump(mode="json"))
+        for name, folder in (("images", config.data.images), ("features", config.data.features)):
+            tracker.log_dataset(name, manifest_digest(folder), str(folder), len(dataset))
+    return tracker
+
+
+def train(
+    config: TrainConfig,
+    on_checkpoint: Callable[[Path, int], None] | None = None,
+    on_report: Callable[[Report], None] | None = None,
+) -> dict[str, Any]:
+    """Trains to `num_steps`, resuming from the last checkpoint of `output_dir`; returns what train.json says.
+
+    The callbacks are called on every rank: after a checkpoint is complete (folder, step), and after each log line.
+
+    Raises:
+        ValueError: data, model or resume state do not fit.
+        NonFiniteError: a loss or gradient is not finite; the weights were not updated.
+    """
+    # Validate what needs no model
+    dataset = ColumnDataset(config.data.images, config.data.features, config.data.text, config.data.cache_bytes)
+    checkpoints = config.output_dir / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+
+    # Build
+    generator = build_generator(config, dataset)
+    digests = frozen_digests(generator)
+    engine = Engine(generator, config.engine, config.global_batch_size, config.num_steps)
+    is_main = engine.rank == 0
+    ema = EMA(generator.trainable_state(), config.ema_decay, ramp=config.init_from is None)
+    state = loop_state(config, dataset, engine.world_size)
+
+    # Resume
+    last = engine.broadcast_object(latest_checkpoint(checkpoints, resumable=True) if is_main else None)
+    first_step = 0 if last is None else resume(last, engine, ema, state)
+    if is_main:
+        write_json(config.output_dir / "config.json", config.model_dump(mode="json"))
+        log.info("training steps %d to %d on %d samples", first_step, config.num_steps, len(dataset))
+    tracker = start_tracking(config, dataset) if is_main else Tracker(TrackingConfig())
+    status = "FAILED"
+
+    stream = batches(
+        dataset,
+        seed=config.seed,
+        first_step=first_step,
+        num_steps=config.num_steps,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=config.engine.micro_batch_size,
+        rank=engine.rank,
+        world_size=engine.world_size,
+        prefetch_steps=config.data.prefetch_steps,
+    )
+    show_bar = is_main and sys.stderr.isatty()
+    bar = tqdm(total=config.num_steps, initial=first_step, unit="step", desc="train", disable=not show_bar)
+    recent: deque[float] = deque(maxlen=FINAL_LOSS_STEPS)
+    losses: list[float] = []
+    started = last_report = time.perf_counter()
+    waited_sec = aside_sec = 0.0
+    try:
+        if last is None and config.init_from is not None:
+            # The base itself is step 0: evaluations compare with it.
+            folder = snapshot(checkpoints, 0, generator, ema, engine, digests, state)
+            if on_checkpoint is not None:
+                on_checkpoint(folder, 0)
+            started = last_report = time.perf_counter()
+
+        for step in range(first_step, config.num_steps):
+            # Data
+            waiting = time.perf_counter()
+            parts = next(stream)
+            waited_sec += time.perf_counter() - waiting
+
+            # Accumulate
+            for batch in parts:
+                engine.accumulate(batch.keys, **inputs_of(batch, generator, config))
+
+            # Step and EMA
+            stats = engine.update(step)
+            ema.update(step)
+            recent.append(stats.loss)
+            losses.append(stats.loss)
+            done = step + 1
+            bar.update()
+
+            # Report
+            if done % config.log_every_steps == 0 or done == config.num_steps:
+                seconds = time.perf_counter() - last_report
+                rate = len(losses) * config.global_batch_size / seconds
+                mean = sum(losses) / len(losses)
+                report = Report(done, mean, stats.grad_norm, stats.lr, rate, waited_sec / seconds)
+                bar.set_postfix(loss=f"{report.loss:.4f}", samples_per_sec=f"{rate:.0f}")
+                if is_main and not show_bar:
+                    log.info("step %d/%d loss %.4f, %.0f samples/s", done, config.num_steps, report.loss, rate)
+                tracker.log_metrics(report.metrics(), done)
+                if on_report is not None:
+                    on_report(report)
+                losses, waited_sec, last_report = [], 0.0, time.perf_counter()
+
+            # Snapshot and samples; their time is not training time
+            aside = time.perf_counter()
+            if done % config.checkpoint_every_steps == 0 or done == config.num_steps:
+                folder = snapshot(checkpoints, done, generator, ema, engine, digests, state)
+                if is_main:
+                    prune_resume(checkpoints, config.keep_resume)
+                if on_checkpoint is not None:
+                    on_checkpoint(folder, done)
+            if is_main and config.sample_prompts and config.sample_every_steps and done % config.sample_every_steps == 0:
+                tracker.log_artifact(draw_grid(config, generator, ema, done), "samples")
+            aside_sec += time.perf_counter() - aside
+            last_report += time.perf_counter() - aside
+
+        seconds = time.perf_counter() - started - aside_sec
+        summary = summarise(config, first_step, seconds, list(recent), engine.world_size, tracker)
+        if is_main:
+            write_json(config.output_dir / "train.json", summary)
+        status = "FINISHED"
+    finally:
+        stream.close()
+        bar.close()
+        dataset.close()
+        tracker.finish(status)
+    return engine.broadcast_object(summary)
+
+
+def summarise(
+    config: TrainConfig, first_step: int, seconds: float, recent: list[float], world_size: int, tracker: Tracker
+) -> dict[str, Any]:
+    """What train.json says. Nothing left to train: what it said before."""
+    path = config.output_dir / "train.json"
+    if first_step >= config.num_steps and path.exists():
+        return json.loads(path.read_text())
+    num_steps = max(0, config.num_steps - first_step)
+    return {
+        "steps": config.num_steps,
+        "resumed_at_step": first_step,
+        "samples_per_sec": num_steps * config.global_batch_size / seconds,
+        "final_loss": sum(recent) / len(recent) if recent else math.nan,
+        "train_sec": seconds,
+        "world_size": world_size,
+        "tracking_uri": config.tracking.uri,
+        "run_id": tracker.run_id,
+        "checkpoint": str(checkpoint_folder(config.output_dir / "checkpoints", config.num_steps)),
+    }
+
+
+def load_config(path: Path, overrides: list[str]) -> TrainConfig:
+    """Defaults < YAML file < `key.path=value`. pydantic's error names a key that does not exist."""
+    merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+    return TrainConfig.model_validate(OmegaConf.to_container(merged, resolve=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+    args = parser.parse_args()
+    config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        print(config.model_dump_json(indent=2))
+        return
+    is_main = os.environ.get("RANK", "0") == "0"
+    level = logging.INFO if is_main else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        summary = train(config)
+    finally:
+        shut_down()
+    log.info("done: %s", json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""A tiny LLaVA, tower, decoder and column data set for the training tests: real classes, real tars, seconds to make."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset as wds
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+from repfusion.data import DataConfig
+from repfusion.dit import DiTConfig
+from repfusion.engine import EngineConfig
+from repfusion.model import EncoderConfig, ModelConfig
+from repfusion.rae.decoder import RAEDecoder, RAEDecoderConfig
+from repfusion.rae.statistics import LatentStatistics
+from repfusion.train import TrainConfig
+
+WORDS = ["a", "red", "green", "blue", "circle", "square", "left", "of", "and", "two"]
+NUM_TOKENS, WIDTH = 4, 16
+
+
+def make_foundation(folder: Path) -> Path:
+    """llava/, vision_tower/ and decoder/ under `folder`."""
+    torch.manual_seed(0)
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "<image>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=24
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        projection_dim=WIDTH,
+    )
+    text = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=4,
+        image_seq_length=NUM_TOKENS,
+        vision_feature_layer=-2,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder / "llava")
+    fast.save_pretrained(folder / "llava")
+    CLIPVisionModel(vision).save_pretrained(folder / "vision_tower")
+    RAEDecoder(
+        RAEDecoderConfig(feature_dim=WIDTH, grid=(2, 2), patch_size=8, hidden_size=16, depth=1)
+    ).save_pretrained(folder / "decoder")
+    return folder
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def write_tar(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with wds.TarWriter(str(path), encoder=False, mtime=0) as tar:
+        for key, members in samples:
+            tar.write({"__key__": key, **members})
+
+
+def make_columns(folder: Path, num_samples: int = 20, shard_samples: int = 8, seed: int = 0) -> Path:
+    """curate/, latents/ (with statistics) and features/ under `folder`. Features of row i are those of `feature_of(i)`."""
+    statistics = LatentStatistics.empty(NUM_TOKENS, WIDTH)
+    rng = np.random.default_rng(seed)
+    for first in range(0, num_samples, shard_samples):
+        images, features, texts = [], [], []
+        for i in range(first, min(first + shard_samples, num_samples)):
+            key, caption = f"{i:06d}", " ".join(WORDS[(i + k) % len(WORDS)] for k in range(3))
+            array = rng.standard_normal((NUM_TOKENS, WIDTH)).astype(np.float16)
+            statistics.update(torch.from_numpy(array)[None])
+            alternatives = {"captions": [caption, f"two {caption}"]} if i % 2 else {}
+            images.append(
+                (key, {"txt": caption.encode(), "json": json.dumps(alternatives).encode(), "png": b"unread"})
+            )
+            features.append((key, {"features.npy": npy(array)}))
+            texts.append((key, {"text.npy": npy(rng.standard_normal((4, 32)).astype(np.float16))}))
+        name = f"{first // shard_samples:05d}.tar"
+        write_tar(folder / "curate" / name, images)
+        write_tar(folder / "latents" / name, features)
+        write_tar(folder / "features" / name, texts)
+    statistics.save(folder / "latents" / "statistics.safetensors")
+    return folder
+
+
+def tiny_model(foundation: Path, **changes) -> ModelConfig:
+    return ModelConfig(
+        mllm=foundation / "llava",
+        encoder=EncoderConfig(path=foundation / "vision_tower"),
+        decoder=foundation / "decoder",
+        dit=DiTConfig(hidden_size=24, depth=2, num_heads=2, **changes),
+    )
+
+
+def tiny_train(
+    foundation: Path, columns: Path, output_dir: Path, engine: dict | None = None, **changes
+) -> TrainConfig:
+    """Four float32 steps of eight samples."""
+    settings = {"precision": "fp32", "micro_batch_size": 8, "warmup_steps": 2, "lr": 1e-2, "num_threads": 1}
+    return TrainConfig(
+        **{
+            "output_dir": output_dir,
+            "data": DataConfig(images=columns / "curate", features=columns / "latents"),
+            "model": tiny_model(foundation),
+            "engine": EngineConfig(**{**settings, **(engine or {})}),
+            "num_steps": 4,
+            "global_batch_size": 8,
+            "checkpoint_every_steps": 2,
+            "log_every_steps": 1,
+            **changes,
+        }
+    )
