@@ -1,0 +1,129 @@
+"""Numbers -> inline SVG line charts, and the style sheet of the report page."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+INK = "#1f2a44"
+STYLE = """
+:root { --ink: #1f2a44; --line: #e3e2dd; --muted: #6d6d74; --bar: #dfe5ee; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #fafaf8; color: #26262a; font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 940px; margin: 0 auto; padding: 40px 30px 80px; }
+h1 { font-size: 30px; margin: 0 0 20px; color: var(--ink); }
+h2 { font-size: 19px; margin: 44px 0 10px; padding-bottom: 6px; color: var(--ink);
+  border-bottom: 1px solid var(--line); }
+p { max-width: 75ch; color: #3c3c42; }
+.facts { display: flex; flex-wrap: wrap; gap: 12px 36px; }
+.facts b { display: block; font-size: 24px; font-weight: 600; color: var(--ink); }
+.facts span { color: var(--muted); font-size: 13px; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
+th { font-weight: 500; color: var(--muted); font-size: 12.5px; vertical-align: bottom; }
+th, td { text-align: left; padding: 5px 8px; border-bottom: 1px solid var(--line); }
+.n { text-align: right; }
+.left { display: block; text-align: left; }
+.bar { display: inline-block; min-width: 42px; padding: 0 5px;
+  background: linear-gradient(var(--bar), var(--bar)) no-repeat left / calc(100% * var(--share)) 100%; }
+code { font: 12.5px ui-monospace, monospace; overflow-wrap: anywhere; }
+details { margin: 12px 0; }
+summary { cursor: pointer; color: var(--ink); }
+img { max-width: 100%; margin-top: 8px; border: 1px solid var(--line); }
+svg { max-width: 100%; height: auto; display: block; }
+svg text { font: 11.5px system-ui, sans-serif; fill: #6d6d74; }
+.small { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr));
+  gap: 10px 16px; margin: 14px 0 18px; }
+"""
+
+LEFT, RIGHT, TOP, BOTTOM = 44, 14, 26, 30
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points of one curve by x; `name` goes into the legend unless empty."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    colour: str
+    dashed: bool = False
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers from `low` to `high`, at most about `most` of them."""
+    span = high - low
+    if span <= 0:
+        return [low]
+    step = 10 ** math.floor(math.log10(span / most))
+    step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= most)
+    first = math.ceil(low / step - 1e-9)
+    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def chart(
+    lines: Sequence[Line],
+    width: int,
+    height: int,
+    x_title: str = "",
+    title: str = "",
+    y_range: tuple[float, float] | None = None,
+) -> str:
+    """An SVG of curves over a common x; empty without points. `y_range` None spans the finite values."""
+    finite = [
+        Line(line.name, [p for p in line.points if math.isfinite(p[1])], line.colour, line.dashed)
+        for line in lines
+    ]
+    points = [point for line in finite for point in line.points]
+    if not points:
+        return ""
+    x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
+    y_low, y_high = y_range or (min(y for _, y in points), max(y for _, y in points))
+    if y_range is None:
+        margin = 0.06 * (y_high - y_low) or 0.5
+        y_low, y_high = y_low - margin, y_high + margin
+    inner_width, inner_height = width - LEFT - RIGHT, height - TOP - BOTTOM
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_low) / (x_high - x_low) if x_high > x_low else 0.5
+        return LEFT + across * inner_width, TOP + (y_high - y) / (y_high - y_low) * inner_height
+
+    parts = [
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" '
+        f'aria-label="{escape(title or "chart")}">'
+    ]
+    for value in ticks(y_low, y_high, max(2, inner_height // 45)):
+        _, y = place(x_low, value)
+        parts.append(f'<line x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e3e2dd"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+    for value in ticks(x_low, x_high, max(2, inner_width // 110)):
+        x, _ = place(value, y_low)
+        parts.append(f'<text x="{x:.1f}" y="{height - BOTTOM + 16}" text-anchor="middle">{value:g}</text>')
+    if x_title:
+        parts.append(f'<text x="{width - RIGHT}" y="{height - 1}" text-anchor="end">{escape(x_title)}</text>')
+    for line in finite:
+        if line.points:
+            parts += _curve(line, [place(*point) for point in line.points])
+    parts.append(_legend([line for line in finite if line.name and len(finite) > 1], title))
+    return "".join(parts) + "</svg>"
+
+
+def _curve(line: Line, places: list[tuple[float, float]]) -> list[str]:
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    dash = ' stroke-dasharray="5 4"' if line.dashed else ""
+    style = f'fill="none" stroke="{line.colour}" stroke-width="1.8" stroke-linejoin="round"{dash}'
+    parts = [f'<polyline points="{path}" {style}/>']
+    if len(places) <= 20:  # few enough to be told apart
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.8" fill="{line.colour}"/>' for x, y in places]
+    return parts
+
+
+def _legend(lines: Sequence[Line], title: str) -> str:
+    parts = [f'<text x="{LEFT}" y="14" style="fill:{INK}">{escape(title)}</text>'] if title else []
+    x = LEFT + (9 * len(title) if title else 0)
+    for line in lines:
+        dash = ' stroke-dasharray="5 4"' if line.dashed else ""
+        parts.append(
+            f'<line x1="{x}" x2="{x + 20}" y1="10" y2="10" stroke="{line.colour}" stroke-width="2"{dash}/>'
+        )
+        parts.append(f'<text x="{x + 26}" y="14">{escape(line.name)}</text>')
+        x += 46 + 7 * len(line.name)
+    return "".join(parts)
