@@ -1,9 +1,12 @@
-"""A generator <-> a folder of safetensors and JSON. A folder without `complete.json` was cut short and is never read.
+"""A generator <-> a folder of safetensors and JSON. A folder without `complete.json` was cut short and is
+never read.
 
-    step_00000500/  config.json  model.safetensors  ema.safetensors  statistics.safetensors  resume/  complete.json
+step_00000500/  config.json  model.safetensors  ema.safetensors  statistics.safetensors  resume/
+complete.json
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -20,10 +23,12 @@ from repfusion.model import Generator, ModelConfig
 from repfusion.rae.encoder import weights_digest
 from repfusion.rae.statistics import LatentStatistics
 
+log = logging.getLogger(__name__)
 SCHEMA = 1
 COMPLETE = "complete.json"
 STEP_FOLDER = re.compile(r"step_(\d+)")
-# Stands for the folder of shipped weights in a saved config, so that a checkpoint can move to another machine.
+# Stands for the folder of shipped weights in a saved config, so that a checkpoint can move to another
+# machine.
 WEIGHTS_MARK = "{weights}"
 
 
@@ -40,13 +45,23 @@ def step_of(folder: Path) -> int:
 
 def complete_checkpoints(root: Path) -> list[Path]:
     """Checkpoints under `root` that were written to the end, by step."""
-    folders = [path for path in root.glob("step_*") if STEP_FOLDER.fullmatch(path.name) and (path / COMPLETE).exists()]
+    folders = [
+        path
+        for path in root.glob("step_*")
+        if STEP_FOLDER.fullmatch(path.name) and (path / COMPLETE).exists()
+    ]
     return sorted(folders, key=step_of)
 
 
 def latest_checkpoint(root: Path, resumable: bool = False) -> Path | None:
-    """The one of the highest step, or None; with `resumable`, the last that still holds its optimizer state."""
-    folders = [path for path in complete_checkpoints(root) if not resumable or (path / "resume" / "loop.json").exists()]
+    """The one of the highest step, or None; with `resumable`, the last that still holds its optimizer
+    state.
+    """
+    folders = [
+        path
+        for path in complete_checkpoints(root)
+        if not resumable or (path / "resume" / "loop.json").exists()
+    ]
     return folders[-1] if folders else None
 
 
@@ -70,7 +85,10 @@ def portable(config: Any, old: str = str(WEIGHTS), new: str = WEIGHTS_MARK) -> A
 
 def frozen_digests(generator: Generator) -> dict[str, str]:
     """sha256 of the frozen weights that a checkpoint relies on and does not hold."""
-    return {"encoder": weights_digest(generator.config.encoder.path), "mllm": generator.conditioner.mllm.digest}
+    return {
+        "encoder": weights_digest(generator.config.encoder.path),
+        "mllm": generator.conditioner.mllm.digest,
+    }
 
 
 def begin_checkpoint(folder: Path) -> Path:
@@ -89,25 +107,33 @@ def finish_checkpoint(working: Path, folder: Path, info: Mapping[str, Any]) -> N
     os.replace(working, folder)
 
 
-def write_model(folder: Path, generator: Generator, ema: Mapping[str, Tensor], digests: Mapping[str, str]) -> None:
+def write_model(
+    folder: Path, generator: Generator, ema: Mapping[str, Tensor], digests: Mapping[str, str]
+) -> None:
     """Weights, averaged weights, statistics and config; all that generating needs."""
     config = portable(generator.config.model_dump(mode="json"))
     write_json(folder / "config.json", {"schema": SCHEMA, "model": config, "digests": dict(digests)})
     weights = {name: p.detach().cpu().contiguous() for name, p in generator.trainable_state().items()}
     save_file(weights, str(folder / "model.safetensors"))
-    save_file({name: p.detach().cpu().contiguous() for name, p in ema.items()}, str(folder / "ema.safetensors"))
+    save_file(
+        {name: p.detach().cpu().contiguous() for name, p in ema.items()}, str(folder / "ema.safetensors")
+    )
     generator.statistics.save(folder / "statistics.safetensors")
 
 
 def save_checkpoint(folder: Path, generator: Generator, ema: Mapping[str, Tensor], **info: Any) -> None:
-    """A checkpoint to generate or start from, without the state that resuming needs. `info` goes to `complete.json`."""
+    """A checkpoint to generate or start from, without the state that resuming needs. `info` goes to
+    `complete.json`.
+    """
     working = begin_checkpoint(folder)
     write_model(working, generator, ema, frozen_digests(generator))
     finish_checkpoint(working, folder, info)
 
 
 def check_complete(folder: Path) -> dict[str, Any]:
-    """What `complete.json` says. ValueError where the checkpoint is missing, was cut short, or lost a file since."""
+    """What `complete.json` says. ValueError where the checkpoint is missing, was cut short, or lost a
+    file since.
+    """
     if not (folder / COMPLETE).exists():
         what = "has no complete.json: it was cut short" if folder.is_dir() else "does not exist"
         raise ValueError(f"checkpoint {folder} {what}; choose another checkpoint")
@@ -119,7 +145,9 @@ def check_complete(folder: Path) -> dict[str, Any]:
         got = path.stat().st_size if path.exists() else None
         if got != num_bytes:
             found = "missing" if got is None else f"{got} bytes long (truncated?)"
-            raise ValueError(f"checkpoint {folder}: {name} is {found}, expected {num_bytes} bytes; copy it again")
+            raise ValueError(
+                f"checkpoint {folder}: {name} is {found}, expected {num_bytes} bytes; copy it again"
+            )
     return info
 
 
@@ -134,13 +162,19 @@ def read_weights(folder: Path, use_ema: bool) -> dict[str, Tensor]:
     try:
         return load_file(str(path))
     except SafetensorError as error:
-        raise ValueError(f"checkpoint {folder}: {path.name} is not readable ({error}); copy it again") from error
+        raise ValueError(
+            f"checkpoint {folder}: {path.name} is not readable ({error}); copy it again"
+        ) from error
 
 
 def differences(got: Any, expected: Any, prefix: str = "") -> list[str]:
     if isinstance(got, dict) and isinstance(expected, dict):
         fields = [*got, *(field for field in expected if field not in got)]
-        return [line for f in fields for line in differences(got.get(f), expected.get(f), f"{prefix}.{f}" if prefix else f)]
+        return [
+            line
+            for f in fields
+            for line in differences(got.get(f), expected.get(f), f"{prefix}.{f}" if prefix else f)
+        ]
     return [] if got == expected else [f"{prefix} {got!r}, expected {expected!r}"]
 
 
@@ -148,7 +182,8 @@ def load_weights(generator: Generator, folder: Path, use_ema: bool = True) -> No
     """Weights of a checkpoint into a generator that was built already.
 
     Raises:
-        ValueError: of another geometry, naming the first tensors, and the config fields in which the two models differ.
+        ValueError: of another geometry, naming the first tensors, and the config fields in which the two
+            models differ.
     """
     check_complete(folder)
     try:
@@ -164,7 +199,8 @@ def load_checkpoint(folder: str | Path, use_ema: bool = True) -> Generator:
     """The generator of a checkpoint, on the CPU, in eval mode.
 
     Raises:
-        ValueError: an incomplete checkpoint, or frozen weights on this machine that are not those it was trained with.
+        ValueError: an incomplete checkpoint, or frozen weights on this machine that are not those it was
+            trained with.
     """
     folder = Path(folder)
     check_complete(folder)
@@ -184,8 +220,28 @@ def check_digests(folder: Path, saved: Mapping[str, str], present: Mapping[str, 
             )
 
 
+def check_continues(generator: Generator, folder: Path) -> None:
+    """A run that continues from a checkpoint must keep its encoder and noise levels, which no tensor's
+    shape tells apart.
+
+    Another MLLM of the same geometry is a legitimate experiment: that is only said.
+    """
+    saved, digests = read_config(folder)
+    present = frozen_digests(generator)
+    check_digests(folder, {"encoder": digests["encoder"]}, present)
+    if digests["mllm"] != present["mllm"]:
+        log.warning("continuing from %s with another MLLM than it was trained with", folder)
+    if saved.flow != generator.config.flow:
+        raise ValueError(
+            f"checkpoint {folder} was trained with model.flow {saved.flow}, the run has {generator.config.flow}; "
+            "leave model out of the config to take the checkpoint's"
+        )
+
+
 def prune_resume(root: Path, keep: int) -> None:
-    """Drops the optimizer state of all but the last `keep` checkpoints: it is several times the size of the weights."""
+    """Drops the optimizer state of all but the last `keep` checkpoints: it is several times the size of
+    the weights.
+    """
     resumable = [path for path in complete_checkpoints(root) if (path / "resume").exists()]
     for folder in resumable[: max(0, len(resumable) - keep)]:
         shutil.rmtree(folder / "resume")

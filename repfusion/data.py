@@ -1,7 +1,9 @@
-"""Columns of WebDataset tars -> batches of features and captions, in an order that a seed and a position decide.
+"""Columns of WebDataset tars -> batches of features and captions, in an order that a seed and a position
+decide.
 
-A column is a folder of tars with the same keys as the images. Tar headers are read once to find where each member lies; members
-are then read by offset, so the shuffle is exact over the whole data set and resuming is one integer.
+A column is a folder of tars with the same keys as the images. Tar headers are read once to find where each
+member lies; members are then read by offset, so the shuffle is exact over the whole data set and resuming is
+one integer.
 """
 
 import hashlib
@@ -16,7 +18,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,9 @@ class DataConfig(BaseModel):
     text: Path | None = None
     """Folder of precomputed prompt features (the `features` stage); needed where the method feeds on them."""
     cache_bytes: int = 2**30
-    """Decoded samples kept in memory on each rank, up to this many bytes; 0 reads every sample from its tar each time."""
+    """Decoded samples kept in memory on each rank, up to this many bytes; 0 reads every sample from its
+    tar each time.
+    """
     prefetch_steps: int = 2
     """Steps read ahead by a thread, so that the loop does not wait for the disk."""
 
@@ -71,7 +74,9 @@ def rebuild_hint(shard: Path) -> str:
 
 
 def scan_tar(path: Path) -> dict[str, tuple[int, int]]:
-    """Members of a tar as name -> (offset of its bytes, size). ValueError where the tar is cut short or not a tar."""
+    """Members of a tar as name -> (offset of its bytes, size). ValueError where the tar is cut short or
+    not a tar.
+    """
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f"{path}: empty file; {rebuild_hint(path)}")
@@ -100,7 +105,9 @@ def scan_tar(path: Path) -> dict[str, tuple[int, int]]:
                     f"{rebuild_hint(path)}"
                 )
             position += -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
-    raise ValueError(f"{path}: truncated: the end-of-archive mark is missing after {len(members)} members; {rebuild_hint(path)}")
+    raise ValueError(
+        f"{path}: truncated: the end-of-archive mark is missing after {len(members)} members; {rebuild_hint(path)}"
+    )
 
 
 def scan_tar_slowly(path: Path) -> dict[str, tuple[int, int]]:
@@ -124,21 +131,20 @@ def shard_names(folder: Path) -> list[str]:
 
 
 def manifest_digest(folder: Path) -> str | None:
-    """sha256 of a stage's manifest without its timings: the name of the data set. None where the folder has no manifest."""
+    """sha256 of a stage's manifest without times and versions: the name of the data. None where there is
+    no manifest.
+    """
     path = folder / "manifest.json"
     if not path.exists():
         return None
 
-    def timeless(value: Any) -> Any:
-        match value:
-            case dict():
-                return {key: timeless(item) for key, item in value.items() if key != "seconds"}
-            case list():
-                return [timeless(item) for item in value]
-            case _:
-                return value
-
-    text = json.dumps(timeless(json.loads(path.read_text())), sort_keys=True, separators=(",", ":"))
+    manifest = json.loads(path.read_text())
+    content = {key: value for key, value in manifest.items() if key != "seconds"}
+    content["shards"] = [
+        {key: value for key, value in shard.items() if key not in ("seconds", "versions")}
+        for shard in manifest["shards"]
+    ]
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -160,7 +166,11 @@ class Column:
                     f"({len(missing)} of {len(keys)} keys lack it); {rebuild_hint(path)}"
                 )
         absent = (-1, 0)
-        self.spans.append(np.array([members.get(f"{key}.{self.extension}", absent) for key in keys], np.int64).reshape(-1, 2))
+        self.spans.append(
+            np.array([members.get(f"{key}.{self.extension}", absent) for key in keys], np.int64).reshape(
+                -1, 2
+            )
+        )
         self.files.append(os.open(path, os.O_RDONLY))
 
     def read(self, shard: int, row: int) -> bytes | None:
@@ -176,17 +186,20 @@ def read_array(raw: bytes, path: Path, key: str) -> np.ndarray:
     try:
         return np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)
     except ValueError as error:
-        raise ValueError(f"shard {path}, key {key}: not a readable npy member ({error}); {rebuild_hint(path)}") from error
+        raise ValueError(
+            f"shard {path}, key {key}: not a readable npy member ({error}); {rebuild_hint(path)}"
+        ) from error
 
 
 class ColumnDataset:
     """Random access to samples whose captions, features and (optionally) text features lie in separate tars.
 
-    Opening it reads every tar header and checks that all columns hold the same keys and that features have one shape and dtype.
+    Opening it reads every tar header and checks that all columns hold the same keys and that features
+    have one shape and dtype.
 
     Raises:
-        ValueError: a tar is truncated, a key is missing or extra in a column, or a shape or dtype differs; the message names the
-            shard, the key and what to run.
+        ValueError: a tar is truncated, a key is missing or extra in a column, or a shape or dtype differs;
+            the message names the shard, the key and what to run.
     """
 
     def __init__(self, images: Path, features: Path, text: Path | None = None, cache_bytes: int = 0):
@@ -229,7 +242,9 @@ class ColumnDataset:
                 )
 
     def _check_shards(self) -> None:
-        """Every shard's first array has the shape of the first; equal member sizes then hold for the rest of the shard."""
+        """Every shard's first array has the shape of the first; equal member sizes then hold for the rest
+        of the shard.
+        """
         for shard, keys in enumerate(self.keys):
             if not keys:
                 continue
@@ -293,7 +308,9 @@ class ColumnDataset:
 
 @lru_cache(maxsize=2)
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of one epoch. Two are kept, since a batch may span the end of one and the start of the next."""
+    """The permutation of one epoch. Two are kept, since a batch may span the end of one and the start of
+    the next.
+    """
     return np.random.default_rng([seed, epoch]).permutation(num_samples)
 
 
@@ -308,7 +325,9 @@ def make_batch(dataset: ColumnDataset, positions: list[int], seed: int) -> Batch
     captions = [
         sample.captions[0]
         if len(sample.captions) == 1
-        else sample.captions[int(np.random.SeedSequence([seed, position]).generate_state(1)[0]) % len(sample.captions)]
+        else sample.captions[
+            int(np.random.SeedSequence([seed, position]).generate_state(1)[0]) % len(sample.captions)
+        ]
         for sample, position in zip(samples, positions, strict=True)
     ]
     features = torch.from_numpy(np.stack([sample.features for sample in samples]))
@@ -316,11 +335,18 @@ def make_batch(dataset: ColumnDataset, positions: list[int], seed: int) -> Batch
     return Batch(positions, [sample.key for sample in samples], captions, features, text)
 
 
-def micro_positions(step: int, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int) -> list[list[int]]:
-    """Global positions of one step's micro-batches on this rank: a contiguous slice of the global batch, cut into equal parts."""
+def micro_positions(
+    step: int, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
+) -> list[list[int]]:
+    """Global positions of one step's micro-batches on this rank: a contiguous slice of the global batch,
+    cut into equal parts.
+    """
     per_rank = global_batch_size // world_size
     first = step * global_batch_size + rank * per_rank
-    return [list(range(start, start + micro_batch_size)) for start in range(first, first + per_rank, micro_batch_size)]
+    return [
+        list(range(start, start + micro_batch_size))
+        for start in range(first, first + per_rank, micro_batch_size)
+    ]
 
 
 def batches(
@@ -337,10 +363,13 @@ def batches(
 ) -> Iterator[list[Batch]]:
     """The micro-batches of steps `first_step` to `num_steps`, read ahead by a thread.
 
-    Sample i of step s has global position s * global_batch_size + i whatever the world size or the micro-batch split, so a run
-    may be stopped and continued at any step, on any number of ranks, and see the same samples.
+    Sample i of step s has global position s * global_batch_size + i whatever the world size or the micro-
+    batch split, so a run may be stopped and continued at any step, on any number of ranks, and see the
+    same samples.
     """
-    if micro_batch_size * world_size > global_batch_size or global_batch_size % (micro_batch_size * world_size):
+    if micro_batch_size * world_size > global_batch_size or global_batch_size % (
+        micro_batch_size * world_size
+    ):
         raise ValueError(f"{micro_batch_size=} x {world_size=} must divide {global_batch_size=}")
     ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=max(1, prefetch_steps))
     stopped = threading.Event()

@@ -71,6 +71,13 @@ def rotate(x: Float[Tensor, "b h n d"], rotary: Float[Tensor, "n half 2"]) -> Fl
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
+class RMSNorm(nn.RMSNorm):
+    """With its gain cast to the input: under autocast a float32 gain on bfloat16 input would leave the fused kernel."""
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Multi-head attention with normalised queries and keys; over itself, or over a context of `context_dim`."""
 
@@ -80,8 +87,8 @@ class Attention(nn.Module):
         self.is_cross = context_dim is not None
         self.query = nn.Linear(dim, dim, bias=False)
         self.key_value = nn.Linear(context_dim or dim, 2 * dim, bias=False)
-        self.query_norm = nn.RMSNorm(dim // num_heads)
-        self.key_norm = nn.RMSNorm(dim // num_heads)
+        self.query_norm = RMSNorm(dim // num_heads, eps=1e-6)
+        self.key_norm = RMSNorm(dim // num_heads, eps=1e-6)
         self.out = nn.Linear(dim, dim)
         if self.is_cross:
             nn.init.zeros_(self.out.weight)
@@ -128,7 +135,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = SwiGLU(dim, config.mlp_ratio)
         if config.interface == "cross_attention":
-            self.cross_norm = nn.RMSNorm(dim, eps=1e-6)
+            self.cross_norm = RMSNorm(dim, eps=1e-6)
             self.cross_attention = Attention(dim, config.num_heads, context_dim=condition_dim)
 
     def forward(

@@ -1,4 +1,6 @@
-"""Exponential moving average of the trainable weights, in float32 (EDM2, arXiv 2312.02696, appendix C; fixed decay)."""
+"""Exponential moving average of the trainable weights, in float32 (EDM2, arXiv 2312.02696, appendix C;
+fixed decay).
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +15,9 @@ class EMA:
     Args:
         parameters: name -> parameter, the ones that train; read at every update.
         decay: in [0, 1).
-        ramp: start with the decay (1 + step) / (10 + step) while it is below `decay`, so that the average of a model trained from
-            scratch forgets its random start. A model that continues from a base starts from good weights and needs none.
+        ramp: start with the decay (1 + step) / (10 + step) while it is below `decay`, so that the average of
+            a model trained from scratch forgets its random start. A model that continues from a base starts
+            from good weights and needs none.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float, ramp: bool = True):
@@ -41,15 +44,21 @@ class EMA:
         """Strict: ValueError where a name or a shape differs."""
         if state.keys() != self.average.keys():
             odd = sorted(state.keys() ^ self.average.keys())
-            raise ValueError(f"EMA weights do not match the model: {odd[0]} is on one side only ({len(odd)} such tensors)")
+            raise ValueError(
+                f"EMA weights do not match the model: {odd[0]} is on one side only ({len(odd)} such tensors)"
+            )
         for name, value in self.average.items():
             if state[name].shape != value.shape:
-                raise ValueError(f"EMA tensor {name} is {tuple(state[name].shape)}, expected {tuple(value.shape)}")
+                raise ValueError(
+                    f"EMA tensor {name} is {tuple(state[name].shape)}, expected {tuple(value.shape)}"
+                )
             value.copy_(state[name])
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model holds the averaged weights; the trained ones come back afterwards, bit for bit."""
+        """Inside, the model holds the averaged weights; the trained ones come back afterwards, bit for
+        bit.
+        """
         with torch.no_grad():
             kept = {name: p.detach().clone() for name, p in self.parameters.items()}
             for name, p in self.parameters.items():

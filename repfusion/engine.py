@@ -1,6 +1,8 @@
-"""DeepSpeed around a module: micro-batch losses -> one optimizer update. The only file that imports deepspeed.
+"""DeepSpeed around a module: micro-batch losses -> one optimizer update. The only file that imports
+deepspeed.
 
-Master weights are float32 throughout; "bf16" is autocast around the forward pass. DeepSpeed's own bf16 mode would cast the weights.
+Master weights are float32 throughout; "bf16" is autocast around the forward pass. DeepSpeed's own bf16 mode
+would cast the weights.
 """
 
 import math
@@ -45,13 +47,17 @@ class EngineConfig(BaseModel):
     micro_batch_size: int = 32
     """Samples per forward pass on one rank; gradient accumulation makes up the rest of the global batch."""
     attention: Literal["auto", "math", "torch"] = "auto"
-    """SDPA backend. auto: math on CPU (1.5x there: the flash backward is slow on short sequences), torch's choice on GPU."""
+    """SDPA backend. auto: math on CPU (1.5x there: the flash backward is slow on short sequences),
+    torch's choice on GPU.
+    """
     num_threads: int | None = None
     """Threads per worker on CPU; None divides the cores among the local workers."""
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient is not finite. Raised before the update, so the weights are those of the last good step."""
+    """A loss or gradient is not finite. Raised before the update, so the weights are those of the last
+    good step.
+    """
 
 
 @dataclass(frozen=True)
@@ -75,23 +81,31 @@ def grad_accum_steps(global_batch_size: int, micro_batch_size: int, world_size: 
 
 
 def learning_rate(config: EngineConfig, step: int, num_steps: int) -> float:
-    """Learning rate of the update that follows `step` completed ones. A function of the step alone: nothing to save."""
+    """Learning rate of the update that follows `step` completed ones. A function of the step alone:
+    nothing to save.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
     progress = min(1.0, (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps))
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return config.lr * (
+        config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    )
 
 
-def deepspeed_config(config: EngineConfig, global_batch_size: int, world_size: int, num_trainable: int) -> dict[str, Any]:
+def deepspeed_config(
+    config: EngineConfig, global_batch_size: int, world_size: int, num_trainable: int
+) -> dict[str, Any]:
     """The JSON that DeepSpeed wants."""
     # Buckets are allocated whole: DeepSpeed's default of 5e8 elements takes 2 GB however small the model is.
     bucket = max(1, min(num_trainable, 500_000_000))
     return {
         "train_batch_size": global_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": grad_accum_steps(global_batch_size, config.micro_batch_size, world_size),
+        "gradient_accumulation_steps": grad_accum_steps(
+            global_batch_size, config.micro_batch_size, world_size
+        ),
         "gradient_clipping": config.grad_clip or 0.0,
         "steps_per_print": None,
         "zero_optimization": {
@@ -115,7 +129,9 @@ def prepare_environment() -> None:
 
 
 def init_process_group() -> None:
-    """Join the group that torchrun or Ray Train describes, or make one of a single process, which needs no port."""
+    """Join the group that torchrun or Ray Train describes, or make one of a single process, which needs
+    no port.
+    """
     if dist.is_initialized():
         return
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -137,7 +153,9 @@ def quiet_stdout() -> Iterator[None]:
 
 
 class Forward(nn.Module):
-    """The module as DeepSpeed calls it. Autocast is entered in here, since DeepSpeed's engine turns off any entered outside."""
+    """The module as DeepSpeed calls it. Autocast is entered in here, since DeepSpeed's engine turns off
+    any entered outside.
+    """
 
     def __init__(self, module: nn.Module, precision: str, device: torch.device, math_attention: bool):
         super().__init__()
@@ -158,10 +176,12 @@ def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 class Engine:
     """A module under DeepSpeed: `loss_of` micro-batches, then `update`.
 
-    The module returns one loss per sample; the step's loss is their mean over the global batch, so N micro-batches equal one batch.
+    The module returns one loss per sample; the step's loss is their mean over the global batch, so N
+    micro-batches equal one batch.
 
     Args:
-        module: trains its parameters that require gradients; the others stay as they are (stored as bfloat16 on a GPU).
+        module: trains its parameters that require gradients; the others stay as they are (stored as bfloat16
+            on a GPU).
         num_steps: length of the run, for the learning-rate schedule.
     """
 
@@ -186,8 +206,12 @@ class Engine:
             for parameter in module.parameters():
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(torch.bfloat16)
-        math_attention = config.attention == "math" or (config.attention == "auto" and self.device.type == "cpu")
-        self.deepspeed = self._initialize(Forward(module, config.precision, self.device, math_attention), global_batch_size)
+        math_attention = config.attention == "math" or (
+            config.attention == "auto" and self.device.type == "cpu"
+        )
+        self.deepspeed = self._initialize(
+            Forward(module, config.precision, self.device, math_attention), global_batch_size
+        )
         self.losses: list[Tensor] = []
         self.keys: list[str] = []
 
@@ -197,7 +221,8 @@ class Engine:
             import deepspeed
             import deepspeed.ops
 
-            # On CPU, DeepSpeed would compile a shared-memory operator on first use: a minute, and a C++ compiler needed.
+            # On CPU, DeepSpeed would compile a shared-memory operator on first use: a minute,
+            # and a C++ compiler needed.
             # Only its inference all-reduce calls it; training goes through gloo.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             parameters = self.parameters.values()
@@ -206,14 +231,19 @@ class Engine:
                 {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
             ]
             optimizer = torch.optim.AdamW(
-                [group for group in groups if group["params"]], lr=self.config.lr, betas=self.config.betas, fused=True
+                [group for group in groups if group["params"]],
+                lr=self.config.lr,
+                betas=self.config.betas,
+                fused=True,
             )
             num_trainable = sum(p.numel() for p in parameters)
             settings = deepspeed_config(self.config, global_batch_size, self.world_size, num_trainable)
             return deepspeed.initialize(model=forward, optimizer=optimizer, config=settings)[0]
 
     def accumulate(self, keys: list[str], **inputs: Any) -> Float[Tensor, " b"]:
-        """Forward and backward of one micro-batch; returns its loss per sample. `keys` name the samples should one go wrong."""
+        """Forward and backward of one micro-batch; returns its loss per sample. `keys` name the samples
+        should one go wrong.
+        """
         losses = self.deepspeed(**inputs).float()
         self.deepspeed.backward(losses.mean())
         self.losses.append(losses.detach())
@@ -242,7 +272,11 @@ class Engine:
             group["lr"] = lr
         if self.config.zero_stage == 0:
             # Without ZeRO, DeepSpeed would apply a gradient that is not finite.
-            norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))
+            norm = float(
+                torch.nn.utils.get_total_norm(
+                    [p.grad for p in self.parameters.values() if p.grad is not None]
+                )
+            )
             if not math.isfinite(norm):
                 self._stop("gradient", step, keys)
             self.deepspeed.step()
@@ -276,7 +310,9 @@ class Engine:
     def load(self, folder: Path) -> None:
         """Continue bit for bit from `save` at the same world size. Called by all ranks."""
         with quiet_stdout():
-            path, _ = self.deepspeed.load_checkpoint(str(folder), tag="deepspeed", custom_load_fn=self._load_module)
+            path, _ = self.deepspeed.load_checkpoint(
+                str(folder), tag="deepspeed", custom_load_fn=self._load_module
+            )
         if path is None:
             raise ValueError(f"{folder}: no DeepSpeed state here; the checkpoint is incomplete")
 
@@ -284,7 +320,9 @@ class Engine:
         missing, unexpected = dst.load_state_dict(src, strict=False)
         missing = [name for name in missing if name.removeprefix("module.") in self.parameters]
         if missing or unexpected:
-            raise ValueError(f"resume state does not match the model: missing {missing[:3]}, unexpected {unexpected[:3]}")
+            raise ValueError(
+                f"resume state does not match the model: missing {missing[:3]}, unexpected {unexpected[:3]}"
+            )
 
     def barrier(self) -> None:
         dist.barrier()
@@ -308,5 +346,3 @@ def shut_down() -> None:
     """Leave the process group, for a process that started it itself."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-

@@ -1,7 +1,7 @@
 """Runs in MLflow: parameters, metrics, images and the data set's digest. The only file that imports mlflow.
 
-The store is one SQLite file. Its schema is created once, by `prepare_store`, before any worker opens it: two processes that first use
-a new file at the same time fail.
+The store is one SQLite file. Its schema is created once, by `prepare_store`, before any worker opens it: two
+processes that first use a new file at the same time fail.
 """
 
 import json
@@ -58,7 +58,9 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def prepare_store(uri: str, experiment: str) -> str:
-    """Creates the store and the experiment where they do not exist; returns the experiment's id. Call once, before workers start."""
+    """Creates the store and the experiment where they do not exist; returns the experiment's id. Call
+    once, before workers start.
+    """
     path = sqlite_path(uri)
     artifacts = None
     if path is not None:
@@ -67,16 +69,28 @@ def prepare_store(uri: str, experiment: str) -> str:
         artifacts = (path.parent / "mlartifacts").resolve().as_uri()
     client = _client(uri)
     found = client.get_experiment_by_name(experiment)
-    return client.create_experiment(experiment, artifact_location=artifacts) if found is None else found.experiment_id
+    return (
+        client.create_experiment(experiment, artifact_location=artifacts)
+        if found is None
+        else found.experiment_id
+    )
 
 
 class Tracker:
-    """One MLflow run. Where `config.uri` is None, every method does nothing and `run_id` is None."""
+    """One MLflow run. Where `config.uri` is None, every method does nothing and `run_id` is None.
 
-    def __init__(self, config: TrackingConfig):
+    With `attach`, logs into `config.run_id` without touching its status: an evaluation beside the
+    training that owns the run.
+    """
+
+    def __init__(self, config: TrackingConfig, attach: bool = False):
         self.uri, self.run_id = config.uri, config.run_id
         self.client = None
         if config.uri is None:
+            return
+        if attach:
+            assert config.run_id is not None
+            self.client = _client(config.uri)
             return
         experiment_id = prepare_store(config.uri, config.experiment)
         self.client = _client(config.uri)
@@ -102,21 +116,27 @@ class Tracker:
         import mlflow.entities
 
         now = int(time.time() * 1000)
-        self.client.log_batch(self.run_id, [mlflow.entities.Metric(k, float(v), now, step) for k, v in metrics.items()])
+        self.client.log_batch(
+            self.run_id, [mlflow.entities.Metric(k, float(v), now, step) for k, v in metrics.items()]
+        )
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         if self.client is not None:
             self.client.log_artifact(self.run_id, str(path), folder)
 
     def log_dataset(self, name: str, digest: str | None, folder: str, num_samples: int) -> None:
-        """A column as the run's input, with the digest of its manifest. MLflow has no WebDataset source of its own."""
+        """A column as the run's input, with the digest of its manifest. MLflow has no WebDataset source
+        of its own.
+        """
         if self.client is None:
             return
         import mlflow.entities
 
         dataset = mlflow.entities.Dataset(
             name=name,
-            digest=(digest or "unversioned")[:36],  # MLflow's column is 36 characters wide; the tag below holds all of it
+            digest=(digest or "unversioned")[
+                :36
+            ],  # MLflow's column is 36 characters wide; the tag below holds all of it
             source_type="webdataset",
             source=json.dumps({"folder": folder, "manifest_digest": digest}),
             profile=json.dumps({"num_samples": num_samples}),
@@ -133,3 +153,9 @@ class Tracker:
         """`status`: FINISHED, FAILED or KILLED."""
         if self.client is not None:
             self.client.set_terminated(self.run_id, status)
+
+
+def metric_history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
+    """(step, value) of one metric of a run, by step; empty where it was never logged."""
+    history = _client(uri).get_metric_history(run_id, name)
+    return sorted((metric.step, metric.value) for metric in history)

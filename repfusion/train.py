@@ -1,9 +1,10 @@
-"""Config and columns of tars -> checkpoints: `python -m repfusion.train CONFIG.yaml [key.path=value ...]`, or under torchrun."""
+"""Config and columns of tars -> checkpoints: `python -m repfusion.train CONFIG.yaml [key.path=value
+...]`, or under torchrun.
+"""
 
 import argparse
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -15,18 +16,20 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tqdm import tqdm
 
 from repfusion.checkpoint import (
     begin_checkpoint,
     check_complete,
+    check_continues,
     checkpoint_folder,
     finish_checkpoint,
     frozen_digests,
     latest_checkpoint,
     load_weights,
     prune_resume,
+    read_config,
     read_weights,
     write_json,
     write_model,
@@ -52,13 +55,17 @@ class TrainConfig(BaseModel):
     data: DataConfig
     """The columns to train on."""
     model: ModelConfig = ModelConfig()
-    """What is trained, and the frozen parts it stands on."""
+    """What is trained, and the frozen parts it stands on. With `init_from`, fields that are not given are
+    that checkpoint's.
+    """
     engine: EngineConfig = EngineConfig()
     """Optimizer, precision, sharding."""
     tracking: TrackingConfig = TrackingConfig()
     """Where metrics go."""
     init_from: Path | None = None
-    """Checkpoint whose averaged weights and latent statistics the run starts from; None starts from scratch."""
+    """Checkpoint whose averaged weights and latent statistics the run starts from; None starts from
+    scratch.
+    """
     num_steps: int = Field(default=1000, ge=0)
     """Updates in all, those before a resume included."""
     global_batch_size: int = Field(default=64, ge=1)
@@ -82,6 +89,21 @@ class TrainConfig(BaseModel):
     sampler: SamplerConfig = SamplerConfig()
     """How the grids are sampled."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _continue_from(cls, values: Any) -> Any:
+        """Model fields that are not given come from `init_from`; a checkpoint that is not there is an
+        error of `train`.
+        """
+        given = values.get("model") if isinstance(values, dict) else None
+        if not isinstance(values, dict) or not values.get("init_from") or not isinstance(given, dict | None):
+            return values
+        folder = Path(values["init_from"])
+        if not (folder / "config.json").is_file():
+            return values
+        saved = read_config(folder)[0].model_dump(mode="json")
+        return {**values, "model": OmegaConf.to_container(OmegaConf.merge(saved, given or {}))}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -103,14 +125,18 @@ def build_generator(config: TrainConfig, dataset: ColumnDataset) -> Generator:
     """From scratch on the data set's statistics, or from a checkpoint with its own.
 
     Raises:
-        ValueError: the checkpoint is of another geometry, or the features are not those of the model's encoder.
+        ValueError: the checkpoint is of another geometry, encoder or noise schedule, or the features are not
+            the encoder's.
     """
+    if config.init_from is not None:
+        check_complete(config.init_from)
     source = config.data.features if config.init_from is None else config.init_from
     statistics = LatentStatistics.load(source / "statistics.safetensors")
     torch.manual_seed(config.seed)
     generator = Generator.build(config.model, statistics)
     if config.init_from is not None:
         load_weights(generator, config.init_from)
+        check_continues(generator, config.init_from)
     if dataset.shape != generator.latent_shape:
         raise ValueError(
             f"{config.data.features}: features are {dataset.shape}, the model makes {generator.latent_shape}; "
@@ -123,13 +149,23 @@ def inputs_of(batch: Batch, generator: Generator, config: TrainConfig) -> dict[s
     """What `Generator.forward` takes: normalised latents, prompts (some dropped), noise levels and noise."""
     device = generator.device
     draws = draw(
-        config.seed, batch.positions, generator.latent_shape, generator.shift, config.condition_dropout, device
+        config.seed,
+        batch.positions,
+        generator.latent_shape,
+        generator.shift,
+        config.condition_dropout,
+        device,
     )
     is_static = generator.prompt_column == "features" and batch.text is not None
     prompts: list[Any] = list(batch.text if is_static and batch.text is not None else batch.captions)
     prompts = ["" if dropped else p for p, dropped in zip(prompts, draws.dropped.tolist(), strict=True)]
     latents = generator.normalise(batch.features.to(device, non_blocking=True))
-    return {"latents": latents, "prompts": generator.prompt_batch(prompts), "t": draws.t, "noise": draws.noise}
+    return {
+        "latents": latents,
+        "prompts": generator.prompt_batch(prompts),
+        "t": draws.t,
+        "noise": draws.noise,
+    }
 
 
 def loop_state(config: TrainConfig, dataset: ColumnDataset, world_size: int) -> dict[str, Any]:
@@ -145,7 +181,9 @@ def loop_state(config: TrainConfig, dataset: ColumnDataset, world_size: int) -> 
 
 
 def resume(folder: Path, engine: Engine, ema: EMA, expected: dict[str, Any]) -> int:
-    """Loads optimizer, weights and EMA; returns the number of completed steps. ValueError where the run differs."""
+    """Loads optimizer, weights and EMA; returns the number of completed steps. ValueError where the run
+    differs.
+    """
     check_complete(folder)
     state = json.loads((folder / "resume" / "loop.json").read_text())
     for field, value in expected.items():
@@ -160,7 +198,13 @@ def resume(folder: Path, engine: Engine, ema: EMA, expected: dict[str, Any]) -> 
 
 
 def snapshot(
-    root: Path, step: int, generator: Generator, ema: EMA, engine: Engine, digests: dict[str, str], state: dict[str, Any]
+    root: Path,
+    step: int,
+    generator: Generator,
+    ema: EMA,
+    engine: Engine,
+    digests: dict[str, str],
+    state: dict[str, Any],
 ) -> Path:
     """Writes the checkpoint of `step` completed steps; called by all ranks."""
     folder = checkpoint_folder(root, step)
@@ -181,9 +225,14 @@ def draw_grid(config: TrainConfig, generator: Generator, ema: EMA, step: int) ->
     from PIL import Image
 
     prompts = list(config.sample_prompts)
-    noise = draw(config.seed, list(range(len(prompts))), generator.latent_shape, 1.0, 0.0, generator.device).noise
+    noise = draw(
+        config.seed, list(range(len(prompts))), generator.latent_shape, 1.0, 0.0, generator.device
+    ).noise
     decoder = generator.load_decoder()
-    with ema.applied(), torch.autocast(generator.device.type, torch.bfloat16, enabled=generator.device.type == "cuda"):
+    with (
+        ema.applied(),
+        torch.autocast(generator.device.type, torch.bfloat16, enabled=generator.device.type == "cuda"),
+    ):
         latents = sample(generator, prompts, noise, config.sampler)
     pixels = decoder(generator.denormalise(latents).float()).clamp(0, 1)
     row = (pixels * 255).round().byte().permute(2, 0, 3, 1).flatten(1, 2)
@@ -217,14 +266,17 @@ def train(
 ) -> dict[str, Any]:
     """Trains to `num_steps`, resuming from the last checkpoint of `output_dir`; returns what train.json says.
 
-    The callbacks are called on every rank: after a checkpoint is complete (folder, step), and after each log line.
+    The callbacks are called on every rank: after a checkpoint is complete (folder, step), and after each
+    log line.
 
     Raises:
         ValueError: data, model or resume state do not fit.
         NonFiniteError: a loss or gradient is not finite; the weights were not updated.
     """
     # Validate what needs no model
-    dataset = ColumnDataset(config.data.images, config.data.features, config.data.text, config.data.cache_bytes)
+    dataset = ColumnDataset(
+        config.data.images, config.data.features, config.data.text, config.data.cache_bytes
+    )
     checkpoints = config.output_dir / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
 
@@ -296,7 +348,9 @@ def train(
                 report = Report(done, mean, stats.grad_norm, stats.lr, rate, waited_sec / seconds)
                 bar.set_postfix(loss=f"{report.loss:.4f}", samples_per_sec=f"{rate:.0f}")
                 if is_main and not show_bar:
-                    log.info("step %d/%d loss %.4f, %.0f samples/s", done, config.num_steps, report.loss, rate)
+                    log.info(
+                        "step %d/%d loss %.4f, %.0f samples/s", done, config.num_steps, report.loss, rate
+                    )
                 tracker.log_metrics(report.metrics(), done)
                 if on_report is not None:
                     on_report(report)
@@ -310,7 +364,12 @@ def train(
                     prune_resume(checkpoints, config.keep_resume)
                 if on_checkpoint is not None:
                     on_checkpoint(folder, done)
-            if is_main and config.sample_prompts and config.sample_every_steps and done % config.sample_every_steps == 0:
+            if (
+                is_main
+                and config.sample_prompts
+                and config.sample_every_steps
+                and done % config.sample_every_steps == 0
+            ):
                 tracker.log_artifact(draw_grid(config, generator, ema, done), "samples")
             aside_sec += time.perf_counter() - aside
             last_report += time.perf_counter() - aside
@@ -329,7 +388,12 @@ def train(
 
 
 def summarise(
-    config: TrainConfig, first_step: int, seconds: float, recent: list[float], world_size: int, tracker: Tracker
+    config: TrainConfig,
+    first_step: int,
+    seconds: float,
+    recent: list[float],
+    world_size: int,
+    tracker: Tracker,
 ) -> dict[str, Any]:
     """What train.json says. Nothing left to train: what it said before."""
     path = config.output_dir / "train.json"
@@ -340,7 +404,7 @@ def summarise(
         "steps": config.num_steps,
         "resumed_at_step": first_step,
         "samples_per_sec": num_steps * config.global_batch_size / seconds,
-        "final_loss": sum(recent) / len(recent) if recent else math.nan,
+        "final_loss": sum(recent) / len(recent) if recent else None,
         "train_sec": seconds,
         "world_size": world_size,
         "tracking_uri": config.tracking.uri,

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from repfusion.conditioning import Condition
-from repfusion.dit import Interface
+from repfusion.dit import Interface, RMSNorm
 from repfusion.mllm import MLLM
 
 
@@ -44,7 +44,7 @@ class TextEmbedConditioner(nn.Module):
     def __init__(self, mllm: MLLM):
         super().__init__()
         self.mllm = mllm
-        self.norm = nn.RMSNorm(mllm.width, eps=1e-6)
+        self.norm = RMSNorm(mllm.width, eps=1e-6)
 
     def prepare(self, prompts: list[str | Float[Tensor, "m c"]], device: torch.device, reuse: bool = False) -> TextFeatures:
         """Prompts, as text or as precomputed features -> padded features. `reuse` changes nothing: they are static.

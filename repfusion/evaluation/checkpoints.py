@@ -73,12 +73,18 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _gallery_rows(prompts: list[Prompt]) -> tuple[list[int], list[str]]:
-    """Indices of the first prompts of each task, a row a task, and the rows' titles."""
-    rows = {task: [i for i, p in enumerate(prompts) if p.task == task][:GALLERY_COLUMNS] for task in TASKS}
-    full = {task: row for task, row in rows.items() if len(row) == GALLERY_COLUMNS}
+    """Indices of some prompts of each task, different ones as far as there are, a row a task; the rows' titles."""
+    rows: dict[str, list[int]] = {}
+    for task in TASKS:
+        own = [i for i, prompt in enumerate(prompts) if prompt.task == task]
+        first = {prompts[i].text: i for i in reversed(own)}
+        rows[task.replace("_", " ")] = sorted(own, key=lambda i: (first[prompts[i].text] != i, i))[
+            :GALLERY_COLUMNS
+        ]
+    full = {title: row for title, row in rows.items() if len(row) == GALLERY_COLUMNS}
     if not full:
         return list(range(len(prompts))), []
-    return [i for row in full.values() for i in row], [task.replace("_", " ") for task in full]
+    return [i for row in full.values() for i in row], list(full)
 
 
 def evaluate_checkpoint(

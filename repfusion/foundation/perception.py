@@ -51,7 +51,7 @@ class FoundationConfig(BaseModel):
     """Steps of LLaVA training."""
     language_steps: int = 2_000
     """Steps of the twin."""
-    decoder_steps: int = 6_000
+    decoder_steps: int = 3_000
     """Steps of the RAE decoder."""
     batch_size: int = 128
     """Scenes a step."""

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from repfusion.dit import Attention, SwiGLU, rotary_2d
+from repfusion.dit import Attention, RMSNorm, SwiGLU, rotary_2d
 
 
 class RAEDecoderConfig(BaseModel):
@@ -33,9 +33,9 @@ class RAEDecoderConfig(BaseModel):
 class DecoderBlock(nn.Module):
     def __init__(self, config: RAEDecoderConfig):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.attention_norm = RMSNorm(config.hidden_size, eps=1e-6)
         self.attention = Attention(config.hidden_size, config.num_heads)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=1e-6)
         self.mlp = SwiGLU(config.hidden_size, mlp_ratio=4.0)
 
     def forward(self, x: Float[Tensor, "b n d"], rotary: Float[Tensor, "n half 2"]) -> Float[Tensor, "b n d"]:
@@ -55,7 +55,7 @@ class RAEDecoder(nn.Module):
         self.config = config
         self.embed = nn.Linear(config.feature_dim, config.hidden_size)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.depth))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.norm = RMSNorm(config.hidden_size, eps=1e-6)
         self.out = nn.Linear(config.hidden_size, config.patch_size**2 * 3)
         self.register_buffer("positions", sin_cos_positions(config.grid, config.hidden_size), persistent=False)
         self.register_buffer("rotary", rotary_2d(config.grid, config.hidden_size // config.num_heads), persistent=False)
