@@ -233,7 +233,8 @@ def check_continues(generator: Generator, folder: Path) -> None:
         log.warning("continuing from %s with another MLLM than it was trained with", folder)
     if saved.flow != generator.config.flow:
         raise ValueError(
-            f"checkpoint {folder} was trained with model.flow {saved.flow}, the run has {generator.config.flow}; "
+            f"checkpoint {folder} was trained with model.flow {saved.flow}, "
+            f"the run has {generator.config.flow}; "
             "leave model out of the config to take the checkpoint's"
         )
 

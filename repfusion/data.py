@@ -88,8 +88,8 @@ def scan_tar(path: Path) -> dict[str, tuple[int, int]]:
             if header[0] == 0:
                 return members
             kind = header[156:157]
-            # Extended headers (long names) are rare in shards: leave them to tarfile, which is far slower.
-            if kind not in (b"0", b"\0", b"5"):
+            # Extended headers (long names) and old formats are rare in shards: leave them to tarfile, far slower.
+            if header[257:262] != b"ustar" or kind not in (b"0", b"\0", b"5"):
                 return scan_tar_slowly(path)
             try:
                 num_bytes = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
@@ -101,12 +101,13 @@ def scan_tar(path: Path) -> dict[str, tuple[int, int]]:
                 members[name] = (position, num_bytes)
             if position + num_bytes > size:
                 raise ValueError(
-                    f"{path}: truncated: {name} needs bytes {position} to {position + num_bytes}, the file has {size}; "
-                    f"{rebuild_hint(path)}"
+                    f"{path}: truncated: {name} needs bytes {position} to {position + num_bytes}, "
+                    f"the file has {size}; {rebuild_hint(path)}"
                 )
             position += -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
     raise ValueError(
-        f"{path}: truncated: the end-of-archive mark is missing after {len(members)} members; {rebuild_hint(path)}"
+        f"{path}: truncated: the end-of-archive mark is missing after {len(members)} members; "
+        f"{rebuild_hint(path)}"
     )
 
 
@@ -237,8 +238,8 @@ class ColumnDataset:
             extra = {member.split(".", 1)[0] for member in members} - set(keys)
             if extra:
                 raise ValueError(
-                    f"shard {path}, key {min(extra)}: not among the {len(keys)} keys of {self.captions.folder / name}; "
-                    f"{rebuild_hint(path)}"
+                    f"shard {path}, key {min(extra)}: not among the {len(keys)} keys of "
+                    f"{self.captions.folder / name}; {rebuild_hint(path)}"
                 )
 
     def _check_shards(self) -> None:
@@ -258,8 +259,8 @@ class ColumnDataset:
         if array.shape != self.shape or array.dtype != self.dtype:
             path = self.features.folder / self.names[shard]
             raise ValueError(
-                f"shard {path}, key {key}: features are {array.shape} {array.dtype}, expected {self.shape} {self.dtype}; "
-                f"{rebuild_hint(path)}"
+                f"shard {path}, key {key}: features are {array.shape} {array.dtype}, "
+                f"expected {self.shape} {self.dtype}; {rebuild_hint(path)}"
             )
 
     def _array(self, column: Column, shard: int, row: int) -> np.ndarray:

@@ -1,6 +1,4 @@
-"""Exponential moving average of the trainable weights, in float32 (EDM2, arXiv 2312.02696, appendix C;
-fixed decay).
-"""
+"""Exponential moving average of the trainable weights, in float32 (as DDPM, arXiv 2006.11239)."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

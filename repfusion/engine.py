@@ -74,8 +74,8 @@ def grad_accum_steps(global_batch_size: int, micro_batch_size: int, world_size: 
     per_pass = micro_batch_size * world_size
     if global_batch_size % per_pass:
         raise ValueError(
-            f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x {world_size} ranks "
-            f"= {per_pass}; change global_batch_size or engine.micro_batch_size"
+            f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} "
+            f"x {world_size} ranks = {per_pass}; change global_batch_size or engine.micro_batch_size"
         )
     return global_batch_size // per_pass
 
@@ -99,7 +99,8 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """The JSON that DeepSpeed wants."""
     # Buckets are allocated whole: DeepSpeed's default of 5e8 elements takes 2 GB however small the model is.
-    bucket = max(1, min(num_trainable, 500_000_000))
+    # It wants them even.
+    bucket = min(num_trainable + num_trainable % 2, 500_000_000)
     return {
         "train_batch_size": global_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
@@ -294,8 +295,8 @@ class Engine:
         names = [key for part in gathered for key in part]
         shown = ", ".join(names[:16]) + (f" and {len(names) - 16} more" if len(names) > 16 else "")
         raise NonFiniteError(
-            f"step {step}: the {what} is not finite; the weights are unchanged. Samples: {shown}. "
-            "Look at these samples, or lower engine.lr or engine.grad_clip, and resume from the last checkpoint"
+            f"step {step}: the {what} is not finite; the weights are unchanged. Samples: {shown}. Look at "
+            "these samples, or lower engine.lr or engine.grad_clip, and resume from the last checkpoint"
         )
 
     def save(self, folder: Path) -> None:

@@ -139,8 +139,9 @@ def build_generator(config: TrainConfig, dataset: ColumnDataset) -> Generator:
         check_continues(generator, config.init_from)
     if dataset.shape != generator.latent_shape:
         raise ValueError(
-            f"{config.data.features}: features are {dataset.shape}, the model makes {generator.latent_shape}; "
-            "re-run the 'latents' stage with model.encoder, or point model.encoder at the tower that made them"
+            f"{config.data.features}: features are {dataset.shape}, "
+            f"the model makes {generator.latent_shape}; re-run the 'latents' stage, "
+            "or point model.encoder at the tower that made them"
         )
     return generator
 

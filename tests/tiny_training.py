@@ -1,4 +1,6 @@
-"""A tiny LLaVA, tower, decoder and column data set for the training tests: real classes, real tars, seconds to make."""
+"""A tiny LLaVA, tower, decoder and column data set for the training tests: real classes, real tars,
+seconds to make.
+"""
 
 import io
 import json
@@ -26,34 +28,36 @@ from repfusion.rae.statistics import LatentStatistics
 from repfusion.train import TrainConfig
 
 WORDS = ["a", "red", "green", "blue", "circle", "square", "left", "of", "and", "two"]
-NUM_TOKENS, WIDTH = 4, 16
+IMAGE_SIZE, GRID, WIDTH = 32, 2, 16
 
 
-def make_foundation(folder: Path) -> Path:
+def make_foundation(
+    folder: Path, tower_width: int = WIDTH, text_width: int = 32, text_layers: int = 2, grid: int = GRID
+) -> Path:
     """llava/, vision_tower/ and decoder/ under `folder`."""
     torch.manual_seed(0)
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "<image>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=24
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=48
     )
     vision = CLIPVisionConfig(
-        hidden_size=WIDTH,
+        hidden_size=tower_width,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-        projection_dim=WIDTH,
+        image_size=IMAGE_SIZE,
+        patch_size=IMAGE_SIZE // grid,
+        projection_dim=tower_width,
     )
     text = LlamaConfig(
         vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
+        hidden_size=text_width,
+        intermediate_size=8 * text_width // 3,
+        num_hidden_layers=text_layers,
         num_attention_heads=2,
-        max_position_embeddings=64,
+        max_position_embeddings=128,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
@@ -62,14 +66,14 @@ def make_foundation(folder: Path) -> Path:
         vision_config=vision,
         text_config=text,
         image_token_index=4,
-        image_seq_length=NUM_TOKENS,
+        image_seq_length=grid**2,
         vision_feature_layer=-2,
     )
     LlavaForConditionalGeneration(config).save_pretrained(folder / "llava")
     fast.save_pretrained(folder / "llava")
     CLIPVisionModel(vision).save_pretrained(folder / "vision_tower")
     RAEDecoder(
-        RAEDecoderConfig(feature_dim=WIDTH, grid=(2, 2), patch_size=8, hidden_size=16, depth=1)
+        RAEDecoderConfig(feature_dim=tower_width, grid=(grid, grid), patch_size=IMAGE_SIZE // grid, hidden_size=16, depth=1)
     ).save_pretrained(folder / "decoder")
     return folder
 
@@ -87,15 +91,17 @@ def write_tar(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None:
             tar.write({"__key__": key, **members})
 
 
-def make_columns(folder: Path, num_samples: int = 20, shard_samples: int = 8, seed: int = 0) -> Path:
-    """curate/, latents/ (with statistics) and features/ under `folder`. Features of row i are those of `feature_of(i)`."""
-    statistics = LatentStatistics.empty(NUM_TOKENS, WIDTH)
-    rng = np.random.default_rng(seed)
+def make_columns(
+    folder: Path, num_samples: int = 20, shard_samples: int = 8, grid: int = GRID, width: int = WIDTH
+) -> Path:
+    """curate/, latents/ (with statistics) and features/ under `folder`; odd samples have two captions."""
+    statistics = LatentStatistics.empty(grid**2, width)
+    rng = np.random.default_rng(0)
     for first in range(0, num_samples, shard_samples):
         images, features, texts = [], [], []
         for i in range(first, min(first + shard_samples, num_samples)):
             key, caption = f"{i:06d}", " ".join(WORDS[(i + k) % len(WORDS)] for k in range(3))
-            array = rng.standard_normal((NUM_TOKENS, WIDTH)).astype(np.float16)
+            array = rng.standard_normal((grid**2, width)).astype(np.float16)
             statistics.update(torch.from_numpy(array)[None])
             alternatives = {"captions": [caption, f"two {caption}"]} if i % 2 else {}
             images.append(

@@ -1,0 +1,126 @@
+"""Our training loop against a bare PyTorch loop: same model, same batch in memory, one process, samples/s as
+a ratio (target 0.9).
+
+`python benchmarks/training.py`. The two are timed in alternating rounds, so that a busy machine slows both
+alike. Ours reads tars through the data loader, draws the noise, clips, averages weights; the bare one repeats
+forward, backward and AdamW on one prepared batch.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from tiny_training import make_columns, make_foundation, tiny_model
+
+from repfusion.data import ColumnDataset, DataConfig, batches
+from repfusion.dit import DiTConfig
+from repfusion.ema import EMA
+from repfusion.engine import Engine, EngineConfig, num_cores, shut_down
+from repfusion.train import TrainConfig, build_generator, inputs_of
+
+
+class BareLoop:
+    def __init__(self, config: TrainConfig, dataset: ColumnDataset):
+        self.module = build_generator(config, dataset)
+        stream = batches(
+            dataset,
+            seed=0,
+            first_step=0,
+            num_steps=1,
+            global_batch_size=config.global_batch_size,
+            micro_batch_size=config.global_batch_size,
+        )
+        self.inputs = inputs_of(next(stream)[0], self.module, config)
+        stream.close()
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        attention = sdpa_kernel(SDPBackend.MATH) if not torch.cuda.is_available() else nullcontext()
+        with attention, torch.autocast("cpu", torch.bfloat16):
+            loss = self.module(**self.inputs).mean()
+        loss.backward()
+        self.optimizer.step()
+
+
+class OurLoop:
+    def __init__(self, config: TrainConfig, dataset: ColumnDataset):
+        self.config = config
+        self.generator = build_generator(config, dataset)
+        self.engine = Engine(self.generator, config.engine, config.global_batch_size, config.num_steps)
+        self.ema = EMA(self.generator.trainable_state(), config.ema_decay)
+        self.stream = batches(
+            dataset,
+            seed=0,
+            first_step=0,
+            num_steps=config.num_steps,
+            global_batch_size=config.global_batch_size,
+            micro_batch_size=config.engine.micro_batch_size,
+        )
+        self.done = 0
+
+    def step(self) -> None:
+        for batch in next(self.stream):
+            self.engine.accumulate(batch.keys, **inputs_of(batch, self.generator, self.config))
+        self.engine.update(self.done)
+        self.ema.update(self.done)
+        self.done += 1
+
+
+def seconds(loop: BareLoop | OurLoop, steps: int) -> float:
+    started = time.perf_counter()
+    for _ in range(steps):
+        loop.step()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5, help="steps of each loop in a round")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=num_cores())
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        geometry = {"tower_width": 64, "text_width": 128, "text_layers": 4, "grid": 4}
+        foundation = make_foundation(root, **geometry)
+        columns = make_columns(root / "data", 512, 256, grid=geometry["grid"], width=geometry["tower_width"])
+        model = tiny_model(foundation).model_copy(update={"dit": DiTConfig()})
+        config = TrainConfig(
+            output_dir=root / "out",
+            data=DataConfig(images=columns / "curate", features=columns / "latents"),
+            model=model,
+            engine=EngineConfig(micro_batch_size=args.batch_size, num_threads=args.threads),
+            num_steps=(args.rounds + 1) * args.steps,
+            global_batch_size=args.batch_size,
+        )
+        dataset = ColumnDataset(config.data.images, config.data.features, cache_bytes=2**28)
+        ours, bare = OurLoop(config, dataset), BareLoop(config, dataset)
+        for loop in (ours, bare):
+            seconds(loop, args.steps)
+        pairs = [(seconds(ours, args.steps), seconds(bare, args.steps)) for _ in range(args.rounds)]
+        ours.stream.close()
+    shut_down()
+    samples = args.steps * args.batch_size
+    result = {
+        "ours_samples_per_sec": samples / median(a for a, _ in pairs),
+        "bare_samples_per_sec": samples / median(b for _, b in pairs),
+        "ratio": median(b / a for a, b in pairs),
+        "threads": args.threads,
+    }
+    print(json.dumps({key: round(value, 3) for key, value in result.items()}))
+
+
+if __name__ == "__main__":
+    main()

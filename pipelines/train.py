@@ -1,0 +1,169 @@
+"""The train stage: Ray Train starts the ranks, `repfusion.train` does the work, evaluations run beside it.
+
+Checkpoints are the folders that `repfusion.train` writes; Ray Train is told metrics alone. A rank that dies
+restarts all of them, from the last complete checkpoint.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from pipelines.evaluate import EvaluationScheduler
+from pipelines.pool import StageError, ray_session
+from pipelines.store import write_json
+from repfusion.checkpoint import latest_checkpoint, step_of
+from repfusion.tracking import prepare_store
+from repfusion.train import Report, TrainConfig
+
+if TYPE_CHECKING:
+    from pipelines.config import WorkflowConfig
+
+MAX_FAILURES = 1
+"""Restarts of the ranks before the stage fails."""
+PROGRESS = "progress.json"
+LINE_SEC = 15.0
+"""Between lines of progress where the terminal shows no bar."""
+
+
+def train_rank(launch: dict[str, Any]) -> None:
+    """What each rank runs. Ray Train has set up the process group and changed the working directory."""
+    from ray import train as ray_train
+
+    from repfusion.train import train
+
+    os.chdir(launch["directory"])
+    config = TrainConfig.model_validate(launch["config"])
+    is_main = ray_train.get_context().get_world_rank() == 0
+
+    def on_report(report: Report) -> None:
+        if is_main:
+            write_json(config.output_dir / PROGRESS, vars(report))
+
+    def on_checkpoint(folder: Path, step: int) -> None:
+        # A barrier: every rank reports, every time.
+        ray_train.report({"step": step, "checkpoint": str(folder)})
+
+    train(config, on_checkpoint, on_report)
+
+
+@contextmanager
+def progress_bar(config: TrainConfig) -> Iterator[None]:
+    """Shows on the driver what rank 0 last reported: a bar on a terminal, a line now and then elsewhere."""
+    path, stopped = config.output_dir / PROGRESS, Event()
+    path.unlink(missing_ok=True)
+    last = latest_checkpoint(config.output_dir / "checkpoints")
+    first_step = 0 if last is None else step_of(last)
+    is_terminal = sys.stderr.isatty()
+
+    def watch() -> None:
+        shown, printed = first_step, time.monotonic()
+        with tqdm(
+            total=config.num_steps, initial=first_step, desc="train", unit="step", disable=not is_terminal
+        ) as bar:
+            while not stopped.wait(0.5):
+                if not path.exists():
+                    continue
+                report = json.loads(path.read_text())
+                if report["step"] == shown:
+                    continue
+                bar.update(report["step"] - shown)
+                bar.set_postfix(
+                    loss=f"{report['loss']:.4f}", samples_per_sec=f"{report['samples_per_sec']:.0f}"
+                )
+                shown = report["step"]
+                if not is_terminal and time.monotonic() - printed > LINE_SEC:
+                    printed = time.monotonic()
+                    print(
+                        f"train: step {shown}/{config.num_steps}, loss {report['loss']:.4f}, "
+                        f"{report['samples_per_sec']:.0f} samples/s",
+                        flush=True,
+                    )
+
+    thread = Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def first_failure(error: Exception) -> str:
+    """The message of the rank that failed first, without Ray's traceback."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for rank, failure in sorted(failures.items()):
+        cause = getattr(failure, "cause", None) or failure
+        # Ranks that lose their peer say only that the connection was closed.
+        if "Connection closed by peer" not in str(cause) or len(failures) == 1:
+            return f"rank {rank}: {type(cause).__name__}: {cause}"
+    return str(error)
+
+
+def launch(config: TrainConfig, num_workers: int) -> None:
+    """Runs the training on `num_workers` ranks, one GPU each where the cluster has as many, else one CPU
+    each.
+
+    Raises:
+        ValueError: the cluster has fewer CPUs than ranks.
+        StageError: a rank failed more than MAX_FAILURES times.
+    """
+    import ray
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    resources = ray.cluster_resources()
+    use_gpu = resources.get("GPU", 0) >= num_workers
+    if resources.get("CPU", 0) < num_workers:
+        raise ValueError(
+            f"num_train_workers is {num_workers}, the cluster has {resources.get('CPU', 0):g} CPUs; "
+            "lower num_train_workers or raise ray.num_cpus"
+        )
+    # One machine: keep gloo off the network. A cluster chooses its interface itself.
+    is_alone = len([node for node in ray.nodes() if node["Alive"]]) == 1
+    environment = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"} if is_alone else {}
+    storage = (config.output_dir / "ray").resolve()
+    storage.mkdir(parents=True, exist_ok=True)
+    trainer = TorchTrainer(
+        train_rank,
+        train_loop_config={"config": config.model_dump(mode="json"), "directory": os.getcwd()},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=None),
+        run_config=RunConfig(
+            # A name of its own: under an old one Ray Train would look for its own checkpoints.
+            name=f"{time.time_ns()}",
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            worker_runtime_env={"env_vars": environment},
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise StageError(f"train: {first_failure(error)}") from error
+
+
+def run_train(config: "WorkflowConfig") -> dict[str, Any]:
+    """Trains to the end, resuming from the last complete checkpoint; returns what train.json says.
+
+    Raises:
+        ValueError: the cluster is too small for the ranks.
+        StageError: the training failed; its checkpoints stay, and the next run resumes from the last.
+    """
+    train = config.train
+    train.output_dir.mkdir(parents=True, exist_ok=True)
+    if train.tracking.uri is not None:
+        # Before any worker: two processes that first use a new SQLite file at the same time fail.
+        prepare_store(train.tracking.uri, train.tracking.experiment)
+    with ray_session(config.ray), EvaluationScheduler(config.evaluate, train), progress_bar(train):
+        launch(train, config.num_train_workers)
+    return json.loads((train.output_dir / "train.json").read_text())
