@@ -1,0 +1,3 @@
+"""Workflows on Ray: image-text data in; WebDataset shards, latents and features, training, evaluation and
+a report out.
+"""

@@ -1,0 +1,170 @@
+"""YAML file and `key.path=value` overrides -> one validated, frozen configuration of a whole workflow."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipelines.curate import CurateConfig
+from pipelines.evaluate import EvaluateConfig
+from pipelines.features import FeaturesConfig
+from pipelines.ingest import IngestConfig
+from pipelines.latents import LatentsConfig
+from pipelines.pool import ActorsConfig, RayConfig
+from pipelines.scenes_source import ScenesConfig
+from pipelines.url_source import UrlsConfig
+from repfusion.train import TrainConfig
+
+StageName = Literal["source", "ingest", "curate", "latents", "features", "train", "evaluate", "report"]
+
+
+class ConfigError(ValueError):
+    """A configuration that does not hold; the message names every bad key."""
+
+
+class SourceConfig(BaseModel):
+    """Where image addresses and captions come from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: Literal["scenes", "urls"] = "scenes"
+    """The embedded world, rendered and served on loopback, or a list of addresses."""
+    scenes: ScenesConfig = ScenesConfig()
+    """For kind: scenes."""
+    urls: UrlsConfig | None = None
+    """For kind: urls."""
+    shard_size: int = Field(default=500, ge=1)
+    """Entries per shard, the unit of work, failure and resume of every later stage."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """Port of the loopback server of kind: scenes; 0 takes any free one. Changes no bytes."""
+    actors: ActorsConfig = ActorsConfig()
+    """Its pool. Changes no bytes."""
+
+    @model_validator(mode="after")
+    def _has_urls(self) -> "SourceConfig":
+        if self.kind == "urls" and self.urls is None:
+            raise ValueError("kind is urls, so source.urls.path has to name a .parquet or .csv list")
+        return self
+
+
+class WorkflowConfig(BaseModel):
+    """A workflow. Stage folders, checkpoints and outputs lie under `root`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    root: Path
+    """Folder of everything that the workflow writes."""
+    last_stage: StageName = "report"
+    """Where to stop; `features` prepares data without training."""
+    source: SourceConfig = SourceConfig()
+    """Image addresses and captions."""
+    ingest: IngestConfig = IngestConfig()
+    """Download and resize."""
+    curate: CurateConfig = CurateConfig()
+    """Which samples stay."""
+    latents: LatentsConfig = LatentsConfig()
+    """Encoder features, by `train.model.encoder`."""
+    features: FeaturesConfig = FeaturesConfig()
+    """Prompt features, by `train.model.mllm`."""
+    train: TrainConfig
+    """Training. Its `output_dir`, `data` folders and tracking address follow from `root` unless given."""
+    num_train_workers: int = Field(default=2, ge=1)
+    """Data-parallel ranks of the training."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Scores of every checkpoint."""
+    ray: RayConfig = RayConfig()
+    """The cluster. Changes no bytes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_root(cls, values: Any) -> Any:
+        """Fills in what the layout of `root` decides."""
+        if not isinstance(values, dict) or not isinstance(values.get("root"), str | Path):
+            return values
+        root = Path(values["root"])
+        train = values.get("train") or {}
+        if not isinstance(train, dict):
+            return values
+        data = {"images": root / "curate", "features": root / "latents"}
+        if (train.get("model") or {}).get("conditioning") == "text_embed":
+            data["text"] = root / "features"
+        # relative to the working directory, like `root`: MLflow resolves it where the run is started
+        tracking = {"uri": f"sqlite:///{root.parent / 'mlflow.db'}", "run_name": root.name}
+        followed = {
+            **train,
+            "output_dir": train.get("output_dir", root / "train"),
+            "data": {**data, **(train.get("data") or {})},
+            "tracking": {**tracking, **(train.get("tracking") or {})},
+        }
+        return {**values, "train": followed}
+
+
+def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key that the configuration takes."""
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        for kind in (info.annotation, *get_args(info.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from known_keys(kind, f"{prefix}{name}.")
+
+
+def nearest_key(key: str) -> str | None:
+    """The known key that looks most like a mistaken one: same section first, then the same last word
+    anywhere.
+    """
+    known = list(known_keys(WorkflowConfig))
+    if close := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
+        return close[0]
+    last = key.rpartition(".")[2]
+    same = [other for other in known if other.rpartition(".")[2] == last]
+    if same:
+        return max(same, key=lambda other: difflib.SequenceMatcher(None, key, other).ratio())
+    return next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.5)), None)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> WorkflowConfig:
+    """Defaults < YAML < overrides.
+
+    Raises:
+        ConfigError: a missing or unreadable file, a malformed override, an unknown key (with the nearest
+        known one), a bad value.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: no such config file; shipped ones are in {Path(__file__).parent / 'configs'}"
+        )
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r}: expected key.path=value")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return validate(values, str(path))
+
+
+def validate(values: Any, place: str = "config") -> WorkflowConfig:
+    """Raises ConfigError, one line for each bad key."""
+    try:
+        return WorkflowConfig.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors(include_url=False):
+            key = ".".join(map(str, problem["loc"])) or "source"
+            if problem["type"] == "extra_forbidden":
+                near = nearest_key(key)
+                lines.append(f"unknown key '{key}'" + (f"; did you mean '{near}'?" if near else ""))
+            else:
+                lines.append(f"{key}: {problem['msg']} (got {problem['input']!r})")
+        raise ConfigError("\n".join(f"{place}: {line}" for line in lines)) from error
+
+
+def to_yaml(config: WorkflowConfig) -> str:
+    """The resolved configuration; loading it again gives the same one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,115 @@
+"""A local Ray for the session, small models of the real architectures, workflows of a few dozen scenes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.config import WorkflowConfig, validate
+from pipelines.pool import ActorPool, RayConfig, ray_session
+
+WORDS = (
+    "a photo of picture an image drawing there is are draw one two three four and left right above below "
+    "to the on over top under beneath circle square triangle cross diamond circles squares triangles "
+    "crosses diamonds red green blue yellow purple cyan"
+)
+
+
+@pytest.fixture(scope="session")
+def ray_local():
+    with ray_session(RayConfig(num_cpus=2, object_store_mib=80)):
+        yield
+
+
+@pytest.fixture(scope="session")
+def pool(ray_local):
+    """Actors that stay warm from test to test, so that torch is imported once in each."""
+    pool = ActorPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders `tower` and `llava` as save_pretrained writes them; random weights from a fixed seed."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        PreTrainedTokenizerFast,
+    )
+
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
+    CLIPVisionModel(vision).save_pretrained(root / "tower")
+    vocabulary = {
+        word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "<image>", *dict.fromkeys(WORDS.split())])
+    }
+    text = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=len(vocabulary),
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=3)
+    LlavaForConditionalGeneration(config).save_pretrained(root / "llava")
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=48
+    )
+    fast.save_pretrained(root / "llava")
+    return {"tower": root / "tower", "llava": root / "llava"}
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, models: dict[str, Path]):
+    """A workflow of 40 scenes in 4 shards, up to the features; keyword arguments replace sections' fields."""
+
+    def make(root: str = "run", **sections: Any) -> WorkflowConfig:
+        values: dict[str, Any] = {
+            "root": tmp_path / root,
+            "last_stage": "features",
+            "source": {
+                "shard_size": 10,
+                "scenes": {
+                    "num_samples": 40,
+                    "defects": {"missing": 2, "undecodable": 2, "empty_caption": 2},
+                },
+            },
+            "train": {"model": {"encoder": {"path": models["tower"]}, "mllm": models["llava"]}},
+            "ray": {"num_cpus": 2, "object_store_mib": 80},
+        }
+        for section, fields in sections.items():
+            values[section] = (
+                _merge(values[section], fields) if isinstance(fields, dict) and section in values else fields
+            )
+        return validate(values)
+
+    return make
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    both = dict(old)
+    for key, value in new.items():
+        both[key] = (
+            _merge(old[key], value) if isinstance(value, dict) and isinstance(old.get(key), dict) else value
+        )
+    return both
