@@ -21,7 +21,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo status report test test-slow lint format foundation base mlflow clean
+.PHONY: help setup demo status test test-slow lint format foundation base mlflow clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,7 +63,9 @@ foundation: $(STAMP) ## train the shipped small models from scratch (weights/): 
 	$(BIN)/python -m repfusion.foundation
 
 base: $(STAMP) ## pre-train the shipped base checkpoint on the foundation (hours on a CPU, minutes on a GPU)
-	$(BIN)/python -m repfusion.foundation base
+	$(BIN)/python -m repfusion.foundation.base prepare --root runs/base
+	$(BIN)/python -m repfusion.train repfusion/foundation/base.yaml
+	$(BIN)/python -m repfusion.foundation.base release --checkpoints runs/base/train/checkpoints
 
 mlflow: $(STAMP) ## the tracking UI of all runs on http://127.0.0.1:5000 (PORT=... for another)
 	@test -f $(TRACKING_DB) || { echo "no tracked run yet: $(TRACKING_DB) does not exist; 'make demo' makes one"; exit 1; }

@@ -73,7 +73,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _gallery_rows(prompts: list[Prompt]) -> tuple[list[int], list[str]]:
-    """Indices of some prompts per task, different ones as far as there are, a row a task; the rows' titles."""
+    """Indices of some prompts per task, different ones as far as there are; the titles of their rows."""
     rows: dict[str, list[int]] = {}
     for task in TASKS:
         own = [i for i, prompt in enumerate(prompts) if prompt.task == task]

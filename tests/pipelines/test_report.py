@@ -12,6 +12,7 @@ from PIL import Image
 from pipelines.charts import Line, chart, ticks
 from pipelines.report import read_workflow, write_report
 from pipelines.store import Manifest, Sidecar, write_manifest
+from repfusion.data import manifest_digest
 from repfusion.evaluation import Evaluation, EvaluationConfig, gallery, score_images
 from repfusion.evaluation.checkpoints import ScoredPrompt
 from repfusion.scenes.captions import held_out_prompts
@@ -148,6 +149,12 @@ def test_the_last_gallery_becomes_the_workflows(workflow):
 
 def test_the_curve_comes_from_the_tracked_run(workflow):
     assert read_workflow(workflow).losses == [(10, 0.1), (20, 0.05), (30, pytest.approx(1 / 30))]
+
+
+def test_names_the_data_as_the_tracked_run_does(workflow):
+    page = write_report(workflow).read_text()
+    for stage in ("ingest", "curate", "latents"):
+        assert f'title="{manifest_digest(workflow / stage)}"' in page
 
 
 def test_data_alone_is_a_report_too(tmp_path):

@@ -1,0 +1,121 @@
+"""The project's own rules: who may import what, what is explained, what is shipped."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted([*ROOT.glob("repfusion/**/*.py"), *ROOT.glob("pipelines/**/*.py")])
+HEAVY = {
+    "deepspeed": {"repfusion/engine.py"},
+    "mlflow": {"repfusion/tracking.py"},
+    "img2dataset": {"pipelines/ingest.py"},
+}
+"""Libraries that are each imported in one place."""
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of all modules a file imports, at any depth of it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    name, found = str(path.relative_to(ROOT)), imported(path)
+    if name.startswith("repfusion/"):
+        assert not found & {"ray", "pipelines"}, "repfusion runs without Ray and without pipelines"
+    for library, places in HEAVY.items():
+        assert library not in found or name in places, f"{library} is imported in {places} alone"
+    assert "__future__" not in found, "postponed annotations hide the shapes from the type checks"
+
+
+def test_the_library_loads_without_what_it_may_not_import():
+    code = (
+        "import sys\n"
+        "for name in ('ray', 'pipelines', 'deepspeed', 'mlflow', 'img2dataset'): sys.modules[name] = None\n"
+        "import repfusion.generate, repfusion.evaluation, repfusion.train\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+CONFIGS = sorted([*ROOT.glob("pipelines/configs/*.yaml"), *ROOT.glob("repfusion/**/*.yaml")])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_shipped_config_parses(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if path.is_relative_to(ROOT / "pipelines"):
+        from pipelines.config import load_config
+    else:
+        from repfusion.train import load_config
+    config = load_config(path, [])
+    assert config.model_dump(mode="json") == load_config(path, []).model_dump(mode="json")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_typo_in_a_config_is_named(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if path.is_relative_to(ROOT / "pipelines"):
+        from pipelines.config import load_config
+    else:
+        from repfusion.train import load_config
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "num_stepz": 3}))
+    with pytest.raises(ValueError, match="num_stepz"):
+        load_config(wrong, [])
+
+
+def test_every_target_is_explained_and_help_lists_it():
+    text = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", text, re.M)
+    assert phony is not None
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in phony[1].split():
+        assert re.search(rf"^  make {target} +\S", shown, re.M), f"'{target}' is missing from make help"
+    needed = {"help", "setup", "demo", "test", "lint", "foundation", "base", "mlflow", "status", "clean"}
+    assert needed <= set(phony[1].split())
+
+
+def test_the_lock_pins_everything_and_names_no_host():
+    lines = [
+        line for line in (ROOT / "requirements.lock").read_text().splitlines() if line and line[0] != "#"
+    ]
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][A-Za-z0-9.]*", line) for line in lines)
+    names = {line.split("==")[0].lower() for line in lines}
+    assert "torch==2.13.0" in lines
+    # each of them brings another build of torch
+    assert not names & {"torchvision", "torchaudio", "timm", "lpips", "triton"}
+
+
+def git_files(*options: str) -> list[str]:
+    command = ["git", "ls-files", "-z", *options]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [name for name in listed.split("\0") if name]
+
+
+def test_nothing_ignored_is_shipped_and_the_weights_stay_small():
+    assert git_files("--cached", "--ignored", "--exclude-standard") == []
+    sizes = [(ROOT / name).stat().st_size for name in git_files() if (ROOT / name).is_file()]
+    assert sum(sizes) <= 32e6
+
+
+def test_shipped_text_holds_no_path_of_a_machine():
+    for name in git_files():
+        path = ROOT / name
+        if path.suffix in {".py", ".md", ".yaml", ".toml", ".lock", ".json", ""} and path.is_file():
+            text = path.read_text(errors="replace")
+            assert not re.search(r"(?<![\w.])/(home|root|opt|work)/\w", text), (
+                f"{name} names a path of a machine"
+            )
