@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from repfusion.data import DataConfig
+from repfusion.data import DataConfig, scan_tar
 from repfusion.dit import DiTConfig
 from repfusion.engine import EngineConfig
 from repfusion.model import EncoderConfig, ModelConfig
@@ -73,7 +73,9 @@ def make_foundation(
     fast.save_pretrained(folder / "llava")
     CLIPVisionModel(vision).save_pretrained(folder / "vision_tower")
     RAEDecoder(
-        RAEDecoderConfig(feature_dim=tower_width, grid=(grid, grid), patch_size=IMAGE_SIZE // grid, hidden_size=16, depth=1)
+        RAEDecoderConfig(
+            feature_dim=tower_width, grid=(grid, grid), patch_size=IMAGE_SIZE // grid, hidden_size=16, depth=1
+        )
     ).save_pretrained(folder / "decoder")
     return folder
 
@@ -91,12 +93,26 @@ def write_tar(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None:
             tar.write({"__key__": key, **members})
 
 
+def scan_and_replace(shard: Path, member: str, content: bytes) -> None:
+    """Overwrites a member's bytes by others of the same length."""
+    offset, size = scan_tar(shard)[member]
+    assert len(content) == size
+    data = bytearray(shard.read_bytes())
+    data[offset : offset + size] = content
+    shard.write_bytes(data)
+
+
 def make_columns(
-    folder: Path, num_samples: int = 20, shard_samples: int = 8, grid: int = GRID, width: int = WIDTH
+    folder: Path,
+    num_samples: int = 20,
+    shard_samples: int = 8,
+    grid: int = GRID,
+    width: int = WIDTH,
+    seed: int = 0,
 ) -> Path:
     """curate/, latents/ (with statistics) and features/ under `folder`; odd samples have two captions."""
     statistics = LatentStatistics.empty(grid**2, width)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for first in range(0, num_samples, shard_samples):
         images, features, texts = [], [], []
         for i in range(first, min(first + shard_samples, num_samples)):

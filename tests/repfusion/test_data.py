@@ -160,7 +160,7 @@ def test_a_missing_shard_is_named(columns: Path):
 def test_a_damaged_sample_is_raised_in_the_loop(columns: Path):
     dataset = open_columns(columns)
     shard = columns / "latents" / "00001.tar"
-    offset, size = scan_tar(shard)["000011.features.npy"]
+    offset, _ = scan_tar(shard)["000011.features.npy"]
     data = bytearray(shard.read_bytes())
     data[offset : offset + 6] = b"junk!!"
     shard.write_bytes(data)
@@ -170,9 +170,7 @@ def test_a_damaged_sample_is_raised_in_the_loop(columns: Path):
 
 def test_features_reach_torch_as_they_lie_on_disk(columns: Path):
     dataset = open_columns(columns)
-    parts = next(
-        batches(dataset, seed=0, first_step=0, num_steps=1, global_batch_size=8, micro_batch_size=4)
-    )
+    parts = next(batches(dataset, seed=0, first_step=0, num_steps=1, global_batch_size=8, micro_batch_size=4))
     assert [tuple(part.features.shape) for part in parts] == [(4, GRID**2, WIDTH)] * 2
     assert parts[0].features.dtype == torch.float16 and parts[0].text is None
 

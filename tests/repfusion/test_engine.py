@@ -43,7 +43,10 @@ def make_data(num: int = 8) -> tuple[Tensor, Tensor]:
 def run(micro: int, steps: int = 3, **changes) -> tuple[Regression, list]:
     module = Regression()
     engine = Engine(
-        module, EngineConfig(**{**FP32, "micro_batch_size": micro, **changes}), global_batch_size=8, num_steps=steps
+        module,
+        EngineConfig(**{**FP32, "micro_batch_size": micro, **changes}),
+        global_batch_size=8,
+        num_steps=steps,
     )
     x, y = make_data()
     stats = []
@@ -175,7 +178,7 @@ def test_a_module_without_anything_to_train_is_refused():
 
 
 def test_no_compiler_is_needed(tmp_path: Path):
-    """DeepSpeed's shared-memory operator is not built: the engine works with an empty PATH and writes no extension."""
+    """DeepSpeed's operators are not built: the engine works with an empty PATH and writes no extension."""
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\nimport test_engine\n"
         "module, stats = test_engine.run(8, steps=1)\nprint(stats[0].loss)"

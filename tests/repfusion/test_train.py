@@ -1,0 +1,269 @@
+"""The loop: exact resume, one rank equals two, what is trained and what is not, and clear errors."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from tiny_training import (
+    GRID,
+    WIDTH,
+    make_columns,
+    make_foundation,
+    npy,
+    scan_and_replace,
+    tiny_model,
+    tiny_train,
+)
+
+from repfusion.checkpoint import complete_checkpoints, latest_checkpoint
+from repfusion.data import ColumnDataset
+from repfusion.engine import NonFiniteError
+from repfusion.flow import FlowConfig
+from repfusion.train import Report, TrainConfig, build_generator, load_config, train
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("training")
+    return make_foundation(root / "weights"), make_columns(root / "data")
+
+
+class Interrupted(Exception):
+    pass
+
+
+def weights(config: TrainConfig, name: str = "model") -> dict[str, torch.Tensor]:
+    folder = latest_checkpoint(config.output_dir / "checkpoints")
+    assert folder is not None
+    return load_file(folder / f"{name}.safetensors")
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_four_steps_equal_two_and_two_bit_for_bit(world, tmp_path: Path, zero_stage: int):
+    reports: dict[str, list[Report]] = {"whole": [], "parts": []}
+    whole = tiny_train(*world, tmp_path / "whole", {"zero_stage": zero_stage, "micro_batch_size": 4})
+    train(whole, on_report=reports["whole"].append)
+
+    def interrupt(folder: Path, step: int) -> None:
+        raise Interrupted
+
+    parts = whole.model_copy(update={"output_dir": tmp_path / "parts"})
+    with pytest.raises(Interrupted):
+        train(parts, on_checkpoint=interrupt, on_report=reports["parts"].append)
+    assert [folder.name for folder in complete_checkpoints(parts.output_dir / "checkpoints")] == [
+        "step_00000002"
+    ]
+    summary = train(parts, on_report=reports["parts"].append)
+
+    assert summary["resumed_at_step"] == 2
+    assert_same(weights(whole), weights(parts))
+    assert_same(weights(whole, "ema"), weights(parts, "ema"))
+    for a, b in zip(reports["whole"], reports["parts"], strict=True):
+        assert (a.step, a.loss, a.grad_norm, a.lr) == (b.step, b.loss, b.grad_norm, b.lr)
+    loop = json.loads((tmp_path / "parts/checkpoints/step_00000004/resume/loop.json").read_text())
+    assert (loop["step"], loop["position"]) == (4, 32)
+
+
+def test_a_finished_training_does_nothing_and_says_the_same(world, tmp_path: Path):
+    config = tiny_train(*world, tmp_path)
+    assert train(config) == train(config)
+
+
+def test_micro_batches_equal_one_full_batch(world, tmp_path: Path):
+    whole, parts = (
+        tiny_train(*world, tmp_path / "a"),
+        tiny_train(*world, tmp_path / "b", {"micro_batch_size": 2}),
+    )
+    train(whole), train(parts)
+    a, b = weights(whole), weights(parts)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def torchrun(config: TrainConfig, path: Path, num_ranks: int) -> dict:
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(num_ranks),
+    ]
+    found = subprocess.run(
+        [*command, "-m", "repfusion.train", str(path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    return json.loads((config.output_dir / "train.json").read_text())
+
+
+def test_two_ranks_equal_one_and_resume_bit_for_bit(world, tmp_path: Path):
+    one = tiny_train(*world, tmp_path / "one")
+    train(one)
+    two = tiny_train(*world, tmp_path / "two", {"micro_batch_size": 4})
+    summary = torchrun(two, tmp_path / "two.yaml", 2)
+    assert summary["world_size"] == 2
+    a, b = weights(one), weights(two)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
+
+    shutil.copytree(two.output_dir, tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed/checkpoints/step_00000004")
+    resumed = two.model_copy(update={"output_dir": tmp_path / "resumed"})
+    assert torchrun(resumed, tmp_path / "resumed.yaml", 2)["resumed_at_step"] == 2
+    assert_same(weights(two), weights(resumed))
+    assert_same(weights(two, "ema"), weights(resumed, "ema"))
+
+    with pytest.raises(
+        ValueError, match="world_size was 2, is 1; restore it, or start a new output_dir with init_from"
+    ):
+        train(two)
+
+
+@pytest.mark.parametrize("conditioning", ["noisy_latents", "text_embed"])
+def test_what_trains_and_what_is_frozen(world, tmp_path: Path, conditioning: str):
+    foundation, columns = world
+    model = tiny_model(foundation).model_copy(update={"conditioning": conditioning})
+    data = {"images": columns / "curate", "features": columns / "latents"}
+    if conditioning == "text_embed":
+        data["text"] = columns / "features"
+    config = tiny_train(*world, tmp_path, model=model, data=data)
+    dataset = ColumnDataset(config.data.images, config.data.features)
+    fresh = build_generator(config, dataset)
+    before = {name: p.detach().clone() for name, p in fresh.named_parameters()}
+    train(config)
+    trained = weights(config)
+    assert trained.keys() == fresh.trainable_state().keys()
+    assert not any("language_model" in name for name in trained)
+    unchanged = [name for name, value in trained.items() if torch.equal(before[name], value)]
+    assert unchanged == []
+    if conditioning == "noisy_latents":
+        assert any("projector" in name for name in trained)
+
+
+def test_one_batch_is_learned_by_heart(world, tmp_path: Path):
+    """Of Gaussian latents, with t uniform, no model that knows the distribution alone gets below pi / 2."""
+    root = make_columns(tmp_path / "data", num_samples=8)
+    losses: list[float] = []
+    config = tiny_train(
+        world[0],
+        root,
+        tmp_path / "out",
+        {"weight_decay": 0.0, "micro_batch_size": 32},
+        model=tiny_model(world[0]).model_copy(update={"flow": FlowConfig(base_dim=GRID**2 * WIDTH)}),
+        num_steps=400,
+        checkpoint_every_steps=400,
+        global_batch_size=32,
+        condition_dropout=0.0,
+    )
+    train(config, on_report=lambda report: losses.append(report.loss))
+    assert np.mean(losses[-50:]) < 0.7 * np.pi / 2
+
+
+def test_it_continues_from_a_base_with_the_base_s_statistics(world, tmp_path: Path):
+    base = tiny_train(*world, tmp_path / "base")
+    train(base)
+    other = make_columns(tmp_path / "data", num_samples=8, seed=5)
+    folder = tmp_path / "base/checkpoints/step_00000004"
+    given = {
+        "output_dir": tmp_path / "tuned",
+        "init_from": str(folder),
+        "num_steps": 2,
+        "global_batch_size": 8,
+    }
+    given |= {"data": {"images": other / "curate", "features": other / "latents"}}
+    config = TrainConfig.model_validate({**given, "engine": base.engine, "model": {"mllm_dtype": "float32"}})
+    assert config.model == base.model  # not given: the checkpoint's
+    seen: list[int] = []
+    train(config, on_checkpoint=lambda path, step: seen.append(step))
+    assert seen == [0, 2]
+    start = config.output_dir / "checkpoints/step_00000000"
+    assert_same(load_file(folder / "ema.safetensors"), load_file(start / "model.safetensors"))
+    assert_same(load_file(folder / "statistics.safetensors"), load_file(start / "statistics.safetensors"))
+
+    shifted = config.model_copy(
+        update={
+            "output_dir": tmp_path / "shifted",
+            "model": config.model.model_copy(
+                update={"flow": config.model.flow.model_copy(update={"base_dim": 8})}
+            ),
+        }
+    )
+    with pytest.raises(ValueError, match=r"trained with model\.flow base_dim=4096, the run has base_dim=8"):
+        train(shifted)
+    wider = config.model.model_copy(update={"dit": config.model.dit.model_copy(update={"hidden_size": 32})})
+    with pytest.raises(
+        ValueError, match=r"does not fit the model: .*\(24, .*expected \(32.*dit\.hidden_size 24, expected 32"
+    ):
+        train(config.model_copy(update={"output_dir": tmp_path / "wider", "model": wider}))
+
+
+def test_a_sample_that_is_not_finite_is_named_and_nothing_is_updated(world, tmp_path: Path):
+    root = make_columns(tmp_path / "data", num_samples=8)
+    bad = np.zeros((GRID**2, WIDTH), np.float16)
+    bad[1, 2] = np.nan
+    scan_and_replace(root / "latents" / "00000.tar", "000003.features.npy", npy(bad))
+    config = tiny_train(world[0], root, tmp_path / "out")
+    with pytest.raises(NonFiniteError, match=r"step 0: the loss is not finite.*Samples: 000003\."):
+        train(config)
+    assert complete_checkpoints(config.output_dir / "checkpoints") == []
+
+
+def test_features_of_another_encoder_are_refused(world, tmp_path: Path):
+    root = make_columns(tmp_path / "data", num_samples=8, width=8)
+    with pytest.raises(ValueError, match=r"features \(4, 8\), the encoder .* gives \(4, 16\)"):
+        train(tiny_train(world[0], root, tmp_path / "out"))
+
+
+def test_a_changed_seed_cannot_resume(world, tmp_path: Path):
+    config = tiny_train(*world, tmp_path)
+    train(config)
+    with pytest.raises(ValueError, match="seed was 0, is 1"):
+        train(config.model_copy(update={"seed": 1, "num_steps": 6}))
+
+
+def test_optimizer_state_is_kept_for_the_last_checkpoints_alone(world, tmp_path: Path):
+    config = tiny_train(*world, tmp_path, checkpoint_every_steps=1, keep_resume=2)
+    train(config)
+    kept = [(folder / "resume").exists() for folder in complete_checkpoints(tmp_path / "checkpoints")]
+    assert kept == [False, False, True, True]
+
+
+def test_sample_grids_are_drawn(world, tmp_path: Path):
+    config = tiny_train(
+        *world,
+        tmp_path,
+        sample_every_steps=4,
+        sample_prompts=("a red circle", "a blue square"),
+        sampler={"num_steps": 2},
+    )
+    train(config)
+    assert (tmp_path / "samples/step_00000004.png").stat().st_size > 0
+
+
+def test_the_command_line_overrides_the_file_and_a_typo_names_its_key(world, tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(tiny_train(*world, tmp_path).model_dump(mode="json")))
+    assert load_config(path, ["engine.lr=0.5", "num_steps=7"]).engine.lr == 0.5
+    with pytest.raises(ValidationError, match=r"engine\.learning_rate"):
+        load_config(path, ["engine.learning_rate=0.5"])
+    assert load_config(path, []) == tiny_train(*world, tmp_path)
