@@ -1,4 +1,6 @@
-"""The train and evaluate stages on a real local Ray: two DeepSpeed ranks, evaluations beside them, one MLflow run."""
+"""The train and evaluate stages on a real local Ray: two DeepSpeed ranks, evaluations beside them, one
+MLflow run.
+"""
 
 import json
 import shutil
@@ -10,7 +12,7 @@ from tiny_training import make_columns, make_foundation, tiny_train
 
 from pipelines.config import WorkflowConfig
 from pipelines.evaluate import EvaluateConfig, EvaluationScheduler, finished, run_evaluate
-from pipelines.pool import RayConfig, StageError, ray_session
+from pipelines.pool import StageError
 from pipelines.train import launch, run_train
 from repfusion.data import manifest_digest
 from repfusion.tracking import TrackingConfig, metric_history
@@ -25,19 +27,18 @@ def workflow(root: Path) -> tuple[WorkflowConfig, TrainConfig]:
     base = tiny_train(foundation, columns, root / "base")
     train = tiny_train(foundation, columns, root / "run" / "train", {"micro_batch_size": 4})
     values = train.model_dump(mode="json", exclude={"data", "output_dir", "tracking"})
-    ray = RayConfig(num_cpus=2, log_to_driver=False)
-    values = {"root": root / "run", "train": values, "evaluate": EVALUATE, "ray": ray, "num_train_workers": 2}
+    values = {"root": root / "run", "train": values, "evaluate": EVALUATE, "num_train_workers": 2}
     return WorkflowConfig.model_validate(values), base
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory):
+def trained(ray_local, pool, tmp_path_factory: pytest.TempPathFactory):
     config, base = workflow(tmp_path_factory.mktemp("workflow"))
     train(base.model_copy(update={"num_steps": 1}))
     start = base.output_dir / "checkpoints" / "step_00000001"
     config = config.model_copy(update={"train": config.train.model_copy(update={"init_from": start})})
-    with ray_session(config.ray):
-        yield config, run_train(config), run_evaluate(config)
+    pool.close()  # its idle actors hold the CPUs
+    return config, run_train(config), run_evaluate(config)
 
 
 @pytest.mark.ray
@@ -54,7 +55,7 @@ def test_two_ranks_train_and_every_checkpoint_is_scored(trained):
 
 @pytest.mark.ray
 def test_one_mlflow_run_holds_the_training_and_the_scores(trained):
-    config, summary, evaluated = trained
+    _, summary, evaluated = trained
     uri, run_id = summary["tracking_uri"], summary["run_id"]
     assert [step for step, _ in metric_history(uri, run_id, "train/loss")] == [1, 2, 3, 4]
     scores = metric_history(uri, run_id, "eval/overall")
@@ -116,8 +117,8 @@ def test_the_digest_is_that_of_the_manifest(tmp_path: Path):
         files={}, seconds=1.5, versions={"torch": "2"},
     )  # fmt: skip
     manifest = Manifest(
-        schema=1, stage="latents", fingerprint="f", fields={"ü": 1.5}, upstream={}, lineage={}, shards=[sidecar],
-        samples=1, drops={}, seconds=3.0, files={}, extra={},
+        schema=1, stage="latents", fingerprint="f", fields={"ü": 1.5}, upstream={}, lineage={},
+        shards=[sidecar], samples=1, drops={}, seconds=3.0, files={}, extra={},
     )  # fmt: skip
     write_manifest(tmp_path, manifest)
     assert manifest_digest(tmp_path) == manifest.digest
