@@ -80,7 +80,7 @@ def decoded_batches(path: Path, sidecar: Sidecar | None, size: int, batch_size: 
     """Reads and decodes a shard in batches."""
     keys: list[str] = []
     images: list[np.ndarray] = []
-    for key, members in read_samples(path, sidecar):
+    for key, members in read_samples(path, sidecar, IMAGE_EXTENSIONS):
         keys.append(key)
         images.append(decode_image(members, size, f"shard {path}, key {key}"))
         if len(keys) == batch_size:
