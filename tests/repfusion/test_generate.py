@@ -1,0 +1,99 @@
+"""A checkpoint and prompts -> images: each from its seed, number and prompt alone."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from repfusion.checkpoint import save_checkpoint
+from repfusion.generate import generate, main, to_uint8
+from repfusion.sampler import SamplerConfig
+
+PROMPTS = ["a red circle", "two blue square", "a green circle left of a blue square", "a red circle", ""]
+CONFIG = SamplerConfig(num_steps=3, guidance_scale=2, precision="fp32")
+
+
+@pytest.fixture
+def generator(make_generator):
+    return make_generator()
+
+
+@pytest.fixture
+def decoder(generator):
+    return generator.load_decoder()
+
+
+def test_a_seed_gives_the_same_images(generator, decoder):
+    first, again = (generate(generator, decoder, PROMPTS, seed=4, config=CONFIG) for _ in range(2))
+    assert torch.equal(first, again)
+    assert first.shape == (5, 3, 32, 32) and first.dtype == torch.float32
+    assert 0 <= first.min() and first.max() <= 1
+    other = generate(generator, decoder, PROMPTS, seed=5, config=CONFIG)
+    assert (first - other).abs().amax(dim=(1, 2, 3)).min() > 1e-2
+    assert (first[0] - first[3]).abs().max() > 1e-2  # the same prompt, another number
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_images_do_not_depend_on_the_batch_size(generator, decoder, batch_size):
+    images = generate(generator, decoder, PROMPTS, config=CONFIG, batch_size=batch_size)
+    whole = generate(generator, decoder, PROMPTS, config=CONFIG)
+    torch.testing.assert_close(images, whole, atol=1e-3, rtol=0)
+
+
+def test_an_image_does_not_depend_on_later_prompts(generator, decoder):
+    alone = generate(generator, decoder, PROMPTS[:2], config=CONFIG)
+    torch.testing.assert_close(
+        alone, generate(generator, decoder, PROMPTS, config=CONFIG)[:2], atol=1e-3, rtol=0
+    )
+
+
+def test_pixels_are_rounded_not_truncated():
+    pixels = torch.tensor([0.0, 0.499, 0.999, 1.0, -0.1, 1.1]).expand(3, 2, 6)
+    expected = [0, 127, 255, 255, 0, 255]
+    image = to_uint8(pixels)
+    assert image.shape == (2, 6, 3) and image.dtype == np.uint8
+    assert image[0, :, 0].tolist() == expected
+    assert to_uint8(pixels[None]).shape == (1, 2, 6, 3)
+
+
+@pytest.fixture
+def checkpoint(generator, tmp_path):
+    folder = tmp_path / "step_00000001"
+    save_checkpoint(folder, generator, generator.trainable_state(), step=1)
+    return folder
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate", *map(str, arguments)])
+    main()
+
+
+def test_the_command_writes_the_images_the_function_makes(
+    checkpoint, generator, decoder, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "new" / "x.png"
+    common = ["--checkpoint", checkpoint, "--prompt", "a red circle", "--out", out, "--device", "cpu"]
+    run_main(monkeypatch, *common, "--num-images", 2, "--seed", 3, "--num-steps", 2, "--scale", 2)
+    assert str(out) in capsys.readouterr().out
+    image = np.asarray(Image.open(out))
+    assert image.shape == (64, 128, 3)
+    made = to_uint8(generate(generator, decoder, ["a red circle"] * 2, 3, SamplerConfig(num_steps=2)))
+    np.testing.assert_array_equal(image[::2, ::2], np.concatenate(list(made), axis=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--prompt": "red " * 60}, "has 61 tokens; the context takes 48"),
+        ({"--checkpoint": "/nowhere"}, "checkpoint /nowhere does not exist"),
+        ({"--num-steps": 0}, "num_steps"),
+    ],
+)
+def test_the_command_says_what_is_wrong(checkpoint, tmp_path, monkeypatch, change, message):
+    arguments = {"--checkpoint": checkpoint, "--prompt": "a", "--out": tmp_path / "x.png", **change}
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, *(part for pair in arguments.items() for part in pair))
+    assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
+    assert not (tmp_path / "x.png").exists()
