@@ -1,1 +1,3 @@
-"""RepFusion and UniFusion: text-to-image models conditioned by a frozen multimodal LLM that reads the noisy latents."""
+"""RepFusion and UniFusion: text-to-image models conditioned by a frozen multimodal LLM that reads the noisy
+latents.
+"""

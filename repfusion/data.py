@@ -88,7 +88,8 @@ def scan_tar(path: Path) -> dict[str, tuple[int, int]]:
             if header[0] == 0:
                 return members
             kind = header[156:157]
-            # Extended headers (long names) and old formats are rare in shards: leave them to tarfile, far slower.
+            # Extended headers (long names) and old formats are rare in shards: leave them to tarfile, far
+            # slower.
             if header[257:262] != b"ustar" or kind not in (b"0", b"\0", b"5"):
                 return scan_tar_slowly(path)
             try:

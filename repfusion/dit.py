@@ -1,8 +1,9 @@
 """The denoiser: noisy latents, noise level and a condition -> velocity.
 
-RepFusion's interface is token-wise AdaLN-Single (arXiv 2606.14700; AdaLN-Single from PixArt-alpha, arXiv 2310.00426): condition
-tokens align one to one with latent tokens. Cross-attention is the interface for conditions of any length. The blocks follow
-RAE's DiT (arXiv 2510.11690): RMSNorm, SwiGLU, 2-D rotary positions, zero-initialised gates and output.
+RepFusion's interface is token-wise AdaLN-Single (arXiv 2606.14700; AdaLN-Single from PixArt-alpha, arXiv
+2310.00426): condition tokens align one to one with latent tokens. Cross-attention is the interface for
+conditions of any length. The blocks follow RAE's DiT (arXiv 2510.11690): RMSNorm, SwiGLU, 2-D rotary
+positions, zero-initialised gates and output.
 """
 
 import math
@@ -28,7 +29,9 @@ class DiTConfig(BaseModel):
     num_heads: int = 3
     """Attention heads; the head width must be a multiple of 4 (2-D rotary pairs)."""
     mlp_ratio: float = 4.0
-    """Parameters of the SwiGLU layer, counted as a plain MLP of this expansion (its inner width is 2/3 of it)."""
+    """Parameters of the SwiGLU layer, counted as a plain MLP of this expansion (its inner width is 2/3 of
+    it).
+    """
     interface: Interface = "adaln"
     """How the condition enters: per token through AdaLN-Single, or by cross-attention."""
 
@@ -36,7 +39,9 @@ class DiTConfig(BaseModel):
 def timestep_embedding(t: Float[Tensor, " b"], dim: int) -> Float[Tensor, "b dim"]:
     """Sinusoidal embedding of noise levels in [0, 1] (scaled by 1000, as in DiT), float32."""
     half = dim // 2
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    frequencies = torch.exp(
+        -math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half
+    )
     angles = 1000.0 * t.float()[:, None] * frequencies
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
@@ -57,7 +62,9 @@ class TimestepEmbedder(nn.Module):
 
 
 def rotary_2d(grid: tuple[int, int], head_dim: int) -> Float[Tensor, "n half 2"]:
-    """Cosine and sine per token and rotary pair; the first half of the pairs turns with the row, the second with the column."""
+    """Cosine and sine per token and rotary pair; the first half of the pairs turns with the row, the second
+    with the column.
+    """
     quarter = head_dim // 4
     frequencies = 1.0 / 100.0 ** (torch.arange(quarter) / quarter)
     rows, cols = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
@@ -72,14 +79,16 @@ def rotate(x: Float[Tensor, "b h n d"], rotary: Float[Tensor, "n half 2"]) -> Fl
 
 
 class RMSNorm(nn.RMSNorm):
-    """With its gain cast to the input: under autocast a float32 gain on bfloat16 input would leave the fused kernel."""
+    """With its gain cast to the input: under autocast a float32 gain on bfloat16 input would leave the fused
+    kernel.
+    """
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with normalised queries and keys; over itself, or over a context of `context_dim`."""
+    """Multi-head attention, normalised queries and keys; over itself, or over a context of `context_dim`."""
 
     def __init__(self, dim: int, num_heads: int, context_dim: int | None = None):
         super().__init__()
@@ -102,7 +111,12 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b n d"]:
         q = rearrange(self.query(x), "b n (h d) -> b h n d", h=self.num_heads)
-        k, v = rearrange(self.key_value(x if context is None else context), "b n (s h d) -> s b h n d", s=2, h=self.num_heads)
+        k, v = rearrange(
+            self.key_value(x if context is None else context),
+            "b n (s h d) -> s b h n d",
+            s=2,
+            h=self.num_heads,
+        )
         q, k = self.query_norm(q), self.key_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
@@ -124,7 +138,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the shared modulation plus this block's own table."""
+    """Attention and MLP, each shifted, scaled and gated by the shared modulation plus the block's table."""
 
     def __init__(self, config: DiTConfig, condition_dim: int):
         super().__init__()
@@ -172,7 +186,10 @@ class DiT(nn.Module):
         if dim % heads or (dim // heads) % 4:
             raise ValueError(f"hidden_size {dim} over {heads} heads must give a head width divisible by 4")
         if dim < latent_dim:
-            raise ValueError(f"hidden_size {dim} is below the latent width {latent_dim}; raise dit.hidden_size to at least {latent_dim}")
+            raise ValueError(
+                f"hidden_size {dim} is below the latent width {latent_dim}; raise dit.hidden_size to at "
+                f"least {latent_dim}"
+            )
         self.config = config
         self.embed = nn.Linear(latent_dim, dim)
         self.time = TimestepEmbedder(condition_dim)
@@ -194,7 +211,9 @@ class DiT(nn.Module):
         condition: Float[Tensor, "b m c"],
         mask: Bool[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """Velocity (noise - latents) at noise level t. `mask` marks real condition tokens (cross-attention only)."""
+        """Velocity (noise - latents) at noise level t. `mask` marks real condition tokens (cross-attention
+        only).
+        """
         signal = self.time(t)[:, None, :]
         context = condition if self.config.interface == "cross_attention" else None
         signal = F.silu(signal if context is not None else condition + signal)
@@ -202,5 +221,7 @@ class DiT(nn.Module):
         x = self.embed(z_t)
         for block in self.blocks:
             x = block(x, modulation, self.rotary, context, mask)
-        shift, scale = (rearrange(self.final_modulation(signal), "b k (s d) -> b k s d", s=2) + self.final_table).unbind(2)
+        shift, scale = (
+            rearrange(self.final_modulation(signal), "b k (s d) -> b k s d", s=2) + self.final_table
+        ).unbind(2)
         return self.out(self.final_norm(x) * (1 + scale) + shift)

@@ -36,10 +36,17 @@ class EngineConfig(BaseModel):
     """Applied to matrices; vectors (biases, norms) are left alone."""
     warmup_steps: int = 100
     """Linear warm-up from 0."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: a cosine to min_lr_ratio * lr at the last step, or constant."""
+    schedule: Literal["cosine", "constant", "trapezoid"] = "cosine"
+    """After the warm-up: a cosine to min_lr_ratio * lr at the last step, constant, or constant with a linear
+    end.
+
+    The trapezoid does not depend on num_steps before its end, so a run may be prolonged or cut short from any
+    checkpoint.
+    """
+    decay_steps: int = 0
+    """Length of the trapezoid's linear end, from lr to min_lr_ratio * lr."""
     min_lr_ratio: float = 0.1
-    """Final over peak learning rate of the cosine."""
+    """Final over peak learning rate of the cosine and of the trapezoid."""
     grad_clip: float | None = 1.0
     """Largest norm of the gradient; None leaves it."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -88,6 +95,9 @@ def learning_rate(config: EngineConfig, step: int, num_steps: int) -> float:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
+    if config.schedule == "trapezoid":
+        left = min(1.0, (num_steps - step) / max(1, config.decay_steps))
+        return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
     progress = min(1.0, (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps))
     return config.lr * (
         config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

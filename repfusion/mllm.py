@@ -1,7 +1,8 @@
 """A Hugging Face folder -> the frozen language model of an MLLM, its visual projector and its tokenizer.
 
-Any `LlavaForConditionalGeneration` (LLaVA-1.5-7B's class) loads; its vision tower is left on disk, since RepFusion feeds the
-projector with noisy latents. A plain causal language model loads too, with a fresh projector: the language-only twin.
+Any `LlavaForConditionalGeneration` (LLaVA-1.5-7B's class) loads; its vision tower is left on disk, since
+RepFusion feeds the projector with noisy latents. A plain causal language model loads too, with a fresh
+projector: the language-only twin.
 """
 
 from pathlib import Path
@@ -18,20 +19,24 @@ from repfusion.rae.encoder import weights_digest
 class Projector(nn.Module):
     """LLaVA-1.5's two-layer projector from visual width to language width."""
 
-    def __init__(self, visual_width: int, width: int, activation: str = "gelu"):
+    def __init__(self, visual_width: int, width: int, activation: str = "gelu", bias: bool = True):
         super().__init__()
-        self.linear_1 = nn.Linear(visual_width, width)
+        self.linear_1 = nn.Linear(visual_width, width, bias)
         self.act = ACT2FN[activation]
-        self.linear_2 = nn.Linear(width, width)
+        self.linear_2 = nn.Linear(width, width, bias)
 
     def forward(self, x: Float[Tensor, "b n v"]) -> Float[Tensor, "b n w"]:
         return self.linear_2(self.act(self.linear_1(x)))
 
 
 class MLLM(nn.Module):
-    """`language_model` is frozen and in eval mode; `projector` is the pretrained one, for whoever fine-tunes it to take over."""
+    """`language_model` is frozen and in eval mode; `projector` is the pretrained one, for whoever fine-tunes
+    it to take over.
+    """
 
-    def __init__(self, language_model: nn.Module, projector: Projector | None, tokenizer, folder: Path, digest: str):
+    def __init__(
+        self, language_model: nn.Module, projector: Projector | None, tokenizer, folder: Path, digest: str
+    ):
         super().__init__()
         self.language_model = language_model.eval().requires_grad_(False)
         self.projector = projector
@@ -39,29 +44,46 @@ class MLLM(nn.Module):
         self.folder = folder
         self.digest = digest
         self.width: int = language_model.config.hidden_size
-        self.max_text_tokens: int = min(tokenizer.model_max_length, language_model.config.max_position_embeddings)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        self.max_text_tokens: int = min(
+            tokenizer.model_max_length, language_model.config.max_position_embeddings
+        )
+        begin_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if begin_id is None:
+            raise ValueError(
+                f"MLLM folder {folder}: its tokenizer has neither a begin nor an end token; a prompt "
+                "needs one to begin with"
+            )
+        self.begin_id: int = begin_id
+        self.pad_id: int = begin_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "MLLM":
-        """Raises ValueError where the folder is missing or holds neither a LLaVA nor a causal language model."""
+        """Raises ValueError where the folder is missing or holds no LLaVA and no causal language model."""
         folder = Path(folder)
         if not (folder / "config.json").is_file():
-            raise ValueError(f"MLLM folder {folder}: no config.json; expected a folder written by save_pretrained")
+            raise ValueError(
+                f"MLLM folder {folder}: no config.json; expected a folder written by save_pretrained"
+            )
         config = AutoConfig.from_pretrained(folder)
         projector = None
         if config.model_type == "llava":
             llava = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
             language_model = llava.model.language_model
             if not isinstance(config.vision_feature_layer, int):
-                raise ValueError(f"MLLM folder {folder}: reads layers {config.vision_feature_layer} of its tower; expected a single layer")
-            projector = Projector(config.vision_config.hidden_size, config.text_config.hidden_size, config.projector_hidden_act)
+                raise ValueError(
+                    f"MLLM folder {folder}: reads layers {config.vision_feature_layer} of its tower; "
+                    "expected a single layer"
+                )
+            widths = config.vision_config.hidden_size, config.text_config.hidden_size
+            projector = Projector(*widths, config.projector_hidden_act, config.multimodal_projector_bias)
             projector.load_state_dict(llava.model.multi_modal_projector.state_dict())
         elif config.model_type in ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3"):
             language_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).model
         else:
-            raise ValueError(f"MLLM folder {folder}: model_type {config.model_type!r}; expected 'llava' or a causal language model")
+            raise ValueError(
+                f"MLLM folder {folder}: model_type {config.model_type!r}; expected 'llava' or a causal "
+                "language model"
+            )
         tokenizer = AutoTokenizer.from_pretrained(folder)
         return cls(language_model, projector, tokenizer, folder, weights_digest(folder))
 
@@ -71,13 +93,15 @@ class MLLM(nn.Module):
         Raises:
             ValueError: where a prompt is longer than the context.
         """
-        bos = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
-        rows = [[bos, *ids] for ids in self.tokenizer(prompts, add_special_tokens=False).input_ids]
+        rows = [[self.begin_id, *ids] for ids in self.tokenizer(prompts, add_special_tokens=False).input_ids]
         longest = max(range(len(rows)), key=lambda i: len(rows[i]))
         width = len(rows[longest])
         if width > self.max_text_tokens:
             start = prompts[longest][:60]
-            raise ValueError(f"prompt {start!r}... has {width} tokens; the context takes {self.max_text_tokens}: shorten it")
-        ids = torch.tensor([[self.tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
+            raise ValueError(
+                f"prompt {start!r}... has {width} tokens; the context takes {self.max_text_tokens}: "
+                "shorten it"
+            )
+        ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in rows])
         lengths = torch.tensor([len(row) for row in rows])
         return ids, torch.arange(width) >= width - lengths[:, None]

@@ -1,4 +1,6 @@
-"""Everything of one text-to-image model in one module: frozen MLLM, conditioner, DiT, and the statistics that define its latents."""
+"""Everything of one text-to-image model in one module: frozen MLLM, conditioner, DiT, and the statistics that
+define its latents.
+"""
 
 from pathlib import Path
 from typing import Literal
@@ -63,7 +65,10 @@ class Generator(nn.Module):
         super().__init__()
         num_tokens, latent_dim = statistics.mean.shape
         if num_tokens != grid[0] * grid[1]:
-            raise ValueError(f"latent statistics have {num_tokens} tokens, the encoder's grid is {grid[0]} x {grid[1]}; re-run 'latents'")
+            raise ValueError(
+                f"latent statistics have {num_tokens} tokens, the encoder's grid is {grid[0]} x "
+                f"{grid[1]}; re-run 'latents'"
+            )
         self.config = config
         self.statistics = statistics
         self.grid = grid
@@ -71,7 +76,7 @@ class Generator(nn.Module):
         self.shift = shift_factor(num_tokens, latent_dim, config.flow.base_dim)
         match config.conditioning:
             case "noisy_latents":
-                self.conditioner = NoisyLatentConditioner(mllm, latent_dim)
+                self.conditioner = NoisyLatentConditioner(mllm, latent_dim, num_tokens)
             case "text_embed":
                 self.conditioner = TextEmbedConditioner(mllm)
         dit_config = config.dit.model_copy(update={"interface": self.conditioner.interface})
@@ -79,7 +84,8 @@ class Generator(nn.Module):
 
     @classmethod
     def build(cls, config: ModelConfig, statistics: LatentStatistics) -> "Generator":
-        """Loads the frozen parts named by the config; the trainable ones are fresh, but for the MLLM's projector.
+        """Loads the frozen parts named by the config; the trainable ones are fresh, but for the MLLM's
+        projector.
 
         Raises:
             ValueError: where a folder is missing or parts do not fit each other.
@@ -88,7 +94,10 @@ class Generator(nn.Module):
         mllm = MLLM.from_pretrained(config.mllm, getattr(torch, config.mllm_dtype))
         if statistics.mean.shape != (encoder.num_tokens, encoder.feature_dim):
             got, expected = tuple(statistics.mean.shape), (encoder.num_tokens, encoder.feature_dim)
-            raise ValueError(f"latent statistics are of features {got}, the encoder {config.encoder.path} gives {expected}; re-run 'latents'")
+            raise ValueError(
+                f"latent statistics are of features {got}, the encoder {config.encoder.path} gives "
+                f"{expected}; re-run 'latents'"
+            )
         return cls(config, mllm, statistics, encoder.grid)
 
     @property
@@ -100,16 +109,26 @@ class Generator(nn.Module):
     def device(self) -> torch.device:
         return self.dit.out.weight.device
 
-    def prompt_batch(self, prompts: list[str] | list[str | Float[Tensor, "m c"]], reuse: bool = False) -> PromptBatch:
-        """Prompts (an empty one is the unconditional prompt) on the model's device; `reuse` for many steps without gradients."""
+    def prompt_batch(
+        self, prompts: list[str] | list[str | Float[Tensor, "_ c"]], reuse: bool = False
+    ) -> PromptBatch:
+        """Prompts (an empty one is the unconditional prompt) on the model's device; `reuse` for many steps
+        without gradients.
+        """
         return self.conditioner.prepare(prompts, self.device, reuse)
 
-    def velocity(self, z_t: Float[Tensor, "b n d"], t: Float[Tensor, " b"], prompts: PromptBatch) -> Float[Tensor, "b n d"]:
+    def velocity(
+        self, z_t: Float[Tensor, "b n d"], t: Float[Tensor, " b"], prompts: PromptBatch
+    ) -> Float[Tensor, "b n d"]:
         condition = self.conditioner.condition(prompts, z_t, t)
         return self.dit(z_t, t, condition.tokens, condition.mask)
 
     def forward(
-        self, latents: Float[Tensor, "b n d"], prompts: PromptBatch, t: Float[Tensor, " b"], noise: Float[Tensor, "b n d"]
+        self,
+        latents: Float[Tensor, "b n d"],
+        prompts: PromptBatch,
+        t: Float[Tensor, " b"],
+        noise: Float[Tensor, "b n d"],
     ) -> Float[Tensor, " b"]:
         """Mean squared error of the velocity, per sample, float32."""
         predicted = self.velocity(interpolate(latents, noise, t), t, prompts)
@@ -134,7 +153,11 @@ class Generator(nn.Module):
             if own[name].shape != state[name].shape:
                 problems.append(f"{name}: {tuple(state[name].shape)}, expected {tuple(own[name].shape)}")
         if problems:
-            raise ValueError("weights of another geometry: " + "; ".join(sorted(problems)[:6]) + f" ({len(problems)} in all)")
+            raise ValueError(
+                "weights of another geometry: "
+                + "; ".join(sorted(problems)[:6])
+                + f" ({len(problems)} in all)"
+            )
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
@@ -144,5 +167,7 @@ class Generator(nn.Module):
         decoder = RAEDecoder.from_pretrained(self.config.decoder).to(self.device)
         got, expected = (decoder.config.grid, decoder.config.feature_dim), (self.grid, self.latent_shape[1])
         if got != expected:
-            raise ValueError(f"decoder {self.config.decoder} reads (grid, width) {got}, the model makes {expected}")
+            raise ValueError(
+                f"decoder {self.config.decoder} reads (grid, width) {got}, the model makes {expected}"
+            )
         return decoder

@@ -1,9 +1,12 @@
-"""RepFusion (arXiv 2606.14700): the frozen causal LLM reads the prompt, then P(z_t + e_t); its outputs there are the condition.
+"""RepFusion (arXiv 2606.14700): the frozen causal LLM reads the prompt, then P(z_t + e_t); its outputs there
+are the condition.
 
-P is the MLLM's own projector, fine-tuned; e_t is a learned embedding of the noise level. Gradients pass through the frozen LLM to P.
+P is the MLLM's own projector, fine-tuned; e_t is a learned embedding of the noise level. Gradients pass
+through the frozen LLM to P.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,7 +20,7 @@ from repfusion.mllm import MLLM, Projector
 
 @dataclass(frozen=True)
 class Prefix:
-    """Prompt ids `[b, m]`, left-padded, their mask, and, for sampling, the LLM's keys and values over them."""
+    """Prompt ids `[b, m]`, left-padded, their mask, and, for sampling, the keys and values over them."""
 
     ids: Int[Tensor, "b m"]
     mask: Bool[Tensor, "b m"]
@@ -26,10 +29,16 @@ class Prefix:
 
 class NoisyLatentConditioner(nn.Module):
     interface: Interface = "adaln"
-    prompt_column = "ids"
+    prompt_column: Literal["ids", "features"] = "ids"
 
-    def __init__(self, mllm: MLLM, latent_dim: int):
-        """Raises ValueError where the MLLM's projector takes another width than the latents have."""
+    def __init__(self, mllm: MLLM, latent_dim: int, num_tokens: int):
+        """Prompt and latent tokens share the context: the MLLM takes prompts that leave room for
+        `num_tokens`.
+
+        Raises:
+            ValueError: where the MLLM's projector takes another width than the latents have, or its context
+            is too short for them.
+        """
         super().__init__()
         self.mllm = mllm
         self.projector = mllm.projector or Projector(latent_dim, mllm.width)
@@ -39,11 +48,21 @@ class NoisyLatentConditioner(nn.Module):
                 f"MLLM {mllm.folder}: its projector takes width {took}, the latents have {latent_dim}; "
                 "use the vision tower this MLLM was trained with as encoder"
             )
+        mllm.max_text_tokens = min(
+            mllm.max_text_tokens, mllm.language_model.config.max_position_embeddings - num_tokens
+        )
+        if mllm.max_text_tokens < 1:
+            raise ValueError(
+                f"MLLM {mllm.folder}: its context leaves no room for a prompt beside {num_tokens} "
+                "latent tokens"
+            )
         mllm.projector = None  # one owner: the trained copy
         self.time = TimestepEmbedder(latent_dim, zero_init=True)
 
     def prepare(self, prompts: list[str], device: torch.device, reuse: bool = False) -> Prefix:
-        """Prompts -> prefix. With `reuse`, the LLM reads the prefix once and keeps it for every step (no gradients)."""
+        """Prompts -> prefix. With `reuse`, the LLM reads the prefix once and keeps it for every step (no
+        gradients).
+        """
         ids, mask = self.mllm.tokenize(prompts)
         ids, mask = ids.to(device), mask.to(device)
         if not reuse:

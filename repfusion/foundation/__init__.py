@@ -1,4 +1,6 @@
-"""Scenes -> the small foundation shipped in `weights/`: vision tower, LLaVA, its language-only twin, tokenizer, RAE decoder, base."""
+"""Scenes -> the small foundation shipped in `weights/`: vision tower, LLaVA, its language-only twin,
+tokenizer, RAE decoder, base.
+"""
 
 from pathlib import Path
 

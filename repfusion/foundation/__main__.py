@@ -1,4 +1,6 @@
-"""`python -m repfusion.foundation`: trains and measures the small foundation, part by part, and records its quality."""
+"""`python -m repfusion.foundation`: trains and measures the small foundation, part by part, and records its
+quality.
+"""
 
 import argparse
 import json
@@ -8,17 +10,29 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from repfusion.foundation import WEIGHTS
+from repfusion.foundation.decoder import train_decoder
 from repfusion.foundation.dialogues import train_tokenizer
-from repfusion.foundation.perception import FoundationConfig, ScenePool, train_language_twin, train_llava
+from repfusion.foundation.measure import measure
+from repfusion.foundation.perception import (
+    FoundationConfig,
+    ScenePool,
+    refine,
+    train_language_twin,
+    train_llava,
+)
 
-PARTS = ("llava", "language", "decoder", "measure")
+PARTS = ("llava", "decoder", "refine", "polish", "language", "measure")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m repfusion.foundation", description=__doc__)
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder to write (default: the shipped one)")
+    parser.add_argument(
+        "--out", type=Path, default=WEIGHTS, help="folder to write (default: the shipped one)"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to train")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of FoundationConfig")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of FoundationConfig"
+    )
     args = parser.parse_args()
     config = FoundationConfig(**dict(item.split("=", 1) for item in args.set))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -34,13 +48,11 @@ def main() -> None:
             case "language":
                 tokenizer = AutoTokenizer.from_pretrained(args.out / "llava")
                 train_language_twin(pool, tokenizer, config, args.out / "language")
-            case "decoder":
-                from repfusion.foundation.decoder import train_decoder
-
-                train_decoder(pool, config, args.out)
+            case "decoder" | "polish":
+                train_decoder(pool, config, args.out, polish=part == "polish")
+            case "refine":
+                refine(pool, AutoTokenizer.from_pretrained(args.out / "llava"), config, args.out)
             case "measure":
-                from repfusion.foundation.measure import measure
-
                 record["quality"] = measure(args.out, config)
         record["seconds"][part] = round(time.perf_counter() - started, 1)
         record_path.write_text(json.dumps(record, indent=2) + "\n")

@@ -1,7 +1,8 @@
-"""Scenes -> columns of captions and features -> the shipped base RepFusion checkpoint, trained from scratch without Ray.
+"""Scenes -> columns of captions and features -> the shipped base RepFusion checkpoint, trained from scratch
+without Ray.
 
-`python -m repfusion.foundation.base prepare` writes the columns, `repfusion.train` trains on them, `release` copies the averaged weights
-of the last checkpoint into `weights/base`. `make base` runs the three.
+`python -m repfusion.foundation.base prepare` writes the columns, `repfusion.train` trains on them, `release`
+copies the averaged weights of the last checkpoint into `weights/base`. `make base` runs the three.
 """
 
 import argparse
@@ -28,14 +29,18 @@ FIRST_SEED = 10_000_000
 
 
 def prepare(root: Path, num_scenes: int) -> None:
-    """Writes `captions/`, `latents/` and `latents/statistics.safetensors`: scenes of the base's shapes and colours only."""
+    """Writes `captions/`, `latents/` and `latents/statistics.safetensors`: scenes of the base's shapes and
+    colours only.
+    """
     encoder = RepresentationEncoder.from_pretrained(WEIGHTS / "vision_tower")
     world = WorldConfig(image_size=encoder.image_size, shapes=BASE_SHAPES, colours=BASE_COLOURS)
     statistics = LatentStatistics.empty(encoder.num_tokens, encoder.feature_dim)
     for folder in ("captions", "latents"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     for start in tqdm(range(0, num_scenes, SHARD_SAMPLES), desc="shards"):
-        scenes = [draw_scene(FIRST_SEED + i, world) for i in range(start, min(start + SHARD_SAMPLES, num_scenes))]
+        scenes = [
+            draw_scene(FIRST_SEED + i, world) for i in range(start, min(start + SHARD_SAMPLES, num_scenes))
+        ]
         pixels = torch.from_numpy(np.stack([render(scene, world) for scene in scenes]))
         features = torch.cat([encoder(part) for part in pixels.split(500)]).half()
         statistics.update(features)
@@ -47,7 +52,9 @@ def prepare(root: Path, num_scenes: int) -> None:
             for i, scene in enumerate(scenes):
                 key, rng = f"{start + i:08d}", np.random.default_rng([FIRST_SEED, start + i])
                 texts = [caption_scene(scene, rng) for _ in range(CAPTIONS_PER_SCENE)]
-                captions.write({"__key__": key, "json": json.dumps({"captions": texts}).encode(), "txt": texts[0]})
+                captions.write(
+                    {"__key__": key, "json": json.dumps({"captions": texts}).encode(), "txt": texts[0]}
+                )
                 buffer = io.BytesIO()
                 np.save(buffer, features[i].numpy())
                 latents.write({"__key__": key, "features.npy": buffer.getvalue()})
@@ -62,7 +69,10 @@ def release(checkpoints: Path, folder: Path) -> None:
     generator = load_checkpoint(source)
     working = begin_checkpoint(folder)
     (working / "config.json").write_bytes((source / "config.json").read_bytes())
-    save_file({k: v.detach().half().contiguous() for k, v in generator.trainable_state().items()}, str(working / "ema.safetensors"))
+    save_file(
+        {k: v.detach().half().contiguous() for k, v in generator.trainable_state().items()},
+        str(working / "ema.safetensors"),
+    )
     generator.statistics.save(working / "statistics.safetensors")
     finish_checkpoint(working, folder, {"step": json.loads((source / "complete.json").read_text())["step"]})
 

@@ -1,9 +1,11 @@
 """Scenes -> a LLaVA that sees, and its language-only twin that never saw an image.
 
-The vision tower is trained end to end by two signals: the language model's answers, and pixels rebuilt from its penultimate layer
-under noise, so that what a latent says survives the small errors a diffusion model makes (cf. RAE's noise-augmented decoding).
+The vision tower is trained end to end by two signals: the language model's answers, and pixels rebuilt from
+its penultimate layer under noise, so that what a latent says survives the small errors a diffusion model
+makes (cf. RAE's noise-augmented decoding).
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +42,9 @@ class FoundationConfig(BaseModel):
     vision_width: int = 64
     """Width of the tower, so of the latents."""
     vision_layers: int = 5
-    """Layers of the tower; the last one only serves the standard CLIP geometry, features are the penultimate state."""
+    """Layers of the tower; the last one only serves the standard CLIP geometry, features are the penultimate
+    state.
+    """
     text_width: int = 128
     """Width of the language model."""
     text_layers: int = 4
@@ -55,10 +59,19 @@ class FoundationConfig(BaseModel):
     """Steps of the RAE decoder."""
     batch_size: int = 128
     """Scenes a step."""
+    refine_steps: int = 2_500
+    """Steps in which LLaVA and decoder go on together."""
+    polish_steps: int = 5_000
+    """Steps of the decoder alone, on the tower as it then is."""
     learning_rate: float = 1e-3
     """Peak of the cosine schedule."""
     feature_noise: float = 0.6
-    """Largest standard deviation of the noise on features under which pixels are rebuilt (features have unit variance)."""
+    """Largest standard deviation of the noise on features under which pixels are rebuilt (features have unit
+    variance).
+    """
+
+    refine_noise: float = 0.4
+    """The same while refining."""
 
     @property
     def num_tokens(self) -> int:
@@ -70,7 +83,9 @@ class ScenePool:
 
     def __init__(self, config: FoundationConfig, seed: int = 0):
         world = WorldConfig(image_size=config.image_size)
-        self.scenes = [draw_scene(seed + i, world) for i in tqdm(range(config.num_scenes), desc="scenes", mininterval=5)]
+        self.scenes = [
+            draw_scene(seed + i, world) for i in tqdm(range(config.num_scenes), desc="scenes", mininterval=5)
+        ]
         size = config.image_size
         self.pixels = np.empty((len(self.scenes), 3, size, size), np.uint8)
         for i, scene in enumerate(tqdm(self.scenes, desc="render", mininterval=5)):
@@ -119,15 +134,27 @@ def answer_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(head(hidden[:, :-1][learned]).float(), labels[:, 1:][learned])
 
 
-def optimise(params: list[nn.Parameter], config: FoundationConfig, num_steps: int, loss_of_step, name: str) -> float:
-    """AdamW with warm-up and cosine decay in bfloat16 autocast; returns the mean loss of the last 100 steps."""
-    optimizer = torch.optim.AdamW(params, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-    shape = [min(1.0, (step + 1) / 200) * (0.5 + 0.5 * np.cos(np.pi * step / num_steps)) + 0.01 for step in range(num_steps + 1)]
+def optimise(
+    params: list[nn.Parameter],
+    config: FoundationConfig,
+    num_steps: int,
+    loss_of_step: Callable[[int], Tensor],
+    name: str,
+) -> float:
+    """AdamW, warm-up and cosine decay, bfloat16 autocast; returns the mean loss of the last 100 steps."""
+    optimizer = torch.optim.AdamW(
+        params, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+    )
+    shape = [
+        min(1.0, (step + 1) / 200) * (0.5 + 0.5 * np.cos(np.pi * step / num_steps)) + 0.01
+        for step in range(num_steps + 1)
+    ]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: shape[min(step, num_steps)])
     recent: list[float] = []
     bar = tqdm(range(num_steps), desc=name, mininterval=5)
     for step in bar:
-        # The CPU's flash attention is slow in the backward pass of short sequences; the plain one is 1.5 x as fast.
+        # The CPU's flash attention is slow in the backward pass of short sequences; the plain one is 1.5 x as
+        # fast.
         with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
             loss = loss_of_step(step)
         loss.backward()
@@ -142,50 +169,92 @@ def optimise(params: list[nn.Parameter], config: FoundationConfig, num_steps: in
     return float(np.mean(recent))
 
 
-def train_llava(
-    pool: ScenePool, tokenizer: PreTrainedTokenizerFast, config: FoundationConfig, folder: Path
-) -> LlavaForConditionalGeneration:
-    torch.manual_seed(0)
-    llava = LlavaForConditionalGeneration(llava_config(config, tokenizer))
-    grid = (config.image_size // config.patch_size,) * 2
-    rebuild = RAEDecoder(RAEDecoderConfig(feature_dim=config.vision_width, grid=grid, patch_size=config.patch_size, depth=2))
+def joint_loss(
+    llava: LlavaForConditionalGeneration,
+    decoder: RAEDecoder,
+    tokenizer: PreTrainedTokenizerFast,
+    pool: ScenePool,
+    config: FoundationConfig,
+    feature_noise: float,
+    pixel_weight: float,
+) -> Callable[[int], Tensor]:
+    """Answers about the image, captions alone (every 4th step), and pixels rebuilt from noised features."""
     inner, image_token = llava.model, llava.config.image_token_index
 
     def loss_of_step(step: int) -> Tensor:
         scenes, pixels = pool.batch(config.batch_size)
-        hidden = inner.vision_tower(pixel_values=(pixels - PIXEL_MEAN) / PIXEL_STD, output_hidden_states=True).hidden_states[-2][:, 1:]
+        normalised = (pixels - PIXEL_MEAN) / PIXEL_STD
+        hidden = inner.vision_tower(pixel_values=normalised, output_hidden_states=True).hidden_states[-2][
+            :, 1:
+        ]
         features = F.layer_norm(hidden.float(), (config.vision_width,))
-        sigma = config.feature_noise * torch.rand(len(features), 1, 1)
-        rebuilt = rebuild(features + sigma * torch.randn_like(features))
-        ids, labels = encode_dialogues(tokenizer, [write_dialogue(s, pool.rng) for s in scenes], config.num_tokens)
+        sigma = feature_noise * torch.rand(len(features), 1, 1)
+        rebuilt = decoder(features + sigma * torch.randn_like(features))
+        ids, labels = encode_dialogues(
+            tokenizer, [write_dialogue(s, pool.rng) for s in scenes], config.num_tokens
+        )
         embedded = inner.language_model.embed_tokens(ids)
         visual = inner.multi_modal_projector(hidden).to(embedded.dtype)
         embedded = embedded.masked_scatter((ids == image_token)[..., None], visual)
         said = inner.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        loss = answer_loss(llava.lm_head, said, labels) + 4.0 * F.l1_loss(rebuilt.float(), pixels)
+        loss = answer_loss(llava.lm_head, said, labels) + pixel_weight * F.l1_loss(rebuilt.float(), pixels)
         if step % 4 == 0:
             loss = loss + 0.25 * text_loss(llava.lm_head, inner.language_model, tokenizer, scenes, pool.rng)
         return loss
 
-    optimise([*llava.parameters(), *rebuild.parameters()], config, config.perception_steps, loss_of_step, "llava")
+    return loss_of_step
+
+
+def train_llava(
+    pool: ScenePool, tokenizer: PreTrainedTokenizerFast, config: FoundationConfig, folder: Path
+) -> None:
+    """From scratch, with a small decoder that is thrown away."""
+    torch.manual_seed(0)
+    llava = LlavaForConditionalGeneration(llava_config(config, tokenizer))
+    grid = (config.image_size // config.patch_size,) * 2
+    rebuild = RAEDecoder(
+        RAEDecoderConfig(feature_dim=config.vision_width, grid=grid, patch_size=config.patch_size, depth=2)
+    )
+    loss = joint_loss(llava, rebuild, tokenizer, pool, config, config.feature_noise, pixel_weight=4.0)
+    optimise([*llava.parameters(), *rebuild.parameters()], config, config.perception_steps, loss, "llava")
     save_mllm(llava, tokenizer, folder)
-    return llava
 
 
-def text_loss(head: nn.Module, language_model: nn.Module, tokenizer, scenes: list[Scene], rng: np.random.Generator) -> Tensor:
+def refine(
+    pool: ScenePool, tokenizer: PreTrainedTokenizerFast, config: FoundationConfig, folder: Path
+) -> None:
+    """LLaVA and RAE decoder on together, pixels weighing more: features that tell a cross from a diamond at
+    this size.
+    """
+    torch.manual_seed(3)
+    llava = LlavaForConditionalGeneration.from_pretrained(folder / "llava", dtype=torch.float32)
+    decoder = RAEDecoder.from_pretrained(folder / "decoder").requires_grad_(True).train()
+    loss = joint_loss(llava, decoder, tokenizer, pool, config, config.refine_noise, pixel_weight=20.0)
+    optimise([*llava.parameters(), *decoder.parameters()], config, config.refine_steps, loss, "refine")
+    save_mllm(llava, tokenizer, folder)
+    decoder.save_pretrained(folder / "decoder", dtype=torch.float16)
+
+
+def text_loss(
+    head: nn.Module, language_model: nn.Module, tokenizer, scenes: list[Scene], rng: np.random.Generator
+) -> Tensor:
     """Next-token loss on captions alone."""
     ids, labels = encode_captions(tokenizer, [caption_scene(scene, rng) for scene in scenes])
     return answer_loss(head, language_model(input_ids=ids, use_cache=False).last_hidden_state, labels)
 
 
-def train_language_twin(pool: ScenePool, tokenizer: PreTrainedTokenizerFast, config: FoundationConfig, folder: Path) -> LlamaForCausalLM:
+def train_language_twin(
+    pool: ScenePool, tokenizer: PreTrainedTokenizerFast, config: FoundationConfig, folder: Path
+) -> LlamaForCausalLM:
     """The same geometry on the same texts: captions, and the dialogues without their image."""
     torch.manual_seed(1)
     twin = LlamaForCausalLM(llava_config(config, tokenizer).text_config)
 
     def loss_of_step(step: int) -> Tensor:
         scenes, _ = pool.batch(config.batch_size)
-        ids, labels = encode_dialogues(tokenizer, [write_dialogue(s, pool.rng) for s in scenes], num_image_tokens=0)
+        ids, labels = encode_dialogues(
+            tokenizer, [write_dialogue(s, pool.rng) for s in scenes], num_image_tokens=0
+        )
         loss = answer_loss(twin.lm_head, twin.model(input_ids=ids, use_cache=False).last_hidden_state, labels)
         return loss + text_loss(twin.lm_head, twin.model, tokenizer, scenes, pool.rng)
 

@@ -1,4 +1,6 @@
-"""Features -> pixels: a MAE-style ViT with fixed sine-cosine positions and a linear head (RAE, section 3; MAE, arXiv 2111.06377)."""
+"""Features -> pixels: a MAE-style ViT with fixed sine-cosine positions and a linear head (RAE, section 3;
+MAE, arXiv 2111.06377).
+"""
 
 import json
 from pathlib import Path
@@ -57,8 +59,12 @@ class RAEDecoder(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.hidden_size, eps=1e-6)
         self.out = nn.Linear(config.hidden_size, config.patch_size**2 * 3)
-        self.register_buffer("positions", sin_cos_positions(config.grid, config.hidden_size), persistent=False)
-        self.register_buffer("rotary", rotary_2d(config.grid, config.hidden_size // config.num_heads), persistent=False)
+        self.register_buffer(
+            "positions", sin_cos_positions(config.grid, config.hidden_size), persistent=False
+        )
+        self.register_buffer(
+            "rotary", rotary_2d(config.grid, config.hidden_size // config.num_heads), persistent=False
+        )
 
     def forward(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b 3 h w"]:
         """Pixels, about [0, 1] and not clamped."""
@@ -68,13 +74,21 @@ class RAEDecoder(nn.Module):
         rows, cols = self.config.grid
         patches = self.out(self.norm(x))
         return rearrange(
-            patches, "b (r c) (p q k) -> b k (r p) (c q)", r=rows, c=cols, p=self.config.patch_size, q=self.config.patch_size
+            patches,
+            "b (r c) (p q k) -> b k (r p) (c q)",
+            r=rows,
+            c=cols,
+            p=self.config.patch_size,
+            q=self.config.patch_size,
         )
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
-        save_file({k: v.to(dtype).contiguous() for k, v in self.state_dict().items()}, str(Path(folder) / "model.safetensors"))
+        save_file(
+            {k: v.to(dtype).contiguous() for k, v in self.state_dict().items()},
+            str(Path(folder) / "model.safetensors"),
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "RAEDecoder":
@@ -86,7 +100,10 @@ class RAEDecoder(nn.Module):
         folder = Path(folder)
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
-                raise ValueError(f"decoder folder {folder}: no {name}; expected a folder written by RAEDecoder.save_pretrained")
+                raise ValueError(
+                    f"decoder folder {folder}: no {name}; expected a folder written by "
+                    "RAEDecoder.save_pretrained"
+                )
         decoder = cls(RAEDecoderConfig(**json.loads((folder / "config.json").read_text())))
         try:
             decoder.load_state_dict(load_file(str(folder / "model.safetensors")), strict=True)

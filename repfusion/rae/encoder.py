@@ -1,4 +1,6 @@
-"""Pixels -> features: a frozen CLIP vision tower, one hidden layer, patch tokens only, LayerNorm without affine (RAE, section 3)."""
+"""Pixels -> features: a frozen CLIP vision tower, one hidden layer, patch tokens only, LayerNorm without
+affine (RAE, section 3).
+"""
 
 import hashlib
 import json
@@ -22,7 +24,9 @@ def weights_digest(folder: str | Path) -> str:
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{folder}: no *.safetensors files; expected a Hugging Face model folder (save_pretrained)")
+        raise ValueError(
+            f"{folder}: no *.safetensors files; expected a Hugging Face model folder (save_pretrained)"
+        )
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode())
@@ -33,13 +37,18 @@ def weights_digest(folder: str | Path) -> str:
 
 
 class RepresentationEncoder(nn.Module):
-    """Frozen tower with its pixel normalisation. `layer` indexes hidden states: -2, the penultimate, is LLaVA-1.5's choice."""
+    """Frozen tower with its pixel normalisation. `layer` indexes hidden states: -2, the penultimate, is
+    LLaVA-1.5's choice.
+    """
 
     def __init__(self, tower: CLIPVisionModel, layer: int, mean: list[float], std: list[float], digest: str):
         super().__init__()
         config = tower.config
         if not -config.num_hidden_layers <= layer <= -1:
-            raise ValueError(f"layer {layer}: the tower has {config.num_hidden_layers} layers; use -1 to {-config.num_hidden_layers}")
+            raise ValueError(
+                f"layer {layer}: the tower has {config.num_hidden_layers} layers; use -1 to "
+                f"{-config.num_hidden_layers}"
+            )
         self.tower = tower.eval().requires_grad_(False)
         self.layer = layer
         self.digest = digest
@@ -51,15 +60,20 @@ class RepresentationEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, layer: int = -2, dtype: torch.dtype = torch.float32) -> "RepresentationEncoder":
-        """Loads a CLIP vision folder, or the tower of a LLaVA folder. Pixel mean and std come from `preprocessor_config.json`.
+    def from_pretrained(
+        cls, folder: str | Path, layer: int = -2, dtype: torch.dtype = torch.float32
+    ) -> "RepresentationEncoder":
+        """Loads a CLIP vision folder, or the tower of a LLaVA folder. Pixel mean and std come from
+        `preprocessor_config.json`.
 
         Raises:
             ValueError: where the folder is missing or holds another architecture.
         """
         folder = Path(folder)
         if not (folder / "config.json").is_file():
-            raise ValueError(f"encoder folder {folder}: no config.json; expected a folder written by save_pretrained")
+            raise ValueError(
+                f"encoder folder {folder}: no config.json; expected a folder written by save_pretrained"
+            )
         config = AutoConfig.from_pretrained(folder)
         match config.model_type:
             case "llava":
@@ -67,7 +81,10 @@ class RepresentationEncoder(nn.Module):
             case "clip_vision_model" | "clip":
                 tower = CLIPVisionModel.from_pretrained(folder, dtype=dtype)
             case other:
-                raise ValueError(f"encoder folder {folder}: model_type {other!r}; expected 'clip_vision_model', 'clip' or 'llava'")
+                raise ValueError(
+                    f"encoder folder {folder}: model_type {other!r}; expected 'clip_vision_model', 'clip' "
+                    "or 'llava'"
+                )
         mean, std = list(CLIP_MEAN), list(CLIP_STD)
         preprocessor = folder / "preprocessor_config.json"
         if preprocessor.is_file():
@@ -83,11 +100,19 @@ class RepresentationEncoder(nn.Module):
         """Features float32, zero mean and unit variance over each token's channels.
 
         Raises:
-            ValueError: for another image size than the tower's.
+            ValueError: for another image size than the tower's, or values outside [0, 1].
         """
         if pixels.shape[-2:] != (self.image_size, self.image_size):
             expected = f"{self.image_size} x {self.image_size}"
-            raise ValueError(f"pixels are {pixels.shape[-2]} x {pixels.shape[-1]}, the encoder takes {expected}; resize in 'ingest'")
+            raise ValueError(
+                f"pixels are {pixels.shape[-2]} x {pixels.shape[-1]}, the encoder takes {expected}; "
+                "resize in 'ingest'"
+            )
+        low, high = pixels.aminmax()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"pixels are in [{low:g}, {high:g}], expected [0, 1]; divide 8-bit values by 255"
+            )
         normalised = ((pixels - self.mean) / self.std).to(self.tower.dtype)
         with torch.no_grad():
             hidden = self.tower(pixel_values=normalised, output_hidden_states=True).hidden_states[self.layer]

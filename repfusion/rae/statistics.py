@@ -1,7 +1,8 @@
-"""Features -> exact per-position, per-channel mean and variance, by Welford's update in float64 (Chan et al. 1979 for the merge).
+"""Features -> exact per-position, per-channel mean and variance, by Welford's update in float64 (Chan et al.
+1979 for the merge).
 
-RAE normalises latents with data-set statistics; a momentum estimate would make them depend on order and batch size. Here, merging
-shards in a fixed order gives the same bits whoever computed them.
+RAE normalises latents with data-set statistics; a momentum estimate would make them depend on order and batch
+size. Here, merging shards in a fixed order gives the same bits whoever computed them.
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,11 @@ class LatentStatistics:
 
     @classmethod
     def empty(cls, num_tokens: int, dim: int) -> "LatentStatistics":
-        return cls(0, torch.zeros(num_tokens, dim, dtype=torch.float64), torch.zeros(num_tokens, dim, dtype=torch.float64))
+        return cls(
+            0,
+            torch.zeros(num_tokens, dim, dtype=torch.float64),
+            torch.zeros(num_tokens, dim, dtype=torch.float64),
+        )
 
     @property
     def var(self) -> Float64[Tensor, "n d"]:
@@ -41,7 +46,7 @@ class LatentStatistics:
         self.merge(LatentStatistics(len(batch), mean, (batch - mean).square().sum(0)))
 
     def merge(self, other: "LatentStatistics") -> None:
-        """Adds another set's statistics; exact but for rounding, so merge in a fixed order where bits matter."""
+        """Adds another set's statistics; rounding depends on the order: keep it fixed where bits matter."""
         total = self.count + other.count
         if total == 0:
             return
@@ -64,7 +69,10 @@ class LatentStatistics:
         return self.mean.to(device, torch.float32), (self.var + VARIANCE_EPS).sqrt().to(device, torch.float32)
 
     def save(self, path: str | Path) -> None:
-        save_file({"count": torch.tensor(self.count), "mean": self.mean.contiguous(), "m2": self.m2.contiguous()}, str(path))
+        save_file(
+            {"count": torch.tensor(self.count), "mean": self.mean.contiguous(), "m2": self.m2.contiguous()},
+            str(path),
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> "LatentStatistics":

@@ -1,1 +1,3 @@
-"""The embedded world: seeded images of coloured shapes, captions over GenEval's six tasks, and an exact detector."""
+"""The embedded world: seeded images of coloured shapes, captions over GenEval's six tasks, and an exact
+detector.
+"""

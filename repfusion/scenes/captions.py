@@ -1,7 +1,8 @@
 """A scene -> captions, questions with answers, and prompts that carry the facts a detector can check.
 
-The tasks are GenEval's six (arXiv 2310.11513). A prompt names either less than the scene shows (`single_object`, `two_objects`: no
-colours) or the whole combination; only the latter can be unseen in training as a text.
+The tasks are GenEval's six (arXiv 2310.11513). A prompt names either less than the scene shows
+(`single_object`, `two_objects`: no colours) or the whole combination; only the latter can be unseen in
+training as a text.
 """
 
 from dataclasses import dataclass
@@ -88,14 +89,18 @@ def possible_tasks(scene: Scene) -> tuple[Task, ...]:
     return ("two_objects", "colour_attribution", *(("position",) if scene.relation else ()))
 
 
-def write_prompt(scene: Scene, task: Task, rng: np.random.Generator | None = None, coloured: bool = True) -> Prompt:
+def write_prompt(
+    scene: Scene, task: Task, rng: np.random.Generator | None = None, coloured: bool = True
+) -> Prompt:
     """A prompt of the task about the scene. `rng` draws among phrasings; None gives the plain one.
 
     Raises:
         ValueError: where the scene cannot satisfy the task.
     """
     if task not in possible_tasks(scene):
-        raise ValueError(f"a scene of {len(scene.things)} things has no {task} prompt; possible: {possible_tasks(scene)}")
+        raise ValueError(
+            f"a scene of {len(scene.things)} things has no {task} prompt; possible: {possible_tasks(scene)}"
+        )
     things, relation = scene.things, scene.relation if task == "position" else None
     match task:
         case "single_object" | "colours":
@@ -103,12 +108,19 @@ def write_prompt(scene: Scene, task: Task, rng: np.random.Generator | None = Non
         case "counting":
             wanted = (_want(things[0], coloured, len(things)),)
         case "two_objects" | "colour_attribution":
-            wanted = (_want(things[0], task == "colour_attribution"), _want(things[1], task == "colour_attribution"))
+            wanted = (
+                _want(things[0], task == "colour_attribution"),
+                _want(things[1], task == "colour_attribution"),
+            )
         case "position":
             wanted = (_want(things[0], coloured), _want(things[1], coloured))
     if len(wanted) == 2 and rng is not None and rng.random() < 0.5:
         wanted, relation = wanted[::-1], INVERSE[relation] if relation else None
-    joint = "and" if relation is None else (RELATION_PHRASES[relation][rng.integers(3)] if rng is not None else relation)
+    joint = (
+        "and"
+        if relation is None
+        else (RELATION_PHRASES[relation][rng.integers(3)] if rng is not None else relation)
+    )
     prefix = PREFIXES[rng.integers(len(PREFIXES))] if rng is not None else ""
     if prefix == "there is " and wanted[0].number > 1:
         prefix = "there are "
@@ -124,7 +136,9 @@ def caption_scene(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def describe(scene: Scene) -> str:
-    """The one canonical caption: everything the scene shows, things in reading order (columns first within a row)."""
+    """The one canonical caption: everything the scene shows, things in reading order (columns first within a
+    row).
+    """
     if scene.is_count:
         return write_prompt(scene, "counting").text
     if len(scene.things) == 1:
@@ -138,7 +152,9 @@ def describe(scene: Scene) -> str:
 
 
 def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """A question about the scene and its one-phrase answer: colour, shape, number, place, position, or whether a caption is true."""
+    """A question about the scene and its one-phrase answer: colour, shape, number, place, position, or
+    whether a caption is true.
+    """
     first = scene.things[int(rng.integers(len(scene.things)))]
     number = len(scene.things)
     place = ("top" if first.y < 0.5 else "bottom") + (" left" if first.x < 0.5 else " right")
@@ -152,7 +168,9 @@ def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
         questions += [(f"what is at the {place}?", f"a {look}")]
     if scene.relation:
         subject, object_ = scene.things
-        questions += [(f"what is {scene.relation} the {object_.shape}?", f"a {subject.colour} {subject.shape}")]
+        questions += [
+            (f"what is {scene.relation} the {object_.shape}?", f"a {subject.colour} {subject.shape}")
+        ]
     return questions[int(rng.integers(len(questions)))]
 
 
@@ -168,7 +186,9 @@ def claim(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
     if relation is not None and rng.random() < 0.4:
         relation = INVERSE[relation]
     elif want.number > 1 and rng.random() < 0.5:
-        wanted[which] = Wanted(want.shape, want.colour, int(rng.choice([n for n in (2, 3, 4) if n != want.number])))
+        wanted[which] = Wanted(
+            want.shape, want.colour, int(rng.choice([n for n in (2, 3, 4) if n != want.number]))
+        )
     elif want.colour is not None and rng.random() < 0.6:
         others = [c for c in COLOURS if c != want.colour]
         wanted[which] = Wanted(want.shape, others[rng.integers(len(others))], want.number)
@@ -179,13 +199,18 @@ def claim(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
     return f" {joint} ".join(map(_phrase, wanted)), False
 
 
-def held_out_prompts(num: int, seed: int = 0, include_new: bool = True, new_share: float = 0.3) -> list[Prompt]:
+def held_out_prompts(
+    num: int, seed: int = 0, include_new: bool = True, new_share: float = 0.3
+) -> list[Prompt]:
     """`num` prompts about held-out scenes, the six tasks in turn, plain wording.
 
-    `include_new` admits the new shape and colour, in `new_share` of the scenes; otherwise only the base's vocabulary occurs.
+    `include_new` admits the new shape and colour, in `new_share` of the scenes; otherwise only the base's
+    vocabulary occurs.
     """
     config = (
-        WorldConfig(new_share=new_share) if include_new else WorldConfig(shapes=BASE_SHAPES, colours=BASE_COLOURS)
+        WorldConfig(new_share=new_share)
+        if include_new
+        else WorldConfig(shapes=BASE_SHAPES, colours=BASE_COLOURS)
     )
     prompts: list[Prompt] = []
     scene_seed = seed * 1_000_003
@@ -199,7 +224,9 @@ def held_out_prompts(num: int, seed: int = 0, include_new: bool = True, new_shar
 
 
 def _is_unseen_as_text(scene: Scene, task: Task) -> bool:
-    """Colour attribution states no relation, so the looks themselves have to be held out, not only the way they stand."""
+    """Colour attribution states no relation, so the looks themselves have to be held out, not only the way
+    they stand.
+    """
     if task != "colour_attribution":
         return True
     first, second = ((thing.colour, thing.shape) for thing in scene.things)

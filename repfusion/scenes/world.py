@@ -1,7 +1,8 @@
 """A seed -> a scene of coloured shapes -> pixels.
 
-Things stand in distinct cells of a square grid, jittered, so that they never touch. Some combinations of shape, colour, number
-and relation are held out: `draw_scene` gives them only for `split="held_out"`, so no training image ever shows them.
+Things stand in distinct cells of a square grid, jittered, so that they never touch. Some combinations of
+shape, colour, number and relation are held out: `draw_scene` gives them only for `split="held_out"`, so no
+training image ever shows them.
 """
 
 import hashlib
@@ -37,7 +38,12 @@ HELD_OUT_PAIRS: frozenset[tuple[Colour, Shape]] = frozenset(
 )
 """Colour-shape pairs that no training image shows, alone or beside others."""
 
-INVERSE: dict[Relation, Relation] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+INVERSE: dict[Relation, Relation] = {
+    "left of": "right of",
+    "right of": "left of",
+    "above": "below",
+    "below": "above",
+}
 
 
 class WorldConfig(BaseModel):
@@ -72,7 +78,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One thing, two different things, or two to four alike; `relation` tells how the first of two stands to the second."""
+    """One thing, two different things, or two to four alike; `relation` tells how the first of two stands to
+    the second.
+    """
 
     things: tuple[Thing, ...]
     relation: Relation | None = None
@@ -121,13 +129,17 @@ def draw_scene(seed: int, config: WorldConfig = WorldConfig(), split: Split = "t
     Raises:
         ValueError: where the config allows no scene of the split (too few shapes or colours).
     """
+    if len(set(config.shapes)) < 2:
+        raise ValueError(f"shapes {config.shapes}: a scene of two different things needs at least two shapes")
     rng = np.random.default_rng([seed, 0 if split == "train" else 1])
     wants_new = None if config.new_share is None else bool(rng.random() < config.new_share)
     for _ in range(10_000):
         scene = _propose(rng, config)
         if is_held_out(scene) == (split == "held_out") and wants_new in (None, scene.has_new):
             return scene
-    raise ValueError(f"no {split} scene with shapes {config.shapes} and colours {config.colours}: allow more of them")
+    raise ValueError(
+        f"no {split} scene with shapes {config.shapes} and colours {config.colours}: allow more of them"
+    )
 
 
 def _propose(rng: np.random.Generator, config: WorldConfig) -> Scene:
@@ -139,8 +151,10 @@ def _propose(rng: np.random.Generator, config: WorldConfig) -> Scene:
         while looks[1][0] == look[0]:
             looks[1] = _draw_look(rng, config)
     cells = rng.choice(config.cells**2, size=number, replace=False)
-    rows, cols = cells // config.cells, cells % config.cells
-    things = tuple(_place(rng, *look, row, col, config.cells) for look, row, col in zip(looks, rows, cols, strict=True))
+    rows, cols = (cells // config.cells).tolist(), (cells % config.cells).tolist()
+    things = tuple(
+        _place(rng, *look, row, col, config.cells) for look, row, col in zip(looks, rows, cols, strict=True)
+    )
     relation: Relation | None = None
     if kind == "pair" and rows[0] == rows[1]:
         relation = "left of" if cols[0] < cols[1] else "right of"
