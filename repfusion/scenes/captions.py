@@ -1,8 +1,7 @@
 """A scene -> captions, questions with answers, and prompts that carry the facts a detector can check.
 
-The tasks are GenEval's six (arXiv 2310.11513). A prompt names either less than the scene shows
-(`single_object`, `two_objects`: no colours) or the whole combination; only the latter can be unseen in
-training as a text.
+The tasks are GenEval's six (arXiv 2310.11513). `single_object` and `two_objects` name shapes alone, so their
+texts recur in training; a held-out prompt of the others asks for a combination that training never shows.
 """
 
 from dataclasses import dataclass
@@ -218,16 +217,25 @@ def held_out_prompts(
         task = TASKS[len(prompts) % len(TASKS)]
         scene = draw_scene(scene_seed, config, "held_out")
         scene_seed += 1
-        if task in possible_tasks(scene) and _is_unseen_as_text(scene, task):
+        if task in possible_tasks(scene) and _is_new_by_its_task(scene, task):
             prompts.append(write_prompt(scene, task))
     return prompts
 
 
-def _is_unseen_as_text(scene: Scene, task: Task) -> bool:
-    """Colour attribution states no relation, so the looks themselves have to be held out, not only the way
-    they stand.
+def _is_new_by_its_task(scene: Scene, task: Task) -> bool:
+    """Whether a held-out scene is unseen in the fact the task asks for, and in no other.
+
+    Colours ask for a colour-shape pair that training never shows; number, relation and pairing are of looks
+    that it does show. Colour attribution states no relation, so there the pairing itself is held out.
     """
-    if task != "colour_attribution":
-        return True
-    first, second = ((thing.colour, thing.shape) for thing in scene.things)
-    return first in HELD_OUT_PAIRS or second in HELD_OUT_PAIRS or is_held_out_pair(first, second)
+    looks = [(thing.colour, thing.shape) for thing in scene.things]
+    has_unseen_look = any(look in HELD_OUT_PAIRS for look in looks)
+    match task:
+        case "single_object" | "two_objects":
+            return True
+        case "colours":
+            return has_unseen_look
+        case "counting" | "position":
+            return not has_unseen_look
+        case "colour_attribution":
+            return not has_unseen_look and is_held_out_pair(looks[0], looks[1])
