@@ -51,7 +51,7 @@ def test_the_papers_latents_are_shifted_by_twelve():
     assert shift_noise_level(torch.tensor([0.5], dtype=torch.float64), 12.0).item() == pytest.approx(12 / 13)
 
 
-@pytest.mark.parametrize("shift", [12, 3.3, 1, 1 / 3, 0.1768, 0.0884])
+@pytest.mark.parametrize("shift", [12.0, 3.3, 1.0, 1 / 3, 0.1768, 0.0884])
 def test_the_shift_keeps_the_ends_and_the_order(shift: float):
     u = torch.linspace(0, 1, 1001, dtype=torch.float64)
     s = shift_noise_level(u, shift)

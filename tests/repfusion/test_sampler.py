@@ -22,7 +22,7 @@ def watch(generator) -> list[torch.Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("shift", [12, 1, 0.3, 0.0884])
+@pytest.mark.parametrize("shift", [12.0, 1.0, 0.3, 0.0884])
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 30])
 def test_levels_run_from_exactly_one_to_exactly_zero(shift, num_steps):
     levels = noise_levels(num_steps, shift)
