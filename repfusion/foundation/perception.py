@@ -53,7 +53,7 @@ class FoundationConfig(BaseModel):
     """Distinct training scenes."""
     perception_steps: int = 4_000
     """Steps of LLaVA training."""
-    language_steps: int = 2_000
+    language_steps: int = 1_000
     """Steps of the twin."""
     decoder_steps: int = 3_000
     """Steps of the RAE decoder."""

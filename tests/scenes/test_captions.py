@@ -18,6 +18,7 @@ from repfusion.scenes.captions import (
 )
 from repfusion.scenes.world import (
     COLOURS,
+    HELD_OUT_PAIRS,
     INVERSE,
     SHAPES,
     Scene,
@@ -257,6 +258,15 @@ def test_held_out_prompts_of_position_are_held_out_in_their_relation():
         if prompt.task == "position":
             things = tuple(Thing(want.shape, want.colour, 0.5, 0.5, 0.3) for want in prompt.wanted)
             assert is_held_out(Scene(things, prompt.relation)), prompt.text
+
+
+def test_a_held_out_prompt_is_unseen_in_the_fact_of_its_task_alone():
+    for prompt in held_out_prompts(240):
+        unseen = [(want.colour, want.shape) in HELD_OUT_PAIRS for want in prompt.wanted]
+        if prompt.task == "colours":
+            assert all(unseen), prompt.text
+        elif prompt.task in ("counting", "position", "colour_attribution"):
+            assert not any(unseen), prompt.text
 
 
 def test_held_out_prompts_are_the_same_every_time_and_differ_by_seed():
