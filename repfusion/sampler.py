@@ -21,7 +21,7 @@ class SamplerConfig(BaseModel):
     """Euler steps; exactly this many velocity evaluations (twice, with guidance), the last one ending at t =
     0.
     """
-    guidance_scale: float = Field(default=5.0, ge=1)
+    guidance_scale: float = Field(default=4.0, ge=1)
     """v = v_empty + scale * (v_prompt - v_empty); 1 turns guidance off and saves half the work."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of the velocity; bf16 is autocast. The latents are integrated in float32 in both."""
