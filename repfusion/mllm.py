@@ -15,6 +15,9 @@ from transformers.activations import ACT2FN
 
 from repfusion.rae.encoder import weights_digest
 
+MAX_CACHED_PROMPTS = 100_000
+"""Tokenised prompts kept: training meets the same captions in every epoch."""
+
 
 class Projector(nn.Module):
     """LLaVA-1.5's two-layer projector from visual width to language width."""
@@ -54,6 +57,7 @@ class MLLM(nn.Module):
                 "needs one to begin with"
             )
         self.begin_id: int = begin_id
+        self._ids: dict[str, list[int]] = {}
         self.pad_id: int = begin_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @classmethod
@@ -93,7 +97,13 @@ class MLLM(nn.Module):
         Raises:
             ValueError: where a prompt is longer than the context.
         """
-        rows = [[self.begin_id, *ids] for ids in self.tokenizer(prompts, add_special_tokens=False).input_ids]
+        unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._ids]
+        if unknown:
+            if len(self._ids) + len(unknown) > MAX_CACHED_PROMPTS:
+                self._ids = {prompt: self._ids[prompt] for prompt in prompts if prompt in self._ids}
+            found = self.tokenizer(unknown, add_special_tokens=False).input_ids
+            self._ids |= {prompt: [self.begin_id, *ids] for prompt, ids in zip(unknown, found, strict=True)}
+        rows = [self._ids[prompt] for prompt in prompts]
         longest = max(range(len(rows)), key=lambda i: len(rows[i]))
         width = len(rows[longest])
         if width > self.max_text_tokens:
