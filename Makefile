@@ -38,7 +38,7 @@ $(STAMP): requirements.lock pyproject.toml
 
 setup: $(STAMP) ## create .venv with the locked versions (the other targets do this themselves)
 
-demo: $(STAMP) ## the whole pipeline on the embedded world: data -> training -> images, about ten minutes on 2 cores
+demo: $(STAMP) ## the whole pipeline on the embedded world: data -> training -> images, about seven minutes on 2 cores
 	@$(BIN)/python -m pipelines run $(DEMO)
 
 status: $(STAMP) ## what each stage of the demo holds, and why it is or is not up to date
@@ -62,7 +62,7 @@ format: $(STAMP) ## let ruff sort the imports and lay out the code
 foundation: $(STAMP) ## train the shipped small models from scratch (weights/): vision tower, LLaVA, its text-only twin, decoder
 	$(BIN)/python -m repfusion.foundation
 
-base: $(STAMP) ## pre-train the shipped base checkpoint on the foundation (hours on a CPU, minutes on a GPU)
+base: $(STAMP) ## pre-train the shipped base checkpoint on the foundation (about 50 minutes on 2 cores)
 	$(BIN)/python -m repfusion.foundation.base prepare --root runs/base
 	$(BIN)/python -m repfusion.train repfusion/foundation/base.yaml
 	$(BIN)/python -m repfusion.foundation.base release --checkpoints runs/base/train/checkpoints
