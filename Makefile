@@ -62,7 +62,7 @@ format: $(STAMP) ## let ruff sort the imports and lay out the code
 foundation: $(STAMP) ## train the shipped small models from scratch (weights/): vision tower, LLaVA, its text-only twin, decoder
 	$(BIN)/python -m repfusion.foundation
 
-base: $(STAMP) ## pre-train the shipped base checkpoint on the foundation (about 50 minutes on 2 cores)
+base: $(STAMP) ## pre-train the shipped base checkpoint on the foundation (about an hour on 2 cores)
 	$(BIN)/python -m repfusion.foundation.base prepare --root runs/base
 	$(BIN)/python -m repfusion.train repfusion/foundation/base.yaml
 	$(BIN)/python -m repfusion.foundation.base release --checkpoints runs/base/train/checkpoints
