@@ -1,0 +1,238 @@
+"""A folder on local disk or behind any fsspec URL, where a file appears whole under its name or not at all.
+
+On local disk a file is written under a temporary name and renamed; elsewhere (S3 and its like have no rename) it is put
+in one piece. Nothing here relies on listing being ordered or on folders existing.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+TEMPORARY = ".tmp"
+"""Ends the names of files and folders that are being written."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A place for files.
+
+    `url` is a path or `scheme://...`; `options` go to the fsspec file system (an endpoint, a profile; credentials
+    belong into the environment). Pickles, so that actors get it as it is.
+    """
+
+    url: str
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @classmethod
+    def at(cls, place: "str | os.PathLike[str] | Folder") -> "Folder":
+        """A Folder of a path, of a URL, or of what is one already; `file://` becomes a path."""
+        if isinstance(place, Folder):
+            return place
+        return cls(os.fspath(place).removeprefix("file://"))
+
+    def __truediv__(self, name: str) -> "Folder":
+        return Folder(f"{self.url.rstrip('/')}/{name}", self.options)
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        return self.url.rstrip("/").rpartition("/")[2]
+
+    @property
+    def is_local(self) -> bool:
+        return "://" not in self.url
+
+    @property
+    def path(self) -> Path:
+        """The local path. Raises ValueError for a URL, which has none."""
+        if not self.is_local:
+            raise ValueError(f"{self.url} is not on local disk")
+        return Path(self.url)
+
+    @cached_property
+    def _files(self) -> Any:
+        import fsspec
+
+        # a listing that was kept from before would hide what other processes wrote
+        return fsspec.filesystem(self.url.partition("://")[0], use_listings_cache=False, **self.options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "options": dict(self.options)}
+
+    def _at(self, name: str) -> str:
+        return f"{self.url.rstrip('/')}/{name}"
+
+    def sizes(self) -> dict[str, int]:
+        """Names of the files that lie directly in the folder -> their bytes; nothing half-written, no folders. Empty
+        where there is no folder.
+        """
+        found: dict[str, int] = {}
+        if self.is_local:
+            try:
+                with os.scandir(self.url) as entries:
+                    for entry in entries:
+                        if not entry.name.endswith(TEMPORARY) and entry.is_file():
+                            found[entry.name] = entry.stat().st_size
+            except FileNotFoundError:
+                pass
+            return found
+        try:
+            entries = self._files.ls(self.url, detail=True)
+        except FileNotFoundError:
+            return found
+        for entry in entries:
+            name = entry["name"].rstrip("/").rpartition("/")[2]
+            if entry["type"] == "file" and name and not name.endswith(TEMPORARY):
+                found[name] = entry["size"]
+        return found
+
+    def names(self) -> set[str]:
+        """As `sizes`, the names alone: on local disk several times faster."""
+        if not self.is_local:
+            return set(self.sizes())
+        try:
+            with os.scandir(self.url) as entries:
+                return {
+                    entry.name for entry in entries if not entry.name.endswith(TEMPORARY) and entry.is_file()
+                }
+        except FileNotFoundError:
+            return set()
+
+    def folders(self) -> set[str]:
+        """Names of the folders that lie directly in this one."""
+        if self.is_local:
+            try:
+                return {path.name for path in self.path.iterdir() if path.is_dir()}
+            except FileNotFoundError:
+                return set()
+        try:
+            entries = self._files.ls(self.url, detail=True)
+        except FileNotFoundError:
+            return set()
+        return {
+            entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"
+        }
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file() if self.is_local else self._files.isfile(self._at(name))
+
+    def size(self, name: str) -> int:
+        """Bytes of a file. Raises FileNotFoundError."""
+        return (self.path / name).stat().st_size if self.is_local else self._files.size(self._at(name))
+
+    def read(self, name: str) -> bytes:
+        """A whole file. Raises FileNotFoundError."""
+        return (self.path / name).read_bytes() if self.is_local else self._files.cat_file(self._at(name))
+
+    def open(self, name: str) -> BinaryIO:
+        """A file for reading from front to back, seekable. Raises FileNotFoundError."""
+        if self.is_local:
+            return (self.path / name).open("rb")
+        return cast(BinaryIO, self._files.open(self._at(name), "rb"))
+
+    def write(self, name: str, data: bytes) -> None:
+        """A whole file, replacing one of that name."""
+        if not self.is_local:
+            self._files.pipe_file(self._at(name), data)
+            return
+        with atomic_path(self.path / name) as temporary:
+            temporary.write_bytes(data)
+
+    def put(self, name: str, source: Path) -> None:
+        """Moves a local file, made in `staging`, here."""
+        if not self.is_local:
+            self._files.put_file(str(source), self._at(name))
+            source.unlink()
+            return
+        _flush(source)
+        os.replace(source, self.path / name)
+
+    def remove(self, *names: str) -> None:
+        """Removes files; those that are not there are no error."""
+        for name in names:
+            if self.is_local:
+                (self.path / name).unlink(missing_ok=True)
+            elif self._files.isfile(self._at(name)):
+                self._files.rm_file(self._at(name))
+
+    def move(self, name: str, target: "Folder") -> None:
+        """Moves a file into another folder of the same store (a copy and a removal where there is no rename)."""
+        if self.is_local:
+            target.path.mkdir(parents=True, exist_ok=True)
+            os.replace(self.path / name, target.path / name)
+        else:
+            self._files.copy(self._at(name), target._at(name))
+            self._files.rm_file(self._at(name))
+
+    def clear(self) -> None:
+        """Removes the folder and all in it."""
+        if self.is_local:
+            shutil.rmtree(self.path, ignore_errors=True)
+        elif self._files.exists(self.url):
+            self._files.rm(self.url, recursive=True)
+
+    @contextmanager
+    def staging(self, label: str) -> Iterator[Path]:
+        """A local folder for files that `put` will move here; gone at the end of the block. On local disk it lies
+        within this one, so that moving is renaming.
+        """
+        if self.is_local:
+            self.path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{label}.", suffix=TEMPORARY, dir=self.path if self.is_local else None
+        ) as name:
+            yield Path(name)
+
+    @contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        """A file as a local path for the length of the block. Raises FileNotFoundError."""
+        if self.is_local:
+            path = self.path / name
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: no such file")
+            yield path
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / name
+            self._files.get_file(self._at(name), str(path))
+            yield path
+
+    def remove_temporaries(self) -> None:
+        """Removes what a killed run left half-written. Only for the holder of the workflow's lock."""
+        if not self.is_local:
+            return
+        for path in self.path.glob(f".*{TEMPORARY}"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name beside a local `path`, renamed to it when the block succeeds and removed when it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """A rename is only as good as the data below it: unflushed, a power cut can leave an empty file of the right name."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
