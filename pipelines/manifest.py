@@ -1,6 +1,7 @@
 """A complete stage on disk: `manifest.json`, what decided its bytes, and `shards.parquet`, a row a shard.
 
-Rows stay in Arrow columns: a workflow may have 100,000 shards in each of its stages, and `status` looks at all of them.
+Rows stay in Arrow columns: a workflow may have 100,000 shards in each of its stages, and `status` looks at
+all of them.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipelines.storage import Folder
-from pipelines.store import SCHEMA, SideFile, Sidecar, canonical_json, digest_of, json_bytes
+from pipelines.store import SCHEMA, Sidecar, SideFile, canonical_json, digest_of, json_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -79,7 +80,11 @@ class ShardTable:
                     value = {file: side.model_dump() for file, side in value.items()}
                 values.append(canonical_json(value) if isinstance(value, dict) else value)
         kinds = {"samples": pa.int64(), "bytes": pa.int64(), "seconds": pa.float64()}
-        return cls(pa.table({name: pa.array(values, kinds.get(name, pa.string())) for name, values in columns.items()}))
+        return cls(
+            pa.table(
+                {name: pa.array(values, kinds.get(name, pa.string())) for name, values in columns.items()}
+            )
+        )
 
     @classmethod
     def read(cls, folder: Folder) -> "ShardTable":
@@ -128,7 +133,10 @@ class ShardTable:
     def bytes(self) -> int:
         """Of the shards and their side files."""
         beside = sum(
-            side["bytes"] for text in self.column("files") if text != "{}" for side in json.loads(text).values()
+            side["bytes"]
+            for text in self.column("files")
+            if text != "{}"
+            for side in json.loads(text).values()
         )
         return sum(self.column("bytes")) + beside
 
@@ -143,11 +151,13 @@ class ShardTable:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over names, sizes, hashes and drops of the shards: times, library versions and where the bytes came
-        from are left out.
+        """sha256 over names, sizes, hashes and drops of the shards: times, library versions and where the
+        bytes came from are left out.
         """
         digest = hashlib.sha256()
-        columns = [self.column(name) for name in ("name", "file", "samples", "bytes", "sha256", "drops", "files")]
+        columns = [
+            self.column(name) for name in ("name", "file", "samples", "bytes", "sha256", "drops", "files")
+        ]
         for row in zip(*columns, strict=True):
             digest.update("\t".join(map(str, row)).encode() + b"\n")
         return digest.hexdigest()

@@ -1,14 +1,14 @@
 """A folder on local disk or behind any fsspec URL, where a file appears whole under its name or not at all.
 
-On local disk a file is written under a temporary name and renamed; elsewhere (S3 and its like have no rename) it is put
-in one piece. Nothing here relies on listing being ordered or on folders existing.
+On local disk a file is written under a temporary name and renamed; elsewhere (S3 and its like have no rename)
+it is put in one piece. Nothing here relies on listing being ordered or on folders existing.
 """
 
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +16,16 @@ from typing import Any, BinaryIO, cast
 
 TEMPORARY = ".tmp"
 """Ends the names of files and folders that are being written."""
+READ_AT_ONCE = 1000
+"""Files in flight, where many are read over a network."""
 
 
 @dataclass(frozen=True)
 class Folder:
     """A place for files.
 
-    `url` is a path or `scheme://...`; `options` go to the fsspec file system (an endpoint, a profile; credentials
-    belong into the environment). Pickles, so that actors get it as it is.
+    `url` is a path or `scheme://...`; `options` go to the fsspec file system (an endpoint, a profile;
+    credentials belong into the environment). Pickles, so that actors get it as it is.
     """
 
     url: str
@@ -71,8 +73,8 @@ class Folder:
         return f"{self.url.rstrip('/')}/{name}"
 
     def sizes(self) -> dict[str, int]:
-        """Names of the files that lie directly in the folder -> their bytes; nothing half-written, no folders. Empty
-        where there is no folder.
+        """Names of the files that lie directly in the folder -> their bytes; nothing half-written, no
+        folders. Empty where there is no folder.
         """
         found: dict[str, int] = {}
         if self.is_local:
@@ -132,6 +134,18 @@ class Folder:
         """A whole file. Raises FileNotFoundError."""
         return (self.path / name).read_bytes() if self.is_local else self._files.cat_file(self._at(name))
 
+    def read_many(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        """Those of the files that are there, many at a time where each takes a round trip."""
+        if self.is_local:
+            for name in names:
+                with suppress(FileNotFoundError):
+                    yield name, self.read(name)
+            return
+        for start in range(0, len(names), READ_AT_ONCE):
+            paths = [self._at(name) for name in names[start : start + READ_AT_ONCE]]
+            for path, data in self._files.cat(paths, on_error="omit").items():
+                yield path.rpartition("/")[2], data
+
     def open(self, name: str) -> BinaryIO:
         """A file for reading from front to back, seekable. Raises FileNotFoundError."""
         if self.is_local:
@@ -164,7 +178,7 @@ class Folder:
                 self._files.rm_file(self._at(name))
 
     def move(self, name: str, target: "Folder") -> None:
-        """Moves a file into another folder of the same store (a copy and a removal where there is no rename)."""
+        """Moves a file into another folder of the same store (by a copy where there is no rename)."""
         if self.is_local:
             target.path.mkdir(parents=True, exist_ok=True)
             os.replace(self.path / name, target.path / name)
@@ -181,8 +195,8 @@ class Folder:
 
     @contextmanager
     def staging(self, label: str) -> Iterator[Path]:
-        """A local folder for files that `put` will move here; gone at the end of the block. On local disk it lies
-        within this one, so that moving is renaming.
+        """A local folder for files that `put` will move here; gone at the end of the block. On local disk it
+        lies within this one, so that moving is renaming.
         """
         if self.is_local:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -218,7 +232,9 @@ class Folder:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside a local `path`, renamed to it when the block succeeds and removed when it fails."""
+    """A temporary name beside a local `path`, renamed to it when the block succeeds and removed when it
+    fails.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
     os.close(handle)
@@ -233,6 +249,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """A rename is only as good as the data below it: unflushed, a power cut can leave an empty file of the right name."""
+    """A rename is only as good as the data below it: unflushed, a power cut can leave an empty file of the
+    right name.
+    """
     with path.open("rb") as stream:
         os.fsync(stream.fileno())

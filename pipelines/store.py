@@ -1,6 +1,7 @@
 """Shards and their sidecars: what a worker commits, whole or not at all, and what marks it complete last.
 
-A shard is `NAME.tar` (or `NAME.parquet`) with `NAME.json`, its sidecar, beside it. The same inputs give the same bytes.
+A shard is `NAME.tar` (or `NAME.parquet`) with `NAME.json`, its sidecar, beside it. The same inputs give the
+same bytes.
 """
 
 import hashlib
@@ -125,8 +126,8 @@ class ShardCommit:
     """Collects one shard's output; `commit` puts it in place, its sidecar last. Leaving the block without one
     discards it.
 
-    The block's files live in `staging`, a local folder, so that a killed worker leaves either the whole shard or none
-    of it.
+    The block's files live in `staging`, a local folder, so that a killed worker leaves either the whole shard
+    or none of it.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class ShardCommit:
         )
 
     def write_drops(self) -> None:
-        """Lists every drop in `NAME.drops.parquet`: key, reason, detail. Without drops there is no such file."""
+        """Lists every drop in `NAME.drops.parquet`: key, reason, detail. No drops, no file."""
         if not self.drops:
             return
         import pyarrow as pa

@@ -1,4 +1,6 @@
-"""Samples <-> tar shards: written byte for byte as webdataset's TarWriter(mtime=0) does, read with every byte checked."""
+"""Samples <-> tar shards: written byte for byte as webdataset's TarWriter(mtime=0) does, read with every byte
+checked.
+"""
 
 import hashlib
 import tarfile
@@ -122,7 +124,8 @@ def read_samples(
         ShardError: where the file is missing, cut short or changed.
     """
     place = f"shard {folder / file}"
-    advice = f"run 'verify', which rebuilds it, or remove {file.rpartition('.')[0]}.json and re-run the stage '{folder.name}'"
+    name = file.rpartition(".")[0]
+    advice = f"run 'verify', which rebuilds it, or remove {name}.json and re-run the stage '{folder.name}'"
     try:
         size = folder.size(file)
     except FileNotFoundError as error:

@@ -1,95 +1,38 @@
-"""Stages and their fingerprints: what is fresh, what is stale and why, and running the rest in order.
+"""A DAG of stages brought up to date: each shard once, whatever was interrupted, and nothing that is fresh
+again.
 
-A stage is a pure function of its configuration and the stages above. Its state is plain files: `stage.json`
-(what was asked for,
-written at the start), shards with sidecars, and `manifest.json` (written when all is complete).
+A stage's state is plain files: `stage.json` (what was asked for, written at the start), shards with sidecars,
+`shards.parquet` and `manifest.json` (written when all is complete).
 """
 
 import fcntl
-import json
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pipelines import store
-from pipelines.pool import ActorPool, ActorsConfig, RayConfig, ShardJob, ray_session, run_shards
-from pipelines.store import Manifest, Sidecar
+from pipelines.inspection import STAGE, State, describe, inspect, read_asked, wrong_files
+from pipelines.manifest import (
+    MANIFEST,
+    SHARDS,
+    Manifest,
+    ShardTable,
+    StageOutput,
+    Upstream,
+    write_output,
+)
+from pipelines.pool import ActorPool, RayConfig, StageError, ray_session, run_shards
+from pipelines.stage import ShardStage, Stage, WholeStage
+from pipelines.storage import Folder
+from pipelines.store import SCHEMA, Sidecar, SideFile, file_sha256, json_bytes, read_sidecar
 
-Status = Literal["fresh", "partial", "stale", "missing"]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """`fields` are the configuration that decides the bytes, under flat dotted names."""
-
-    name: str
-    fields: dict[str, Any]
-    upstream: tuple["Stage", ...] = ()
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 of all that decides this stage's output."""
-        above = {stage.name: stage.fingerprint for stage in self.upstream}
-        return store.digest_of(
-            {"schema": store.SCHEMA, "stage": self.name, "fields": self.fields, "upstream": above}
-        )
-
-    @cached_property
-    def lineage(self) -> dict[str, dict[str, Any]]:
-        """The fields of every stage above, by stage."""
-        fields: dict[str, dict[str, Any]] = {}
-        for stage in self.upstream:
-            fields |= stage.lineage | {stage.name: stage.fields}
-        return fields
-
-
-@dataclass(frozen=True)
-class ShardStage(Stage):
-    """A stage of independent shards, one for each shard of its first upstream stage unless `first_jobs`
-    lists them.
-    """
-
-    worker: type = object
-    arguments: dict[str, Any] = field(default_factory=dict)
-    """Of the worker's constructor."""
-    actors: ActorsConfig = field(default_factory=ActorsConfig)
-    first_jobs: tuple[ShardJob, ...] = ()
-    """The jobs of a stage without upstream; their fingerprints are filled in."""
-    surround: Callable[[], AbstractContextManager[dict[str, Any]]] = lambda: nullcontext({})
-    """Held while the shards run; yields further arguments of the worker (the address of a server)."""
-    finish: Callable[[Path, Sequence[Sidecar]], list[str]] = lambda folder, sidecars: []
-    """Makes the files of the stage as a whole; returns their names in the stage's folder."""
-
-
-@dataclass(frozen=True)
-class WholeStage(Stage):
-    """A stage that does its own work in its own folder, and resumes there: training, evaluation, the
-    report.
-    """
-
-    execute: Callable[[Mapping[str, Manifest]], dict[str, Any]] = lambda manifests: {}
-    """Given the manifests of the stages before it, returns what its own keeps under `extra`."""
-    outputs: tuple[Path, ...] = ()
-    """Files that have to exist for the stage to be fresh."""
-    needs_ray: bool = True
-
-
-@dataclass(frozen=True)
-class State:
-    """What is on disk for a stage, and what is left to do."""
-
-    status: Status
-    reason: str = ""
-    manifest: Manifest | None = None
-    complete: dict[str, Sidecar] = field(default_factory=dict)
-    jobs: tuple[ShardJob, ...] = ()
-    """All shards of the stage, complete or not."""
+Redo = Mapping[str, Mapping[str, dict[str, Any]]]
+"""Shards to make again though they are complete: by stage and shard, further arguments of their jobs."""
+NUM_PASSES = 3
+"""How often the shards of a stage are tried that were gone from disk when the stage ended."""
 
 
 @dataclass(frozen=True)
@@ -98,126 +41,11 @@ class StageResult:
 
     name: str
     skipped: bool
-    manifest: Manifest
+    output: StageOutput
 
-
-def shard_jobs(stage: ShardStage, upstream: Mapping[str, Manifest]) -> tuple[ShardJob, ...]:
-    """The stage's shards. Their names are those of the first upstream stage's."""
-    if not stage.upstream:
-        return tuple(ShardJob(job.name, stage.fingerprint, {}, job.arguments) for job in stage.first_jobs)
-    source = stage.upstream[0].name
-    return tuple(
-        ShardJob(shard.name, stage.fingerprint, {source: shard.sha256}) for shard in upstream[source].shards
-    )
-
-
-def inspect(stage: Stage, root: Path, upstream: Mapping[str, Manifest]) -> State:
-    """Compares what is on disk with what the configuration asks for. `upstream` holds the manifests of
-    fresh stages above.
-    """
-    folder = root / stage.name
-    manifest = store.read_manifest(folder)
-    asked = _asked_for(folder)
-    if asked is None:
-        return State("missing", "not run yet", jobs=_jobs(stage, upstream))
-    if asked["fingerprint"] != stage.fingerprint:
-        return State("stale", explain(asked, stage), jobs=_jobs(stage, upstream))
-    above = [one.name for one in stage.upstream if one.name not in upstream]
-    if above:
-        return State(
-            "stale",
-            f"{' and '.join(above)} above {'is' if len(above) == 1 else 'are'} not complete",
-            manifest,
-        )
-    if isinstance(stage, ShardStage):
-        return _inspect_shards(stage, folder, manifest, shard_jobs(stage, upstream))
-    assert isinstance(stage, WholeStage)
-    if manifest is None:
-        return State("partial", "started, not complete")
-    for name, digest in manifest.extra.get("upstream_digests", {}).items():
-        if upstream[name].digest != digest:
-            return State("stale", f"the data of {name} changed")
-    gone = [path.name for path in stage.outputs if not path.is_file()]
-    return (
-        State("partial", f"{', '.join(gone)} missing", manifest)
-        if gone
-        else State("fresh", manifest=manifest)
-    )
-
-
-def _jobs(stage: Stage, upstream: Mapping[str, Manifest]) -> tuple[ShardJob, ...]:
-    ready = isinstance(stage, ShardStage) and all(one.name in upstream for one in stage.upstream)
-    return shard_jobs(stage, upstream) if ready else ()
-
-
-def _inspect_shards(
-    stage: ShardStage, folder: Path, manifest: Manifest | None, jobs: tuple[ShardJob, ...]
-) -> State:
-    listed = {shard.name: shard for shard in manifest.shards} if manifest else {}
-    complete: dict[str, Sidecar] = {}
-    problems: list[str] = []
-    for job in jobs:
-        # whoever deletes a sidecar asks for its shard to be made again, whatever the manifest says
-        has_sidecar = (folder / f"{job.name}.json").is_file()
-        sidecar = listed.get(job.name) or store.read_sidecar(folder, job.name)
-        if not has_sidecar or sidecar is None or sidecar.fingerprint != stage.fingerprint:
-            problems.append(f"{job.name} missing")
-        elif sidecar.inputs != job.inputs:
-            problems.append(f"{job.name} made from other data")
-        elif wrong := store.missing_files(folder, sidecar):
-            problems.append(f"{wrong[0]} missing or of another size")
-        else:
-            complete[job.name] = sidecar
-    if problems:
-        return State(
-            "partial", f"{len(problems)} of {len(jobs)} shards to do: {problems[0]}", manifest, complete, jobs
-        )
-    if manifest is None or listed.keys() != complete.keys():
-        return State("partial", "all shards complete, the manifest is not written", None, complete, jobs)
-    gone = [name for name in manifest.files if not (folder / name).is_file()]
-    if gone:
-        return State("partial", f"{', '.join(gone)} missing", manifest, complete, jobs)
-    return State("fresh", "", manifest, complete, jobs)
-
-
-def _asked_for(folder: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((folder / "stage.json").read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
-def explain(asked: Mapping[str, Any], stage: Stage) -> str:
-    """Which fields, of this stage or one above, changed from what to what."""
-    if asked.get("schema") != store.SCHEMA:
-        return f"written by schema {asked.get('schema')}, this is {store.SCHEMA}"
-    changes: list[str] = []
-    old_all = {**asked["lineage"], stage.name: asked["fields"]}
-    new_all = {**stage.lineage, stage.name: stage.fields}
-    for name in dict.fromkeys([*new_all, *old_all]):
-        old, new = old_all.get(name, {}), new_all.get(name, {})
-        changes += [
-            f"{key} {_show(old.get(key))} -> {_show(new.get(key))}"
-            for key in dict.fromkeys([*new, *old])
-            if old.get(key) != new.get(key)
-        ]
-    return ", ".join(changes) or "the stages above are other ones"
-
-
-def _show(value: Any) -> str:
-    text = value if isinstance(value, str) else store.canonical_json(value)
-    return text[:12] if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
-
-
-def describe(manifest: Manifest) -> str:
-    """`8 shards, 3,960 samples`, with the drops where there are any."""
-    if not manifest.shards:
-        return "done"
-    text = (
-        f"{len(manifest.shards)} shard{'s' if len(manifest.shards) > 1 else ''}, {manifest.samples:,} samples"
-    )
-    drops = ", ".join(f"{reason} {count}" for reason, count in manifest.drops.items())
-    return f"{text}, dropped: {drops}" if drops else text
+    @property
+    def manifest(self) -> Manifest:
+        return self.output.manifest
 
 
 @contextmanager
@@ -234,46 +62,35 @@ def locked(root: Path) -> Iterator[None]:
         yield
 
 
-def states(stages: Sequence[Stage], root: Path) -> dict[str, State]:
-    """The state of every stage, reading only."""
-    found: dict[str, State] = {}
-    for stage in stages:
-        fresh = {
-            name: state.manifest
-            for name, state in found.items()
-            if state.status == "fresh" and state.manifest
-        }
-        found[stage.name] = inspect(stage, root, fresh)
-    return found
-
-
 def run(
     stages: Sequence[Stage],
     root: Path,
     ray: RayConfig,
     say: Callable[[str], None] = print,
     pool: ActorPool | None = None,
+    redo: Redo = {},  # noqa: B006  never written to
 ) -> list[StageResult]:
-    """Brings every stage up to date, in order; Ray starts only when there is something to do for
-    it. A `pool` that is given is kept warm for the next run.
+    """Brings every stage up to date, in order; Ray starts only when there is something to do for it. A `pool`
+    that is given is kept warm for the next run.
 
     Raises:
         StageError: where shards failed; the stage's other shards are complete.
         ValueError: where another run holds the root.
     """
     results: list[StageResult] = []
-    manifests: dict[str, Manifest] = {}
+    above: dict[str, StageOutput] = {}
     owns_pool = pool is None
     with locked(root), ExitStack() as session:
         pool = pool or ActorPool()
         for stage in stages:
-            state = inspect(stage, root, manifests)
-            if state.status == "fresh":
-                assert state.manifest is not None
-                manifest = state.manifest
-                say(f"{stage.name}: fresh, skipped ({describe(manifest)})")
+            state = inspect(stage, above)
+            again = redo.get(stage.name, {})
+            if state.status == "fresh" and not again:
+                assert state.output is not None
+                output = state.output
+                say(f"{stage.name}: fresh, skipped ({describe(output.manifest)})")
             else:
-                if state.status != "missing":
+                if state.reason and state.status != "missing":
                     say(f"{stage.name}: {state.status}: {state.reason}")
                 if not isinstance(stage, WholeStage) or stage.needs_ray:
                     session.enter_context(ray_session(ray))
@@ -282,94 +99,123 @@ def run(
                 if isinstance(stage, WholeStage):
                     # its own workers need the CPUs
                     pool.close()
-                manifest = _bring_up_to_date(stage, root / stage.name, state, manifests, pool)
-                say(f"{stage.name}: {describe(manifest)} in {manifest.seconds:.1f} s")
-            manifests[stage.name] = manifest
-            results.append(StageResult(stage.name, state.status == "fresh", manifest))
+                output = _bring_up_to_date(stage, state, above, pool, again)
+                say(f"{stage.name}: {describe(output.manifest)} in {output.manifest.seconds:.1f} s")
+            above[stage.name] = output
+            results.append(StageResult(stage.name, state.status == "fresh" and not again, output))
     return results
 
 
 def _bring_up_to_date(
-    stage: Stage, folder: Path, state: State, upstream: Mapping[str, Manifest], pool: ActorPool
-) -> Manifest:
+    stage: Stage, state: State, above: Upstream, pool: ActorPool, redo: Mapping[str, dict[str, Any]]
+) -> StageOutput:
     start = time.perf_counter()
-    # without its manifest nobody downstream mistakes a stage at work for a complete one
-    (folder / "manifest.json").unlink(missing_ok=True)
-    if isinstance(stage, WholeStage) and state.status == "stale" and folder.is_dir():
-        _set_aside(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    store.remove_temporaries(folder)
-    asked = {
-        "schema": store.SCHEMA,
-        "fingerprint": stage.fingerprint,
-        "fields": stage.fields,
-        "lineage": stage.lineage,
-    }
-    store.write_json(folder / "stage.json", asked)
-    shards: list[Sidecar] = []
-    names: list[str] = []
+    # read before its manifest goes; without one nobody downstream mistakes a stage at work for a complete one
+    is_whole = isinstance(stage, WholeStage)
+    kept = state.kept if is_whole or state.output is None else tuple(state.output.shards)
+    stage.folder.remove(MANIFEST)
+    if is_whole:
+        if state.status == "stale" and stage.folder.path.is_dir():
+            _set_aside(stage.folder.path)
+        stage.folder.path.mkdir(parents=True, exist_ok=True)
+    stage.folder.remove_temporaries()
+    stage.folder.write(STAGE, json_bytes(_asked(stage)))
+    shards, names = ShardTable.of([]), []
     extra: dict[str, Any] = {}
     match stage:
         case ShardStage():
-            shards = _run_shard_stage(stage, folder, state, pool)
-            names = stage.finish(folder, shards)
+            shards = _run_shards(stage, state, kept, above, pool, redo)
+            names = stage.finish(stage.folder, shards)
         case WholeStage():
-            extra = stage.execute(upstream)
-            extra |= {"upstream_digests": {one.name: upstream[one.name].digest for one in stage.upstream}}
-    drops: Counter[str] = Counter()
-    for shard in shards:
-        drops.update(shard.drops)
+            extra = stage.execute(above)
+            extra |= {
+                "upstream_digests": {one.name: above[one.name].manifest.digest for one in stage.upstream}
+            }
+    files = {name: _side_file(stage.folder, name) for name in names}
     manifest = Manifest(
-        schema=store.SCHEMA,
         stage=stage.name,
         fingerprint=stage.fingerprint,
         fields=stage.fields,
         upstream={one.name: one.fingerprint for one in stage.upstream},
         lineage=stage.lineage,
-        shards=shards,
-        samples=sum(shard.samples for shard in shards),
-        drops=dict(sorted(drops.items())),
+        num_shards=len(shards),
+        samples=shards.samples,
+        bytes=shards.bytes + sum(file.bytes for file in files.values()),
+        shards_digest=shards.digest,
+        drops=shards.drops,
         seconds=round(time.perf_counter() - start, 3),
-        files={name: store.side_file(folder / name) for name in names},
+        shard_seconds=round(sum(shards.column("seconds")), 3),
+        files=files,
         extra=extra,
     )
-    store.write_manifest(folder, manifest)
-    return manifest
+    return write_output(stage.folder, manifest, shards)
 
 
-def _run_shard_stage(stage: ShardStage, folder: Path, state: State, pool: ActorPool) -> list[Sidecar]:
-    jobs = state.jobs
-    missing = [job for job in jobs if job.name not in state.complete]
-    made: dict[str, Sidecar] = {}
-    if missing:
+def _asked(stage: Stage) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "fingerprint": stage.fingerprint,
+        "fields": stage.fields,
+        "lineage": stage.lineage,
+    }
+
+
+def _side_file(folder: Folder, name: str) -> SideFile:
+    with folder.local_copy(name) as path:
+        return SideFile(bytes=path.stat().st_size, sha256=file_sha256(path))
+
+
+def _run_shards(
+    stage: ShardStage,
+    state: State,
+    kept: Sequence[Sidecar],
+    above: Upstream,
+    pool: ActorPool,
+    redo: Mapping[str, dict[str, Any]],
+) -> ShardTable:
+    names = stage.shard_names(above)
+    todo = set(names) if state.todo is None else set(state.todo) | set(redo)
+    complete: dict[str, Sidecar] = {sidecar.name: sidecar for sidecar in kept if sidecar.name not in todo}
+    for _ in range(NUM_PASSES):
+        if not todo:
+            break
         with stage.surround() as more:
-            arguments = {"folder": folder, **stage.arguments, **more}
-            done = len(jobs) - len(missing)
-            made = {
-                sidecar.name: sidecar
-                for sidecar in run_shards(
-                    pool, stage.name, stage.worker, arguments, missing, stage.actors, done
-                )
-            }
-    _remove_strangers(folder, {job.name for job in jobs})
-    return [state.complete.get(job.name) or made[job.name] for job in jobs]
+            arguments = {"folder": stage.folder, **stage.arguments, **more}
+            jobs = stage.jobs(above, todo, redo)
+            complete |= run_shards(
+                pool, stage.name, stage.worker, arguments, jobs, stage.actors, len(complete)
+            )
+        # an actor of a driver that was killed may live on for a moment and commit after ours did
+        sizes = stage.folder.sizes()
+        todo = {
+            name
+            for name, sidecar in complete.items()
+            if f"{name}.json" not in sizes or wrong_files(sidecar, sizes)
+        }
+    if todo:
+        raise StageError(
+            f"stage {stage.name}: {', '.join(sorted(todo)[:5])} vanished from {stage.folder} while the stage "
+            "ran; is something else writing there?"
+        )
+    _remove_strangers(stage.folder, set(names))
+    return ShardTable.of(complete[name] for name in names)
 
 
-def _remove_strangers(folder: Path, names: set[str]) -> None:
+def _remove_strangers(folder: Folder, names: set[str]) -> None:
     """Removes the shards of an earlier configuration that had more of them."""
-    for path in folder.glob("[0-9]*.json"):
-        if path.stem in names:
-            continue
-        if sidecar := store.read_sidecar(folder, path.stem):
-            for name in (path.name, sidecar.file, *sidecar.files):
-                (folder / name).unlink(missing_ok=True)
+    for file in folder.names():
+        stem, _, extension = file.rpartition(".")
+        if extension == "json" and stem not in names and (sidecar := read_sidecar(folder, stem)):
+            folder.remove(file, sidecar.file, *sidecar.files)
+    if not names:
+        folder.remove(SHARDS)
 
 
 def _set_aside(folder: Path) -> None:
     """Keeps what a stale training made, under another name: it took long, and must not be continued under
     another configuration.
     """
-    asked = _asked_for(folder) or {}
+    asked = read_asked(Folder(str(folder))) or {}
     target = folder.with_name(f"{folder.name}.stale-{asked.get('fingerprint', 'unknown')[:8]}")
     if target.exists():
         shutil.rmtree(target)

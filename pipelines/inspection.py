@@ -1,0 +1,201 @@
+"""Stages and what is on disk -> which are fresh, partial, stale or missing, and why. Reads only."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipelines.manifest import Manifest, ShardTable, StageOutput, Upstream, read_output
+from pipelines.stage import ShardStage, Stage, WholeStage
+from pipelines.storage import Folder
+from pipelines.store import SCHEMA, Sidecar, canonical_json
+
+Status = Literal["fresh", "partial", "stale", "missing"]
+STAGE = "stage.json"
+"""What was asked for, written when a stage starts."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What is on disk for a stage, and what is left to do."""
+
+    status: Status
+    reason: str = ""
+    output: StageOutput | None = None
+    """Where the stage is fresh."""
+    kept: tuple[Sidecar, ...] = field(default=(), repr=False)
+    """The complete shards of a stage that is partial, in order."""
+    todo: frozenset[str] | None = frozenset()
+    """Names of the shards that are to be made; None where that is all of them."""
+
+
+def inspect(stage: Stage, above: Upstream) -> State:
+    """Compares what is on disk with what is asked for. `above` holds the fresh stages so far."""
+    asked = read_asked(stage.folder)
+    if asked is None:
+        return State("missing", "not run yet", todo=None)
+    if asked["fingerprint"] != stage.fingerprint:
+        return State("stale", explain(asked, stage), todo=None)
+    if waits := [one.name for one in stage.upstream if one.name not in above]:
+        verb = "is" if len(waits) == 1 else "are"
+        return State("stale", f"{' and '.join(waits)} above {verb} not complete", todo=None)
+    output = read_output(stage.folder)
+    if output is not None and output.manifest.fingerprint != stage.fingerprint:
+        output = None
+    match stage:
+        case ShardStage():
+            return _inspect_shards(stage, output, above)
+        case WholeStage():
+            return _inspect_whole(stage, output, above)
+        case _:
+            raise AssertionError(f"{type(stage)} is neither")
+
+
+def _inspect_whole(stage: WholeStage, output: StageOutput | None, above: Upstream) -> State:
+    if output is None:
+        return State("partial", "started, not complete")
+    for name, digest in output.manifest.extra.get("upstream_digests", {}).items():
+        if above[name].manifest.digest != digest:
+            return State("stale", f"the data of {name} changed")
+    if gone := [path.name for path in stage.outputs if not path.is_file()]:
+        return State("partial", f"{', '.join(gone)} missing", output)
+    return State("fresh", output=output)
+
+
+def _inspect_shards(stage: ShardStage, output: StageOutput | None, above: Upstream) -> State:
+    names, inputs = stage.shard_names(above), stage.shard_inputs(above)
+    sizes = stage.folder.sizes()
+    listed = _Listed(output.shards) if output is not None else None
+    unlisted: dict[str, Sidecar] = {}
+    if listed is None or listed.names != names:
+        listed = None
+        unlisted = _read_sidecars(stage.folder, [name for name in names if f"{name}.json" in sizes])
+    todo: list[str] = []
+    problem = ""
+    for index, (name, wanted) in enumerate(zip(names, inputs, strict=True)):
+        if listed is not None:
+            bad = listed.problem(index, wanted, sizes)
+        else:
+            bad = _problem(unlisted.get(name), name, stage.fingerprint, wanted, sizes)
+        if bad is not None:
+            todo.append(name)
+            problem = problem or bad
+    if not todo and output is not None and listed is not None:
+        gone = [name for name, file in output.manifest.files.items() if sizes.get(name) != file.bytes]
+        if not gone:
+            return State("fresh", output=output)
+        return State("partial", f"{', '.join(gone)} missing or of another size", kept=tuple(output.shards))
+    missing = set(todo)
+    if listed is not None:
+        assert output is not None
+        kept = tuple(sidecar for sidecar in output.shards if sidecar.name not in missing)
+    else:
+        kept = tuple(unlisted[name] for name in names if name not in missing)
+    reason = f"{len(todo)} of {len(names)} shards to do: {problem}"
+    if not todo:
+        reason = "all shards complete, the manifest is not written"
+    return State("partial", reason, kept=kept, todo=frozenset(todo))
+
+
+class _Listed:
+    """The shards of a manifest as columns, to be compared with a folder's listing."""
+
+    def __init__(self, shards: ShardTable):
+        self.names = shards.names
+        self.files, self.bytes = shards.column("file"), shards.column("bytes")
+        self.inputs, self.beside = shards.column("inputs"), shards.column("files")
+
+    def problem(self, index: int, inputs: str, sizes: Mapping[str, int]) -> str | None:
+        """What is wrong with a shard, or None. Sizes only: `verify` reads the bytes."""
+        name = self.names[index]
+        # whoever deletes a sidecar asks for its shard to be made again, whatever the manifest says
+        if f"{name}.json" not in sizes:
+            return f"{name} missing"
+        if self.inputs[index] != inputs:
+            return f"{name} made from other data"
+        if sizes.get(self.files[index]) != self.bytes[index]:
+            return f"{self.files[index]} missing or of another size"
+        if self.beside[index] != "{}":
+            for file, side in json.loads(self.beside[index]).items():
+                if sizes.get(file) != side["bytes"]:
+                    return f"{file} missing or of another size"
+        return None
+
+
+def _problem(
+    sidecar: Sidecar | None, name: str, fingerprint: str, inputs: str, sizes: Mapping[str, int]
+) -> str | None:
+    if sidecar is None or sidecar.fingerprint != fingerprint:
+        return f"{name} missing"
+    if canonical_json(sidecar.inputs) != inputs:
+        return f"{name} made from other data"
+    wrong = wrong_files(sidecar, sizes)
+    return f"{wrong[0]} missing or of another size" if wrong else None
+
+
+def wrong_files(sidecar: Sidecar, sizes: Mapping[str, int]) -> list[str]:
+    """Which files of a shard are not in a folder's listing, or there with another size."""
+    expected = {sidecar.file: sidecar.bytes, **{name: file.bytes for name, file in sidecar.files.items()}}
+    return [name for name, size in expected.items() if sizes.get(name) != size]
+
+
+def _read_sidecars(folder: Folder, names: Sequence[str]) -> dict[str, Sidecar]:
+    """Those that can be read as one."""
+    found: dict[str, Sidecar] = {}
+    for name, data in folder.read_many([f"{name}.json" for name in names]):
+        try:
+            found[name.removesuffix(".json")] = Sidecar.model_validate_json(data)
+        except ValueError:
+            continue
+    return found
+
+
+def read_asked(folder: Folder) -> dict[str, Any] | None:
+    """The stage.json of a folder: schema, fingerprint, fields, lineage."""
+    try:
+        return json.loads(folder.read(STAGE))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def explain(asked: Mapping[str, Any], stage: Stage) -> str:
+    """Which fields, of this stage or one above, changed from what to what."""
+    if asked.get("schema") != SCHEMA:
+        return f"written by schema {asked.get('schema')}, this is {SCHEMA}"
+    changes: list[str] = []
+    old_all = {**asked["lineage"], stage.name: asked["fields"]}
+    new_all = {**stage.lineage, stage.name: stage.fields}
+    for name in dict.fromkeys([*new_all, *old_all]):
+        old, new = old_all.get(name, {}), new_all.get(name, {})
+        changes += [
+            f"{key} {_show(old.get(key))} -> {_show(new.get(key))}"
+            for key in dict.fromkeys([*new, *old])
+            if old.get(key) != new.get(key)
+        ]
+    return ", ".join(dict.fromkeys(changes)) or "the stages above are other ones"
+
+
+def _show(value: Any) -> str:
+    text = value if isinstance(value, str) else canonical_json(value)
+    return text[:12] if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
+
+
+def describe(manifest: Manifest) -> str:
+    """`8 shards, 3,960 samples`, with the drops where there are any."""
+    if not manifest.num_shards:
+        return "done"
+    plural = "s" if manifest.num_shards > 1 else ""
+    text = f"{manifest.num_shards} shard{plural}, {manifest.samples:,} samples"
+    drops = ", ".join(f"{reason} {count}" for reason, count in manifest.drops.items())
+    return f"{text}, dropped: {drops}" if drops else text
+
+
+def states(stages: Sequence[Stage]) -> dict[str, State]:
+    """The state of every stage."""
+    found: dict[str, State] = {}
+    above: dict[str, StageOutput] = {}
+    for stage in stages:
+        found[stage.name] = state = inspect(stage, above)
+        if state.status == "fresh" and state.output is not None:
+            above[stage.name] = state.output
+    return found
