@@ -2,25 +2,33 @@
 something to download.
 """
 
-import functools
+import io
 import json
+import os
+import re
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from threading import Thread
+from functools import lru_cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Lock, Thread
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipelines.pool import ShardJob
+from pipelines.storage import Folder
 from pipelines.store import ShardCommit, Sidecar, sample_key
+from pipelines.tars import TarSamples
 from repfusion.scenes.captions import caption_scene
 from repfusion.scenes.world import WorldConfig, draw_scene, render
 
 CAPTION_STREAM = 7
 """Keeps the captions' random numbers apart from the scenes'."""
+OPEN_ARCHIVES = 8
+"""Archives the server keeps: open where they are local, in memory where they are remote."""
 
 
 class DefectsConfig(BaseModel):
@@ -74,73 +82,145 @@ def defect_positions(config: ScenesConfig) -> dict[int, str]:
 
 
 class SceneWorker:
-    """Draws one shard: `images/NAME/KEY.png` and `NAME.parquet` with columns key, url (relative), caption,
-    facts (JSON).
+    """Draws one shard: `NAME.images.tar` with KEY.png and `NAME.parquet` with columns key, url (relative to
+    the server's address), caption, facts (JSON).
+
+    A job's arguments are start and stop of its entries and, for a sample of them, step.
     """
 
-    def __init__(self, folder: Path, config: ScenesConfig):
+    def __init__(self, folder: Folder, config: ScenesConfig):
         self.folder, self.config = folder, config
         self.defects = defect_positions(config)
 
     def __call__(self, job: ShardJob) -> Sidecar:
         import pyarrow as pa
         import pyarrow.parquet as pq
-        from PIL import Image
 
-        images = self.folder / "images" / job.name
-        images.mkdir(parents=True, exist_ok=True)
+        entries = range(job.arguments["start"], job.arguments["stop"], job.arguments.get("step", 1))
         rows: list[dict[str, str]] = []
         with ShardCommit(self.folder, job.name, job.fingerprint, job.inputs, ("numpy", "pillow")) as commit:
-            for index in range(job.arguments["start"], job.arguments["stop"]):
-                seed, key = (self.config.seed << 32) + index, sample_key(index)
-                scene = draw_scene(seed, self.config.world)
-                caption = caption_scene(scene, np.random.default_rng([seed, CAPTION_STREAM]))
-                defect = self.defects.get(index)
-                path = images / f"{key}.png"
-                match defect:
-                    case "missing":
-                        path.unlink(missing_ok=True)
-                    case "undecodable":
-                        path.write_bytes(b"not an image " * 8)
-                    case _:
-                        Image.fromarray(to_uint8(render(scene, self.config.world))).save(path)
-                facts = {"things": [vars(thing) for thing in scene.things], "relation": scene.relation}
-                url = f"images/{job.name}/{key}.png"
-                text = "" if defect == "empty_caption" else caption
-                rows.append(
-                    {"key": key, "url": url, "caption": text, "facts": json.dumps(facts, sort_keys=True)}
-                )
+            with (commit.staging / _archive(job.name)).open("wb") as stream:
+                images = TarSamples(stream, commit)
+                for index in entries:
+                    row, image = self._entry(index, job.name)
+                    rows.append(row)
+                    if image is not None:
+                        images.write(row["key"], {"png": image})
+                images.close()
             commit.samples = len(rows)
             pq.write_table(pa.Table.from_pylist(rows), commit.staging / f"{job.name}.parquet")
             return commit.commit(f"{job.name}.parquet")
 
+    def _entry(self, index: int, shard: str) -> tuple[dict[str, str], bytes | None]:
+        """A row of the list and the file that its url leads to, if any."""
+        from PIL import Image
 
-class _QuietHandler(SimpleHTTPRequestHandler):
+        seed, key = (self.config.seed << 32) + index, sample_key(index)
+        scene = draw_scene(seed, self.config.world)
+        caption = caption_scene(scene, np.random.default_rng([seed, CAPTION_STREAM]))
+        facts = {"things": [vars(thing) for thing in scene.things], "relation": scene.relation}
+        defect = self.defects.get(index)
+        row = {
+            "key": key,
+            "url": f"images/{shard}/{key}.png",
+            "caption": "" if defect == "empty_caption" else caption,
+            "facts": json.dumps(facts, sort_keys=True),
+        }
+        match defect:
+            case "missing":
+                return row, None
+            case "undecodable":
+                return row, b"not an image " * 8
+        stream = io.BytesIO()
+        Image.fromarray(to_uint8(render(scene, self.config.world))).save(stream, "PNG")
+        return row, stream.getvalue()
+
+
+def _archive(shard: str) -> str:
+    return f"{shard}.images.tar"
+
+
+class _Archive:
+    """Random access to the files in a tar."""
+
+    def __init__(self, stream: BinaryIO):
+        self._stream, self._lock = stream, Lock()
+        with tarfile.open(fileobj=stream) as archive:
+            self._places = {info.name: (info.offset_data, info.size) for info in archive}
+
+    def read(self, name: str) -> bytes:
+        """Raises KeyError."""
+        offset, size = self._places[name]
+        with self._lock:
+            self._stream.seek(offset)
+            return self._stream.read(size)
+
+
+class _Server(ThreadingHTTPServer):
+    """Answers `/images/NAME/KEY.png` from the archives of a folder."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, folder: Folder, port: int):
+        self._folder, self._opening = folder, Lock()
+        self._open = lru_cache(OPEN_ARCHIVES)(self._open_archive)
+        super().__init__(("127.0.0.1", port), _Handler)
+
+    def _open_archive(self, shard: str) -> _Archive:
+        name = _archive(shard)
+        if self._folder.is_local:
+            return _Archive(self._folder.open(name))
+        return _Archive(io.BytesIO(self._folder.read(name)))
+
+    def find(self, path: str) -> bytes | None:
+        """The bytes behind a request's path, or None."""
+        asked = re.fullmatch(r"/images/([\w-]+)/([\w-]+\.png)", path)
+        if asked is None:
+            return None
+        try:
+            with self._opening:
+                archive = self._open(asked[1])
+            return archive.read(asked[2])
+        except (FileNotFoundError, KeyError):
+            return None
+
+
+class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    server: _Server  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def do_GET(self) -> None:
+        data = self.server.find(self.path)
+        if data is None:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "image/png")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
 
     def log_message(self, format: str, *args: object) -> None:
         """Says nothing: a line per image would bury the run's own."""
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
-
 @contextmanager
-def serve(folder: Path, port: int = 0) -> Iterator[str]:
-    """Serves a folder on loopback for the length of the block; yields the address. Port 0 takes any free one.
+def serve(folder: Folder, port: int = 0) -> Iterator[str]:
+    """Serves the scenes' images on loopback for the length of the block; yields the address, which ends in a
+    slash. Port 0 takes any free one.
 
     Raises:
         OSError: where the port is taken or none is free.
     """
     try:
-        server = _Server(("127.0.0.1", port), functools.partial(_QuietHandler, directory=str(folder)))
+        server = _Server(folder, port)
     except OSError as error:
         wanted = f"port {port}" if port else "any free port"
         raise OSError(
             error.errno,
-            f"cannot serve {folder} on 127.0.0.1, {wanted}: {error.strerror}; free one or set source.port: 0",
+            f"cannot serve {folder} on 127.0.0.1, {wanted}: {os.strerror(error.errno or 0)}; "
+            "free one or set source.port: 0",
         ) from error
     thread = Thread(target=server.serve_forever, name="scenes-server", daemon=True)
     thread.start()
