@@ -1,32 +1,64 @@
 """Columns of WebDataset tars -> batches of features and captions, in an order that a seed and a position
 decide.
 
-A column is a folder of tars with the same keys as the images. Tar headers are read once to find where each
-member lies; members are then read by offset, so the shuffle is exact over the whole data set and resuming is
-one integer.
+A column is a folder of tars with the same keys as the images. Members are read by offset, so the shuffle is
+exact over the whole data set and resuming is one integer.
 """
 
-import hashlib
-import io
 import json
-import mmap
-import os
+import math
 import queue
-import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
+from repfusion.columns import Column, rebuild_hint, scan_tar, shard_names
+
 FEATURES = "features.npy"
-TEXT = "text.npy"
-BLOCK_BYTES = 512
+CAPTION = "txt"
+"""The member that holds the main caption; it lies with the image."""
+MAIN_CAPTION_ONLY: Mapping[str, float] = MappingProxyType({CAPTION: 1.0})
+
+
+def text_member(caption: str) -> str:
+    """Where the precomputed features of a caption lie: `txt` -> `text.npy`, `long.txt` -> `long.text.npy`."""
+    return f"{caption.removesuffix(CAPTION)}text.npy"
+
+
+def check_weights(weights: Mapping[str, float], captions: Path | None) -> dict[str, float]:
+    """The positive weights, by name.
+
+    Raises:
+        ValueError: a weight is negative or not finite, all are zero, or a name is no caption's.
+    """
+    for name, weight in weights.items():
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(
+                f"caption_weights: {name!r} has weight {weight}; expected a number that is 0 or more"
+            )
+        if name != CAPTION and not name.endswith(f".{CAPTION}"):
+            raise ValueError(
+                f"caption_weights: {name!r} names no caption; expected {CAPTION!r}, the main one, "
+                f"or NAME.{CAPTION}"
+            )
+    positive = {name: weights[name] for name in sorted(weights) if weights[name] > 0}
+    if not positive:
+        raise ValueError(
+            f"caption_weights: {dict(weights)} leaves nothing to draw; give one a positive weight"
+        )
+    if captions is None and (others := sorted(positive.keys() - {CAPTION})):
+        raise ValueError(
+            f"caption_weights: {others[0]!r} lies in the captions column, but data.captions names no folder"
+        )
+    return positive
 
 
 class DataConfig(BaseModel):
@@ -38,6 +70,12 @@ class DataConfig(BaseModel):
     """Folder of the features column (the `latents` stage)."""
     text: Path | None = None
     """Folder of precomputed prompt features (the `features` stage); needed where the method feeds on them."""
+    captions: Path | None = None
+    """Folder of alternative captions (the `captions` stage); read where `caption_weights` names one."""
+    caption_weights: dict[str, float] = dict(MAIN_CAPTION_ONLY)
+    """How often each caption is drawn: `txt` is the main one, `NAME.txt` one of the captions column. For a
+    sample that lacks some, the weights of those it has count in proportion.
+    """
     cache_bytes: int = 2**30
     """Decoded samples kept in memory on each rank, up to this many bytes; 0 reads every sample from its
     tar each time.
@@ -45,16 +83,21 @@ class DataConfig(BaseModel):
     prefetch_steps: int = 2
     """Steps read ahead by a thread, so that the loop does not wait for the disk."""
 
+    @model_validator(mode="after")
+    def _weights_hold(self) -> "DataConfig":
+        check_weights(self.caption_weights, self.captions)
+        return self
+
 
 @dataclass(frozen=True)
 class Sample:
     key: str
-    captions: tuple[str, ...]
-    """The caption, or several that say the same; one is drawn at each visit."""
+    captions: dict[str, tuple[str, ...]]
+    """Under each name that has a weight: the caption, or several that say the same."""
     features: np.ndarray
     """[n, d] float16."""
-    text: np.ndarray | None
-    """[m, d] precomputed prompt features, unpadded."""
+    text: dict[str, np.ndarray] | None
+    """[m, d] precomputed prompt features of each caption, unpadded."""
 
 
 @dataclass(frozen=True)
@@ -69,147 +112,33 @@ class Batch:
     text: list[Tensor] | None
 
 
-def rebuild_hint(shard: Path) -> str:
-    return f"delete {shard.name} and its sidecar and re-run the '{shard.parent.name}' stage"
-
-
-def scan_tar(path: Path) -> dict[str, tuple[int, int]]:
-    """Members of a tar as name -> (offset of its bytes, size). ValueError where the tar is cut short or
-    not a tar.
-    """
-    size = path.stat().st_size
-    if size == 0:
-        raise ValueError(f"{path}: empty file; {rebuild_hint(path)}")
-    members: dict[str, tuple[int, int]] = {}
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        position = 0
-        while position + BLOCK_BYTES <= size:
-            header = data[position : position + BLOCK_BYTES]
-            if header[0] == 0:
-                return members
-            kind = header[156:157]
-            # Extended headers (long names) and old formats are rare in shards: leave them to tarfile, far
-            # slower.
-            if header[257:262] != b"ustar" or kind not in (b"0", b"\0", b"5"):
-                return scan_tar_slowly(path)
-            try:
-                num_bytes = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
-            except ValueError as error:
-                raise ValueError(f"{path}: no tar header at byte {position}; {rebuild_hint(path)}") from error
-            name = header[:100].split(b"\0", 1)[0].decode()
-            position += BLOCK_BYTES
-            if kind != b"5":
-                members[name] = (position, num_bytes)
-            if position + num_bytes > size:
-                raise ValueError(
-                    f"{path}: truncated: {name} needs bytes {position} to {position + num_bytes}, "
-                    f"the file has {size}; {rebuild_hint(path)}"
-                )
-            position += -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
-    raise ValueError(
-        f"{path}: truncated: the end-of-archive mark is missing after {len(members)} members; "
-        f"{rebuild_hint(path)}"
-    )
-
-
-def scan_tar_slowly(path: Path) -> dict[str, tuple[int, int]]:
-    try:
-        with tarfile.open(path) as tar:
-            return {member.name: (member.offset_data, member.size) for member in tar if member.isfile()}
-    except tarfile.TarError as error:
-        raise ValueError(f"{path}: not a readable tar ({error}); {rebuild_hint(path)}") from error
-
-
-def shard_names(folder: Path) -> list[str]:
-    """Shards of a stage folder, in order: those of its manifest, or every tar where there is none."""
-    manifest = folder / "manifest.json"
-    if manifest.exists():
-        names = [str(shard["name"]) for shard in json.loads(manifest.read_text())["shards"]]
-        return sorted(name if name.endswith(".tar") else f"{name}.tar" for name in names)
-    names = sorted(path.name for path in folder.glob("*.tar"))
-    if not names:
-        raise ValueError(f"{folder}: no shards (*.tar) here; run the stage that writes this folder")
-    return names
-
-
-def manifest_digest(folder: Path) -> str | None:
-    """sha256 of a stage's manifest without times and versions: the name of the data. None where there is
-    no manifest.
-    """
-    path = folder / "manifest.json"
-    if not path.exists():
-        return None
-
-    manifest = json.loads(path.read_text())
-    content = {key: value for key, value in manifest.items() if key != "seconds"}
-    content["shards"] = [
-        {key: value for key, value in shard.items() if key not in ("seconds", "versions")}
-        for shard in manifest["shards"]
-    ]
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-class Column:
-    """One member per key in a folder of tars: where each lies, and its bytes."""
-
-    def __init__(self, folder: Path, extension: str, required: bool = True):
-        self.folder, self.extension, self.required = folder, extension, required
-        self.files: list[int] = []
-        self.spans: list[np.ndarray] = []
-
-    def open_shard(self, name: str, keys: list[str], members: dict[str, tuple[int, int]]) -> None:
-        path = self.folder / name
-        if self.required:
-            missing = [key for key in keys if f"{key}.{self.extension}" not in members]
-            if missing:
-                raise ValueError(
-                    f"shard {path}, key {missing[0]}: no member {missing[0]}.{self.extension} "
-                    f"({len(missing)} of {len(keys)} keys lack it); {rebuild_hint(path)}"
-                )
-        absent = (-1, 0)
-        self.spans.append(
-            np.array([members.get(f"{key}.{self.extension}", absent) for key in keys], np.int64).reshape(
-                -1, 2
-            )
-        )
-        self.files.append(os.open(path, os.O_RDONLY))
-
-    def read(self, shard: int, row: int) -> bytes | None:
-        offset, size = (int(x) for x in self.spans[shard][row])
-        return None if offset < 0 else os.pread(self.files[shard], size, offset)
-
-    def close(self) -> None:
-        while self.files:
-            os.close(self.files.pop())
-
-
-def read_array(raw: bytes, path: Path, key: str) -> np.ndarray:
-    try:
-        return np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)
-    except ValueError as error:
-        raise ValueError(
-            f"shard {path}, key {key}: not a readable npy member ({error}); {rebuild_hint(path)}"
-        ) from error
-
-
 class ColumnDataset:
     """Random access to samples whose captions, features and (optionally) text features lie in separate tars.
 
-    Opening it reads every tar header and checks that all columns hold the same keys and that features
-    have one shape and dtype.
+    Opening it reads every tar header and checks that all columns hold the same keys, that every sample has a
+    caption that may be drawn, and that features have one shape and dtype.
 
     Raises:
         ValueError: a tar is truncated, a key is missing or extra in a column, or a shape or dtype differs;
             the message names the shard, the key and what to run.
     """
 
-    def __init__(self, images: Path, features: Path, text: Path | None = None, cache_bytes: int = 0):
-        self.names = shard_names(Path(images))
-        self.captions = Column(Path(images), "txt")
-        self.metadata = Column(Path(images), "json", required=False)
-        self.features = Column(Path(features), FEATURES)
-        self.text = None if text is None else Column(Path(text), TEXT)
+    def __init__(
+        self,
+        images: Path,
+        features: Path,
+        text: Path | None = None,
+        cache_bytes: int = 0,
+        captions: Path | None = None,
+        caption_weights: Mapping[str, float] = MAIN_CAPTION_ONLY,
+    ):
+        self.weights = check_weights(caption_weights, captions)
+        others = tuple(name for name in self.weights if name != CAPTION)
+        self.images = Column(images, (CAPTION,), ("json",))
+        self.features = Column(features, (FEATURES,))
+        self.captions = None if captions is None or not others else Column(captions, (), others)
+        self.text = None if text is None else Column(text, (), tuple(map(text_member, self.weights)))
+        self.names = shard_names(images)
         self.keys: list[list[str]] = []
         self.cache_bytes, self.cached_bytes = cache_bytes, 0
         self.cache: dict[int, Sample] = {}
@@ -218,30 +147,71 @@ class ColumnDataset:
         self.starts = np.cumsum([0] + [len(keys) for keys in self.keys])
         if len(self) == 0:
             raise ValueError(f"{images}: the shards hold no samples")
-        self.shape, self.dtype = (first := self._array(self.features, 0, 0)).shape, first.dtype
+        self._check_captions()
+        self.shape, self.dtype = (first := self._features(0, 0)).shape, first.dtype
         self._check_shards()
 
+    @classmethod
+    def open(cls, config: DataConfig) -> "ColumnDataset":
+        return cls(
+            config.images,
+            config.features,
+            config.text,
+            config.cache_bytes,
+            config.captions,
+            config.caption_weights,
+        )
+
+    def _columns(self) -> Iterator[Column]:
+        yield from (column for column in (self.images, self.features, self.captions, self.text) if column)
+
     def _open_shard(self, name: str) -> None:
-        members = scan_tar(self.captions.folder / name)
-        # A sample's members share the part of the name before its first dot (the WebDataset rule).
-        keys = list(dict.fromkeys(member.split(".", 1)[0] for member in members))
+        keys: list[str] | None = None
+        for column in self._columns():
+            keys = column.open_shard(name, keys)
+        assert keys is not None
         self.keys.append(keys)
-        self.captions.open_shard(name, keys, members)
-        self.metadata.open_shard(name, keys, members)
-        for column in (self.features, self.text):
-            if column is None:
-                continue
-            path = column.folder / name
-            if not path.exists():
-                raise ValueError(f"shard {path} is missing; re-run the '{column.folder.name}' stage")
-            members = scan_tar(path)
-            column.open_shard(name, keys, members)
-            extra = {member.split(".", 1)[0] for member in members} - set(keys)
-            if extra:
+
+    def _caption_column(self, name: str) -> Column:
+        column = self.images if name == CAPTION else self.captions
+        assert column is not None
+        return column
+
+    def _check_captions(self) -> None:
+        """Every caption with a weight occurs, every sample has one of them, each with its text features where
+        these are wanted.
+        """
+        seen = dict.fromkeys(self.weights, 0)
+        for shard, keys in enumerate(self.keys):
+            drawable = np.zeros(len(keys), bool)
+            for name in self.weights:
+                present = self._caption_column(name).has(name, shard)
+                seen[name] += int(present.sum())
+                drawable |= present
+                if self.text is not None:
+                    self.text.check_present(text_member(name), shard, keys, present)
+            if not drawable.all():
+                path = self._caption_column(next(iter(self.weights))).paths[shard]
                 raise ValueError(
-                    f"shard {path}, key {min(extra)}: not among the {len(keys)} keys of "
-                    f"{self.captions.folder / name}; {rebuild_hint(path)}"
+                    f"shard {path}, key {keys[int(drawable.argmin())]}: none of the captions "
+                    f"{', '.join(self.weights)} ({(~drawable).sum()} of {len(keys)} keys); "
+                    f"give {CAPTION!r}, which every sample has, a weight in caption_weights"
                 )
+        if absent := [name for name, count in seen.items() if count == 0]:
+            folder = self._caption_column(absent[0]).folder
+            raise ValueError(
+                f"caption_weights: no sample of {folder} has a member {absent[0]!r}; "
+                f"the first has {self._first_members()}"
+            )
+
+    def _first_members(self) -> list[str]:
+        """Names of the captions of the first sample that has one in the captions column."""
+        assert self.captions is not None
+        for name in self.names:
+            if members := list(scan_tar(self.captions.folder / name)):
+                key = members[0].split(".", 1)[0]
+                return [member.removeprefix(f"{key}.") for member in members if member.startswith(f"{key}.")]
+        return []
 
     def _check_shards(self) -> None:
         """Every shard's first array has the shape of the first; equal member sizes then hold for the rest
@@ -250,24 +220,22 @@ class ColumnDataset:
         for shard, keys in enumerate(self.keys):
             if not keys:
                 continue
-            self._check_shape(self._array(self.features, shard, 0), shard, keys[0])
-            sizes = self.features.spans[shard][:, 1]
+            self._check_shape(self._features(shard, 0), shard, keys[0])
+            sizes = self.features.spans[FEATURES][shard][:, 1]
             odd = np.flatnonzero(sizes != sizes[0])
             if len(odd):
-                self._check_shape(self._array(self.features, shard, int(odd[0])), shard, keys[odd[0]])
+                self._check_shape(self._features(shard, int(odd[0])), shard, keys[odd[0]])
 
     def _check_shape(self, array: np.ndarray, shard: int, key: str) -> None:
         if array.shape != self.shape or array.dtype != self.dtype:
-            path = self.features.folder / self.names[shard]
+            path = self.features.paths[shard]
             raise ValueError(
                 f"shard {path}, key {key}: features are {array.shape} {array.dtype}, "
                 f"expected {self.shape} {self.dtype}; {rebuild_hint(path)}"
             )
 
-    def _array(self, column: Column, shard: int, row: int) -> np.ndarray:
-        raw = column.read(shard, row)
-        assert raw is not None
-        return read_array(raw, column.folder / self.names[shard], self.keys[shard][row])
+    def _features(self, shard: int, row: int) -> np.ndarray:
+        return self.features.read_array(FEATURES, shard, row, self.keys[shard][row])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -279,33 +247,38 @@ class ColumnDataset:
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         row = index - int(self.starts[shard])
         key = self.keys[shard][row]
-        features = self._array(self.features, shard, row)
+        features = self._features(shard, row)
         self._check_shape(features, shard, key)
-        text = None if self.text is None else self._array(self.text, shard, row)
-        sample = Sample(key, self._captions(shard, row), features, text)
-        num_bytes = features.nbytes + (0 if text is None else text.nbytes) + sum(map(len, sample.captions))
+        captions = self._captions(shard, row)
+        text = None
+        if self.text is not None:
+            text = {name: self.text.read_array(text_member(name), shard, row, key) for name in captions}
+        sample = Sample(key, captions, features, text)
+        num_bytes = features.nbytes + sum(len(text) for texts in captions.values() for text in texts)
+        num_bytes += sum(array.nbytes for array in (text or {}).values())
         if self.cached_bytes + num_bytes <= self.cache_bytes:
             self.cache[index] = sample
             self.cached_bytes += num_bytes
         return sample
 
-    def _captions(self, shard: int, row: int) -> tuple[str, ...]:
-        raw = self.metadata.read(shard, row)
-        captions = json.loads(raw).get("captions") if raw else None
-        if captions:
-            return tuple(captions)
-        raw = self.captions.read(shard, row)
-        assert raw is not None
-        return (raw.decode().strip(),)
+    def _captions(self, shard: int, row: int) -> dict[str, tuple[str, ...]]:
+        found: dict[str, tuple[str, ...]] = {}
+        for name in self.weights:
+            raw = self._caption_column(name).read(name, shard, row)
+            if raw is not None:
+                found[name] = (raw.decode().strip(),)
+        raw = self.images.read("json", shard, row)
+        if CAPTION in found and raw and (variants := json.loads(raw).get("captions")):
+            found[CAPTION] = tuple(variants)
+        return found
 
     @cached_property
     def text_width(self) -> int | None:
-        return None if self.text is None else self._array(self.text, 0, 0).shape[-1]
+        return None if self[0].text is None else next(iter(self[0].text.values())).shape[-1]
 
     def close(self) -> None:
-        for column in (self.captions, self.metadata, self.features, self.text):
-            if column is not None:
-                column.close()
+        for column in self._columns():
+            column.close()
 
 
 @lru_cache(maxsize=2)
@@ -322,19 +295,38 @@ def sample_at(num_samples: int, seed: int, position: int) -> int:
     return int(epoch_order(num_samples, seed, epoch)[offset])
 
 
+def draw_caption(sample: Sample, weights: Mapping[str, float], seed: int, position: int) -> tuple[str, str]:
+    """Name and text of the caption that the sample is seen with at a global position: a name by weight, then
+    one of its variants, all alike. Decided by seed and position alone.
+    """
+    names = list(sample.captions)
+    if len(names) == 1 and len(sample.captions[names[0]]) == 1:
+        return names[0], sample.captions[names[0]][0]
+    variant, fraction = (int(word) for word in np.random.SeedSequence([seed, position]).generate_state(2))
+    bounds = np.cumsum([weights[name] for name in names])
+    name = names[int(np.searchsorted(bounds[:-1], fraction / 2**32 * bounds[-1], side="right"))]
+    return name, sample.captions[name][variant % len(sample.captions[name])]
+
+
 def make_batch(dataset: ColumnDataset, positions: list[int], seed: int) -> Batch:
     samples = [dataset[sample_at(len(dataset), seed, position)] for position in positions]
-    captions = [
-        sample.captions[0]
-        if len(sample.captions) == 1
-        else sample.captions[
-            int(np.random.SeedSequence([seed, position]).generate_state(1)[0]) % len(sample.captions)
-        ]
+    drawn = [
+        draw_caption(sample, dataset.weights, seed, position)
         for sample, position in zip(samples, positions, strict=True)
     ]
     features = torch.from_numpy(np.stack([sample.features for sample in samples]))
-    text = None if dataset.text is None else [torch.from_numpy(sample.text) for sample in samples]
-    return Batch(positions, [sample.key for sample in samples], captions, features, text)
+    text = [
+        torch.from_numpy(sample.text[name])
+        for sample, (name, _) in zip(samples, drawn, strict=True)
+        if sample.text is not None
+    ]
+    return Batch(
+        positions,
+        [sample.key for sample in samples],
+        [caption for _, caption in drawn],
+        features,
+        text if dataset.text is not None else None,
+    )
 
 
 def micro_positions(

@@ -34,7 +34,8 @@ from repfusion.checkpoint import (
     write_json,
     write_model,
 )
-from repfusion.data import Batch, ColumnDataset, DataConfig, batches, manifest_digest
+from repfusion.columns import manifest_digest
+from repfusion.data import Batch, ColumnDataset, DataConfig, batches
 from repfusion.ema import EMA
 from repfusion.engine import Engine, EngineConfig, shut_down
 from repfusion.flow import draw
@@ -178,6 +179,7 @@ def loop_state(config: TrainConfig, dataset: ColumnDataset, world_size: int) -> 
         "world_size": world_size,
         "num_samples": len(dataset),
         "data_digest": manifest_digest(config.data.features),
+        "caption_weights": dataset.weights,
     }
 
 
@@ -275,9 +277,7 @@ def train(
         NonFiniteError: a loss or gradient is not finite; the weights were not updated.
     """
     # Validate what needs no model
-    dataset = ColumnDataset(
-        config.data.images, config.data.features, config.data.text, config.data.cache_bytes
-    )
+    dataset = ColumnDataset.open(config.data)
     checkpoints = config.output_dir / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
 

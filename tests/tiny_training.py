@@ -19,7 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from repfusion.data import DataConfig, scan_tar
+from repfusion.columns import scan_tar
+from repfusion.data import DataConfig
 from repfusion.dit import DiTConfig
 from repfusion.engine import EngineConfig
 from repfusion.model import EncoderConfig, ModelConfig

@@ -12,7 +12,7 @@ from PIL import Image
 from pipelines.charts import Line, chart, ticks
 from pipelines.report import read_workflow, write_report
 from pipelines.store import Manifest, Sidecar, write_manifest
-from repfusion.data import manifest_digest
+from repfusion.columns import manifest_digest
 from repfusion.evaluation import Evaluation, EvaluationConfig, gallery, score_images
 from repfusion.evaluation.checkpoints import ScoredPrompt
 from repfusion.scenes.captions import held_out_prompts

@@ -14,7 +14,7 @@ from pipelines.config import WorkflowConfig
 from pipelines.evaluate import EvaluateConfig, EvaluationScheduler, finished, run_evaluate
 from pipelines.pool import StageError
 from pipelines.train import launch, run_train
-from repfusion.data import manifest_digest
+from repfusion.columns import manifest_digest
 from repfusion.tracking import TrackingConfig, metric_history
 from repfusion.train import TrainConfig, train
 

@@ -7,14 +7,8 @@ import pytest
 import torch
 from tiny_training import GRID, WIDTH, make_columns, npy, write_tar
 
-from repfusion.data import (
-    ColumnDataset,
-    batches,
-    manifest_digest,
-    micro_positions,
-    sample_at,
-    scan_tar,
-)
+from repfusion.columns import manifest_digest, scan_tar, shard_names
+from repfusion.data import ColumnDataset, DataConfig, batches, micro_positions, sample_at
 
 
 @pytest.fixture
@@ -37,8 +31,8 @@ def test_columns_are_joined_key_for_key(columns: Path):
             sample.features, rng.standard_normal((GRID**2, WIDTH)).astype(np.float16)
         )
         assert sample.text is not None
-        np.testing.assert_array_equal(sample.text, rng.standard_normal((4, 32)).astype(np.float16))
-        assert len(sample.captions) == (2 if i % 2 else 1)
+        np.testing.assert_array_equal(sample.text["txt"], rng.standard_normal((4, 32)).astype(np.float16))
+        assert list(sample.captions) == ["txt"] and len(sample.captions["txt"]) == (2 if i % 2 else 1)
 
 
 def test_the_cache_holds_to_its_size_and_gives_the_same_samples(columns: Path):
@@ -86,10 +80,10 @@ def test_batches_across_epochs_ranks_and_restarts(columns: Path):
     assert sorted(ranks[0] + ranks[1], key=lambda row: row[0]) == whole
 
 
-def test_alternative_captions_are_drawn_by_position(columns: Path):
+def test_variants_of_the_caption_are_drawn_by_position(columns: Path):
     rows = read_all(open_columns(columns), 0, 20, micro_batch_size=8)
     drawn = {caption for _, key, caption, _ in rows if key == "000001"}
-    assert drawn == set(open_columns(columns)[1].captions)
+    assert drawn == set(open_columns(columns)[1].captions["txt"])
     assert rows == read_all(open_columns(columns), 0, 20, micro_batch_size=8)
 
 
@@ -177,3 +171,181 @@ def test_features_reach_torch_as_they_lie_on_disk(columns: Path):
 
 def test_a_folder_without_manifest_has_no_digest(columns: Path):
     assert manifest_digest(columns / "latents") is None
+
+
+def write_stage(folder: Path, names: list[str]):
+    """A complete stage of shards that hold one sample each, as the pipelines write it."""
+    from pipelines.manifest import Manifest, ShardTable, write_output
+    from pipelines.storage import Folder
+    from pipelines.store import ShardCommit
+    from pipelines.tars import tar_shard
+
+    sidecars = []
+    for name in names:
+        with ShardCommit(Folder.at(folder), name, "f", {}) as commit:
+            with tar_shard(commit) as samples:
+                samples.write("0", {"txt": b"a"})
+            sidecars.append(commit.commit(f"{name}.tar"))
+    table = ShardTable.of(sidecars)
+    manifest = Manifest(
+        stage="curate", fingerprint="f", fields={"ü": 1.5}, upstream={}, lineage={}, num_shards=len(names),
+        samples=len(names), bytes=table.bytes, shards_digest=table.digest, drops={}, seconds=3.0,
+        shard_seconds=2.0, files={}, extra={},
+    )  # fmt: skip
+    return write_output(Folder.at(folder), manifest, table)
+
+
+def test_shards_are_those_of_the_manifest_in_its_order(tmp_path: Path):
+    write_stage(tmp_path, ["100000", "00001", "00002"])
+    (tmp_path / "00003.tar").write_bytes(b"of another run")
+    assert shard_names(tmp_path) == ["100000.tar", "00001.tar", "00002.tar"]
+
+
+def test_a_folder_without_shards_is_named(tmp_path: Path):
+    write_stage(tmp_path, [])
+    (tmp_path / "00003.tar").write_bytes(b"of another run")
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match=rf"{folder.name}: no shards \(\*\.tar\) here"):
+            shard_names(folder)
+
+
+def test_the_digest_is_that_of_the_manifest(tmp_path: Path):
+    output = write_stage(tmp_path / "a", ["00000"])
+    assert manifest_digest(tmp_path / "a") == output.manifest.digest
+    faster = output.manifest.model_copy(update={"seconds": 1.0, "shard_seconds": 0.5})
+    other = output.manifest.model_copy(update={"samples": 7})
+    assert faster.digest == output.manifest.digest != other.digest
+
+
+LONG = {f"{i:06d}": f"a long caption of {i}" for i in range(0, 20, 2)}
+"""Every second sample has one."""
+
+
+@pytest.fixture
+def captioned(columns: Path) -> Path:
+    """The columns with an alternative caption `long.txt`, and its text features, for every second sample."""
+    rng = np.random.default_rng(9)
+    for name in ("00000.tar", "00001.tar", "00002.tar"):
+        keys = [member.split(".")[0] for member in scan_tar(columns / "features" / name)]
+        long = [(key, {"long.txt": LONG[key].encode()} if key in LONG else {}) for key in keys]
+        write_tar(columns / "captions" / name, long)
+        text = []
+        for index, key in enumerate(keys):
+            members = {"text.npy": npy(rng.standard_normal((4, 32)).astype(np.float16))}
+            if index == 3:
+                members = {"text.ref": f"{keys[0]}.long.text.npy".encode()}
+            if key in LONG:
+                members["long.text.npy"] = npy(rng.standard_normal((9, 32)).astype(np.float16))
+            text.append((key, members))
+        write_tar(columns / "features" / name, text)
+    return columns
+
+
+def open_captioned(root: Path, weights: dict[str, float], **changes) -> ColumnDataset:
+    config = DataConfig(
+        images=root / "curate",
+        features=root / "latents",
+        **{"captions": root / "captions", "caption_weights": weights, **changes},
+    )
+    return ColumnDataset.open(config)
+
+
+def test_captions_are_drawn_in_proportion_to_their_weights(captioned: Path):
+    dataset = open_captioned(captioned, {"txt": 1, "long.txt": 3})
+    rows = read_all(dataset, 0, 500, micro_batch_size=8)
+    having = [caption for _, key, caption, _ in rows if key in LONG]
+    # 2000 draws of probability 3/4: a standard deviation of 0.0097
+    assert abs(np.mean([caption.startswith("a long") for caption in having]) - 0.75) < 0.03
+    assert all(caption == LONG[key] for _, key, caption, _ in rows if caption.startswith("a long"))
+    assert {key for _, key, caption, _ in rows if caption.startswith("a long")} == LONG.keys()
+    two = read_all(dataset, 0, 500, micro_batch_size=2)
+    assert two == rows and rows[160:] == read_all(dataset, 20, 500, micro_batch_size=8)
+    reordered = open_captioned(captioned, {"long.txt": 1.5, "txt": 0.5})
+    assert read_all(reordered, 0, 500, micro_batch_size=8) == rows
+
+
+@pytest.mark.parametrize("weights", [{"txt": 1}, {"txt": 0.2, "long.txt": 0}])
+def test_with_one_caption_the_draws_do_not_depend_on_the_column(captioned: Path, weights: dict[str, float]):
+    bare = read_all(open_columns(captioned), 0, 20, micro_batch_size=8)
+    assert read_all(open_captioned(captioned, weights), 0, 20, micro_batch_size=8) == bare
+
+
+def test_variants_and_names_are_drawn_independently(columns: Path):
+    for name in ("00000.tar", "00001.tar", "00002.tar"):
+        keys = {member.split(".")[0]: None for member in scan_tar(columns / "curate" / name)}
+        write_tar(columns / "captions" / name, [(key, {"long.txt": b"long"}) for key in keys])
+    dataset = open_captioned(columns, {"txt": 1, "long.txt": 1})
+    rows = read_all(dataset, 0, 500, micro_batch_size=8)
+    odd = [caption for _, key, caption, _ in rows if int(key) % 2 and caption != "long"]
+    assert abs(len(odd) / 2000 - 0.5) < 0.04
+    assert abs(np.mean([len(caption.split()) == 4 for caption in odd]) - 0.5) < 0.06
+
+
+def test_text_features_follow_the_drawn_caption(captioned: Path):
+    dataset = open_captioned(captioned, {"txt": 1, "long.txt": 1}, text=captioned / "features")
+    stream = batches(dataset, seed=0, first_step=0, num_steps=10, global_batch_size=8, micro_batch_size=8)
+    lengths = {True: set(), False: set()}
+    for parts in stream:
+        for batch in parts:
+            for key, caption, text in zip(batch.keys, batch.captions, batch.text, strict=True):
+                if int(key) % 8 != 3:
+                    lengths[caption.startswith("a long")].add(len(text))
+    assert lengths == {True: {9}, False: {4}}
+    assert dataset.text_width == 32
+
+
+def test_a_reference_stands_for_the_member_it_names(captioned: Path):
+    dataset = open_captioned(captioned, {"txt": 1, "long.txt": 1}, text=captioned / "features")
+    for first in (0, 8, 16):
+        np.testing.assert_array_equal(dataset[first + 3].text["txt"], dataset[first].text["long.txt"])
+    only_txt = open_captioned(captioned, {"txt": 1}, text=captioned / "features")
+    np.testing.assert_array_equal(only_txt[3].text["txt"], dataset[3].text["txt"])
+
+
+def test_a_reference_to_nothing_is_named(captioned: Path):
+    shard = captioned / "features" / "00001.tar"
+    offset, size = scan_tar(shard)["000011.text.ref"]
+    data = bytearray(shard.read_bytes())
+    data[offset : offset + size] = b"000099.long.text.npy"
+    shard.write_bytes(data)
+    with pytest.raises(ValueError, match=r"00001\.tar, key 000011: 000011\.text\.ref names '000099\.long"):
+        open_captioned(captioned, {"txt": 1}, text=captioned / "features")
+
+
+def test_missing_text_features_of_a_caption_are_named(captioned: Path):
+    write_tar(
+        captioned / "features" / "00002.tar",
+        [(f"{i:06d}", {"text.npy": npy(np.zeros((4, 32), np.float16))}) for i in range(16, 20)],
+    )
+    with pytest.raises(
+        ValueError, match=r"00002\.tar, key 000016: no member 000016\.long\.text\.npy \(2 of 4 keys"
+    ):
+        open_captioned(captioned, {"txt": 1, "long.txt": 1}, text=captioned / "features")
+
+
+@pytest.mark.parametrize(
+    ("weights", "changes", "message"),
+    [
+        ({"txt": -1}, {}, "'txt' has weight -1.0; expected a number that is 0 or more"),
+        ({"txt": float("nan")}, {}, "'txt' has weight nan"),
+        ({"txt": 0, "long.txt": 0}, {}, "leaves nothing to draw"),
+        ({}, {}, "leaves nothing to draw"),
+        ({"long": 1}, {}, "'long' names no caption; expected 'txt', the main one, or NAME.txt"),
+        ({"long.txt": 1}, {"captions": None}, "'long.txt' lies in the captions column, but data.captions"),
+        ({"txt": 1, "lnog.txt": 1}, {}, r"no sample of .*captions has a member 'lnog.txt'.*\['long.txt'\]"),
+        (
+            {"long.txt": 1},
+            {},
+            r"captions/00000\.tar, key 000001: none of the captions long\.txt \(4 of 8 keys\); give 'txt'",
+        ),
+    ],
+)
+def test_weights_that_do_not_hold(captioned: Path, weights: dict[str, float], changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        open_captioned(captioned, weights, **changes)
+
+
+def test_captions_of_other_keys_are_refused(captioned: Path):
+    write_tar(captioned / "captions" / "00001.tar", [("000099", {"long.txt": b"x"})])
+    with pytest.raises(ValueError, match=r"captions/00001\.tar, key 000099: not among the 8 keys"):
+        open_captioned(captioned, {"txt": 1, "long.txt": 1})

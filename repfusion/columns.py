@@ -1,0 +1,195 @@
+"""A folder of WebDataset tars -> where each member of each sample lies, and its bytes.
+
+Headers are read once; members are then read by offset.
+"""
+
+import hashlib
+import io
+import json
+import mmap
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+BLOCK_BYTES = 512
+MANIFEST = "manifest.json"
+SHARDS = "shards.parquet"
+TIMES = ("seconds", "shard_seconds")
+"""Fields of a manifest that say nothing about the data."""
+
+
+def rebuild_hint(shard: Path) -> str:
+    return f"delete {shard.name} and its sidecar and re-run the '{shard.parent.name}' stage"
+
+
+def scan_tar(path: Path) -> dict[str, tuple[int, int]]:
+    """Members of a tar as name -> (offset of its bytes, size). ValueError where the tar is cut short or
+    not a tar.
+    """
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError(f"{path}: empty file; {rebuild_hint(path)}")
+    members: dict[str, tuple[int, int]] = {}
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        position = 0
+        while position + BLOCK_BYTES <= size:
+            header = data[position : position + BLOCK_BYTES]
+            if header[0] == 0:
+                return members
+            kind = header[156:157]
+            # Extended headers (long names) and old formats are rare in shards: leave them to tarfile, far
+            # slower.
+            if header[257:262] != b"ustar" or kind not in (b"0", b"\0", b"5"):
+                return scan_tar_slowly(path)
+            try:
+                num_bytes = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
+            except ValueError as error:
+                raise ValueError(f"{path}: no tar header at byte {position}; {rebuild_hint(path)}") from error
+            name = header[:100].split(b"\0", 1)[0].decode()
+            position += BLOCK_BYTES
+            if kind != b"5":
+                members[name] = (position, num_bytes)
+            if position + num_bytes > size:
+                raise ValueError(
+                    f"{path}: truncated: {name} needs bytes {position} to {position + num_bytes}, "
+                    f"the file has {size}; {rebuild_hint(path)}"
+                )
+            position += -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
+    raise ValueError(
+        f"{path}: truncated: the end-of-archive mark is missing after {len(members)} members; "
+        f"{rebuild_hint(path)}"
+    )
+
+
+def scan_tar_slowly(path: Path) -> dict[str, tuple[int, int]]:
+    try:
+        with tarfile.open(path) as tar:
+            return {member.name: (member.offset_data, member.size) for member in tar if member.isfile()}
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: not a readable tar ({error}); {rebuild_hint(path)}") from error
+
+
+def shard_names(folder: Path) -> list[str]:
+    """File names of a stage folder's shards, in the stage's order: those of its `shards.parquet`, or every
+    tar, sorted, where the folder has no manifest. ValueError where there are none.
+    """
+    if (folder / SHARDS).exists():
+        import pyarrow.parquet as pq
+
+        return pq.read_table(folder / SHARDS, columns=["file"])["file"].to_pylist()
+    names = [] if (folder / MANIFEST).exists() else sorted(path.name for path in folder.glob("*.tar"))
+    if not names:
+        raise ValueError(f"{folder}: no shards (*.tar) here; run the stage that writes this folder")
+    return names
+
+
+def manifest_digest(folder: Path) -> str | None:
+    """sha256 of a stage's manifest without times: the name of the data. None where there is no manifest."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    content = {key: value for key, value in json.loads(path.read_bytes()).items() if key not in TIMES}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Column:
+    """Members of a folder's shards: one for each key and extension.
+
+    An array `KEY.text.npy` may be stood for by `KEY.text.ref`, which holds the name of another member of its
+    shard: that one's bytes are read in its place.
+
+    Args:
+        folder: where the shards lie.
+        required: extensions that every key has.
+        optional: extensions that a key may lack.
+    """
+
+    def __init__(self, folder: Path, required: tuple[str, ...] = (), optional: tuple[str, ...] = ()):
+        self.folder, self.required = folder, required
+        self.paths: list[Path] = []
+        self.files: list[int] = []
+        self.spans: dict[str, list[np.ndarray]] = {name: [] for name in (*required, *optional)}
+        """Offset and size of each key's member, one array a shard; offset -1 where a key lacks it."""
+
+    def open_shard(self, name: str, keys: list[str] | None = None) -> list[str]:
+        """Finds the members of the next shard, in the order of `keys`, which default to the shard's own;
+        returns them.
+
+        Raises:
+            ValueError: the shard is missing or damaged, lacks a required member, has a key that is not among
+                `keys`, or a reference to nothing.
+        """
+        path = self.folder / name
+        if not path.exists():
+            raise ValueError(f"shard {path} is missing; re-run the '{self.folder.name}' stage")
+        members = scan_tar(path)
+        # A sample's members share the part of the name before its first dot (the WebDataset rule).
+        own = list(dict.fromkeys(member.split(".", 1)[0] for member in members))
+        keys = own if keys is None else keys
+        if extra := set(own) - set(keys):
+            raise ValueError(
+                f"shard {path}, key {min(extra)}: not among the {len(keys)} keys of the images; "
+                f"{rebuild_hint(path)}"
+            )
+        self.paths.append(path)
+        self.files.append(os.open(path, os.O_RDONLY))
+        for extension, spans in self.spans.items():
+            found = [self._span(key, extension, members) for key in keys]
+            spans.append(np.array(found, np.int64).reshape(-1, 2))
+        for extension in self.required:
+            self.check_present(extension, -1, keys, np.ones(len(keys), bool))
+        return keys
+
+    def _span(self, key: str, extension: str, members: dict[str, tuple[int, int]]) -> tuple[int, int]:
+        if (span := members.get(f"{key}.{extension}")) is not None:
+            return span
+        stem, _, kind = extension.rpartition(".")
+        if kind != "npy" or (reference := members.get(f"{key}.{stem}.ref")) is None:
+            return (-1, 0)
+        offset, size = reference
+        target = os.pread(self.files[-1], size, offset).decode(errors="replace")
+        if target not in members:
+            path = self.paths[-1]
+            raise ValueError(
+                f"shard {path}, key {key}: {key}.{stem}.ref names {target!r}, which the shard lacks; "
+                f"{rebuild_hint(path)}"
+            )
+        return members[target]
+
+    def check_present(self, extension: str, shard: int, keys: list[str], wanted: np.ndarray) -> None:
+        """Raises ValueError, naming the first, where keys that are `wanted` (bool) lack a member."""
+        missing = np.flatnonzero(wanted & ~self.has(extension, shard))
+        if len(missing):
+            key, path = keys[missing[0]], self.paths[shard]
+            raise ValueError(
+                f"shard {path}, key {key}: no member {key}.{extension} "
+                f"({len(missing)} of {len(keys)} keys lack it); {rebuild_hint(path)}"
+            )
+
+    def has(self, extension: str, shard: int) -> np.ndarray:
+        """Which keys of a shard have a member of that extension; bool."""
+        return self.spans[extension][shard][:, 0] >= 0
+
+    def read(self, extension: str, shard: int, row: int) -> bytes | None:
+        """A member's bytes; None where the key lacks it."""
+        offset, size = (int(number) for number in self.spans[extension][shard][row])
+        return None if offset < 0 else os.pread(self.files[shard], size, offset)
+
+    def read_array(self, extension: str, shard: int, row: int, key: str) -> np.ndarray:
+        """An npy member that is there. ValueError where it is damaged."""
+        raw = self.read(extension, shard, row)
+        assert raw is not None
+        try:
+            return np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)
+        except ValueError as error:
+            path = self.paths[shard]
+            raise ValueError(
+                f"shard {path}, key {key}: not a readable npy member ({error}); {rebuild_hint(path)}"
+            ) from error
+
+    def close(self) -> None:
+        while self.files:
+            os.close(self.files.pop())
