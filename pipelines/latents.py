@@ -1,34 +1,30 @@
 """Image shards -> a column of encoder features (`KEY.features.npy`, float16) and their exact statistics.
 
 Statistics are taken of the rounded values that training will read. Each shard's are stored beside it and
-merged in the order of
-the shards, so the result has the same bits for any number of actors.
+merged in the order of the shards, so the result has the same bits for any number of actors.
 """
 
 import io
-import queue
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from threading import Event, Thread
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from threading import Lock
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from jaxtyping import UInt8
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipelines.curate import IMAGE_EXTENSIONS
+from pipelines.judge import IMAGE_EXTENSIONS
 from pipelines.pool import ActorsConfig, ShardJob
-from pipelines.store import (
-    ShardCommit,
-    ShardError,
-    Sidecar,
-    TarSamples,
-    read_samples,
-    read_sidecar,
-    tar_shard,
-)
+from pipelines.storage import Folder
+from pipelines.store import ShardCommit, ShardError, Sidecar, read_sidecar
+from pipelines.tars import TarSamples, read_samples, tar_shard
 
 if TYPE_CHECKING:
+    import torch
+
+    from repfusion.model import EncoderConfig
     from repfusion.rae.statistics import LatentStatistics
 
 Batch = tuple[list[str], UInt8[np.ndarray, "b h w 3"]]
@@ -40,91 +36,83 @@ class LatentsConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     batch_size: int = Field(default=64, ge=1)
-    """Images encoded at once. Counts as changing no bytes: what it does change is below float16's
-    rounding, almost always.
+    """Images encoded at once. Counts as changing no bytes: what it does change is below float16's rounding,
+    almost always.
     """
     actors: ActorsConfig = ActorsConfig()
     """Its pool. Changes no bytes."""
 
 
-def fingerprint_fields(encoder_digest: str, layer: int) -> dict[str, Any]:
-    """What decides the bytes: the encoder's weights, not their place."""
+def fingerprint_fields(encoder: "EncoderConfig", digest: str) -> dict[str, Any]:
+    """What decides the bytes: the encoder's weights (their digest, not their place), layer and image size.
+    Raises ValueError where its folder has no such tower or size.
+    """
+    from repfusion.rae.geometry import tower_geometry
+
     return {
-        "train.model.encoder.path": encoder_digest,
-        "train.model.encoder.layer": layer,
+        "train.model.encoder.path": digest,
+        "train.model.encoder.layer": encoder.layer,
+        "train.model.encoder.image_size": tower_geometry(encoder.path, encoder.image_size).image_size,
         "latents.dtype": "float16",
     }
 
 
-def npy_bytes(array: np.ndarray) -> bytes:
+@lru_cache(maxsize=1024)
+def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """What an npy file of an array in C order begins with."""
     stream = io.BytesIO()
-    np.lib.format.write_array(stream, array, allow_pickle=False)
+    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, fields)
     return stream.getvalue()
 
 
+def npy_bytes(array: np.ndarray) -> bytes:
+    """An npy file's bytes, in C order."""
+    return npy_header(array.shape, array.dtype) + array.tobytes()
+
+
 def decode_image(members: dict[str, bytes], size: int, place: str) -> UInt8[np.ndarray, "h w 3"]:
-    """Raises ShardError for an image of another size."""
-    from PIL import Image
+    """A sample's image, `size` x `size` px. One of another shape is brought there by its shorter side
+    (bicubic, antialiased) and a centre crop.
+
+    Raises:
+        ShardError: for an image with a side shorter than `size`.
+    """
+    from PIL import Image, ImageOps
 
     data = next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members)
     with Image.open(io.BytesIO(data)) as image:
-        if image.size != (size, size):
-            got = f"{image.width} x {image.height}"
+        if min(image.size) < size:
             raise ShardError(
-                f"{place}: image is {got} px, the encoder takes {size} x {size}; set ingest.image_size={size}"
+                f"{place}: image is {image.width} x {image.height} px, smaller than the {size} x {size} "
+                f"that the encoder takes; set ingest.image_size={size}"
             )
-        return np.asarray(image.convert("RGB"))
+        rgb = image.convert("RGB")
+    if rgb.size != (size, size):
+        rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(rgb)
 
 
-def decoded_batches(path: Path, sidecar: Sidecar | None, size: int, batch_size: int) -> Iterator[Batch]:
-    """Reads and decodes a shard in batches."""
+def decoded_batches(
+    folder: Folder, name: str, sidecar: Sidecar | None, size: int, batch_size: int
+) -> Iterator[Batch]:
+    """A shard's images in batches, the last one shorter: which images share a batch never depends on other
+    shards.
+
+    Raises:
+        ShardError: where the shard is missing or broken (the last of it when all was read), or an image is
+            too small.
+    """
     keys: list[str] = []
     images: list[np.ndarray] = []
-    for key, members in read_samples(path, sidecar, IMAGE_EXTENSIONS):
+    for key, members in read_samples(folder, f"{name}.tar", sidecar, IMAGE_EXTENSIONS):
         keys.append(key)
-        images.append(decode_image(members, size, f"shard {path}, key {key}"))
+        images.append(decode_image(members, size, f"shard {folder / name}.tar, key {key}"))
         if len(keys) == batch_size:
             yield keys, np.stack(images)
             keys, images = [], []
     if keys:
         yield keys, np.stack(images)
-
-
-def read_ahead(batches: Iterator[Batch], depth: int = 4) -> Iterator[Batch]:
-    """The same batches, made by a thread while the caller computes; an exception in the thread is raised
-    here.
-    """
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
-    stopped = Event()
-
-    def put(item: Batch | BaseException | None) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def work() -> None:
-        try:
-            for batch in batches:
-                if not put(batch):
-                    return
-            put(None)
-        except BaseException as error:  # noqa: BLE001  handed to the caller, who raises it
-            put(error)
-
-    thread = Thread(target=work, name="decode", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join()
 
 
 class LatentsWorker:
@@ -134,61 +122,109 @@ class LatentsWorker:
         folder: of the stage.
         source: folder of the image shards.
         config: the stage's.
-        encoder: folder of the vision tower.
-        layer: hidden state taken as features.
+        encoder: the vision tower, its layer and image size.
     """
 
-    def __init__(self, folder: Path, source: Path, config: LatentsConfig, encoder: Path, layer: int):
-        import torch
+    concurrency: ClassVar[int] = 2
+    """While one shard is being encoded, another is read, decoded, written and committed."""
 
-        from repfusion.rae.encoder import RepresentationEncoder
+    def __init__(self, folder: Folder, source: Folder, config: LatentsConfig, encoder: "EncoderConfig"):
+        import torch
 
         torch.set_num_threads(max(1, int(config.actors.num_cpus)))
         self.folder, self.source, self.config = folder, source, config
-        self.device = "cuda" if config.actors.num_gpus else "cpu"
-        self.encoder = RepresentationEncoder.from_pretrained(encoder, layer).to(self.device)
+        self.device = torch.device("cuda" if config.actors.num_gpus else "cpu")
+        self.encoder = encoder.load().to(self.device)
+        self._turn = Lock()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # the weights, before other streams read them
 
     def __call__(self, job: ShardJob) -> Sidecar:
         from repfusion.rae.statistics import LatentStatistics
 
         statistics = LatentStatistics.empty(self.encoder.num_tokens, self.encoder.feature_dim)
-        path, size = self.source / f"{job.name}.tar", self.encoder.image_size
-        batches = decoded_batches(path, read_sidecar(self.source, job.name), size, self.config.batch_size)
+        sidecar = read_sidecar(self.source, job.name)
+        batches = decoded_batches(
+            self.source, job.name, sidecar, self.encoder.image_size, self.config.batch_size
+        )
         with ShardCommit(
             self.folder, job.name, job.fingerprint, job.inputs, ("torch", "transformers")
         ) as commit:
             with tar_shard(commit) as samples:
-                for keys, images in read_ahead(batches):
-                    self._encode(keys, images, samples, statistics)
+                for keys, features in self._encode(batches):
+                    write_features(keys, features, samples, statistics)
             statistics.save(commit.staging / f"{job.name}.statistics.safetensors")
             return commit.commit(f"{job.name}.tar")
 
-    def _encode(
-        self,
-        keys: list[str],
-        images: UInt8[np.ndarray, "b h w 3"],
-        samples: TarSamples,
-        statistics: "LatentStatistics",
-    ) -> None:
+    def _encode(self, batches: Iterator[Batch]) -> Iterator[tuple[list[str], "torch.Tensor"]]:
+        """Float16 features on the CPU. On a GPU a batch is handed out when the next one is under way."""
         import torch
 
-        pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float().div(255)
-        features = self.encoder(pixels).half().cpu()
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        ahead: tuple[list[str], Features] | None = None
+        for keys, images in batches:
+            with self._turn, torch.cuda.stream(stream):
+                launched = keys, self._launch(torch.from_numpy(images))
+            if ahead is not None:
+                yield ahead[0], ahead[1].wait()
+            ahead = launched
+        if ahead is not None:
+            yield ahead[0], ahead[1].wait()
+
+    def _launch(self, images: "torch.Tensor") -> "Features":
+        import torch
+
+        if self.device.type == "cpu":
+            return Features(self.encoder.encode_images(images).half(), None)
+        # from and to pinned memory, so that neither copy holds up the thread or the GPU
+        on_device = images.pin_memory().to(self.device, non_blocking=True)
+        half = self.encoder.encode_images(on_device).half()
+        features = torch.empty(half.shape, dtype=half.dtype, pin_memory=True)
+        features.copy_(half, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return Features(features, done)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features on the CPU, there once `done` has happened."""
+
+    values: "torch.Tensor"
+    done: "torch.cuda.Event | None"
+
+    def wait(self) -> "torch.Tensor":
+        if self.done is not None:
+            self.done.synchronize()
+        return self.values
+
+
+def write_features(
+    keys: list[str], features: "torch.Tensor", samples: TarSamples, statistics: "LatentStatistics"
+) -> None:
+    """Adds a batch to a shard and its statistics. Raises ShardError for features beyond float16."""
+    statistics.update(features)
+    if not statistics.mean.isfinite().all():
         finite = features.isfinite().flatten(1).all(1)
-        if not finite.all():
-            key = keys[int(finite.logical_not().nonzero()[0])]
-            raise ShardError(f"key {key}: the encoder gives features that are not finite in float16")
-        statistics.update(features)
-        for key, row in zip(keys, features.numpy(), strict=True):
-            samples.write(key, {"features.npy": npy_bytes(row)})
+        key = keys[int(finite.logical_not().nonzero()[0])]
+        raise ShardError(f"key {key}: the encoder gives features that are not finite in float16")
+    for key, row in zip(keys, features.numpy(), strict=True):
+        samples.write(key, {"features.npy": npy_bytes(row)})
 
 
-def merge_statistics(folder: Path, sidecars: Sequence[Sidecar], path: Path) -> None:
-    """Statistics of all shards, merged in the given order, written to `path`."""
+def merge_statistics(folder: Folder, names: Iterable[str], file: str) -> None:
+    """Statistics of the shards of these names, merged in this order, written to `file` in the stage's
+    folder.
+    """
     from repfusion.rae.statistics import LatentStatistics
 
-    parts = [LatentStatistics.load(folder / f"{sidecar.name}.statistics.safetensors") for sidecar in sidecars]
-    merged = LatentStatistics.empty(*parts[0].mean.shape)
-    for part in parts:
+    merged: LatentStatistics | None = None
+    for name in names:
+        with folder.local_copy(f"{name}.statistics.safetensors") as path:
+            part = LatentStatistics.load(path)
+        merged = LatentStatistics.empty(*part.mean.shape) if merged is None else merged
         merged.merge(part)
-    merged.save(path)
+    assert merged is not None, "a stage has at least one shard"
+    with folder.staging(file) as staging:
+        merged.save(staging / file)
+        folder.put(file, staging / file)

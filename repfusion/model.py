@@ -30,6 +30,16 @@ class EncoderConfig(BaseModel):
     """Folder of the CLIP vision tower, or of a LLaVA that holds it."""
     layer: int = -2
     """Hidden state taken as features; -2 is the penultimate."""
+    image_size: int | None = None
+    """Side in px of the images it takes, a multiple of its patch size; its positions are interpolated. None
+    is the size it was trained at.
+    """
+
+    def load(self) -> RepresentationEncoder:
+        """The encoder, on the CPU in float32. Raises ValueError where the folder has no such tower, layer or
+        size.
+        """
+        return RepresentationEncoder.from_pretrained(self.path, self.layer, image_size=self.image_size)
 
 
 class ModelConfig(BaseModel):
@@ -90,13 +100,13 @@ class Generator(nn.Module):
         Raises:
             ValueError: where a folder is missing or parts do not fit each other.
         """
-        encoder = RepresentationEncoder.from_pretrained(config.encoder.path, config.encoder.layer)
+        encoder = config.encoder.load()
         mllm = MLLM.from_pretrained(config.mllm, getattr(torch, config.mllm_dtype))
         if statistics.mean.shape != (encoder.num_tokens, encoder.feature_dim):
             got, expected = tuple(statistics.mean.shape), (encoder.num_tokens, encoder.feature_dim)
             raise ValueError(
                 f"latent statistics are of features {got}, the encoder {config.encoder.path} gives "
-                f"{expected}; re-run 'latents'"
+                f"{expected} at {encoder.image_size} px; re-run 'latents'"
             )
         return cls(config, mllm, statistics, encoder.grid)
 
@@ -168,6 +178,7 @@ class Generator(nn.Module):
         got, expected = (decoder.config.grid, decoder.config.feature_dim), (self.grid, self.latent_shape[1])
         if got != expected:
             raise ValueError(
-                f"decoder {self.config.decoder} reads (grid, width) {got}, the model makes {expected}"
+                f"decoder {self.config.decoder} reads (grid, width) {got}, the model makes {expected}: "
+                "use a decoder trained on this encoder's features at this encoder.image_size"
             )
         return decoder

@@ -213,7 +213,7 @@ def test_parts_that_do_not_fit_are_refused(foundation, statistics, elsewhere):
     config = tiny_model(foundation)
     wide = LatentStatistics(1, torch.zeros(4, 20).double(), torch.ones(4, 20).double())
     with pytest.raises(
-        ValueError, match=r"features \(4, 20\), the encoder .* gives \(4, 16\); re-run 'latents'"
+        ValueError, match=r"features \(4, 20\), the encoder .* gives \(4, 16\) at 32 px; re-run 'latents'"
     ):
         Generator.build(config, wide)
     with pytest.raises(ValueError, match="hidden_size 12 is below the latent width 16"):

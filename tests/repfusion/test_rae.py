@@ -13,6 +13,7 @@ from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 from repfusion.rae.decoder import RAEDecoder, RAEDecoderConfig, sin_cos_positions
 from repfusion.rae.encoder import RepresentationEncoder, weights_digest
+from repfusion.rae.geometry import TowerGeometry, tower_geometry
 from repfusion.rae.statistics import LatentStatistics
 
 
@@ -59,10 +60,58 @@ def test_geometry_of_the_encoder(clip_tower):
     assert not any(p.requires_grad for p in encoder.parameters())
 
 
+@pytest.mark.parametrize("image_size", [16, 32, 48])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_size_gives_what_transformers_gives_with_interpolated_positions(
+    clip_tower, image_size, dtype
+):
+    encoder = RepresentationEncoder.from_pretrained(clip_tower, dtype=dtype, image_size=image_size)
+    side = image_size // 8
+    assert (encoder.image_size, encoder.grid, encoder.num_tokens) == (image_size, (side, side), side**2)
+    tower = CLIPVisionModel.from_pretrained(clip_tower, dtype=dtype).eval()
+    pixels = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    normalised = ((pixels - encoder.mean) / encoder.std).to(dtype)
+    with torch.no_grad():
+        expected = tower(normalised, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states[
+            -2
+        ]
+    assert torch.equal(encoder(pixels), F.layer_norm(expected[:, 1:].float(), (32,)))
+
+
+def test_the_towers_own_size_interpolates_nothing(clip_tower, pixels):
+    own, asked = (RepresentationEncoder.from_pretrained(clip_tower, image_size=size) for size in (None, 24))
+    assert torch.equal(own(pixels), asked(pixels))
+    table = CLIPVisionModel.from_pretrained(clip_tower).embeddings.position_embedding.weight
+    assert torch.equal(asked.tower.embeddings.position_embedding.weight, table)
+
+
+@pytest.mark.parametrize("image_size, nearest", [(28, 32), (4, 8), (0, 8), (-8, 8)])
+def test_a_size_that_patches_do_not_fill_is_refused(clip_tower, image_size, nearest):
+    expected = f"encoder.image_size {image_size}: not a multiple of 8, .*; the nearest one is {nearest}"
+    with pytest.raises(ValueError, match=expected):
+        RepresentationEncoder.from_pretrained(clip_tower, image_size=image_size)
+
+
+def test_eight_bit_images_give_the_same_bits_as_their_pixels(clip_tower):
+    encoder = RepresentationEncoder.from_pretrained(clip_tower)
+    images = torch.randint(0, 256, (3, 24, 24, 3), generator=torch.Generator().manual_seed(0)).byte()
+    pixels = images.permute(0, 3, 1, 2).float().div(255)
+    assert torch.equal(encoder.encode_images(images), encoder(pixels))
+
+
+@pytest.mark.parametrize("kind", ["clip_vision_model", "clip", "llava"])
+def test_the_geometry_is_read_without_loading_the_tower(kind, tmp_path):
+    vision = {"image_size": 40, "patch_size": 8}
+    fields = vision if kind == "clip_vision_model" else {"vision_config": vision}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **fields}))
+    assert tower_geometry(tmp_path) == TowerGeometry(40, 8)
+    assert tower_geometry(tmp_path, 48).grid == (6, 6)
+
+
 def test_tokens_run_along_rows(clip_tower, pixels):
     """Before attention mixes them (hidden state 0), a patch changes its own token only."""
     encoder = RepresentationEncoder.from_pretrained(clip_tower, layer=-4)
-    encoder.layer = 0
+    encoder.tower.encoder.layers = encoder.tower.encoder.layers[:0]
     changed = pixels.clone()
     changed[:, :, 8:16, 16:24] = 1 - changed[:, :, 8:16, 16:24]  # row 1, column 2
     difference = (encoder(pixels) - encoder(changed)).abs().amax(dim=(0, 2))
@@ -72,8 +121,11 @@ def test_tokens_run_along_rows(clip_tower, pixels):
 def test_a_llavas_tower_is_read_from_the_llavas_folder(elsewhere):
     encoder = RepresentationEncoder.from_pretrained(elsewhere.encoder.path)
     tower = LlavaForConditionalGeneration.from_pretrained(elsewhere.mllm).model.vision_tower
-    for name, value in tower.state_dict().items():
-        assert torch.equal(encoder.tower.state_dict()[name], value)
+    weights = tower.state_dict()
+    for name, value in encoder.tower.state_dict().items():
+        assert torch.equal(value, weights[name])
+    unused = {name.split(".")[2] for name in weights.keys() - encoder.tower.state_dict().keys()}
+    assert unused == {"3"}, "layers above the penultimate state are not computed"
 
 
 def test_another_image_size_is_refused(clip_tower, pixels):
