@@ -17,10 +17,13 @@ from pipelines.ingest import IngestConfig
 from pipelines.latents import LatentsConfig
 from pipelines.pool import ActorsConfig, RayConfig
 from pipelines.scenes_source import ScenesConfig
+from pipelines.storage import Folder
 from pipelines.url_source import UrlsConfig
 from repfusion.train import TrainConfig
 
-StageName = Literal["source", "ingest", "curate", "latents", "features", "train", "evaluate", "report"]
+StageName = Literal[
+    "source", "ingest", "judge", "curate", "latents", "features", "train", "evaluate", "report"
+]
 
 
 class ConfigError(ValueError):
@@ -58,7 +61,16 @@ class WorkflowConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     root: Path
-    """Folder of everything that the workflow writes."""
+    """Local folder of everything that the workflow writes, the data stages excepted where `data_url` is
+    given.
+    """
+    data_url: str | None = None
+    """Folder or fsspec URL (s3://...) of the data stages, source to features; None is `root`. Training reads
+    a copy of remote columns under `root`.
+    """
+    storage_options: dict[str, Any] = {}
+    """For the fsspec file system of `data_url`, such as an endpoint. Credentials belong into the environment.
+    """
     last_stage: StageName = "report"
     """Where to stop; `features` prepares data without training."""
     source: SourceConfig = SourceConfig()
@@ -66,7 +78,7 @@ class WorkflowConfig(BaseModel):
     ingest: IngestConfig = IngestConfig()
     """Download and resize."""
     curate: CurateConfig = CurateConfig()
-    """Which samples stay."""
+    """Which samples stay: stages judge and curate."""
     latents: LatentsConfig = LatentsConfig()
     """Encoder features, by `train.model.encoder`."""
     features: FeaturesConfig = FeaturesConfig()
@@ -80,6 +92,11 @@ class WorkflowConfig(BaseModel):
     ray: RayConfig = RayConfig()
     """The cluster. Changes no bytes."""
 
+    @property
+    def data_folder(self) -> Folder:
+        """Where the data stages' folders lie."""
+        return Folder(Folder.at(self.data_url or self.root).url, self.storage_options)
+
     @model_validator(mode="before")
     @classmethod
     def _follow_root(cls, values: Any) -> Any:
@@ -90,9 +107,10 @@ class WorkflowConfig(BaseModel):
         train = values.get("train") or {}
         if not isinstance(train, dict):
             return values
-        data = {"images": root / "curate", "features": root / "latents"}
+        columns = column_root(root, values.get("data_url"))
+        data = {"images": columns / "curate", "features": columns / "latents"}
         if (train.get("model") or {}).get("conditioning") == "text_embed":
-            data["text"] = root / "features"
+            data["text"] = columns / "features"
         # relative to the working directory, like `root`: MLflow resolves it where the run is started
         tracking = {"uri": f"sqlite:///{root.parent / 'mlflow.db'}", "run_name": root.name}
         followed = {
@@ -102,6 +120,12 @@ class WorkflowConfig(BaseModel):
             "tracking": {**tracking, **(train.get("tracking") or {})},
         }
         return {**values, "train": followed}
+
+
+def column_root(root: Path, data_url: str | None) -> Path:
+    """Where training finds the columns: beside each other on local disk, or copied there from a URL."""
+    data = Folder.at(data_url or root)
+    return data.path if data.is_local else root / "columns"
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import Field
 
 from pipelines.pool import StageError, ray_session
-from pipelines.store import atomic_path, write_json
+from pipelines.storage import atomic_path
+from pipelines.store import write_json
 from repfusion.checkpoint import complete_checkpoints, step_of
 from repfusion.evaluation import Evaluation, EvaluationConfig, evaluate_checkpoint, read_evaluation
 from repfusion.tracking import Tracker, TrackingConfig

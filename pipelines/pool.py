@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,6 +153,17 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def in_worker(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function in a process of its own, as a Ray task, so that the driver's memory stays small; right
+    here where there is no session.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        return function(*arguments)
+    return ray.get(ray.remote(num_cpus=0)(function).remote(*arguments))
 
 
 @contextmanager

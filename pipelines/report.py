@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.charts import INK, STYLE, Line, chart
-from pipelines.store import Manifest, atomic_path, read_manifest, write_atomic
+from pipelines.manifest import Manifest, read_output
+from pipelines.storage import Folder, atomic_path
 from repfusion.checkpoint import COMPLETE, STEP_FOLDER
 from repfusion.evaluation import Evaluation, read_evaluation
 from repfusion.scenes.captions import TASKS
@@ -34,12 +35,19 @@ class Finished:
     """Folder and scores, by step."""
 
 
-def read_workflow(root: Path) -> Finished:
-    """Raises ValueError where no stage of a workflow is complete under `root`."""
+def read_workflow(root: Path, data: Folder | None = None) -> Finished:
+    """`data` is where the data stages lie; None is under `root` too.
+
+    Raises:
+        ValueError: where no stage of a workflow is complete.
+    """
+    places = [Folder.at(root), *([] if data is None else [data])]
+    outputs = [read_output(place / name) for place in places for name in sorted(place.folders())]
+    # what was set aside, train.stale-..., is of no workflow any more
     found = {
-        manifest.stage: manifest
-        for path in root.glob("*/manifest.json")
-        if (manifest := read_manifest(path.parent))
+        output.manifest.stage: output.manifest
+        for output in outputs
+        if output is not None and output.folder.name == output.manifest.stage
     }
     if not found:
         raise ValueError(f"{root}: no complete stage (no */manifest.json); run the workflow first")
@@ -122,10 +130,10 @@ def stages(data: Finished) -> str:
             (
                 f"<b>{escape(manifest.stage)}</b>",
                 duration(manifest.seconds),
-                f"{len(manifest.shards):,}" if manifest.shards else "",
-                f"{manifest.samples:,}" if manifest.shards else "",
-                size(sum(shard.bytes for shard in manifest.shards)) if manifest.shards else "",
-                f"{sum(manifest.drops.values()):,}" if manifest.shards else "",
+                f"{manifest.num_shards:,}" if manifest.num_shards else "",
+                f"{manifest.samples:,}" if manifest.num_shards else "",
+                size(manifest.bytes) if manifest.num_shards else "",
+                f"{sum(manifest.drops.values()):,}" if manifest.num_shards else "",
                 f'<span class="left">{dropped}</span>',
             )
         )
@@ -235,18 +243,18 @@ def lineage(data: Finished) -> str:
     )
 
 
-def write_report(root: Path) -> Path:
+def write_report(root: Path, data: Folder | None = None) -> Path:
     """Writes `report.html` and, from the last checkpoint, `gallery.png` under `root`; returns the page.
 
     Raises:
         ValueError: where no stage is complete.
     """
-    data = read_workflow(root)
-    if data.evaluations:
+    found = read_workflow(root, data)
+    if found.evaluations:
         with atomic_path(root / "gallery.png") as temporary:
-            shutil.copyfile(data.evaluations[-1][0] / "gallery.png", temporary)
+            shutil.copyfile(found.evaluations[-1][0] / "gallery.png", temporary)
     sections = (headline, galleries, scores, training, stages, lineage)
-    body = "".join(section(data) for section in sections)
+    body = "".join(section(found) for section in sections)
     name = escape(root.resolve().name)
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}: RepFusion</title>'
@@ -254,5 +262,6 @@ def write_report(root: Path) -> Path:
         f"<body><main><h1>{name}</h1>{body}</main></body></html>\n"
     )
     path = root / "report.html"
-    write_atomic(path, page.encode())
+    with atomic_path(path) as temporary:
+        temporary.write_text(page)
     return path

@@ -51,6 +51,8 @@ class ShardStage(Stage):
     actors: ActorsConfig = field(default_factory=ActorsConfig)
     first_jobs: tuple[ShardJob, ...] = ()
     """The jobs of a stage without upstream, with the identity of what they read as `inputs`."""
+    reaches_out: bool = False
+    """Whether it asks servers of others for its input: then nothing is asked twice without need."""
     stage_files: tuple[tuple[str, str], ...] = ()
     """Files of upstream stages as a whole that every shard depends on: (stage, file)."""
     surround: Callable[[], AbstractContextManager[dict[str, Any]]] = lambda: nullcontext({})

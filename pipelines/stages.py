@@ -2,19 +2,24 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from pipelines import curate, features, ingest, latents, scenes_source, url_source
+from pipelines import curate, features, ingest, judge, latents, scenes_source, url_source
 from pipelines.config import StageName, WorkflowConfig
-from pipelines.pool import ShardJob
-from pipelines.store import Manifest, Sidecar, digest_of, file_sha256, shard_name, write_json
+from pipelines.duplicates import find_duplicates
+from pipelines.manifest import ShardTable, Upstream
+from pipelines.plan import Entries
+from pipelines.pool import ShardJob, in_worker
+from pipelines.stage import ShardStage, Stage, WholeStage
+from pipelines.storage import Folder
+from pipelines.store import digest_of, file_sha256, shard_name, write_json
 from pipelines.summary import write_summary
-from pipelines.workflow import ShardStage, Stage, WholeStage
 
 STATISTICS = "statistics.safetensors"
+DUPLICATES = "duplicates.parquet"
 NOT_BYTES = ("output_dir", "data", "tracking", "keep_resume", "log_every_steps")
 """Fields of the training that do not change its weights."""
 
@@ -39,6 +44,20 @@ class Digests:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._path, self._known)
         return self._known[name][2]
+
+    def url(self, url: str, options: Mapping[str, Any]) -> str:
+        """sha256 of a local file; of a remote one, what its store says of the version: size and tag, or its
+        date.
+        """
+        if "://" not in url:
+            return self.file(Path(url))
+        import fsspec
+
+        files, path = fsspec.core.url_to_fs(url, **options)
+        info = files.info(path)
+        return digest_of(
+            [info["size"], str(info.get("ETag") or info.get("LastModified") or info.get("mtime"))]
+        )
 
     def folder(self, path: Path, key: str) -> str:
         """Over the names and bytes of a model folder's files. Raises ValueError, naming the config key,
@@ -81,12 +100,10 @@ def build_stages(config: WorkflowConfig, started: float | None = None) -> list[S
                 stages[name] = _source(config, digests)
             case "ingest":
                 stages[name] = _ingest(config, stages["source"])
+            case "judge":
+                stages[name] = _judge(config, stages["ingest"])
             case "curate":
-                arguments = {"source": config.root / "ingest", "config": config.curate}
-                fields = curate.fingerprint_fields(config.curate)
-                stages[name] = ShardStage(
-                    name, fields, (stages["ingest"],), curate.CurateWorker, arguments, config.curate.actors
-                )
+                stages[name] = _curate(config, stages["ingest"], stages["judge"])
             case "latents":
                 stages[name] = _latents(config, stages["curate"], digests)
             case "features":
@@ -102,6 +119,49 @@ def build_stages(config: WorkflowConfig, started: float | None = None) -> list[S
     return list(stages.values())
 
 
+def data_stages(config: WorkflowConfig) -> list[ShardStage]:
+    """Those made of shards: source to features."""
+    return [stage for stage in build_stages(config) if isinstance(stage, ShardStage)]
+
+
+def _entries(config: WorkflowConfig, number: int) -> Entries:
+    """A source of numbered entries, of which every so manieth is a probe."""
+    size = config.source.shard_size
+
+    def probe(wanted: int, offset: int) -> tuple[ShardJob, ...]:
+        step = max(1, number // wanted)
+        start = offset * step // 2 if step > 1 else 0
+        return (ShardJob("", "", {}, {"start": start, "stop": number, "step": step}),)
+
+    return Entries(number, [shard_name(index) for index in range(-(-number // size))], probe)
+
+
+def source_entries(config: WorkflowConfig) -> Entries:
+    """How many entries the source has, and how to take a few."""
+    match config.source.kind:
+        case "scenes":
+            return _entries(config, config.source.scenes.num_samples)
+        case "urls":
+            assert config.source.urls is not None
+            return _entries(config, len(url_source.UrlList(config.source.urls)))
+
+
+def probe_stages(config: WorkflowConfig) -> Callable[[Path], list[ShardStage]]:
+    """The data stages with their folders under a path; duplicates stay: a few samples say nothing of them."""
+
+    def build(scratch: Path) -> list[ShardStage]:
+        changes = {
+            "root": scratch,
+            "data_url": None,
+            "storage_options": {},
+            "curate": config.curate.model_copy(update={"duplicates": "keep", "max_drop_fraction": 1.0}),
+            "ingest": config.ingest.model_copy(update={"max_drop_fraction": 1.0}),
+        }
+        return data_stages(config.model_copy(update=changes))
+
+    return build
+
+
 def _source(config: WorkflowConfig, digests: Digests) -> ShardStage:
     source = config.source
     match source.kind:
@@ -114,37 +174,77 @@ def _source(config: WorkflowConfig, digests: Digests) -> ShardStage:
             fields = _flatten(source.scenes.model_dump(mode="json"), "source.scenes.")
         case "urls":
             assert source.urls is not None
+            listed = url_source.UrlList(source.urls)
             number, worker, arguments = (
-                len(url_source.read_list(source.urls)),
+                len(listed),
                 url_source.UrlListWorker,
-                {"config": source.urls},
+                {"config": source.urls, "files": listed.files},
             )
-            fields = _flatten(source.urls.model_dump(mode="json", exclude={"path"}), "source.urls.")
-            fields["source.urls.path"] = digests.file(source.urls.path)
+            fields = _flatten(
+                source.urls.model_dump(mode="json", exclude={"path", "options"}), "source.urls."
+            )
+            identities = [digests.url(file.url, source.urls.options) for file in listed.files]
+            fields["source.urls.path"] = digest_of(identities)
     fields |= {"source.kind": source.kind, "source.shard_size": source.shard_size}
     starts = range(0, number, source.shard_size)
     jobs = tuple(
         ShardJob(shard_name(index), "", {}, {"start": start, "stop": min(start + source.shard_size, number)})
         for index, start in enumerate(starts)
     )
-    return ShardStage("source", fields, (), worker, arguments, source.actors, jobs)
+    folder = config.data_folder / "source"
+    return ShardStage("source", fields, folder, (), worker, arguments, source.actors, jobs)
 
 
 def _ingest(config: WorkflowConfig, source: Stage) -> ShardStage:
-    folder = config.root / "source"
+    is_embedded = config.source.kind == "scenes"
 
     @contextmanager
     def surround() -> Iterator[dict[str, Any]]:
-        if config.source.kind == "urls":
+        if not is_embedded:
             yield {}
         else:
-            with scenes_source.serve(folder, config.source.port) as address:
+            with scenes_source.serve(source.folder, config.source.port) as address:
                 yield {"base_url": address}
 
-    arguments = {"source": folder, "config": config.ingest}
-    fields = ingest.fingerprint_fields(config.ingest)
+    settings = config.ingest
+    if is_embedded:
+        settings = settings.model_copy(update={"allow_private_addresses": True})
     return ShardStage(
-        "ingest", fields, (source,), ingest.IngestWorker, arguments, config.ingest.actors, surround=surround
+        "ingest",
+        ingest.fingerprint_fields(config.ingest),
+        config.data_folder / "ingest",
+        (source,),
+        ingest.IngestWorker,
+        {"source": source.folder, "config": settings},
+        settings.actors,
+        reaches_out=not is_embedded,
+        surround=surround,
+    )
+
+
+def _judge(config: WorkflowConfig, raw: Stage) -> ShardStage:
+    def finish(folder: Folder, shards: ShardTable) -> list[str]:
+        # in a task: its memory grows with the number of samples, the driver's must not
+        return in_worker(find_duplicates, folder, shards, config.curate)
+
+    fields, folder = curate.judge_fields(config.curate), config.data_folder / "judge"
+    arguments = {"source": raw.folder, "config": config.curate}
+    actors = config.curate.actors
+    return ShardStage("judge", fields, folder, (raw,), judge.JudgeWorker, arguments, actors, finish=finish)
+
+
+def _curate(config: WorkflowConfig, raw: Stage, judged: Stage) -> ShardStage:
+    fields, folder = curate.curate_fields(config.curate), config.data_folder / "curate"
+    arguments = {"source": raw.folder, "judged": judged.folder, "config": config.curate}
+    return ShardStage(
+        "curate",
+        fields,
+        folder,
+        (raw, judged),
+        curate.CurateWorker,
+        arguments,
+        config.curate.actors,
+        stage_files=(("judge", DUPLICATES),),
     )
 
 
@@ -152,19 +252,21 @@ def _latents(config: WorkflowConfig, images: Stage, digests: Digests) -> ShardSt
     encoder = config.train.model.encoder
     digest = digests.folder(encoder.path, "train.model.encoder.path")
 
-    def finish(folder: Path, sidecars: Sequence[Sidecar]) -> list[str]:
-        latents.merge_statistics(folder, sidecars, folder / STATISTICS)
+    def finish(folder: Folder, shards: ShardTable) -> list[str]:
+        latents.merge_statistics(folder, shards.names, STATISTICS)
         return [STATISTICS]
 
-    arguments = {
-        "source": config.root / "curate",
-        "config": config.latents,
-        "encoder": encoder.path,
-        "layer": encoder.layer,
-    }
-    fields = latents.fingerprint_fields(digest, encoder.layer)
+    fields, folder = latents.fingerprint_fields(encoder, digest), config.data_folder / "latents"
+    arguments = {"source": images.folder, "config": config.latents, "encoder": encoder}
     return ShardStage(
-        "latents", fields, (images,), latents.LatentsWorker, arguments, config.latents.actors, finish=finish
+        "latents",
+        fields,
+        folder,
+        (images,),
+        latents.LatentsWorker,
+        arguments,
+        config.latents.actors,
+        finish=finish,
     )
 
 
@@ -172,14 +274,15 @@ def _features(config: WorkflowConfig, images: Stage, digests: Digests) -> ShardS
     model = config.train.model
     digest = digests.folder(model.mllm, "train.model.mllm")
     arguments = {
-        "source": config.root / "curate",
+        "source": images.folder,
         "config": config.features,
         "mllm": model.mllm,
         "mllm_dtype": model.mllm_dtype,
     }
     fields = features.fingerprint_fields(digest, model.mllm_dtype)
+    folder = config.data_folder / "features"
     return ShardStage(
-        "features", fields, (images,), features.FeaturesWorker, arguments, config.features.actors
+        "features", fields, folder, (images,), features.FeaturesWorker, arguments, config.features.actors
     )
 
 
@@ -198,33 +301,38 @@ def _train(config: WorkflowConfig, stages: Mapping[str, Stage], digests: Digests
     if config.train.data.text is not None and "features" in stages:
         upstream.append(stages["features"])
 
-    def execute(manifests: Mapping[str, Manifest]) -> dict[str, Any]:
+    def execute(above: Upstream) -> dict[str, Any]:
         from pipelines.train import run_train
 
         return run_train(config)
 
-    return WholeStage("train", fields, tuple(upstream), execute)
+    return WholeStage("train", fields, _local(config, "train"), tuple(upstream), execute)
 
 
 def _evaluate(config: WorkflowConfig, train: Stage) -> WholeStage:
-    def execute(manifests: Mapping[str, Manifest]) -> dict[str, Any]:
+    def execute(above: Upstream) -> dict[str, Any]:
         from pipelines.evaluate import run_evaluate
 
         return run_evaluate(config)
 
     values = {**config.evaluate.scoring.model_dump(mode="json"), "every_steps": config.evaluate.every_steps}
     fields = _flatten(values, "evaluate.")
-    return WholeStage("evaluate", fields, (train,), execute)
+    return WholeStage("evaluate", fields, _local(config, "evaluate"), (train,), execute)
 
 
 def _report(config: WorkflowConfig, evaluate: Stage, started: float) -> WholeStage:
-    def execute(manifests: Mapping[str, Manifest]) -> dict[str, Any]:
+    def execute(above: Upstream) -> dict[str, Any]:
         from pipelines.report import write_report
 
         # the page shows the summary; its own seconds are added when the run ends
+        manifests = {name: output.manifest for name, output in above.items()}
         write_summary(config.root, manifests, time.perf_counter() - started)
-        write_report(config.root)
+        write_report(config.root, config.data_folder)
         return {}
 
     outputs = (config.root / "report.html", config.root / "gallery.png")
-    return WholeStage("report", {}, (evaluate,), execute, outputs, needs_ray=False)
+    return WholeStage("report", {}, _local(config, "report"), (evaluate,), execute, outputs, needs_ray=False)
+
+
+def _local(config: WorkflowConfig, name: str) -> Folder:
+    return Folder(str(config.root / name))

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.store import Manifest, write_json
+from pipelines.manifest import Manifest
+from pipelines.store import write_json
 
 STAGE_EXTRA = ("upstream_digests", "evaluations")
 
@@ -20,7 +21,7 @@ def summarise(manifests: Mapping[str, Manifest], total_sec: float) -> dict[str, 
             {
                 "name": name,
                 "seconds": manifest.seconds,
-                "shards": len(manifest.shards),
+                "shards": manifest.num_shards,
                 "samples": manifest.samples,
                 "drops": manifest.drops,
                 "fingerprint": manifest.fingerprint,

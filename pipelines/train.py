@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from pipelines.evaluate import EvaluationScheduler
+from pipelines.mirror import mirror
 from pipelines.pool import StageError, ray_session
+from pipelines.storage import Folder
 from pipelines.store import write_json
 from repfusion.checkpoint import latest_checkpoint, step_of
 from repfusion.tracking import prepare_store
@@ -41,6 +43,8 @@ def train_rank(launch: dict[str, Any]) -> None:
 
     os.chdir(launch["directory"])
     config = TrainConfig.model_validate(launch["config"])
+    for column, copy in launch["columns"]:
+        mirror(column, copy)
     is_main = ray_train.get_context().get_world_rank() == 0
 
     def on_report(report: Report) -> None:
@@ -107,9 +111,9 @@ def first_failure(error: Exception) -> str:
     return str(error)
 
 
-def launch(config: TrainConfig, num_workers: int) -> None:
+def launch(config: TrainConfig, num_workers: int, columns: Sequence[tuple[Folder, Path]] = ()) -> None:
     """Runs the training on `num_workers` ranks, one GPU each where the cluster has as many, else one CPU
-    each.
+    each. Remote `columns` are copied to each machine first.
 
     Raises:
         ValueError: the cluster has fewer CPUs than ranks.
@@ -134,7 +138,11 @@ def launch(config: TrainConfig, num_workers: int) -> None:
     storage.mkdir(parents=True, exist_ok=True)
     trainer = TorchTrainer(
         train_rank,
-        train_loop_config={"config": config.model_dump(mode="json"), "directory": os.getcwd()},
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "directory": os.getcwd(),
+            "columns": list(columns),
+        },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=None),
         run_config=RunConfig(
@@ -152,6 +160,15 @@ def launch(config: TrainConfig, num_workers: int) -> None:
         raise StageError(f"train: {first_failure(error)}") from error
 
 
+def remote_columns(config: "WorkflowConfig") -> list[tuple[Folder, Path]]:
+    """Columns that training reads and that are not on local disk, each with the place of its copy."""
+    if config.data_folder.is_local:
+        return []
+    data = config.train.data
+    paths = [path for path in (data.images, data.features, data.text, data.captions) if path is not None]
+    return [(config.data_folder / path.name, path) for path in paths]
+
+
 def run_train(config: "WorkflowConfig") -> dict[str, Any]:
     """Trains to the end, resuming from the last complete checkpoint; returns what train.json says.
 
@@ -165,5 +182,5 @@ def run_train(config: "WorkflowConfig") -> dict[str, Any]:
         # Before any worker: two processes that first use a new SQLite file at the same time fail.
         prepare_store(train.tracking.uri, train.tracking.experiment)
     with ray_session(config.ray), EvaluationScheduler(config.evaluate, train), progress_bar(train):
-        launch(train, config.num_train_workers)
+        launch(train, config.num_train_workers, remote_columns(config))
     return json.loads((train.output_dir / "train.json").read_text())

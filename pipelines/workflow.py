@@ -131,6 +131,18 @@ def _bring_up_to_date(
             extra |= {
                 "upstream_digests": {one.name: above[one.name].manifest.digest for one in stage.upstream}
             }
+    return complete(stage, shards, names, above, time.perf_counter() - start, extra)
+
+
+def complete(
+    stage: Stage,
+    shards: ShardTable,
+    names: Sequence[str],
+    above: Upstream,
+    seconds: float,
+    extra: dict[str, Any] = {},  # noqa: B006  never written to
+) -> StageOutput:
+    """Writes the manifest of a stage whose shards and files (`names`) are in place."""
     files = {name: _side_file(stage.folder, name) for name in names}
     manifest = Manifest(
         stage=stage.name,
@@ -143,7 +155,7 @@ def _bring_up_to_date(
         bytes=shards.bytes + sum(file.bytes for file in files.values()),
         shards_digest=shards.digest,
         drops=shards.drops,
-        seconds=round(time.perf_counter() - start, 3),
+        seconds=round(seconds, 3),
         shard_seconds=round(sum(shards.column("seconds")), 3),
         files=files,
         extra=extra,
