@@ -1,23 +1,28 @@
 """Url lists -> raw image-text shards, by img2dataset, one shard at a time (the only file that imports it).
 
-Its own statuses become counted drops; its images, which arrive in any order, are written in the order of
-keys. Every row of the list ends up as a sample or as a drop.
+Its requests go through `downloads`, its images through `ImageFitter`; what arrives in any order is written in
+the order of keys. Every row of the list ends up as a sample or as a counted drop.
 """
 
+import hashlib
 import io
 import os
 import re
 import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, Self
 from urllib.parse import urljoin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipelines.downloads import DownloadLimits, Downloads
+from pipelines.downloads import is_transient as is_transient
 from pipelines.pool import ActorsConfig, ShardJob
 from pipelines.storage import Folder
-from pipelines.store import ShardCommit, ShardError, Sidecar, canonical_json
-from pipelines.tars import tar_shard
+from pipelines.store import ShardCommit, ShardError, Sidecar, canonical_json, read_sidecar
+from pipelines.tars import read_samples, tar_shard
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,16 +54,34 @@ class IngestConfig(BaseModel):
     """Images of more pixels, also after they are scaled up, are dropped before they are decoded. Pillow reads
     no header that tells of more than the largest value.
     """
+    max_download_bytes: int = Field(default=50 << 20, ge=1)
+    """Larger files are dropped, whatever their length is said to be."""
+    allow_private_addresses: bool = False
+    """Whether hosts may be private, loopback or link-local, also by way of a redirect."""
     timeout_sec: int = Field(default=10, ge=1)
-    """Of one download."""
+    """Of one request, from connecting to the last byte. Changes no bytes."""
     retries: int = Field(default=1, ge=0)
-    """Further attempts at a failed download."""
+    """Further attempts at a download that failed for a reason that may pass: a timeout, a broken connection,
+    HTTP 429 or 5xx. Changes no bytes.
+    """
+    retry_backoff_sec: float = Field(default=1.0, ge=0)
+    """Wait before the second attempt, doubled for each further one; a longer Retry-After is kept, up to 30 s.
+    Changes no bytes.
+    """
+    max_requests_per_sec_per_host: float | None = Field(default=None, gt=0)
+    """Of the whole stage where `actors.num_actors` is set, else of each actor. Changes no bytes."""
     num_threads: int = Field(default=8, ge=1)
-    """Downloads at the same time in each actor. Changes no bytes."""
+    """Downloads at the same time for each shard; an actor works on two shards. Changes no bytes."""
     max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
     """A shard that loses more than this fails instead: an outage is not a data set. Changes no bytes."""
     actors: ActorsConfig = ActorsConfig()
     """Its pool. Changes no bytes."""
+
+    @model_validator(mode="after")
+    def _has_fit_quality(self) -> Self:
+        if self.encode == "png" and self.quality > 9:
+            raise ValueError(f"quality {self.quality} with encode png, whose compression levels are 0 to 9")
+        return self
 
 
 def image_fields(config: IngestConfig) -> dict[str, Any]:
@@ -69,7 +92,8 @@ def image_fields(config: IngestConfig) -> dict[str, Any]:
 
 def fingerprint_fields(config: IngestConfig) -> dict[str, Any]:
     """What decides the bytes of downloaded shards."""
-    return image_fields(config)
+    limits = config.model_dump(mode="json", include={"max_download_bytes", "allow_private_addresses"})
+    return image_fields(config) | {f"ingest.{name}": value for name, value in limits.items()}
 
 
 class BadImage(ValueError):
@@ -196,18 +220,15 @@ def _to_rgb(image: "Image.Image") -> "Image.Image":
     return image.convert("RGB")
 
 
-def drop_reason(status: str, message: str) -> str:
-    """img2dataset's status and message -> a short reason that can be counted."""
-    if code := re.match(r"HTTP Error (\d+)", message):
-        return f"http_{code[1]}"
-    if ours := re.match(r"\[(\w+)\]", message):
-        return ours[1]
-    match status, message:
-        case "failed_to_download", m if "X-Robots-Tag" in m:
-            return "robots_disallowed"
-        case "failed_to_download", m if "timed out" in m:
-            return "timeout"
-    return status
+def drop_reason(status: str, message: str) -> tuple[str, str]:
+    """img2dataset's status and message -> (a short reason that can be counted, the detail)."""
+    if ours := re.fullmatch(r"\[(\w+)\] (.*)", message, re.DOTALL):
+        return ours[1], ours[2]
+    if "X-Robots-Tag" in message:
+        return "robots_disallowed", message
+    if message.startswith("unknown url type"):
+        return "invalid_url", "no scheme"
+    return status, message
 
 
 class _Spool:
@@ -231,42 +252,109 @@ class _Spool:
     def close(self) -> None:
         self._stream.flush()
 
-    def image(self, position: int) -> bytes:
+    def __getitem__(self, position: int) -> tuple[dict[str, Any], bytes | None]:
+        """A row's record, and its image if it has one."""
+        if position not in self._places:
+            return self.records[position], None
         offset, size = self._places[position]
         self._stream.seek(offset)
-        return self._stream.read(size)
+        return self.records[position], self._stream.read(size)
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """A complete shard that is made again for some of the samples it lacks."""
+
+    sidecar: Sidecar
+    drops: dict[str, tuple[str, str]]
+    """Key -> reason and detail."""
+
+    @classmethod
+    def read(cls, folder: Folder, job: ShardJob, keys: list[str]) -> "_Earlier | None":
+        """None where there is no such shard, it was made from something else, or a byte of it is not as it
+        was.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        sidecar = read_sidecar(folder, job.name)
+        if sidecar is None or (sidecar.fingerprint, sidecar.inputs) != (job.fingerprint, job.inputs):
+            return None
+        try:
+            found = [key for key, _ in read_samples(folder, sidecar.file, sidecar, {"txt"})]
+            drops = {}
+            for name, described in sidecar.files.items():
+                data = folder.read(name)
+                if hashlib.sha256(data).hexdigest() != described.sha256:
+                    return None
+                rows = pq.read_table(pa.BufferReader(data)).to_pylist()
+                drops = {row["key"]: (row["reason"], row["detail"]) for row in rows}
+        except (ShardError, FileNotFoundError):
+            return None
+        return cls(sidecar, drops) if sorted([*found, *drops]) == sorted(keys) else None
 
 
 class IngestWorker:
     """Makes `NAME.tar` and `NAME.drops.parquet` from `NAME.parquet` (key, url, caption, anything more goes
     into the JSON).
 
+    A job with the argument `retry`, a list of reasons, downloads only the samples that the complete shard
+    lacks for one of them and keeps the others' bytes; without a sound shard it makes the whole.
+
     Args:
         folder: of the stage.
         source: folder of the url lists.
         config: the stage's.
         base_url: what relative urls are relative to.
+        num_actors: between how many the permitted requests per host are divided.
     """
 
     concurrency: ClassVar[int] = 2
 
-    def __init__(self, folder: Folder, source: Folder, config: IngestConfig, base_url: str = ""):
+    def __init__(
+        self, folder: Folder, source: Folder, config: IngestConfig, base_url: str = "", num_actors: int = 1
+    ):
         self.folder, self.source, self.config, self.base_url = folder, source, config, base_url
         self.fitter = ImageFitter(config)
+        rate = config.max_requests_per_sec_per_host
+        self.downloads = Downloads(
+            DownloadLimits(
+                max_bytes=config.max_download_bytes,
+                allow_private_addresses=config.allow_private_addresses,
+                retries=config.retries,
+                backoff_sec=config.retry_backoff_sec,
+                max_requests_per_sec_per_host=None if rate is None else rate / num_actors,
+            )
+        )
 
     def __call__(self, job: ShardJob) -> Sidecar:
         import pyarrow.parquet as pq
 
         with self.source.open(f"{job.name}.parquet") as stream:
             rows = pq.read_table(stream)
+        keys: list[str] = rows["key"].to_pylist()
+        earlier, tried = None, keys
+        if reasons := job.arguments.get("retry"):
+            earlier = _Earlier.read(self.folder, job, keys)
+        if earlier is not None:
+            again = {key for key, (reason, _) in earlier.drops.items() if reason in reasons}
+            if not again:
+                return earlier.sidecar
+            tried = [key for key in keys if key in again]
         with (
             ShardCommit(self.folder, job.name, job.fingerprint, job.inputs, PACKAGES) as commit,
             self.folder.staging(f"{job.name}.downloads") as scratch,
             (scratch / "images").open("w+b") as stream,
         ):
             spool = _Spool(stream)
-            self._download(rows, scratch, spool)
-            self._write(rows, spool, commit)
+            positions = {key: position for position, key in enumerate(keys)}
+            self._download(rows["url"].take([positions[key] for key in tried]).to_pylist(), scratch, spool)
+            if lost := [key for position, key in enumerate(tried) if position not in spool.records]:
+                raise ShardError(
+                    f"shard {job.name}: img2dataset reports nothing about {len(lost)} of {len(tried)} rows, "
+                    f"first {lost[0]}; re-run"
+                )
+            self._write(rows, tried, spool, earlier, commit)
             commit.check_drops(self.config.max_drop_fraction)
             commit.write_drops()
             return commit.commit(f"{job.name}.tar")
@@ -279,18 +367,16 @@ class IngestWorker:
             return None, None, None, None, None, str(error)
         return data, *(sizes[name] for name in SIZES), None
 
-    def _download(self, rows: "pa.Table", scratch: Path, spool: _Spool) -> None:
-        """Runs img2dataset on the rows as its shard 0."""
+    def _download(self, urls: list[str], scratch: Path, spool: _Spool) -> None:
+        """Runs img2dataset on the addresses as its shard 0."""
         import pyarrow as pa
         from img2dataset.downloader import Downloader
 
-        urls = [urljoin(self.base_url, url) for url in rows["url"].to_pylist()]
-        listed = pa.table({"url": urls})
+        listed = pa.table({"url": pa.array([urljoin(self.base_url, url) for url in urls], pa.string())})
         arrow = scratch / "urls.arrow"
         with pa.OSFile(str(arrow), "wb") as stream, pa.ipc.new_file(stream, listed.schema) as writer:
             writer.write_table(listed)
-        # download_shard and not the object's own call, which prints exceptions and goes on
-        Downloader(
+        downloader = Downloader(
             sample_writer_class=lambda *_: spool,
             resizer=self._resize,
             thread_count=self.config.num_threads,
@@ -299,32 +385,55 @@ class IngestWorker:
             output_folder=str(scratch),
             column_list=["url"],
             timeout=self.config.timeout_sec,
-            number_sample_per_shard=max(10, len(rows)),
+            number_sample_per_shard=max(10, len(urls)),
             oom_shard_count=5,
             compute_hash=None,
             verify_hash_type=None,
             encode_format=self.config.encode,
-            retries=self.config.retries,
+            retries=0,  # its own try again at once, whatever the failure
             user_agent_token="img2dataset",
             disallowed_header_directives=["noai", "noimageai", "noindex", "noimageindex"],
-        ).download_shard((0, str(arrow)))
+        )
+        with self.downloads.installed():
+            # and not the object's own call, which prints exceptions and goes on
+            downloader.download_shard((0, str(arrow)))
 
-    def _write(self, rows: "pa.Table", spool: _Spool, commit: ShardCommit) -> None:
-        """Samples and drops in the order of keys."""
-        if lost := sorted(set(range(len(rows))) - spool.records.keys()):
-            key = rows["key"][lost[0]].as_py()
-            raise ShardError(
-                f"shard {commit.name}: img2dataset reports nothing about {len(lost)} of {len(rows)} rows, "
-                f"first {key}; re-run"
-            )
+    def _write(
+        self,
+        rows: "pa.Table",
+        tried: list[str],
+        spool: _Spool,
+        earlier: _Earlier | None,
+        commit: ShardCommit,
+    ) -> None:
+        """Samples and drops in the order of keys, those that were not tried as they were."""
+        positions = {key: position for position, key in enumerate(tried)}
+        kept: Iterator[tuple[str, dict[str, bytes]]] = iter(())
+        if earlier is not None:
+            kept = read_samples(self.folder, earlier.sidecar.file, earlier.sidecar)
         with tar_shard(commit) as samples:
-            for position, row in enumerate(rows.to_pylist()):
-                key, record = row.pop("key"), spool.records[position]
-                if record["status"] != "success":
-                    message = record["error_message"] or ""
-                    commit.drop(key, drop_reason(record["status"], message), message)
-                    continue
-                caption = row.pop("caption")
-                metadata = {"key": key, **row, **{name: record[name] for name in SIZES}}
-                members = {"txt": caption.encode(), "json": canonical_json(metadata).encode()}
-                samples.write(key, {self.config.encode: spool.image(position), **members})
+            for row in rows.to_pylist():
+                key = row.pop("key")
+                if key in positions:
+                    record, image = spool[positions[key]]
+                    if image is None:
+                        commit.drop(key, *drop_reason(record["status"], record["error_message"] or ""))
+                    else:
+                        samples.write(key, self._members(key, row, record, image))
+                elif earlier is not None and key in earlier.drops:
+                    commit.drop(key, *earlier.drops[key])
+                else:
+                    samples.write(*next(kept))
+            # runs to the end of the file, where its digest is compared
+            assert next(kept, None) is None
+
+    def _members(
+        self, key: str, row: dict[str, Any], record: dict[str, Any], image: bytes
+    ) -> dict[str, bytes]:
+        caption = row.pop("caption")
+        metadata = {"key": key, **row, **{name: record[name] for name in SIZES}}
+        return {
+            self.config.encode: image,
+            "txt": caption.encode(),
+            "json": canonical_json(metadata).encode(),
+        }
