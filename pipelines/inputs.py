@@ -1,0 +1,149 @@
+"""Paths, folders and patterns, local or at any fsspec URL -> files with what tells that they changed."""
+
+import glob
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.storage import Folder
+
+STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
+"""Where fsspec's file systems say which version of a file there is; the first one counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """A file that a source reads, as it was when it was listed."""
+
+    name: str
+    """Its path within the folder that was asked for."""
+    url: str
+    """Where it lies: a path or a URL."""
+    size: int
+    stamp: str
+    """Time of the last change in nanoseconds, or the store's tag of this version."""
+
+    @property
+    def identity(self) -> str:
+        """Another one means that the file has to be read again."""
+        return f"{self.name}:{self.size}:{self.stamp}"
+
+    def folder(self, options: Mapping[str, Any]) -> Folder:
+        return Folder(self.url.rpartition("/")[0], options)
+
+    @property
+    def base(self) -> str:
+        return self.url.rpartition("/")[2]
+
+
+def find_inputs(
+    path: str, endings: tuple[str, ...], key: str, options: Mapping[str, Any]
+) -> tuple[InputFile, ...]:
+    """Files at a path (one file, those directly in a folder, or what a pattern with `*` finds), in the order
+    of their names. `key` is where the configuration asks for them.
+
+    Raises:
+        ValueError: where there is none, or one of another ending.
+    """
+    root, found = (_find_local if "://" not in path else _find_remote)(path, endings, options)
+    wanted = " or ".join(endings)
+    if not found:
+        raise ValueError(
+            f"{key}: {path} leads to no file; expected {wanted} files, a folder of them or a pattern"
+        )
+    files = []
+    for url, size, stamp in found:
+        if not url.endswith(endings):
+            raise ValueError(f"{key}: {url}: expected a name that ends in {wanted}")
+        files.append(InputFile(url.removeprefix(root).lstrip("/"), url, size, stamp))
+    return tuple(sorted(files, key=lambda file: file.name))
+
+
+Found = tuple[str, list[tuple[str, int, str]]]
+"""A folder, and the url, size and stamp of files below it."""
+
+
+def _fixed_part(pattern: str) -> str:
+    """The folder in which all that a pattern finds must lie."""
+    first = min(at for at in (pattern.find(mark) for mark in "*?[") if at >= 0)
+    return pattern[:first].rpartition("/")[0]
+
+
+def _find_local(path: str, endings: tuple[str, ...], options: Mapping[str, Any]) -> Found:
+    if os.path.isdir(path):
+        root, paths = (
+            path.rstrip("/"),
+            [entry.path for entry in os.scandir(path) if entry.name.endswith(endings)],
+        )
+    elif os.path.isfile(path):
+        root, paths = os.path.dirname(path), [path]
+    elif glob.has_magic(path):
+        root, paths = _fixed_part(path), glob.glob(path, recursive=True)
+    else:
+        return path, []
+    stats = ((name, os.stat(name)) for name in paths if os.path.isfile(name))
+    return root, [(name, stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats]
+
+
+def _find_remote(path: str, endings: tuple[str, ...], options: Mapping[str, Any]) -> Found:
+    import fsspec
+
+    scheme = path.partition("://")[0]
+    files = fsspec.filesystem(scheme, use_listings_cache=False, **options)
+    if files.isfile(path):
+        root, entries = path.rpartition("/")[0], [files.info(path)]
+    elif glob.has_magic(path):
+        root, entries = _fixed_part(path), list(files.glob(path, detail=True).values())
+    else:
+        root, entries = path.rstrip("/"), files.ls(path, detail=True) if files.isdir(path) else []
+        entries = [entry for entry in entries if entry["name"].endswith(endings)]
+    # as the file system spells it, with or without a slash of its own
+    root = files.unstrip_protocol(files._strip_protocol(root))
+    return root, [
+        (files.unstrip_protocol(entry["name"]), entry["size"], _stamp(entry))
+        for entry in entries
+        if entry["type"] == "file"
+    ]
+
+
+def _stamp(entry: Mapping[str, Any]) -> str:
+    return next((str(entry[name]) for name in STAMPS if entry.get(name)), "")
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """An entry of a folder."""
+
+    name: str
+    is_folder: bool
+    size: int
+    stamp: str
+
+
+def list_folder(folder: Folder) -> list[Listed]:
+    """Files and folders directly in a folder, in the order of their names; no hidden ones.
+
+    Raises:
+        FileNotFoundError: where there is no such folder.
+    """
+    if folder.is_local:
+        entries = [_listed(entry) for entry in os.scandir(Path(folder.url)) if not entry.name.startswith(".")]
+    else:
+        import fsspec
+
+        files = fsspec.filesystem(folder.url.partition("://")[0], use_listings_cache=False, **folder.options)
+        entries = [
+            Listed(name, entry["type"] == "directory", entry["size"] or 0, _stamp(entry))
+            for entry in files.ls(folder.url, detail=True)
+            if (name := entry["name"].rstrip("/").rpartition("/")[2]) and not name.startswith(".")
+        ]
+    return sorted(entries, key=lambda entry: entry.name)
+
+
+def _listed(entry: "os.DirEntry[str]") -> Listed:
+    if entry.is_dir():
+        return Listed(entry.name, True, 0, "")
+    stat = entry.stat()
+    return Listed(entry.name, False, stat.st_size, str(stat.st_mtime_ns))

@@ -1,0 +1,81 @@
+"""An image, its caption and what else an input says of it -> the members of a raw sample, as `ingest` stores
+them.
+"""
+
+import io
+from typing import Any
+
+from pipelines.ingest import SIZES, BadImage, ImageFitter, IngestConfig
+from pipelines.store import canonical_json
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+"""What counts as an image by its name."""
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+"""Pillow's names of the formats that later stages read, and the extension each is stored under."""
+OWN_FIELDS = {"key", "source_key", "source_file", *SIZES}
+"""Fields of a sample's JSON that are ours to give."""
+PACKAGES = ("img2dataset", "opencv-python-headless", "pillow")
+
+
+class BadEntry(ValueError):
+    """An entry of an input that becomes no sample; `reason` is counted, `detail` is for people."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+class SampleMaker:
+    """Makes samples; may be called from several threads.
+
+    With `ingest.image_size` null, images that are JPEG, PNG or WebP pass byte for byte, only their headers
+    are looked at.
+    """
+
+    def __init__(self, config: IngestConfig):
+        self.config = config
+        self._fitter = ImageFitter(config)
+
+    def __call__(
+        self, key: str, image: bytes | None, caption: str | None, metadata: dict[str, Any]
+    ) -> dict[str, bytes]:
+        """Members by extension. `metadata` goes into the JSON, beside the key and the image's sizes.
+
+        Raises:
+            BadEntry: no_image, no_caption, undecodable_metadata, or one of ImageFitter's reasons.
+        """
+        if image is None:
+            raise BadEntry("no_image", "no image")
+        if caption is None:
+            raise BadEntry("no_caption", "no caption")
+        try:
+            extension, data, sizes = self._fit(image)
+        except BadImage as error:
+            raise BadEntry(error.reason, error.detail) from error
+        try:
+            text = canonical_json({**metadata, "key": key, **sizes})
+            members = {extension: data, "txt": caption.encode(), "json": text.encode()}
+        except ValueError as error:  # NaN, or half a surrogate pair
+            raise BadEntry("undecodable_metadata", str(error)) from error
+        return members
+
+    def _fit(self, data: bytes) -> tuple[str, bytes, dict[str, int]]:
+        if self.config.image_size is None and (found := _header(data)) is not None:
+            extension, width, height = found
+            if width * height > self.config.max_pixels:
+                raise BadImage(
+                    "too_many_pixels", f"{width} x {height} px; max_pixels {self.config.max_pixels:,}"
+                )
+            return extension, data, dict(zip(SIZES, (width, height, width, height), strict=True))
+        return self.config.encode, *self._fitter(data)
+
+
+def _header(data: bytes) -> tuple[str, int, int] | None:
+    """Extension, width and height of an image that may pass as it is; None for any other bytes."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            return EXTENSIONS[image.format or ""], *image.size
+    except Exception:  # noqa: BLE001  Pillow raises anything on hostile bytes; the fitter says what is wrong
+        return None
