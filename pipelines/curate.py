@@ -1,102 +1,101 @@
-"""Raw shards -> the shards that training uses; every sample that is left out has a counted reason and a
-line in a list.
+"""Raw shards and what `judge` says of them -> the shards that training uses; each sample left out has a
+counted reason.
 """
 
-import io
-import json
-import warnings
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipelines.duplicates import DuplicateList, read_verdicts
 from pipelines.pool import ActorsConfig, ShardJob
-from pipelines.store import ShardCommit, Sidecar, read_samples, read_sidecar, tar_shard
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+from pipelines.storage import Folder
+from pipelines.store import ShardCommit, ShardError, Sidecar, read_sidecar
+from pipelines.tars import read_samples, tar_shard
 
 
 class CurateConfig(BaseModel):
-    """Which samples stay."""
+    """Which samples stay: the stages `judge` and `curate`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     min_side_px: int = Field(default=16, ge=1)
     """Shortest side an image may have, before ingest resized it where that is known."""
+    max_pixels: int = Field(default=100_000_000, ge=1)
+    """Width times height of the stored image; one above it is not decoded."""
+    max_aspect: float | None = Field(default=None, ge=1)
+    """Longer over shorter side, before ingest resized it where that is known; None takes any."""
     min_caption_chars: int = Field(default=1, ge=0)
     """Shortest caption, surrounding space not counted."""
     max_caption_chars: int = Field(default=1000, ge=1)
     """Longest caption. Choose it so that captions fit into the MLLM's context."""
+    duplicates: Literal["keep", "exact", "near"] = "exact"
+    """Of images that occur more than once, in whichever shards, the first stays: `exact` compares the stored
+    bytes, `near` also the perceptual hash, which sees brightness and coarse layout and no colour. Captions
+    are not compared: a list with several captions to an image needs `keep`.
+    """
+    near_duplicate_bits: int = Field(default=4, ge=0, le=8)
+    """For `near`: in how many of 64 bits the hashes of two images may differ."""
     max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
-    """A shard that loses more than this fails instead. Changes no bytes."""
+    """A shard that loses more than this fails instead, duplicates counted. Changes no bytes."""
     actors: ActorsConfig = ActorsConfig()
-    """Its pool. Changes no bytes."""
+    """The pool of each of the two. Changes no bytes."""
 
 
-def fingerprint_fields(config: CurateConfig) -> dict[str, Any]:
-    """What decides the bytes."""
-    fields = config.model_dump(mode="json", include={"min_side_px", "min_caption_chars", "max_caption_chars"})
+def judge_fields(config: CurateConfig) -> dict[str, Any]:
+    """What decides the bytes of `judge`."""
+    fields = config.model_dump(mode="json", exclude={"near_duplicate_bits", "max_drop_fraction", "actors"})
+    if config.duplicates == "near":
+        fields["near_duplicate_bits"] = config.near_duplicate_bits
     return {f"curate.{name}": value for name, value in fields.items()}
 
 
-def judge(members: dict[str, bytes], config: CurateConfig) -> tuple[str, str] | None:
-    """The (reason, detail) for which a sample is dropped, or None. The one place where an exception means
-    a bad sample.
-    """
-    from PIL import Image
-
-    extension = next((extension for extension in IMAGE_EXTENSIONS if extension in members), None)
-    if extension is None:
-        return "no_image", f"members: {', '.join(sorted(members))}"
-    if "txt" not in members:
-        return "no_caption", f"members: {', '.join(sorted(members))}"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(members[extension])) as image:
-                image.load()
-                side = min(image.size)
-    except Exception as error:  # noqa: BLE001  decoders raise anything on hostile bytes
-        return "undecodable_image", f"{type(error).__name__}: {error}"
-    try:
-        caption = members["txt"].decode().strip()
-    except UnicodeDecodeError as error:
-        return "undecodable_caption", str(error)
-    try:
-        metadata = json.loads(members.get("json", b"{}"))
-    except ValueError as error:
-        return "undecodable_metadata", str(error)
-    sides = [metadata[name] for name in ("original_width", "original_height") if metadata.get(name)]
-    side = min(sides, default=side)
-    if side < config.min_side_px:
-        return "image_too_small", f"shortest side {side} px, at least {config.min_side_px}"
-    if not caption:
-        return "empty_caption", ""
-    if len(caption) < config.min_caption_chars:
-        return "caption_too_short", f"{len(caption)} characters, at least {config.min_caption_chars}"
-    if len(caption) > config.max_caption_chars:
-        return "caption_too_long", f"{len(caption)} characters, at most {config.max_caption_chars}"
-    return None
+def curate_fields(config: CurateConfig) -> dict[str, Any]:
+    """What decides the bytes of `curate` beyond those of `ingest` and `judge`: nothing."""
+    return {}
 
 
 class CurateWorker:
-    """Copies what is good of `NAME.tar`, byte for byte, and lists the rest in `NAME.drops.parquet`."""
+    """Copies the samples of `NAME.tar` that stay, byte for byte, and lists the others in
+    `NAME.drops.parquet`.
 
-    def __init__(self, folder: Path, source: Path, config: CurateConfig):
-        self.folder, self.source, self.config = folder, source, config
+    Args:
+        folder: of the stage.
+        source: of `ingest`.
+        judged: of `judge`, complete.
+        config: of the two stages.
+    """
+
+    def __init__(self, folder: Folder, source: Folder, judged: Folder, config: CurateConfig):
+        self.folder, self.source, self.judged, self.config = folder, source, judged, config
+        self._duplicates = DuplicateList(judged)
 
     def __call__(self, job: ShardJob) -> Sidecar:
-        with ShardCommit(
-            self.folder, job.name, job.fingerprint, job.inputs, ("pillow", "webdataset")
-        ) as commit:
+        rows = read_verdicts(
+            self.judged, job.name, read_sidecar(self.judged, job.name), ["key", "reason", "detail"]
+        )
+        duplicates = self._duplicates.of(rows["key"])
+        verdicts = iter(rows.to_pylist())
+        with ShardCommit(self.folder, job.name, job.fingerprint, job.inputs) as commit:
             with tar_shard(commit) as samples:
-                for key, members in read_samples(
-                    self.source / f"{job.name}.tar", read_sidecar(self.source, job.name)
-                ):
-                    if (bad := judge(members, self.config)) is None:
-                        samples.write(key, members)
+                file = f"{job.name}.tar"
+                for key, members in read_samples(self.source, file, read_sidecar(self.source, job.name)):
+                    self._check_same(job.name, key, (row := next(verdicts, None)) and row["key"])
+                    assert row is not None
+                    if row["reason"] is not None:
+                        commit.drop(key, row["reason"], row["detail"])
+                    elif (found := duplicates.get(key)) is not None:
+                        commit.drop(key, found[0], f"duplicate of {found[1]}")
                     else:
-                        commit.drop(key, *bad)
+                        samples.write(key, members)
+                if (row := next(verdicts, None)) is not None:
+                    self._check_same(job.name, None, row["key"])
             commit.check_drops(self.config.max_drop_fraction)
             commit.write_drops()
-            return commit.commit(f"{job.name}.tar")
+            return commit.commit(file)
+
+    def _check_same(self, name: str, stored: str | None, judged: str | None) -> None:
+        if stored != judged:
+            raise ShardError(
+                f"shard {name}: {self.source} holds {stored or 'no more samples'} where {self.judged} judged "
+                f"{judged or 'no more samples'}; re-run the stage '{self.judged.name}'"
+            )
