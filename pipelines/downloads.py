@@ -28,6 +28,7 @@ TRANSIENT_REASONS = frozenset(
 """With every http_5xx: why a download failed that may succeed later."""
 MAX_WAIT_SEC = 30.0
 """Longest wait between two attempts, whatever a server asks for."""
+DEFAULT_TIMEOUT_SEC = 10.0
 BLOCK_BYTES = 1 << 16
 KNOWN_HOSTS = 10_000
 """Hosts whose last request is remembered before those that are free again are forgotten."""
@@ -157,6 +158,8 @@ class Downloads:
         Raises:
             DownloadError: the last attempt's.
         """
+        if not isinstance(timeout, int | float):
+            timeout = DEFAULT_TIMEOUT_SEC  # urlopen hands on a mark where its caller gave none
         attempt = 0
         while True:
             try:

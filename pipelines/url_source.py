@@ -125,7 +125,12 @@ class UrlList:
             else:
                 pieces.append(batch.take([position - first for position in inside]))
             done += len(inside)
-        return pa.concat_tables(pieces, promote_options="permissive")
+        try:
+            return pa.concat_tables(pieces, promote_options="permissive")
+        except pa.ArrowTypeError as error:
+            raise ValueError(
+                f"source.urls.extra_columns: the files of {self.config.path} disagree about a type: {error}"
+            ) from error
 
     def _batch_at(self, position: int) -> tuple[int, "pa.Table"]:
         """The block of rows that holds a position, and the position of its first row."""
