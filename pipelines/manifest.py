@@ -91,7 +91,7 @@ class ShardTable:
         import pyarrow.parquet as pq
 
         with folder.open(SHARDS) as stream:
-            return cls(pq.read_table(stream))
+            return cls(pq.read_table(stream, read_dictionary=["fingerprint", "drops", "versions"]))
 
     def write(self, folder: Folder) -> None:
         import pyarrow as pa

@@ -69,7 +69,7 @@ class ShardStage(Stage):
     def shard_inputs(self, above: Upstream) -> list[str]:
         """What each shard is made from, as canonical JSON: sha256 of the upstream shards and stage files."""
         if not self.upstream:
-            return [canonical_json(job.inputs) for job in self.first_jobs]
+            return [canonical_json(job.inputs) if job.inputs else "{}" for job in self.first_jobs]
         columns: dict[str, list[str]] = {}
         names = self.shard_names(above)
         for stage in self.upstream:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.inspection import STAGE, State, describe, inspect, read_asked, wrong_files
+from pipelines.inspection import STAGE, State, describe, inspect, read_asked, states, wrong_files
 from pipelines.manifest import (
     MANIFEST,
     SHARDS,
@@ -82,8 +82,10 @@ def run(
     owns_pool = pool is None
     with locked(root), ExitStack() as session:
         pool = pool or ActorPool()
+        before = states(stages)
         for stage in stages:
-            state = inspect(stage, above)
+            nothing_ran = all(result.skipped for result in results)
+            state = before[stage.name] if nothing_ran else inspect(stage, above)
             again = redo.get(stage.name, {})
             if state.status == "fresh" and not again:
                 assert state.output is not None

@@ -10,8 +10,6 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
-from transformers.activations import ACT2FN
 
 from repfusion.rae.encoder import weights_digest
 
@@ -24,6 +22,8 @@ class Projector(nn.Module):
 
     def __init__(self, visual_width: int, width: int, activation: str = "gelu", bias: bool = True):
         super().__init__()
+        from transformers.activations import ACT2FN
+
         self.linear_1 = nn.Linear(visual_width, width, bias)
         self.act = ACT2FN[activation]
         self.linear_2 = nn.Linear(width, width, bias)
@@ -68,6 +68,14 @@ class MLLM(nn.Module):
             raise ValueError(
                 f"MLLM folder {folder}: no config.json; expected a folder written by save_pretrained"
             )
+        # here and not above: whoever only reads configurations, such as `status`, need not wait for it
+        from transformers import (
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoTokenizer,
+            LlavaForConditionalGeneration,
+        )
+
         config = AutoConfig.from_pretrained(folder)
         projector = None
         if config.model_type == "llava":

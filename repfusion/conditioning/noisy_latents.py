@@ -6,12 +6,11 @@ through the frozen LLM to P.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import Cache
 
 from repfusion.conditioning import Condition
 from repfusion.dit import Interface, TimestepEmbedder
@@ -24,7 +23,8 @@ class Prefix:
 
     ids: Int[Tensor, "b m"]
     mask: Bool[Tensor, "b m"]
-    cache: Cache | None = None
+    cache: Any = None
+    """A transformers Cache."""
 
 
 class NoisyLatentConditioner(nn.Module):

@@ -5,12 +5,12 @@ affine (RAE, section 3).
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 from repfusion.rae.geometry import TowerGeometry, tower_config, tower_geometry
 
@@ -41,18 +41,15 @@ def weights_digest(folder: str | Path) -> str:
 class RepresentationEncoder(nn.Module):
     """Frozen tower with its pixel normalisation.
 
-    Args:
-        tower: changed in place: layers above `layer` are dropped, positions are interpolated where the size
-            asks for it.
-        layer: the hidden state taken as features; -2, the penultimate, is LLaVA-1.5's choice.
-        geometry: size of the images it takes, in px, and of its patches.
-        mean, std: of the pixels' normalisation, per channel.
-        digest: names the tower's weights.
+    Args: tower: a CLIPVisionModel, changed in place: layers above `layer` are dropped, positions are
+    interpolated where the size asks for it. layer: the hidden state taken as features; -2, the penultimate,
+    is LLaVA-1.5's choice. geometry: size of the images it takes, in px, and of its patches. mean, std: of the
+    pixels' normalisation, per channel. digest: names the tower's weights.
     """
 
     def __init__(
         self,
-        tower: CLIPVisionModel,
+        tower: nn.Module,
         layer: int,
         geometry: TowerGeometry,
         mean: list[float],
@@ -68,7 +65,8 @@ class RepresentationEncoder(nn.Module):
             )
         if geometry.image_size != config.image_size:
             interpolate_positions(tower, geometry)
-        tower.encoder.layers = tower.encoder.layers[: config.num_hidden_layers + 1 + layer]
+        layers: Any = tower.encoder.layers
+        tower.encoder.layers = layers[: config.num_hidden_layers + 1 + layer]
         self.tower = tower.eval().requires_grad_(False)
         self.layer = layer
         self.digest = digest
@@ -99,6 +97,8 @@ class RepresentationEncoder(nn.Module):
             ValueError: where the folder is missing or holds another architecture, or has no such layer or
                 size.
         """
+        from transformers import CLIPVisionModel, LlavaForConditionalGeneration
+
         folder = Path(folder)
         kind, _ = tower_config(folder)
         geometry = tower_geometry(folder, image_size)
@@ -150,7 +150,7 @@ class RepresentationEncoder(nn.Module):
         return F.layer_norm(hidden[:, 1:].float(), (self.feature_dim,))
 
 
-def interpolate_positions(tower: CLIPVisionModel, geometry: TowerGeometry) -> None:
+def interpolate_positions(tower: nn.Module, geometry: TowerGeometry) -> None:
     """Gives a tower the positions of another grid, as its `interpolate_pos_encoding` computes them at every
     call (bicubic); here it is done once.
     """
