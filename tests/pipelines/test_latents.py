@@ -3,7 +3,9 @@ two.
 """
 
 import io
+import struct
 import tarfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +16,15 @@ import webdataset as wds
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from pipelines.latents import LatentsConfig, LatentsWorker, fingerprint_fields, merge_statistics
+from pipelines.latents import (
+    LatentsConfig,
+    LatentsWorker,
+    decode_plain_png,
+    fingerprint_fields,
+    merge_statistics,
+    npy_bytes,
+    plain_png_start,
+)
 from pipelines.pool import ActorsConfig, ShardJob
 from pipelines.storage import Folder
 from pipelines.store import ShardCommit, ShardError, file_sha256, read_sidecar
@@ -245,3 +255,45 @@ def test_a_shard_that_changed_since_it_was_written_is_not_encoded(images, encode
     with pytest.raises((ShardError, OSError, SyntaxError), match=r"00001|image"):
         worker(ShardJob("00001", "f"))
     assert worker.folder.names() == set()
+
+
+def png_chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+@pytest.mark.parametrize("filters", [(0,), (1,), (2,), (3,), (4,), (0, 1, 2, 3, 4)])
+def test_plain_png_is_decoded_to_pils_pixels(filters):
+    """Whatever the row filters; PIL's own files and OpenCV's are covered by the other tests and here."""
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 256, (SIZE, 3 * SIZE), dtype=np.uint8)
+    lines = b"".join(bytes([filters[row % len(filters)]]) + raw[row].tobytes() for row in range(SIZE))
+    start = plain_png_start(SIZE)
+    data = start + struct.pack(">I", zlib.crc32(start[12:]))
+    data += png_chunk(b"IDAT", zlib.compress(lines)) + png_chunk(b"IEND", b"")
+    decoded = decode_plain_png(data, SIZE)
+    assert decoded is not None
+    np.testing.assert_array_equal(decoded, np.asarray(Image.open(io.BytesIO(data))))
+
+
+def test_every_other_image_is_left_to_pil():
+    plain = image_bytes(0)
+    assert decode_plain_png(plain, SIZE) is not None
+    assert decode_plain_png(plain, SIZE + 1) is None
+    for mode in ("L", "RGBA", "P", "LA", "I;16", "1"):
+        assert decode_plain_png(image_bytes(0, mode=mode), SIZE) is None
+    for extension in ("jpg", "webp"):
+        assert decode_plain_png(image_bytes(0, extension), SIZE) is None
+    # a transparent colour and an orientation come before or after the pixels
+    head, tail = plain[:33], plain[33:]
+    assert decode_plain_png(head + png_chunk(b"tRNS", bytes(6)) + tail, SIZE) is None
+    turned = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    late = plain[:-12] + png_chunk(b"eXIf", turned) + plain[-12:]
+    np.testing.assert_array_equal(decode_plain_png(late, SIZE), decode_plain_png(plain, SIZE))
+
+
+@pytest.mark.parametrize("shape, dtype", [((2, 3), np.float16), ((0, 4), np.float32), ((5,), np.int64)])
+def test_npy_members_are_numpys_own_bytes(shape, dtype):
+    array = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    stream = io.BytesIO()
+    np.save(stream, array)
+    assert npy_bytes(array) == stream.getvalue()
