@@ -25,6 +25,11 @@ class BadEntry(ValueError):
         self.reason, self.detail = reason, detail
 
 
+def printable(name: str) -> str:
+    """A name that may hold bytes that are no UTF-8, as it can be listed."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 class SampleMaker:
     """Makes samples; may be called from several threads.
 

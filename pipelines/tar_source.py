@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from pipelines.ingest import IngestConfig, image_fields
 from pipelines.inputs import InputFile, find_inputs
 from pipelines.pool import ShardJob
-from pipelines.raw_samples import IMAGE_ENDINGS, OWN_FIELDS, PACKAGES, BadEntry, SampleMaker
+from pipelines.raw_samples import IMAGE_ENDINGS, OWN_FIELDS, PACKAGES, BadEntry, SampleMaker, printable
 from pipelines.storage import Folder
 from pipelines.store import ShardCommit, ShardError, Sidecar, shard_name
 from pipelines.tars import TarSamples, read_samples, tar_shard
@@ -133,7 +133,7 @@ class TarWorker:
                 metadata |= {"source_key": source_key, "source_file": file.name}
                 made = self._make(key, image, caption, metadata)
             except BadEntry as error:
-                commit.drop(key, error.reason, f"{source_key}: {error.detail}")
+                commit.drop(key, error.reason, f"{printable(source_key)}: {error.detail}")
             else:
                 samples.write(key, made)
             seen.add(source_key)

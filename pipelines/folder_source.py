@@ -1,0 +1,323 @@
+"""A folder of image files with captions beside them or in a csv -> raw image-text shards.
+
+Every image, and every caption without one, ends as a sample or as a counted drop. The folder is walked in the
+order of its paths, one folder's listing in memory at a time.
+"""
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from pipelines.ingest import IngestConfig, image_fields
+from pipelines.inputs import list_folder
+from pipelines.pool import ShardJob
+from pipelines.raw_samples import IMAGE_ENDINGS, OWN_FIELDS, PACKAGES, BadEntry, SampleMaker, printable
+from pipelines.storage import Folder
+from pipelines.store import ShardCommit, ShardError, Sidecar, canonical_json, sample_key, shard_name
+from pipelines.tars import tar_shard
+
+CAPTION_ENDING = ".txt"
+
+
+class FolderConfig(BaseModel):
+    """Image files to take in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    path: str
+    """The folder; local or any fsspec URL. Folders in it count, hidden files do not."""
+    captions: str | None = None
+    """A csv of captions, such as the `metadata.csv` of a Hugging Face image folder; each worker holds it in
+    memory. None takes those in a .txt file beside each image, of the same name.
+    """
+    file_column: str = "file_name"
+    """The csv's column of image files, as paths within the folder."""
+    caption_column: str = "caption"
+    """The csv's column of captions."""
+    extra_columns: tuple[str, ...] = ()
+    """Further columns of the csv that go into each sample's json, as text, such as alternative captions."""
+    options: dict[str, Any] = {}
+    """Of the fsspec file system: an endpoint, a profile. Changes no bytes."""
+
+    @field_validator("extra_columns")
+    @classmethod
+    def _has_free_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if taken := OWN_FIELDS & set(names):
+            raise ValueError(
+                f"{sorted(taken)} are names that the sample's json has already; rename the columns"
+            )
+        return names
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of the csv, or a caption file that is still to be read."""
+
+    path: str
+    version: str
+    """Another one means another caption."""
+    caption: str | None = None
+    extra: dict[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An image and its caption, or what there is of them."""
+
+    path: str
+    """Of the image, or of the caption that has none."""
+    image: str | None
+    """Its version; None where there is no such file."""
+    row: Row | None
+    is_repeated: bool = False
+    """Whether the csv names the image a second time."""
+
+    @property
+    def identity(self) -> str:
+        return f"{self.path}\t{self.image}\t{self.row.version if self.row else None}\n"
+
+
+def fingerprint_fields(config: FolderConfig, ingest: IngestConfig) -> dict[str, Any]:
+    """What decides the bytes, beside the files themselves."""
+    fields: dict[str, Any] = {"source.folder.captions": "txt" if config.captions is None else "csv"}
+    if config.captions is not None:
+        fields["source.folder.extra_columns"] = list(config.extra_columns)
+    return {**fields, **image_fields(ingest)}
+
+
+def jobs(config: FolderConfig, shard_size: int) -> tuple[ShardJob, ...]:
+    """Shards of `shard_size` entries. Walks the folder; what is kept of it is a hash for each shard.
+
+    Raises:
+        ValueError: where there is no folder or no image in it, or no csv that has the columns.
+    """
+    entries = FolderEntries(config).walk()
+    made: list[ShardJob] = []
+    while shard := _Shard.of(islice(entries, shard_size)):
+        start = len(made) * shard_size
+        arguments = {"start": start, "stop": start + shard.number, "first": shard.first}
+        made.append(ShardJob(shard_name(len(made)), "", {"files": shard.digest}, arguments))
+    if not made:
+        raise ValueError(f"source.folder.path: {config.path} holds no images ({' '.join(IMAGE_ENDINGS)})")
+    return tuple(made)
+
+
+def num_entries(config: FolderConfig) -> int:
+    """Images, and captions without one; raises what `jobs` raises."""
+    return sum(1 for _ in FolderEntries(config).walk())
+
+
+def probe_jobs(config: FolderConfig, wanted: int, offset: int = 0) -> tuple[ShardJob, ...]:
+    """A job that reads about `wanted` entries, spread evenly."""
+    total = num_entries(config)
+    step = max(1, total // wanted)
+    return (ShardJob(shard_name(0), "", {}, {"start": offset % step, "stop": total, "step": step}),)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    first: str
+    number: int
+    digest: str
+
+    @classmethod
+    def of(cls, entries: Iterator[Entry]) -> "_Shard | None":
+        digest, number, first = hashlib.sha256(), 0, None
+        for entry in entries:
+            first = entry.path if first is None else first
+            number += 1
+            digest.update(entry.identity.encode(errors="surrogateescape"))
+        return None if first is None else cls(first, number, digest.hexdigest())
+
+
+def _order(path: str) -> str:
+    """Sorts paths folder by folder, as a walk meets them."""
+    return path.replace("/", "\0")
+
+
+class FolderEntries:
+    """What a folder holds, in the order of the paths.
+
+    Raises:
+        ValueError: where there is no folder, or no csv that has the columns.
+    """
+
+    def __init__(self, config: FolderConfig):
+        self.config = config
+        self.folder = Folder(config.path.rstrip("/").removeprefix("file://"), config.options)
+        self._rows = None if config.captions is None else _Captions(config)
+
+    def walk(self, first: str = "") -> Iterator[Entry]:
+        """Entries, from that of a given path on."""
+        try:
+            if self._rows is None:
+                yield from self._walk(self.folder, "", first.split("/"))
+            else:
+                yield from self._join(self._walk(self.folder, "", first.split("/")), self._rows.rows(first))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ValueError(
+                f"source.folder.path: {self.config.path}: {error}; expected a folder of images"
+            ) from error
+
+    def _walk(self, folder: Folder, prefix: str, first: list[str]) -> Iterator[Entry]:
+        """Entries below a folder, as the file names tell them; nothing before the path of parts `first`."""
+        listed = list_folder(folder)
+        files = {entry.name: f"{entry.size}:{entry.stamp}" for entry in listed if not entry.is_folder}
+        stems = {name.rpartition(".")[0] for name in files if name.lower().endswith(IMAGE_ENDINGS)}
+        for entry in listed:
+            if entry.name < first[0]:
+                continue
+            path = prefix + entry.name
+            if entry.is_folder:
+                inside = first[1:] if entry.name == first[0] else []
+                yield from self._walk(folder / entry.name, f"{path}/", inside or [""])
+            elif entry.name.lower().endswith(IMAGE_ENDINGS):
+                text = f"{entry.name.rpartition('.')[0]}{CAPTION_ENDING}"
+                row = Row(prefix + text, files[text]) if text in files else None
+                yield Entry(path, files[entry.name], row)
+            elif self._rows is None and entry.name.endswith(CAPTION_ENDING):
+                if entry.name.removesuffix(CAPTION_ENDING) not in stems:
+                    yield Entry(path, None, Row(path, files[entry.name]))
+
+    @staticmethod
+    def _join(images: Iterator[Entry], rows: Iterator[Row]) -> Iterator[Entry]:
+        """Merges files and lines of the csv, both in the order of their paths."""
+        ahead = next(images, None)
+        last = None
+        for row in rows:
+            while ahead is not None and _order(ahead.path) < _order(row.path):
+                yield Entry(ahead.path, ahead.image, None)
+                ahead = next(images, None)
+            if ahead is not None and ahead.path == row.path:
+                yield Entry(row.path, ahead.image, row)
+                ahead = next(images, None)
+            else:
+                yield Entry(row.path, None, row, is_repeated=row.path == last)
+            last = row.path
+        while ahead is not None:
+            yield Entry(ahead.path, ahead.image, None)
+            ahead = next(images, None)
+
+
+class _Captions:
+    """The csv, in memory as Arrow columns, in the order of its paths.
+
+    Raises:
+        ValueError: where it is missing, not readable or lacks a column.
+    """
+
+    def __init__(self, config: FolderConfig):
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        from pyarrow import csv
+
+        assert config.captions is not None
+        self._extra = config.extra_columns
+        place = config.captions.removeprefix("file://")
+        parent, _, name = place.rpartition("/")
+        columns = [config.file_column, config.caption_column, *config.extra_columns]
+        try:
+            with Folder(parent or ".", config.options).open(name) as stream:
+                table = csv.read_csv(
+                    stream,
+                    parse_options=csv.ParseOptions(newlines_in_values=True),
+                    convert_options=csv.ConvertOptions(
+                        column_types=dict.fromkeys(columns, pa.large_string())
+                    ),
+                )
+        except (FileNotFoundError, pa.ArrowInvalid) as error:
+            raise ValueError(f"source.folder.captions: {place} is not readable as csv: {error}") from error
+        for column in columns:
+            if column not in table.column_names:
+                raise ValueError(
+                    f"source.folder.captions: {place} has no column {column!r}; it has {table.column_names}"
+                )
+        paths = pc.replace_substring_regex(table[config.file_column].fill_null(""), r"^\./", "")
+        order = pc.sort_indices(pc.replace_substring(paths, "/", "\0"))
+        columns = [paths, *(table[column] for column in columns[1:])]
+        self._table = (
+            pa.table(columns, names=list(map(str, range(len(columns))))).take(order).combine_chunks()
+        )
+
+    def rows(self, first: str) -> Iterator[Row]:
+        """Lines from a path on."""
+        paths = self._table[0]
+        start = bisect_left(range(len(paths)), _order(first), key=lambda index: _order(paths[index].as_py()))
+        for batch in self._table.slice(start).to_batches(max_chunksize=1000):
+            for path, caption, *extra in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                named = dict(zip(self._extra, extra, strict=True))
+                version = hashlib.sha256(canonical_json([caption, named]).encode()).hexdigest()
+                yield Row(path, version, caption, named)
+
+
+class FolderWorker:
+    """Makes `NAME.tar` from image files. A key is the entry's position in the folder; the json says its
+    `source_file`.
+
+    Reasons of drops: no_image (a caption file without an image), not_on_disk (the csv names it), repeated_row
+    (the csv names it again), no_caption (no file beside it, or no text in the csv), not_in_csv,
+    undecodable_caption, and those of ImageFitter.
+    """
+
+    concurrency: ClassVar[int] = 2
+
+    def __init__(self, folder: Folder, config: FolderConfig, ingest: IngestConfig):
+        self.folder, self.config, self.ingest = folder, config, ingest
+        self._entries = FolderEntries(config)
+        self._make = SampleMaker(ingest)
+
+    def __call__(self, job: ShardJob) -> Sidecar:
+        wanted = range(job.arguments["start"], job.arguments["stop"], job.arguments.get("step", 1))
+        with ShardCommit(
+            self.folder, job.name, job.fingerprint, job.inputs, ("pyarrow", *PACKAGES)
+        ) as commit:
+            with tar_shard(commit) as samples:
+                for position, entry in zip(wanted, self._wanted(job, wanted), strict=False):
+                    key = sample_key(position)
+                    try:
+                        members = self._make(key, *self._read(entry))
+                    except BadEntry as error:
+                        commit.drop(key, error.reason, f"{printable(entry.path)}: {error.detail}")
+                    else:
+                        samples.write(key, members)
+            commit.check_drops(self.ingest.max_drop_fraction)
+            commit.write_drops()
+            return commit.commit(f"{job.name}.tar")
+
+    def _wanted(self, job: ShardJob, wanted: range) -> list[Entry]:
+        """Raises ShardError where the files are no longer those that the job was made for."""
+        if (first := job.arguments.get("first")) is None:
+            return list(islice(self._entries.walk(), wanted.start, wanted.stop, wanted.step))
+        entries = list(islice(self._entries.walk(first), len(wanted)))
+        found = _Shard.of(iter(entries))
+        if found is None or found.digest != job.inputs["files"]:
+            raise ShardError(
+                f"shard {job.name}: the files in {self.config.path} from {first} on changed since they were "
+                "listed; run again"
+            )
+        return entries
+
+    def _read(self, entry: Entry) -> tuple[bytes | None, str | None, dict[str, Any]]:
+        """Image, caption and metadata. Raises BadEntry."""
+        uses_csv = self.config.captions is not None
+        if entry.is_repeated:
+            raise BadEntry("repeated_row", "the csv names it before")
+        if entry.image is None:
+            detail = "named in the csv, not on disk" if uses_csv else "a caption without an image"
+            raise BadEntry("not_on_disk" if uses_csv else "no_image", detail)
+        if entry.row is None:
+            detail = "on disk, not in the csv" if uses_csv else f"no {CAPTION_ENDING} file beside it"
+            raise BadEntry("not_in_csv" if uses_csv else "no_caption", detail)
+        caption = entry.row.caption
+        if not uses_csv:
+            try:
+                caption = self._entries.folder.read(entry.row.path).decode()
+            except UnicodeDecodeError as error:
+                raise BadEntry("undecodable_caption", str(error)) from error
+        metadata = {**(entry.row.extra or {}), "source_file": entry.path}
+        return self._entries.folder.read(entry.path), caption, metadata
