@@ -7,6 +7,9 @@ STAMP := $(VENV)/.installed
 PORT ?= 5000
 TRACKING_DB := runs/mlflow.db
 DEMO := pipelines/configs/demo.yaml
+# The workflow that run, status, plan, verify, retry and gc are about, and overrides: make plan W=my.yaml SET="root=runs/my"
+W ?= $(DEMO)
+SET ?=
 
 # One thread a process: the stages run as many processes as there are cores.
 export OMP_NUM_THREADS ?= 1
@@ -21,7 +24,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo status test test-slow lint format foundation base mlflow clean
+.PHONY: help setup demo run status plan verify retry gc test test-slow lint format foundation base mlflow clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,8 +44,23 @@ setup: $(STAMP) ## create .venv with the locked versions (the other targets do t
 demo: $(STAMP) ## the whole pipeline on the embedded world: data -> training -> images, about seven minutes on 2 cores
 	@$(BIN)/python -m pipelines run $(DEMO)
 
-status: $(STAMP) ## what each stage of the demo holds, and why it is or is not up to date
-	@$(BIN)/python -m pipelines status $(DEMO)
+run: $(STAMP) ## bring a workflow up to date: make run W=workflow.yaml SET="key.path=value ..."; so do the next five
+	@$(BIN)/python -m pipelines run $(W) $(SET)
+
+status: $(STAMP) ## what each stage holds: fresh, partial, stale or missing, and why
+	@$(BIN)/python -m pipelines status $(W) $(SET)
+
+plan: $(STAMP) ## shards, samples, bytes and device time of the data stages, before anything runs
+	@$(BIN)/python -m pipelines plan $(W) $(SET)
+
+verify: $(STAMP) ## read every byte again; quarantine what is broken and make only that anew
+	@$(BIN)/python -m pipelines verify $(W) $(SET)
+
+retry: $(STAMP) ## download again the samples that failed for a reason that may have passed
+	@$(BIN)/python -m pipelines retry $(W) $(SET)
+
+gc: $(STAMP) ## list what no workflow refers to; make gc SET=--delete removes it
+	@$(BIN)/python -m pipelines gc $(W) $(SET)
 
 test: $(STAMP) ## the test suite, without the slow and GPU tests
 	$(BIN)/python -m pytest -x -q -m "not slow and not gpu"

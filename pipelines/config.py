@@ -13,11 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pipelines.curate import CurateConfig
 from pipelines.evaluate import EvaluateConfig
 from pipelines.features import FeaturesConfig
+from pipelines.folder_source import FolderConfig
 from pipelines.ingest import IngestConfig
 from pipelines.latents import LatentsConfig
+from pipelines.parquet_source import ParquetConfig
 from pipelines.pool import ActorsConfig, RayConfig
 from pipelines.scenes_source import ScenesConfig
 from pipelines.storage import Folder
+from pipelines.tar_source import TarsConfig
 from pipelines.url_source import UrlsConfig
 from repfusion.train import TrainConfig
 
@@ -35,24 +38,38 @@ class SourceConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    kind: Literal["scenes", "urls"] = "scenes"
-    """The embedded world, rendered and served on loopback, or a list of addresses."""
+    kind: Literal["scenes", "urls", "tars", "folder", "parquet"] = "scenes"
+    """The embedded world, rendered and served on loopback; a list of addresses; WebDataset tars; a folder of
+    images; parquet files with images in them. The first two are downloaded, the others read.
+    """
     scenes: ScenesConfig = ScenesConfig()
     """For kind: scenes."""
     urls: UrlsConfig | None = None
     """For kind: urls."""
+    tars: TarsConfig | None = None
+    """For kind: tars."""
+    folder: FolderConfig | None = None
+    """For kind: folder."""
+    parquet: ParquetConfig | None = None
+    """For kind: parquet."""
     shard_size: int = Field(default=500, ge=1)
-    """Entries per shard, the unit of work, failure and resume of every later stage."""
+    """Entries per shard, the unit of work, failure and resume of every later stage. Of tars, each is a shard.
+    """
     port: int = Field(default=0, ge=0, le=65535)
     """Port of the loopback server of kind: scenes; 0 takes any free one. Changes no bytes."""
     actors: ActorsConfig = ActorsConfig()
     """Its pool. Changes no bytes."""
 
     @model_validator(mode="after")
-    def _has_urls(self) -> "SourceConfig":
-        if self.kind == "urls" and self.urls is None:
-            raise ValueError("kind is urls, so source.urls.path has to name a .parquet or .csv list")
+    def _has_path(self) -> "SourceConfig":
+        if getattr(self, self.kind) is None:
+            raise ValueError(f"kind is {self.kind}, so source.{self.kind}.path has to say where they are")
         return self
+
+    @property
+    def makes_lists(self) -> bool:
+        """Whether there is a stage `source` that lists what `ingest` downloads."""
+        return self.kind in ("scenes", "urls")
 
 
 class WorkflowConfig(BaseModel):

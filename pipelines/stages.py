@@ -1,5 +1,6 @@
 """A workflow's configuration -> its stages, each with the fields that decide its bytes and what to run."""
 
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -7,7 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from pipelines import curate, features, ingest, judge, latents, scenes_source, url_source
+from pipelines import (
+    curate,
+    features,
+    folder_source,
+    ingest,
+    judge,
+    latents,
+    parquet_source,
+    scenes_source,
+    tar_source,
+    url_source,
+)
 from pipelines.config import StageName, WorkflowConfig
 from pipelines.duplicates import find_duplicates
 from pipelines.manifest import ShardTable, Upstream
@@ -89,9 +101,11 @@ def build_stages(config: WorkflowConfig, started: float | None = None) -> list[S
         ValueError: where a url list or a weights folder is missing.
     """
     last = get_args(StageName).index(config.last_stage)
-    wanted = [
-        name for name in get_args(StageName)[: last + 1] if name != "features" or config.features.enabled
-    ]
+    absent = {
+        "source": not config.source.makes_lists,
+        "features": not config.features.enabled,
+    }
+    wanted = [name for name in get_args(StageName)[: last + 1] if not absent.get(name)]
     digests = Digests(config.root)
     stages: dict[str, Stage] = {}
     for name in wanted:
@@ -99,7 +113,7 @@ def build_stages(config: WorkflowConfig, started: float | None = None) -> list[S
             case "source":
                 stages[name] = _source(config, digests)
             case "ingest":
-                stages[name] = _ingest(config, stages["source"])
+                stages[name] = _ingest(config, stages.get("source"))
             case "judge":
                 stages[name] = _judge(config, stages["ingest"])
             case "curate":
@@ -138,12 +152,28 @@ def _entries(config: WorkflowConfig, number: int) -> Entries:
 
 def source_entries(config: WorkflowConfig) -> Entries:
     """How many entries the source has, and how to take a few."""
-    match config.source.kind:
+    source, size = config.source, config.source.shard_size
+    match source.kind:
         case "scenes":
-            return _entries(config, config.source.scenes.num_samples)
+            return _entries(config, source.scenes.num_samples)
         case "urls":
-            assert config.source.urls is not None
-            return _entries(config, len(url_source.UrlList(config.source.urls)))
+            assert source.urls is not None
+            return _entries(config, len(url_source.UrlList(source.urls)))
+        case "tars":
+            assert source.tars is not None
+            names = [job.name for job in tar_source.jobs(source.tars)]
+            probe = functools.partial(tar_source.probe_jobs, source.tars)
+            return Entries(tar_source.num_entries(source.tars), names, probe)
+        case "folder":
+            assert source.folder is not None
+            names = [job.name for job in folder_source.jobs(source.folder, size)]
+            probe = functools.partial(folder_source.probe_jobs, source.folder)
+            return Entries(folder_source.num_entries(source.folder), names, probe)
+        case "parquet":
+            assert source.parquet is not None
+            names = [job.name for job in parquet_source.jobs(source.parquet, size)]
+            probe = functools.partial(parquet_source.probe_jobs, source.parquet)
+            return Entries(parquet_source.num_entries(source.parquet), names, probe)
 
 
 def probe_stages(config: WorkflowConfig) -> Callable[[Path], list[ShardStage]]:
@@ -185,6 +215,8 @@ def _source(config: WorkflowConfig, digests: Digests) -> ShardStage:
             )
             identities = [digests.url(file.url, source.urls.options) for file in listed.files]
             fields["source.urls.path"] = digest_of(identities)
+        case other:
+            raise AssertionError(f"{other} needs no lists")
     fields |= {"source.kind": source.kind, "source.shard_size": source.shard_size}
     starts = range(0, number, source.shard_size)
     jobs = tuple(
@@ -195,7 +227,39 @@ def _source(config: WorkflowConfig, digests: Digests) -> ShardStage:
     return ShardStage("source", fields, folder, (), worker, arguments, source.actors, jobs)
 
 
-def _ingest(config: WorkflowConfig, source: Stage) -> ShardStage:
+def _ingest(config: WorkflowConfig, source: Stage | None) -> ShardStage:
+    return _read(config) if source is None else _download(config, source)
+
+
+def _read(config: WorkflowConfig) -> ShardStage:
+    """Ingest of what needs no download: the first stage of its workflow."""
+    source, settings = config.source, config.ingest
+    match source.kind:
+        case "tars":
+            assert source.tars is not None
+            jobs, fields = tar_source.jobs(source.tars), tar_source.fingerprint_fields(source.tars, settings)
+            worker, place = tar_source.TarWorker, source.tars
+        case "folder":
+            assert source.folder is not None
+            jobs = folder_source.jobs(source.folder, source.shard_size)
+            fields = folder_source.fingerprint_fields(source.folder, settings)
+            worker, place = folder_source.FolderWorker, source.folder
+        case "parquet":
+            assert source.parquet is not None
+            jobs = parquet_source.jobs(source.parquet, source.shard_size)
+            fields = parquet_source.fingerprint_fields(source.parquet, settings)
+            worker, place = parquet_source.ParquetWorker, source.parquet
+        case other:
+            raise AssertionError(f"{other} is downloaded")
+    fields |= {"source.kind": source.kind}
+    if source.kind != "tars":
+        fields |= {"source.shard_size": source.shard_size}
+    arguments = {"config": place, "ingest": settings}
+    folder = config.data_folder / "ingest"
+    return ShardStage("ingest", fields, folder, (), worker, arguments, settings.actors, jobs)
+
+
+def _download(config: WorkflowConfig, source: Stage) -> ShardStage:
     is_embedded = config.source.kind == "scenes"
 
     @contextmanager
@@ -209,17 +273,27 @@ def _ingest(config: WorkflowConfig, source: Stage) -> ShardStage:
     settings = config.ingest
     if is_embedded:
         settings = settings.model_copy(update={"allow_private_addresses": True})
+    arguments = {"source": source.folder, "config": settings, "num_actors": settings.actors.num_actors or 1}
     return ShardStage(
         "ingest",
         ingest.fingerprint_fields(config.ingest),
         config.data_folder / "ingest",
         (source,),
         ingest.IngestWorker,
-        {"source": source.folder, "config": settings},
-        settings.actors,
+        arguments,
+        settings.actors.model_copy(update={"deadline_sec": _deadline_sec(config)}),
         reaches_out=not is_embedded,
         surround=surround,
     )
+
+
+def _deadline_sec(config: WorkflowConfig) -> float:
+    """Of a shard of downloads: as given, or far longer than its slowest servers could make it last."""
+    settings = config.ingest
+    if settings.actors.deadline_sec is not None:
+        return settings.actors.deadline_sec
+    waits = settings.retry_backoff_sec * 2**settings.retries + settings.timeout_sec * (settings.retries + 1)
+    return 600 + 2 * waits * config.source.shard_size / settings.num_threads
 
 
 def _judge(config: WorkflowConfig, raw: Stage) -> ShardStage:
