@@ -11,8 +11,7 @@ import io
 import math
 import tarfile
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,60 +98,59 @@ def probe(stages: Sequence[ShardStage], entries: Entries, num_samples: int) -> d
     Raises:
         Whatever a worker raises: a configuration that fails on the probe fails on all of it.
     """
+    from transformers.utils.logging import disable_progress_bar
+
+    # the table is what people wait for, not how models load
+    disable_progress_bar()
     rates: dict[str, Rates] = {}
     outputs: dict[str, StageOutput] = {}
     for stage in stages:
         if not stage.upstream:
-            jobs = []
-            for index, (name, share) in enumerate(PROBE_SHARDS.items()):
-                wanted = max(1, round(num_samples * share))
-                jobs += [
-                    dataclasses.replace(job, name=f"{name}{part or ''}")
-                    for part, job in enumerate(entries.probe(wanted, index))
-                ]
-            stage = dataclasses.replace(stage, first_jobs=tuple(jobs))
-        names = stage.shard_names(outputs)
-        todo = list(stage.jobs(outputs, set(names), {}))
-        with stage.surround() as more:
-            worker = stage.worker(folder=stage.folder, **stage.arguments, **more)
-            sidecars: list[Sidecar] = []
-            for index, job in enumerate(todo):
-                if index == 0 and not stage.reaches_out:
-                    # the first batch of a model also pays for its set-up
-                    worker(job)
-                sidecars.append(worker(job))
-        start = time.perf_counter()
-        shards = ShardTable.of(sidecars)
+            stage = dataclasses.replace(stage, first_jobs=tuple(_probe_jobs(entries, num_samples)))
+        shards = ShardTable.of(_work(stage, outputs))
         files = stage.finish(stage.folder, shards)
-        given = {
-            sidecar.name: (
-                sidecar.samples + sum(sidecar.drops.values())
-                if not stage.upstream
-                else outputs[stage.upstream[0].name].shards[index].samples
-            )
-            for index, sidecar in enumerate(sidecars)
-        }
-        outputs[stage.name] = output = complete(stage, shards, files, outputs, time.perf_counter() - start)
+        outputs[stage.name] = output = complete(stage, shards, files, outputs, seconds=0.0)
+        if stage.upstream:
+            given = outputs[stage.upstream[0].name].shards.column("samples")
+        else:
+            given = [shard.samples + sum(shard.drops.values()) for shard in shards]
         whole_bytes = sum(file.bytes for file in output.manifest.files.values())
-        rates[stage.name] = _rates(stage, sidecars, given, whole_bytes)
+        rates[stage.name] = _rates(stage, list(shards), given, whole_bytes)
     return rates
 
 
-def _rates(
-    stage: ShardStage, sidecars: Sequence[Sidecar], given: Mapping[str, int], whole_bytes: int
-) -> Rates:
-    num_given = max(1, sum(given.values()))
+def _probe_jobs(entries: Entries, num_samples: int) -> Iterator[ShardJob]:
+    for index, (name, share) in enumerate(PROBE_SHARDS.items()):
+        wanted = max(1, round(num_samples * share))
+        for part, job in enumerate(entries.probe(wanted, index)):
+            yield dataclasses.replace(job, name=f"{name}{part or ''}")
+
+
+def _work(stage: ShardStage, outputs: Mapping[str, StageOutput]) -> Iterator[Sidecar]:
+    """Makes a stage's probe shards, in this process."""
+    jobs = stage.jobs(outputs, set(stage.shard_names(outputs)), {})
+    with stage.surround() as more:
+        worker = stage.worker(folder=stage.folder, **stage.arguments, **more)
+        for index, job in enumerate(jobs):
+            if index == 0 and not stage.reaches_out:
+                # the first batch of a model also pays for its set-up
+                worker(job)
+            yield worker(job)
+
+
+def _rates(stage: ShardStage, sidecars: Sequence[Sidecar], given: Sequence[int], whole_bytes: int) -> Rates:
+    num_given = max(1, sum(given))
     num_kept = sum(sidecar.samples for sidecar in sidecars)
     has_tar = sidecars[0].file.endswith(".tar")
     content = 0
     points: list[tuple[int, int]] = []
-    for sidecar in sidecars:
+    for sidecar, number in zip(sidecars, given, strict=True):
         other = sum(file.bytes for file in sidecar.files.values())
         if has_tar:
             content += tar_content_bytes(stage.folder.read(sidecar.file))
         else:
             other += sidecar.bytes
-        points.append((given[sidecar.name], other))
+        points.append((number, other))
     slope, fixed = _line(points)
     return Rates(
         kept=num_kept / num_given,
