@@ -9,10 +9,12 @@ gc       list what no workflow refers to; --delete removes it
 """
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from pipelines.config import WorkflowConfig, load_config, to_yaml
 from pipelines.inspection import describe, states
@@ -164,8 +166,20 @@ def main() -> int:
     except (ValueError, StageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the finished shards are kept", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 
+def terminate(number: int, frame: object) -> NoReturn:
+    """Ends the process by way of every `finally`, so that Ray and the servers are stopped; a repeated signal
+    does not cut that short.
+    """
+    signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())

@@ -7,7 +7,9 @@ a while; a shard that raises anything else is reported at the end, when all othe
 
 import errno
 import os
+import signal
 import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -39,6 +41,7 @@ TRANSIENT_ERRNOS = {
 MAX_CONCURRENCY = 2
 """Threads of an actor: the most that a worker's `concurrency` can ask for."""
 MAX_FAILED_STARTS = 3
+"""How often in a row the actor in one place of a pool may die before it is ready."""
 NO_ACTOR_SEC = 600.0
 """How long a stage waits for its first actor to start, before it gives up."""
 
@@ -130,6 +133,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         "log_to_driver": config.log_to_driver,
         "logging_level": "ERROR",
     }
+    inherited: dict[str, str] = {}
     if address:
         settings["address"] = address
     else:
@@ -145,9 +149,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         root = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         inherited = {"PYTHONPATH": path, "NO_ALBUMENTATIONS_UPDATE": "1"}
-        with _environment(inherited):
-            ray.init(**settings)
-    if address:
+    with _environment(inherited), _signal_kept():
         ray.init(**settings)
     try:
         yield
@@ -178,6 +180,17 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _signal_kept() -> Iterator[None]:
+    """Ray puts its own handler of SIGTERM in the place of ours, to end the process with another status."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 class _ShardActor:
@@ -276,8 +289,12 @@ class _Slot:
     is_ready: bool = False
     jobs: dict[str, ShardJob] = field(default_factory=dict)
     """In flight, by name."""
+    failed_starts: int = 0
+    """Actors before it, in a row, that died before they were ready."""
     overdue: str | None = None
     """The shard for which it was killed."""
+    is_shared: bool = False
+    """Whether more than one shard was in flight when it died."""
 
 
 class _ShardRun:
@@ -298,20 +315,19 @@ class _ShardRun:
         """Shards that were in flight when an actor died: they run alone, so that the next death names the
         culprit.
         """
-        self.failed_starts = 0
         self.slots: list[_Slot] = []
         self.in_flight: dict[Any, tuple[_Slot, ShardJob | None, float]] = {}
         self.waits_since = time.monotonic()
 
-    def start_actor(self) -> None:
-        slot = _Slot(self.pool.take(self.actors))
+    def start_actor(self, failed_starts: int = 0) -> None:
+        slot = _Slot(self.pool.take(self.actors), failed_starts=failed_starts)
         self.slots.append(slot)
         ref = slot.actor.warm.remote(self.worker_class, self.arguments)
         self.in_flight[ref] = (slot, None, time.monotonic())
 
     @property
     def is_busy(self) -> bool:
-        return bool(self.waiting or self.delayed or any(slot.jobs for slot in self.slots))
+        return bool(self.waiting or self.delayed or any(job for _, job, _ in self.in_flight.values()))
 
     def assign(self) -> None:
         """Gives waiting shards to actors that have room."""
@@ -326,8 +342,6 @@ class _ShardRun:
                 self.in_flight[slot.actor.run.remote(job)] = (slot, job, time.monotonic())
 
     def _has_room(self, slot: _Slot) -> bool:
-        if slot.overdue is not None:
-            return False
         if self.waiting[0].name in self.suspects or not self.suspects.isdisjoint(slot.jobs):
             return not slot.jobs
         return len(slot.jobs) < self.concurrency
@@ -366,7 +380,7 @@ class _ShardRun:
             self._died(slot, job, error)
         else:
             if job is None:
-                slot.is_ready = True
+                slot.is_ready, slot.failed_starts = True, 0
                 return False
             del slot.jobs[job.name]
             self.suspects.discard(job.name)
@@ -386,36 +400,43 @@ class _ShardRun:
     def _died(self, slot: _Slot, job: ShardJob | None, error: BaseException) -> None:
         """The actor or its node is gone: what it held goes back, and another actor is asked for."""
         if slot in self.slots:
-            self.slots.remove(slot)
-            if job is None:
-                self.failed_starts += 1
-                if self.failed_starts > MAX_FAILED_STARTS:
-                    raise StageError(
-                        f"stage {self.stage}: its actors die while they start: {_brief(error)}"
-                    ) from error
-            self.start_actor()
+            slot.is_shared = len(slot.jobs) > 1
+            failed_starts = 0 if slot.is_ready else slot.failed_starts + 1
+            if failed_starts > MAX_FAILED_STARTS:
+                raise StageError(
+                    f"stage {self.stage}: its actors die while they start: {_brief(error)}"
+                ) from error
+            self._replace(slot, failed_starts)
         if job is None:
             return
         slot.jobs.pop(job.name, None)
-        if slot.overdue is not None:
-            if job.name != slot.overdue:
-                self.waiting.appendleft(job)
-            else:
-                self._failed(job, f"took longer than deadline_sec {self.actors.deadline_sec:g}", again=True)
-            return
-        self.suspects.add(job.name)
-        self._failed(job, f"its actor died: {_brief(error)}", again=True)
+        if slot.overdue == job.name:
+            self._failed(job, f"took longer than deadline_sec {self.actors.deadline_sec:g}", again=True)
+        elif slot.overdue is not None:
+            self.waiting.appendleft(job)
+        elif slot.is_shared:
+            self.suspects.add(job.name)
+            self.waiting.appendleft(job)
+        else:
+            self.suspects.add(job.name)
+            self._failed(job, f"its actor died: {_brief(error)}", again=True)
 
-    def kill_overdue(self) -> None:
+    def _replace(self, slot: _Slot, failed_starts: int = 0) -> None:
+        """Asks for another actor; the old one, out of reach or overdue, must not keep its resources."""
         import ray
 
+        self.slots.remove(slot)
+        ray.kill(slot.actor)
+        self.start_actor(failed_starts)
+
+    def kill_overdue(self) -> None:
         if self.actors.deadline_sec is None:
             return
         now = time.monotonic()
         for slot, job, start in list(self.in_flight.values()):
-            if job is not None and slot.overdue is None and now - start > self.actors.deadline_sec:
+            if job is not None and slot in self.slots and now - start > self.actors.deadline_sec:
                 slot.overdue = job.name
-                ray.kill(slot.actor)
+                self._replace(slot)
 
     def check_progress(self) -> None:
         """Raises StageError where no actor has come up for long: the cluster is full, or has shrunk."""
@@ -432,7 +453,7 @@ class _ShardRun:
         import ray
 
         for slot in self.slots:
-            if slot.is_ready and not slot.jobs and slot.overdue is None:
+            if slot.is_ready and not slot.jobs:
                 self.pool.give_back(slot.actor, self.actors)
             else:
                 ray.kill(slot.actor)
