@@ -201,16 +201,16 @@ class ColumnDataset:
             folder = self._caption_column(absent[0]).folder
             raise ValueError(
                 f"caption_weights: no sample of {folder} has a member {absent[0]!r}; "
-                f"the first has {self._first_members()}"
+                f"it has {self._known_captions()}"
             )
 
-    def _first_members(self) -> list[str]:
-        """Names of the captions of the first sample that has one in the captions column."""
+    def _known_captions(self) -> list[str]:
+        """Names of the captions in the column's first shard that has any."""
         assert self.captions is not None
         for name in self.names:
-            if members := list(scan_tar(self.captions.folder / name)):
-                key = members[0].split(".", 1)[0]
-                return [member.removeprefix(f"{key}.") for member in members if member.startswith(f"{key}.")]
+            names = {member.partition(".")[2] for member in scan_tar(self.captions.folder / name)}
+            if captions := sorted(name for name in names if name.endswith(f".{CAPTION}")):
+                return captions
         return []
 
     def _check_shards(self) -> None:
