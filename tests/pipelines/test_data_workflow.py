@@ -1,47 +1,27 @@
 """Scenes to features on a real local Ray: exact counts, nothing done twice, the same bytes whoever works."""
 
-from pathlib import Path
+import io
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from running import DATA_STAGES, data_files, found, manifests, ran, run_all, statuses
 
-from pipelines import store
-from pipelines.stages import build_stages
-from pipelines.store import Manifest
-from pipelines.workflow import run, states
+from pipelines.tars import read_samples
 
 pytestmark = pytest.mark.ray
-DATA_STAGES = ["source", "ingest", "curate", "latents", "features"]
-
-
-def run_all(config, pool) -> tuple[dict[str, Manifest], list[str]]:
-    said: list[str] = []
-    config.root.mkdir(exist_ok=True)
-    results = run(build_stages(config), config.root, config.ray, said.append, pool)
-    return {result.name: result.manifest for result in results}, said
-
-
-def data_bytes(root: Path) -> dict[str, bytes]:
-    """Every data file, by its path under the root."""
-    kinds = {".tar", ".parquet", ".safetensors"}
-    return {
-        str(path.relative_to(root)): path.read_bytes()
-        for path in sorted(root.rglob("*"))
-        if path.suffix in kinds
-    }
+CAPTION_CHARS = "curate.max_caption_chars 1000 -> 60"
 
 
 def test_counts_columns_and_a_second_run(pool, make_config):
     config = make_config()
-    manifests, said = run_all(config, pool)
-    assert list(manifests) == DATA_STAGES
-    assert manifests["source"].samples == 40
+    results, _ = run_all(config, pool)
+    made = manifests(results)
+    assert list(made) == DATA_STAGES
     # nothing lost: every entry of the list is a sample or a counted drop
-    assert manifests["ingest"].drops == {"http_404": 2, "undecodable_image": 2}
-    assert manifests["ingest"].samples == 36
-    assert manifests["curate"].drops == {"empty_caption": 2}
-    assert manifests["curate"].samples == manifests["latents"].samples == manifests["features"].samples == 34
+    assert made["ingest"].drops == {"http_404": 2, "undecodable_image": 2}
+    assert made["curate"].drops == {"empty_caption": 2}
+    assert [one.samples for one in made.values()] == [40, 36, 36, 34, 34, 34]
     listed = [
         pq.read_table(path).to_pylist() for path in sorted((config.root / "ingest").glob("*.drops.parquet"))
     ]
@@ -50,13 +30,14 @@ def test_counts_columns_and_a_second_run(pool, make_config):
         == ["http_404"] * 2 + ["undecodable_image"] * 2
     )
 
-    check_columns(config, manifests)
+    check_columns(config, results)
 
     before = {path: path.stat().st_mtime_ns for path in config.root.rglob("*") if path.is_file()}
     _, said = run_all(config, pool)
     assert said == [
         "source: fresh, skipped (4 shards, 40 samples)",
         "ingest: fresh, skipped (4 shards, 36 samples, dropped: http_404 2, undecodable_image 2)",
+        "judge: fresh, skipped (4 shards, 36 samples)",
         "curate: fresh, skipped (4 shards, 34 samples, dropped: empty_caption 2)",
         "latents: fresh, skipped (4 shards, 34 samples)",
         "features: fresh, skipped (4 shards, 34 samples)",
@@ -64,12 +45,10 @@ def test_counts_columns_and_a_second_run(pool, make_config):
     assert before == {path: path.stat().st_mtime_ns for path in config.root.rglob("*") if path.is_file()}
 
 
-def check_columns(config, manifests: dict[str, Manifest]) -> None:
+def check_columns(config, results) -> None:
     """Same keys, same order; values are those of the models called directly; statistics are of what is
     stored.
     """
-    import io
-
     import torch
     from PIL import Image
 
@@ -81,19 +60,16 @@ def check_columns(config, manifests: dict[str, Manifest]) -> None:
     encoder = RepresentationEncoder.from_pretrained(config.train.model.encoder.path)
     mllm = MLLM.from_pretrained(config.train.model.mllm)
     stored = []
-    for shard in manifests["curate"].shards:
+    for index, name in enumerate(results["curate"].output.shards.names):
         images, latents, features = (
-            list(
-                store.read_samples(
-                    config.root / stage / f"{shard.name}.tar", manifests[stage].shards[int(shard.name)]
-                )
-            )
-            for stage in ("curate", "latents", "features")
+            list(read_samples(output.folder, f"{name}.tar", output.shards[index]))
+            for output in (results[stage].output for stage in ("curate", "latents", "features"))
         )
         assert [key for key, _ in images] == [key for key, _ in latents] == [key for key, _ in features]
+        drawn = dict(read_samples(config.data_folder / "source", f"{name}.images.tar"))
         for (key, members), (_, latent), (_, feature) in zip(images, latents, features, strict=True):
             pixels = np.array(Image.open(io.BytesIO(members["png"])))
-            original = Image.open(config.root / "source" / "images" / shard.name / f"{key}.png")
+            original = Image.open(io.BytesIO(drawn[key]["png"]))
             assert np.array_equal(pixels, np.asarray(original)), key
             row = np.load(io.BytesIO(latent["features.npy"]))
             stored.append(row)
@@ -111,52 +87,45 @@ def check_columns(config, manifests: dict[str, Manifest]) -> None:
 
 
 def test_one_or_two_actors_and_a_restart_give_the_same_bytes(pool, make_config):
-    actors = {stage: {"actors": {"num_actors": 1}} for stage in DATA_STAGES}
-    one = make_config("one", **actors)
-    two = make_config("two", **{stage: {"actors": {"num_actors": 2}} for stage in DATA_STAGES})
-    digests = {name: manifest.digest for name, manifest in run_all(one, pool)[0].items()}
-    assert {name: manifest.digest for name, manifest in run_all(two, pool)[0].items()} == digests
-    expected = data_bytes(one.root)
-    assert data_bytes(two.root) == expected
+    sections = ("source", "ingest", "curate", "latents", "features")
+    one, two = (
+        make_config(root, **{section: {"actors": {"num_actors": number}} for section in sections})
+        for root, number in (("one", 1), ("two", 2))
+    )
+    run_all(one, pool)
+    run_all(two, pool)
+    expected = data_files(one.data_folder)
+    assert data_files(two.data_folder) == expected
 
     # as if killed midway: no manifest, a shard without its sidecar, half a shard under a temporary name
     latents = two.root / "latents"
     (latents / "manifest.json").unlink()
     (latents / "00002.json").unlink()
-    (latents / ".00003.x.tmpdir").mkdir()
+    (latents / ".00003.x.tmp").mkdir()
     kept = (latents / "00001.tar").stat().st_mtime_ns
-    assert states(build_stages(two), two.root)["latents"].reason == "1 of 4 shards to do: 00002 missing"
+    assert found(two)["latents"].reason == "1 of 4 shards to do: 00002 missing"
     run_all(two, pool)
-    assert data_bytes(two.root) == expected
+    assert data_files(two.data_folder) == expected
     assert (latents / "00001.tar").stat().st_mtime_ns == kept
-    assert not list(latents.glob(".*.tmp*"))
-
-    # other numbers of actors and batch sizes are no other data
-    assert {state.status for state in states(build_stages(two), two.root).values()} == {"fresh"}
-    more = make_config(
-        "two", latents={"batch_size": 7, "actors": {"num_actors": 3}}, ingest={"num_threads": 2}
-    )
-    assert {state.status for state in states(build_stages(more), two.root).values()} == {"fresh"}
+    assert not list(latents.glob(".*.tmp"))
 
 
 def test_a_changed_field_is_named_and_only_what_follows_is_rebuilt(pool, make_config):
     small = {"source": {"scenes": {"num_samples": 20, "defects": {}}}}
     run_all(make_config(**small), pool)
     changed = make_config(**small, curate={"max_caption_chars": 60})
-    found = states(build_stages(changed), changed.root)
-    assert [found[name].status for name in DATA_STAGES] == ["fresh", "fresh", "stale", "stale", "stale"]
-    for name in ("curate", "latents", "features"):
-        assert found[name].reason == "curate.max_caption_chars 1000 -> 60"
-    _, said = run_all(changed, pool)
-    assert "curate: stale: curate.max_caption_chars 1000 -> 60" in said
-    assert [line.split(":")[0] for line in said if "skipped" in line] == ["source", "ingest"]
+    for name, state in found(changed).items():
+        expected = ("fresh", "") if name in ("source", "ingest") else ("stale", CAPTION_CHARS)
+        assert (state.status, state.reason) == expected
+    results, said = run_all(changed, pool)
+    assert f"judge: stale: {CAPTION_CHARS}" in said
+    assert ran(results) == ["judge", "curate", "latents", "features"]
 
     fewer = make_config(
         **small | {"curate": {"max_caption_chars": 60}, "train": {"model": {"encoder": {"layer": -1}}}}
     )
-    found = states(build_stages(fewer), fewer.root)
-    assert found["latents"].reason == "train.model.encoder.layer -2 -> -1"
-    assert found["features"].status == "fresh"
+    assert found(fewer)["latents"].reason == "train.model.encoder.layer -2 -> -1"
+    assert found(fewer)["features"].status == "fresh"
 
 
 def test_other_weights_make_a_column_stale(pool, make_config, models, tmp_path):
@@ -175,9 +144,9 @@ def test_other_weights_make_a_column_stale(pool, make_config, models, tmp_path):
     run_all(config, pool)
     # the same bytes elsewhere are the same encoder
     settings["train"] = {"model": {"encoder": {"path": models["tower"]}}}
-    assert states(build_stages(make_config(**settings)), config.root)["latents"].status == "fresh"
+    assert statuses(make_config(**settings))["latents"] == "fresh"
     tensors = load_file(tower / "model.safetensors")
     name = next(iter(tensors))
     save_file({**tensors, name: tensors[name] + 1}, tower / "model.safetensors", metadata={"format": "pt"})
-    state = states(build_stages(config), config.root)["latents"]
+    state = found(config)["latents"]
     assert state.status == "stale" and state.reason.startswith("train.model.encoder.path ")

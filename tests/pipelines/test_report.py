@@ -4,14 +4,17 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pipelines.charts import Line, chart, ticks
+from pipelines.manifest import Manifest, ShardTable, write_output
 from pipelines.report import read_workflow, write_report
-from pipelines.store import Manifest, Sidecar, write_manifest
+from pipelines.storage import Folder
+from pipelines.store import Sidecar
 from repfusion.columns import manifest_digest
 from repfusion.evaluation import Evaluation, EvaluationConfig, gallery, score_images
 from repfusion.evaluation.checkpoints import ScoredPrompt
@@ -19,7 +22,9 @@ from repfusion.scenes.captions import held_out_prompts
 from repfusion.tracking import Tracker, TrackingConfig
 
 
-def manifest(stage: str, upstream: dict[str, str], samples: int, drops: dict[str, int]) -> Manifest:
+def write_stage(
+    root: Path, stage: str, upstream: dict[str, str], samples: int, drops: dict[str, int]
+) -> None:
     shard = Sidecar(
         name="00000",
         file="00000.tar",
@@ -33,20 +38,24 @@ def manifest(stage: str, upstream: dict[str, str], samples: int, drops: dict[str
         seconds=1.5,
         versions={},
     )
-    return Manifest(
-        schema=1,
+    shards = ShardTable.of([shard])
+    manifest = Manifest(
         stage=stage,
         fingerprint=stage * 8,
         fields={f"{stage}.<odd> & name": 3},
         upstream=upstream,
         lineage={},
-        shards=[shard],
+        num_shards=1,
         samples=samples,
+        bytes=shards.bytes,
+        shards_digest=shards.digest,
         drops=drops,
         seconds=61.5,
+        shard_seconds=1.5,
         files={},
         extra={},
     )
+    write_output(Folder.at(root / stage), manifest, shards)
 
 
 def write_evaluation(folder, step: int, num_right: int) -> None:
@@ -72,12 +81,9 @@ def write_evaluation(folder, step: int, num_right: int) -> None:
 def workflow(tmp_path_factory):
     """A finished workflow with a tracked training, two evaluations and a stage that is not complete."""
     tmp_path = tmp_path_factory.mktemp("workflow")
-    write_manifest(tmp_path / "latents", manifest("latents", {"curate": "x"}, 3_955, {}))
-    write_manifest(tmp_path / "ingest", manifest("ingest", {}, 4_000, {"http_404": 7}))
-    write_manifest(
-        tmp_path / "curate",
-        manifest("curate", {"ingest": "x"}, 3_960, {"caption <empty>": 3, "undecodable": 37}),
-    )
+    write_stage(tmp_path, "latents", {"curate": "x"}, 3_955, {})
+    write_stage(tmp_path, "ingest", {}, 4_000, {"http_404": 7})
+    write_stage(tmp_path, "curate", {"ingest": "x"}, 3_960, {"caption <empty>": 3, "undecodable": 37})
     (tmp_path / "features").mkdir()
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     tracker = Tracker(TrackingConfig(uri=uri))
@@ -158,7 +164,7 @@ def test_names_the_data_as_the_tracked_run_does(workflow):
 
 
 def test_data_alone_is_a_report_too(tmp_path):
-    write_manifest(tmp_path / "ingest", manifest("ingest", {}, 10, {}))
+    write_stage(tmp_path, "ingest", {}, 10, {})
     page = write_report(tmp_path).read_text()
     assert "<b>ingest</b>" in page
     assert "<h2>Scores" not in page and "<h2>Training" not in page

@@ -12,7 +12,10 @@ from tiny_training import make_columns, make_foundation, tiny_train
 
 from pipelines.config import WorkflowConfig
 from pipelines.evaluate import EvaluateConfig, EvaluationScheduler, finished, run_evaluate
+from pipelines.manifest import Manifest, ShardTable, write_output
 from pipelines.pool import StageError
+from pipelines.storage import Folder
+from pipelines.store import SCHEMA, Sidecar
 from pipelines.train import launch, run_train
 from repfusion.columns import manifest_digest
 from repfusion.tracking import TrackingConfig, metric_history
@@ -110,16 +113,17 @@ def test_another_configuration_is_scored_again(tmp_path: Path):
 
 
 def test_the_digest_is_that_of_the_manifest(tmp_path: Path):
-    from pipelines.store import Manifest, Sidecar, write_manifest
-
     sidecar = Sidecar(
         name="00000", file="00000.tar", fingerprint="f", inputs={}, samples=1, bytes=2, sha256="s", drops={},
         files={}, seconds=1.5, versions={"torch": "2"},
     )  # fmt: skip
+    shards = ShardTable.of([sidecar])
     manifest = Manifest(
-        schema=1, stage="latents", fingerprint="f", fields={"ü": 1.5}, upstream={}, lineage={},
-        shards=[sidecar], samples=1, drops={}, seconds=3.0, files={}, extra={},
+        stage="latents", fingerprint="f", fields={"ü": 1.5}, upstream={}, lineage={}, num_shards=1,
+        samples=1, bytes=2, shards_digest=shards.digest, drops={}, seconds=3.0, shard_seconds=1.5, files={},
+        extra={},
     )  # fmt: skip
-    write_manifest(tmp_path, manifest)
+    write_output(Folder.at(tmp_path), manifest, shards)
     assert manifest_digest(tmp_path) == manifest.digest
-    assert json.loads((tmp_path / "manifest.json").read_text())["seconds"] == 3.0
+    written = json.loads((tmp_path / "manifest.json").read_text())
+    assert (written["seconds"], written["schema"]) == (3.0, SCHEMA)
