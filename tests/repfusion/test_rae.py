@@ -9,12 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from tiny_training import tiny_model
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
+from repfusion.checkpoint import load_checkpoint, save_checkpoint
+from repfusion.flow import shift_factor
+from repfusion.generate import generate
+from repfusion.model import Generator
 from repfusion.rae.decoder import RAEDecoder, RAEDecoderConfig, sin_cos_positions
 from repfusion.rae.encoder import RepresentationEncoder, weights_digest
 from repfusion.rae.geometry import TowerGeometry, tower_geometry
 from repfusion.rae.statistics import LatentStatistics
+from repfusion.sampler import SamplerConfig
 
 
 @pytest.fixture
@@ -83,6 +89,32 @@ def test_the_towers_own_size_interpolates_nothing(clip_tower, pixels):
     assert torch.equal(own(pixels), asked(pixels))
     table = CLIPVisionModel.from_pretrained(clip_tower).embeddings.position_embedding.weight
     assert torch.equal(asked.tower.embeddings.position_embedding.weight, table)
+
+
+def test_a_model_at_another_size_is_saved_loads_and_generates(foundation, tmp_path):
+    """Grid, shift and checkpoint follow; a decoder of the tower's own grid is refused by name."""
+    config = tiny_model(foundation)
+    wide = config.model_copy(update={"encoder": config.encoder.model_copy(update={"image_size": 48})})
+    encoder = wide.encoder.load()
+    statistics = LatentStatistics.empty(encoder.num_tokens, encoder.feature_dim)
+    statistics.update(encoder(torch.rand(4, 3, 48, 48, generator=torch.Generator().manual_seed(0))))
+    generator = Generator.build(wide, statistics)
+    assert (generator.grid, generator.latent_shape) == ((3, 3), (9, 16))
+    assert generator.shift == shift_factor(9, 16)
+    with pytest.raises(ValueError, match=r"\(\(2, 2\), 16\), the model makes \(\(3, 3\), 16\)"):
+        generator.load_decoder()
+    decoder = RAEDecoderConfig(feature_dim=16, grid=(3, 3), patch_size=16, hidden_size=16, depth=1)
+    RAEDecoder(decoder).save_pretrained(tmp_path / "decoder")
+    wide = wide.model_copy(update={"decoder": tmp_path / "decoder"})
+    generator = Generator.build(wide, statistics)
+    save_checkpoint(tmp_path / "step_00000001", generator, generator.trainable_state())
+    loaded = load_checkpoint(tmp_path / "step_00000001")
+    assert loaded.config.encoder.image_size == 48
+    sampler = SamplerConfig(num_steps=2)
+    images = [generate(g.eval(), g.load_decoder(), ["a red circle"], 3, sampler) for g in (generator, loaded)]
+    assert images[0].shape == (1, 3, 48, 48) and torch.equal(*images)
+    with pytest.raises(ValueError, match=r"features \(9, 16\), the encoder .* gives \(4, 16\) at 32 px"):
+        Generator.build(config, statistics)
 
 
 @pytest.mark.parametrize("image_size, nearest", [(28, 32), (4, 8), (0, 8), (-8, 8)])
