@@ -55,7 +55,7 @@ def perceptual_hash(image: "Image") -> int:
     median.
 
     The bits, first to last, are those of `phash` in the imagehash library, rounding apart. An image of one
-    colour, whichever, has the hash 2^63.
+    colour has the hash 2^63, whichever the colour, and black 0.
     """
     from PIL.Image import Resampling
 
