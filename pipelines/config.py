@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipelines.captions import CaptionsConfig
 from pipelines.curate import CurateConfig
 from pipelines.evaluate import EvaluateConfig
 from pipelines.features import FeaturesConfig
@@ -25,7 +26,7 @@ from pipelines.url_source import UrlsConfig
 from repfusion.train import TrainConfig
 
 StageName = Literal[
-    "source", "ingest", "judge", "curate", "latents", "features", "train", "evaluate", "report"
+    "source", "ingest", "judge", "curate", "captions", "latents", "features", "train", "evaluate", "report"
 ]
 
 
@@ -96,6 +97,8 @@ class WorkflowConfig(BaseModel):
     """Download and resize."""
     curate: CurateConfig = CurateConfig()
     """Which samples stay: stages judge and curate."""
+    captions: CaptionsConfig = CaptionsConfig()
+    """Alternative captions; `train.data.caption_weights` says how often each is drawn."""
     latents: LatentsConfig = LatentsConfig()
     """Encoder features, by `train.model.encoder`."""
     features: FeaturesConfig = FeaturesConfig()
@@ -128,6 +131,8 @@ class WorkflowConfig(BaseModel):
         data = {"images": columns / "curate", "features": columns / "latents"}
         if (train.get("model") or {}).get("conditioning") == "text_embed":
             data["text"] = columns / "features"
+        if (values.get("captions") or {}).get("columns"):
+            data["captions"] = columns / "captions"
         # relative to the working directory, like `root`: MLflow resolves it where the run is started
         tracking = {"uri": f"sqlite:///{root.parent / 'mlflow.db'}", "run_name": root.name}
         followed = {

@@ -76,8 +76,7 @@ def _inspect_shards(
 ) -> State:
     names, inputs = stage.shard_names(above), stage.shard_inputs(above)
     if output is not None and _is_complete(output.shards, names, inputs, sizes):
-        gone = [name for name, file in output.manifest.files.items() if sizes.get(name) != file.bytes]
-        if not gone:
+        if not (gone := _wrong_stage_files(output, sizes)):
             return State("fresh", output=output)
         return State("partial", f"{', '.join(gone)} missing or of another size", kept=tuple(output.shards))
     if output is not None:
@@ -114,6 +113,16 @@ def _is_complete(
         and all(f"{name}.json" in sizes for name in names)
         and all(sizes.get(name) == int(size) for name, size in beside)
     )
+
+
+def _wrong_stage_files(output: StageOutput, sizes: Mapping[str, int]) -> list[str]:
+    wrong = []
+    for name, file in output.manifest.files.items():
+        # the listing leaves out the sizes of sidecars, and of whatever else is called like one
+        unsized = name in sizes and name.endswith(SIDECARS)
+        if (output.folder.size(name) if unsized else sizes.get(name)) != file.bytes:
+            wrong.append(name)
+    return wrong
 
 
 def _problem(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pipelines import (
+    captions,
     curate,
     features,
     folder_source,
@@ -103,6 +104,7 @@ def build_stages(config: WorkflowConfig, started: float | None = None) -> list[S
     last = get_args(StageName).index(config.last_stage)
     absent = {
         "source": not config.source.makes_lists,
+        "captions": not config.captions.columns,
         "features": not config.features.enabled,
     }
     wanted = [name for name in get_args(StageName)[: last + 1] if not absent.get(name)]
@@ -118,10 +120,12 @@ def build_stages(config: WorkflowConfig, started: float | None = None) -> list[S
                 stages[name] = _judge(config, stages["ingest"])
             case "curate":
                 stages[name] = _curate(config, stages["ingest"], stages["judge"])
+            case "captions":
+                stages[name] = _captions(config, stages["curate"], digests)
             case "latents":
                 stages[name] = _latents(config, stages["curate"], digests)
             case "features":
-                stages[name] = _features(config, stages["curate"], digests)
+                stages[name] = _features(config, stages["curate"], stages.get("captions"), digests)
             case "train":
                 stages[name] = _train(config, stages, digests)
             case "evaluate":
@@ -322,6 +326,22 @@ def _curate(config: WorkflowConfig, raw: Stage, judged: Stage) -> ShardStage:
     )
 
 
+def _captions(config: WorkflowConfig, images: Stage, digests: Digests) -> ShardStage:
+    def finish(folder: Folder, shards: ShardTable) -> list[str]:
+        return captions.count_coverage(config.captions, folder, shards)
+
+    return ShardStage(
+        "captions",
+        captions.fingerprint_fields(config.captions, digests.url),
+        config.data_folder / "captions",
+        (images,),
+        captions.CaptionsWorker,
+        {"source": images.folder, "config": config.captions},
+        config.captions.actors,
+        finish=finish,
+    )
+
+
 def _latents(config: WorkflowConfig, images: Stage, digests: Digests) -> ShardStage:
     encoder = config.train.model.encoder
     digest = digests.folder(encoder.path, "train.model.encoder.path")
@@ -344,19 +364,23 @@ def _latents(config: WorkflowConfig, images: Stage, digests: Digests) -> ShardSt
     )
 
 
-def _features(config: WorkflowConfig, images: Stage, digests: Digests) -> ShardStage:
-    model = config.train.model
+def _features(config: WorkflowConfig, images: Stage, others: Stage | None, digests: Digests) -> ShardStage:
+    """`others` is the stage of alternative captions."""
+    model, names = config.train.model, tuple(config.captions.columns)
     digest = digests.folder(model.mllm, "train.model.mllm")
     arguments = {
         "source": images.folder,
         "config": config.features,
         "mllm": model.mllm,
         "mllm_dtype": model.mllm_dtype,
+        "captions": None if others is None else others.folder,
+        "names": names,
     }
-    fields = features.fingerprint_fields(digest, model.mllm_dtype)
+    fields = features.fingerprint_fields(digest, model.mllm_dtype, config.features, names)
     folder = config.data_folder / "features"
+    above = (images,) if others is None else (images, others)
     return ShardStage(
-        "features", fields, folder, (images,), features.FeaturesWorker, arguments, config.features.actors
+        "features", fields, folder, above, features.FeaturesWorker, arguments, config.features.actors
     )
 
 
@@ -371,7 +395,10 @@ def _train(config: WorkflowConfig, stages: Mapping[str, Stage], digests: Digests
         "train.init_from": config.train.init_from,
     }.items():
         fields[key] = None if path is None else digests.folder(path, key)
+    fields["train.data.caption_weights"] = config.train.data.caption_weights
     upstream = [stages["curate"], stages["latents"]]
+    if config.train.data.captions is not None and "captions" in stages:
+        upstream.append(stages["captions"])
     if config.train.data.text is not None and "features" in stages:
         upstream.append(stages["features"])
 
