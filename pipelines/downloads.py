@@ -204,7 +204,7 @@ def _explained(error: BaseException, timeout: float) -> DownloadError:
         case OSError():
             return DownloadError("connection_error", error.strerror or type(error).__name__)
         case http.client.InvalidURL() | ValueError():
-            return DownloadError("invalid_url", str(error))
+            return DownloadError("invalid_url", type(error).__name__)
     return DownloadError("bad_response", type(error).__name__)
 
 

@@ -9,11 +9,11 @@ import io
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, Self
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -244,10 +244,11 @@ class _Spool:
 
     def write(self, img_str: bytes | None, key: str, caption: str | None, meta: dict[str, Any]) -> None:
         position = int(key)
-        self.records[position] = meta
         if img_str is not None:
             self._places[position] = (self._stream.tell(), len(img_str))
             self._stream.write(img_str)
+        # last: img2dataset goes on where this raises, and a row without a record is noticed
+        self.records[position] = meta
 
     def close(self) -> None:
         self._stream.flush()
@@ -293,6 +294,10 @@ class _Earlier:
             return None
         return cls(sidecar, drops) if sorted([*found, *drops]) == sorted(keys) else None
 
+    def dropped_for(self, reasons: Container[str]) -> list[str]:
+        """Keys, in order."""
+        return sorted(key for key, (reason, _) in self.drops.items() if reason in reasons)
+
 
 class IngestWorker:
     """Makes `NAME.tar` and `NAME.drops.parquet` from `NAME.parquet` (key, url, caption, anything more goes
@@ -333,26 +338,23 @@ class IngestWorker:
         with self.source.open(f"{job.name}.parquet") as stream:
             rows = pq.read_table(stream)
         keys: list[str] = rows["key"].to_pylist()
-        earlier, tried = None, keys
+        tried, earlier = keys, None
         if reasons := job.arguments.get("retry"):
             earlier = _Earlier.read(self.folder, job, keys)
-        if earlier is not None:
-            again = {key for key, (reason, _) in earlier.drops.items() if reason in reasons}
-            if not again:
-                return earlier.sidecar
-            tried = [key for key in keys if key in again]
+        if earlier is not None and not (tried := earlier.dropped_for(reasons)):
+            return earlier.sidecar
         with (
             ShardCommit(self.folder, job.name, job.fingerprint, job.inputs, PACKAGES) as commit,
             self.folder.staging(f"{job.name}.downloads") as scratch,
             (scratch / "images").open("w+b") as stream,
         ):
             spool = _Spool(stream)
-            positions = {key: position for position, key in enumerate(keys)}
-            self._download(rows["url"].take([positions[key] for key in tried]).to_pylist(), scratch, spool)
+            urls = dict(zip(keys, rows["url"].to_pylist(), strict=True))
+            self._download([urls[key] for key in tried], scratch, spool)
             if lost := [key for position, key in enumerate(tried) if position not in spool.records]:
                 raise ShardError(
                     f"shard {job.name}: img2dataset reports nothing about {len(lost)} of {len(tried)} rows, "
-                    f"first {lost[0]}; re-run"
+                    f"first {lost[0]}; its actor's log may say why; re-run"
                 )
             self._write(rows, tried, spool, earlier, commit)
             commit.check_drops(self.config.max_drop_fraction)
@@ -367,12 +369,19 @@ class IngestWorker:
             return None, None, None, None, None, str(error)
         return data, *(sizes[name] for name in SIZES), None
 
+    def _absolute(self, url: str) -> str:
+        try:
+            urlsplit(url)
+        except ValueError:
+            return ""  # http://[ and its like, of which img2dataset says something else each
+        return urljoin(self.base_url, url)
+
     def _download(self, urls: list[str], scratch: Path, spool: _Spool) -> None:
         """Runs img2dataset on the addresses as its shard 0."""
         import pyarrow as pa
         from img2dataset.downloader import Downloader
 
-        listed = pa.table({"url": pa.array([urljoin(self.base_url, url) for url in urls], pa.string())})
+        listed = pa.table({"url": pa.array([self._absolute(url) for url in urls], pa.string())})
         arrow = scratch / "urls.arrow"
         with pa.OSFile(str(arrow), "wb") as stream, pa.ipc.new_file(stream, listed.schema) as writer:
             writer.write_table(listed)

@@ -1,6 +1,8 @@
 """What a download may do: whom it may ask, how much, how long, how often."""
 
 import socket
+import ssl
+import subprocess
 import threading
 import time
 import urllib.request
@@ -154,6 +156,25 @@ def test_broken_connections(server):
 def test_plain_http_where_https_is_asked_for(server):
     port = server.server_address[1]
     assert reason_of(Downloads(LOCAL), f"https://127.0.0.1:{port}/") == "tls_failure"
+
+
+def test_certificates_are_checked(server, tmp_path, monkeypatch):
+    names = "subjectAltName=IP:127.0.0.1"
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=elsewhere -keyout key.pem -out cert.pem"
+    )
+    subprocess.run([*command.split(), "-addext", names], cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.pages |= {"a": shows(b"fine"), "drips": drips}
+    address = server.address.replace("http:", "https:")
+    assert reason_of(Downloads(LOCAL), f"{address}a") == "tls_failure"
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+    trusting = Downloads(LOCAL)
+    assert trusting.open(f"{address}a").read() == b"fine"
+    assert reason_of(trusting, f"{address}drips", timeout=0.5) == "timeout"
+    assert reason_of(trusting, address.replace("127.0.0.1", "localhost") + "a") == "tls_failure"
 
 
 def test_only_what_may_pass_is_tried_again(server):

@@ -115,6 +115,9 @@ def test_each_row_is_a_sample_or_a_counted_drop(tmp_path, server):
         "ftp://127.0.0.1/a": "unsupported_scheme",
         "http://127.0.0.1:1/": "connection_error",
         "mailto:someone": "unsupported_scheme",
+        "http://[": "invalid_url",
+        "http://a b/": "invalid_url",
+        "": "http_404",
     }
     write_list(tmp_path / "lists", list(reasons))
     one = worker(tmp_path, server, timeout_sec=1, max_download_bytes=60_000, max_pixels=80_000)
