@@ -41,8 +41,8 @@ class InputFile:
 def find_inputs(
     path: str, endings: tuple[str, ...], key: str, options: Mapping[str, Any]
 ) -> tuple[InputFile, ...]:
-    """Files at a path (one file, those directly in a folder, or what a pattern with `*` finds), in the order
-    of their names. `key` is where the configuration asks for them.
+    """Files at a path (one file, those directly in a folder that are not hidden, or what a pattern with `*`
+    finds), in the order of their names. `key` is where the configuration asks for them.
 
     Raises:
         ValueError: where there is none, or one of another ending.
@@ -75,7 +75,11 @@ def _find_local(path: str, endings: tuple[str, ...], options: Mapping[str, Any])
     if os.path.isdir(path):
         root, paths = (
             path.rstrip("/"),
-            [entry.path for entry in os.scandir(path) if entry.name.endswith(endings)],
+            [
+                entry.path
+                for entry in os.scandir(path)
+                if entry.name.endswith(endings) and not entry.name.startswith(".")
+            ],
         )
     elif os.path.isfile(path):
         root, paths = os.path.dirname(path), [path]
@@ -98,7 +102,11 @@ def _find_remote(path: str, endings: tuple[str, ...], options: Mapping[str, Any]
         root, entries = _fixed_part(path), list(files.glob(path, detail=True).values())
     else:
         root, entries = path.rstrip("/"), files.ls(path, detail=True) if files.isdir(path) else []
-        entries = [entry for entry in entries if entry["name"].endswith(endings)]
+        entries = [
+            entry
+            for entry in entries
+            if entry["name"].endswith(endings) and not entry["name"].rpartition("/")[2].startswith(".")
+        ]
     # as the file system spells it, with or without a slash of its own
     root = files.unstrip_protocol(files._strip_protocol(root))
     return root, [

@@ -63,6 +63,7 @@ def test_a_shard_for_each_tar_with_unique_ascending_keys(tmp_path):
     write_tar(tmp_path / "in" / "b.tar", samples(0, 3))
     write_tar(tmp_path / "in" / "a.tar", samples(3, 2))
     (tmp_path / "in" / "notes.md").write_text("not a tar")
+    (tmp_path / "in" / "._a.tar").write_text("what a Mac leaves behind")
     sidecars = run(TarsConfig(path=str(tmp_path / "in")), tmp_path / "out")
     assert [(sidecar.name, sidecar.samples, sidecar.drops) for sidecar in sidecars] == [
         ("00000", 2, {}),
@@ -253,3 +254,42 @@ def test_what_decides_the_bytes():
     )
     assert base == same and base["ingest.image_size"] == 32
     assert base != tar_source.fingerprint_fields(TarsConfig(path="a", caption_field="long"), IngestConfig())
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("kind", ["tars", "folder", "parquet"])
+def test_two_actors_give_the_same_bytes(tmp_path, pool, kind):
+    """Every source that needs no download, as the pool runs it."""
+    import pyarrow as pa
+
+    from pipelines import folder_source, parquet_source
+    from pipelines.folder_source import FolderConfig, FolderWorker
+    from pipelines.parquet_source import ParquetConfig, ParquetWorker
+    from pipelines.pool import ActorsConfig, run_shards
+
+    pictures = [picture(colour=["red", "green", "blue"][index % 3]) for index in range(12)]
+    (tmp_path / "in").mkdir()
+    match kind:
+        case "tars":
+            for index in range(3):
+                write_tar(tmp_path / "in" / f"{index}.tar", samples(index, 4))
+            config, worker, listed = TarsConfig(path=str(tmp_path / "in")), TarWorker, jobs
+        case "folder":
+            for index, data in enumerate(pictures):
+                (tmp_path / "in" / f"{index}.jpg").write_bytes(data)
+                (tmp_path / "in" / f"{index}.txt").write_text("x")
+            config, worker = FolderConfig(path=str(tmp_path / "in")), FolderWorker
+            listed = folder_source.jobs
+        case _:
+            pq.write_table(
+                pa.table({"image": pictures, "caption": ["x"] * 12}), tmp_path / "in" / "a.parquet"
+            )
+            config, worker = ParquetConfig(path=str(tmp_path / "in")), ParquetWorker
+            listed = parquet_source.jobs
+    ingest = IngestConfig(image_size=16)
+    todo = listed(config, 4)
+    alone = worker(Folder.at(tmp_path / "alone"), config, ingest)
+    expected = {job.name: alone(job).sha256 for job in todo}
+    arguments = {"folder": Folder.at(tmp_path / "pool"), "config": config, "ingest": ingest}
+    made = run_shards(pool, "ingest", worker, arguments, todo, ActorsConfig(num_actors=2))
+    assert {name: sidecar.sha256 for name, sidecar in made.items()} == expected and len(expected) == 3

@@ -1,5 +1,6 @@
 """Columns of tars -> batches: the join, its checks, and the order."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,17 @@ def test_variants_of_the_caption_are_drawn_by_position(columns: Path):
     drawn = {caption for _, key, caption, _ in rows if key == "000001"}
     assert drawn == set(open_columns(columns)[1].captions["txt"])
     assert rows == read_all(open_columns(columns), 0, 20, micro_batch_size=8)
+
+
+@pytest.mark.parametrize("variants", ["one text", {"a": "b"}, [1, 2]])
+def test_variants_that_are_no_list_of_texts(columns: Path, variants):
+    members = {"txt": b"x", "json": json.dumps({"captions": variants}).encode()}
+    write_tar(columns / "curate" / "00002.tar", [(f"{i:06d}", members) for i in range(16, 20)])
+    dataset = open_columns(columns)
+    with pytest.raises(
+        ValueError, match=r"00002\.tar, key 000017: the json's 'captions' are .*rename the field"
+    ):
+        dataset[17]
 
 
 def test_sizes_that_do_not_divide_are_refused(columns: Path):
