@@ -26,10 +26,19 @@ class Folder:
 
     `url` is a path or `scheme://...`; `options` go to the fsspec file system (an endpoint, a profile;
     credentials belong into the environment). Pickles, so that actors get it as it is.
+
+    Raises:
+        ValueError: for a URL with *, ? or [, which fsspec would take for a pattern, also when it removes.
     """
 
     url: str
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        if not self.is_local and (found := set(self.url) & set("*?[")):
+            raise ValueError(
+                f"{self.url}: a URL of a folder may not hold {' or '.join(sorted(found))}; name another one"
+            )
 
     @classmethod
     def at(cls, place: "str | os.PathLike[str] | Folder") -> "Folder":
@@ -86,13 +95,8 @@ class Folder:
                         known = names_only is not None and name.endswith(names_only)
                         found[name] = 0 if known else entry.stat().st_size
             return found
-        try:
-            entries = self._files.ls(self.url, detail=True)
-        except FileNotFoundError:
-            return found
-        for entry in entries:
-            name = entry["name"].rstrip("/").rpartition("/")[2]
-            if entry["type"] == "file" and name and not name.endswith(TEMPORARY):
+        for name, entry in self._listed("file"):
+            if not name.endswith(TEMPORARY):
                 found[name] = entry["size"]
         return found
 
@@ -107,13 +111,18 @@ class Folder:
                 return {path.name for path in self.path.iterdir() if path.is_dir()}
             except FileNotFoundError:
                 return set()
-        try:
-            entries = self._files.ls(self.url, detail=True)
-        except FileNotFoundError:
-            return set()
-        return {
-            entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"
-        }
+        return {name for name, _ in self._listed("directory")}
+
+    def _listed(self, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Names and entries of a remote folder. S3 consoles make an empty object `x/` for a folder x: it
+        lists itself, as a file within itself.
+        """
+        own = self._files._strip_protocol(self.url).rstrip("/")
+        with suppress(FileNotFoundError):
+            for entry in self._files.ls(self.url, detail=True):
+                path = entry["name"].rstrip("/")
+                if entry["type"] == kind and path != own:
+                    yield path.rpartition("/")[2], entry
 
     def has(self, name: str) -> bool:
         return (self.path / name).is_file() if self.is_local else self._files.isfile(self._at(name))

@@ -1,18 +1,33 @@
 """A local Ray for the session, small models of the real architectures, workflows of a few dozen scenes."""
 
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from running import run_all
 
 from pipelines.config import WorkflowConfig, validate
 from pipelines.pool import ActorPool, RayConfig, ray_session
+from pipelines.storage import Folder
 
 WORDS = (
     "a photo of picture an image drawing there is are draw one two three four and left right above below "
     "to the on over top under beneath circle square triangle cross diamond circles squares triangles "
     "crosses diamonds red green blue yellow purple cyan"
 )
+# before Ray starts, so that its workers inherit what the S3 server's clients need
+for name, value in {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}.items():
+    os.environ[name] = value
+BUCKET = "data"
 
 
 @pytest.fixture(scope="session")
@@ -79,13 +94,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"tower": root / "tower", "llava": root / "llava"}
 
 
-@pytest.fixture
-def make_config(tmp_path: Path, models: dict[str, Path]):
+@pytest.fixture(scope="session")
+def configure(models: dict[str, Path]) -> Callable[..., WorkflowConfig]:
     """A workflow of 40 scenes in 4 shards, up to the features; keyword arguments replace sections' fields."""
 
-    def make(root: str = "run", **sections: Any) -> WorkflowConfig:
+    def make(root: Path, **sections: Any) -> WorkflowConfig:
         values: dict[str, Any] = {
-            "root": tmp_path / root,
+            "root": root,
             "last_stage": "features",
             "source": {
                 "shard_size": 10,
@@ -104,6 +119,50 @@ def make_config(tmp_path: Path, models: dict[str, Path]):
         return validate(values)
 
     return make
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, configure: Callable[..., WorkflowConfig]) -> Callable[..., WorkflowConfig]:
+    """`configure` with a root under the test's own folder."""
+    return lambda root="run", **sections: configure(tmp_path / root, **sections)
+
+
+@pytest.fixture(scope="session")
+def complete_run(
+    tmp_path_factory: pytest.TempPathFactory, configure: Callable[..., WorkflowConfig], pool: ActorPool
+) -> WorkflowConfig:
+    """`configure`'s workflow, run once. Not to be changed."""
+    config = configure(tmp_path_factory.mktemp("complete") / "run")
+    run_all(config, pool)
+    return config
+
+
+@pytest.fixture
+def run_copy(complete_run: WorkflowConfig, tmp_path: Path, configure: Callable[..., WorkflowConfig]):
+    """A copy of `complete_run` under the test's own folder, to be changed."""
+    shutil.copytree(complete_run.root, tmp_path / "run")
+    return configure(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def s3_options() -> Iterator[dict[str, Any]]:
+    """Storage options that lead to an S3 server on loopback, with one empty bucket."""
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    options = {"endpoint_url": f"http://{host}:{port}"}
+    fsspec.filesystem("s3", **options).mkdir(BUCKET)
+    yield options
+    server.stop()
+
+
+@pytest.fixture
+def s3_folder(s3_options: dict[str, Any], request: pytest.FixtureRequest) -> Folder:
+    """A folder of the bucket that no other test writes to."""
+    return Folder(f"s3://{BUCKET}/{re.sub(r'[^a-z0-9]+', '-', request.node.name)}", s3_options)
 
 
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
