@@ -45,7 +45,7 @@ def find_duplicates(folder: Folder, shards: "ShardTable", config: "CurateConfig"
     if config.duplicates == "keep":
         _write(folder, [], [], [])
         return [DUPLICATES]
-    positions, digests, hashes = _read_images(folder, shards)
+    positions, digests, hashes = _read_images(folder, shards, config.duplicates == "near")
     first = first_equal(digests)
     del digests
     kept = first if config.duplicates == "exact" else first_near(hashes, config.near_duplicate_bits)
@@ -119,23 +119,26 @@ class DuplicateList:
 
 
 def _read_images(
-    folder: Folder, shards: "ShardTable"
-) -> tuple[Int[np.ndarray, " n"], UInt64[np.ndarray, "n 2"], UInt64[np.ndarray, " n"]]:
-    """Position among all rows, digest and perceptual hash of every sample that `judge` leaves in."""
+    folder: Folder, shards: "ShardTable", is_near: bool
+) -> tuple[Int[np.ndarray, " n"], UInt64[np.ndarray, "n 2"], UInt64[np.ndarray, " m"]]:
+    """Position among all rows, digest and, if near duplicates are asked for, perceptual hash of every sample
+    that `judge` leaves in.
+    """
     import pyarrow.compute as pc
 
     positions = np.empty(shards.samples, np.int64)
     digests = np.empty((shards.samples, 2), np.uint64)
-    hashes = np.empty(shards.samples, np.uint64)
+    hashes = np.empty(shards.samples if is_near else 0, np.uint64)
     start, used = 0, 0
-    for table in _read_shards(folder, shards, range(len(shards)), ["reason", "digest", "hash"]):
+    for table in _read_shards(folder, shards, range(len(shards)), ["reason", "digest", *["hash"] * is_near]):
         rows = np.flatnonzero(pc.is_null(table["reason"]).to_numpy())
         stop = used + len(rows)
         positions[used:stop] = start + rows
         left = table.take(rows).combine_chunks()
         if len(rows):
             digests[used:stop] = np.frombuffer(b"".join(left["digest"].to_pylist()), np.uint64).reshape(-1, 2)
-            hashes[used:stop] = left["hash"].to_numpy()
+            if is_near:
+                hashes[used:stop] = left["hash"].to_numpy()
         start, used = start + len(table), stop
     return positions[:used], digests[:used], hashes[:used]
 

@@ -44,7 +44,9 @@ class Verdict:
     digest: bytes | None = None
     """The first 16 bytes of the image member's sha256; None without an image."""
     hash: int | None = None
-    """`perceptual_hash`; None where the image cannot be decoded."""
+    """`perceptual_hash`; None where the image cannot be decoded, and unless near duplicates are asked for: it
+    takes longer than to decode.
+    """
     width: int | None = None
     """Pixels, before ingest resized it where that is known; None where neither is."""
     height: int | None = None
@@ -88,7 +90,8 @@ def judge(members: dict[str, bytes], config: CurateConfig) -> Verdict:
                 verdict.detail = f"{width} x {height}, at most {config.max_pixels} pixels"
                 return verdict
             image.load()
-            verdict.hash = perceptual_hash(image)
+            if config.duplicates == "near":
+                verdict.hash = perceptual_hash(image)
     except Image.DecompressionBombError as error:
         verdict.reason, verdict.detail = "too_many_pixels", str(error)
         return verdict

@@ -82,7 +82,8 @@ def test_reasons(change, reason, detail):
 
 def test_a_verdict_holds_the_original_size_and_the_images_digest():
     members = {"webp": encode(photo(), "WEBP"), "txt": b"blobs"}
-    verdict = judge(members, CurateConfig())
+    assert judge(members, CurateConfig()).hash is None
+    verdict = judge(members, CurateConfig(duplicates="near"))
     assert (verdict.width, verdict.height, verdict.hash) == (
         64,
         64,
@@ -137,7 +138,8 @@ def test_a_shard_gives_a_row_for_each_sample(tmp_path):
     source, folder = Folder.at(tmp_path / "ingest"), Folder.at(tmp_path / "judge")
     good = {"png": png(), "txt": b"a red circle"}
     write_shard(source, "00000", {"000": good, "001": {**good, "png": b"no image"}, "002": {"txt": b"a"}})
-    sidecar = JudgeWorker(folder, source, CurateConfig())(ShardJob("00000", "g", {"ingest": "x"}))
+    worker = JudgeWorker(folder, source, CurateConfig(duplicates="near"))
+    sidecar = worker(ShardJob("00000", "g", {"ingest": "x"}))
     assert (sidecar.file, sidecar.samples, sidecar.drops, sidecar.files) == ("00000.parquet", 3, {}, {})
     rows = pq.read_table(tmp_path / "judge" / "00000.parquet").to_pylist()
     assert [(row["key"], row["reason"]) for row in rows] == [
