@@ -272,8 +272,8 @@ class ColumnDataset:
             if not (isinstance(variants, list) and all(isinstance(text, str) for text in variants)):
                 place = f"shard {self.images.paths[shard]}, key {self.keys[shard][row]}"
                 raise ValueError(
-                    f"{place}: the json's 'captions' are {str(variants)[:60]!r}, expected a list of texts that say "
-                    "what the caption says; rename the field in the source"
+                    f"{place}: the json's 'captions' are {str(variants)[:60]!r}, expected a list of texts "
+                    "that say what the caption says; rename the field in the source"
                 )
             found[CAPTION] = tuple(variants)
         return found
