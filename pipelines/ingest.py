@@ -55,7 +55,9 @@ class IngestConfig(BaseModel):
     no header that tells of more than the largest value.
     """
     max_download_bytes: int = Field(default=50 << 20, ge=1)
-    """Larger files are dropped, whatever their length is said to be."""
+    """Larger files are dropped, whatever their length is said to be. Up to twice `num_threads` of them are in
+    memory for each shard.
+    """
     allow_private_addresses: bool = False
     """Whether hosts may be private, loopback or link-local, also by way of a redirect."""
     timeout_sec: int = Field(default=10, ge=1)
@@ -187,16 +189,19 @@ def _is_complete(image: "Image.Image", data: bytes) -> bool:
 
 
 def _is_plain(image: "Image.Image", data: bytes) -> bool:
-    """Whether OpenCV decodes it unchanged to upright 8-bit RGB, or RGBA that the Resizer lays over white."""
+    """Whether OpenCV decodes it to upright 8-bit RGB. Not RGBA: the Resizer lays it over white, in float64,
+    gigabytes of it where the image is large.
+    """
     match image.format:
         case "JPEG" | "MPO":
             return image.mode == "RGB" and _orientation(image) == 1
         case "PNG":
             # bit depth and colour type; Pillow shows 16 bits as 8
-            plain = data[24:26] in (b"\x08\x02", b"\x08\x06")
+            plain = data[24:26] == b"\x08\x02"
             return plain and "transparency" not in image.info and b"eXIf" not in data
         case "WEBP":
-            return not getattr(image, "is_animated", False) and _orientation(image) == 1
+            still = not getattr(image, "is_animated", False)
+            return still and image.mode == "RGB" and _orientation(image) == 1
     return False
 
 
