@@ -41,7 +41,7 @@ class FeaturesConfig(BaseModel):
 
 
 def fingerprint_fields(
-    mllm_digest: str, mllm_dtype: str, config: FeaturesConfig = FeaturesConfig(), names: Iterable[str] = ()
+    mllm_digest: str, mllm_dtype: str, config: FeaturesConfig, names: Iterable[str]
 ) -> dict[str, Any]:
     """What decides the bytes: the MLLM's weights, not their place, and the columns of captions encoded."""
     return {
