@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt64
 
 HASH_BITS = 64
-CHUNK = 1 << 20
+CHUNK = 1 << 17
 """Hashes compared at the same time; bounds the memory of the search."""
 SQUARE = 1 << 10
 LEAF = 1 << 10
@@ -36,15 +36,24 @@ def first_near(hashes: UInt64[np.ndarray, " n"], bits: int) -> Int[np.ndarray, "
     Equal hashes share their fate, so that only one of each is searched: a million images of one colour cost
     one.
     """
+    in_time = np.sort(_groups_of_equals(hashes)[0])
+    kept = in_time[_greedy(hashes[in_time], bits)]
+    # sorted once more rather than held through the search, whose memory is the largest
+    firsts, order, group = _groups_of_equals(hashes)
+    result = np.empty(len(hashes), np.int64)
+    result[order] = kept[np.searchsorted(in_time, firsts)][group]
+    return result
+
+
+def _groups_of_equals(
+    hashes: UInt64[np.ndarray, " n"],
+) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """Position of the first of each value, values ascending; the order that sorts them; the value's number at
+    each place of that order.
+    """
     order = np.argsort(hashes, kind="stable")
     new = starts_of_runs(hashes[order])
-    firsts = order[new]
-    in_time = np.sort(firsts)
-    kept = in_time[_greedy(hashes[in_time], bits)]
-    of_group = kept[np.searchsorted(in_time, firsts)]
-    result = np.empty(len(hashes), np.int64)
-    result[order] = of_group[np.cumsum(new) - 1]
-    return result
+    return order[new], order, np.cumsum(new) - 1
 
 
 def _greedy(hashes: UInt64[np.ndarray, " n"], bits: int) -> Int[np.ndarray, " n"]:
@@ -139,6 +148,7 @@ class _Search:
         """
         values = self.hashes[rows]
         differing = int(np.bitwise_or.reduce(values ^ values[0]))
+        del values
         varying = [bit for bit in range(HASH_BITS) if differing >> bit & 1]
         pairs = len(rows) ** 2 / 2
         num_blocks, cost = _plan(len(rows), len(varying), self.bits)
