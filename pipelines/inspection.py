@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pipelines.manifest import Manifest, ShardTable, StageOutput, Upstream, read_output
 from pipelines.stage import ShardStage, Stage, WholeStage
 from pipelines.storage import Folder
-from pipelines.store import SCHEMA, Sidecar, canonical_json
+from pipelines.store import SCHEMA, ShardError, Sidecar, canonical_json
 
 Status = Literal["fresh", "partial", "stale", "missing"]
 STAGE = "stage.json"
@@ -53,11 +53,20 @@ def inspect(stage: Stage, above: Upstream, sizes: Mapping[str, int] | None = Non
     match stage:
         case ShardStage():
             listing = stage.folder.sizes(SIDECARS) if sizes is None else sizes
-            return _inspect_shards(stage, output, above, listing)
+            listed = output if output is not None and _has_shards(output) else None
+            return _inspect_shards(stage, listed, above, listing)
         case WholeStage():
             return _inspect_whole(stage, output, above)
         case _:
             raise AssertionError(f"{type(stage)} is neither")
+
+
+def _has_shards(output: StageOutput) -> bool:
+    """Whether the table of shards is there and readable; without it, the sidecars say what there is."""
+    try:
+        return len(output.shards) == output.manifest.num_shards
+    except ShardError:
+        return False
 
 
 def _inspect_whole(stage: WholeStage, output: StageOutput | None, above: Upstream) -> State:
@@ -154,11 +163,14 @@ def _read_sidecars(folder: Folder, names: Sequence[str]) -> dict[str, Sidecar]:
 
 
 def read_asked(folder: Folder) -> dict[str, Any] | None:
-    """The stage.json of a folder: schema, fingerprint, fields, lineage."""
+    """The stage.json of a folder: schema, fingerprint, fields, lineage. None where there is none that says
+    so.
+    """
     try:
-        return json.loads(folder.read(STAGE))
+        asked = json.loads(folder.read(STAGE))
     except (FileNotFoundError, ValueError):
         return None
+    return asked if isinstance(asked, dict) and asked.keys() >= {"fingerprint", "fields", "lineage"} else None
 
 
 def explain(asked: Mapping[str, Any], stage: Stage) -> str:

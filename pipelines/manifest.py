@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipelines.storage import Folder
-from pipelines.store import SCHEMA, Sidecar, SideFile, canonical_json, digest_of, json_bytes
+from pipelines.store import (
+    SCHEMA,
+    ShardError,
+    Sidecar,
+    SideFile,
+    canonical_json,
+    digest_of,
+    json_bytes,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -88,10 +96,18 @@ class ShardTable:
 
     @classmethod
     def read(cls, folder: Folder) -> "ShardTable":
+        """Raises ShardError where the table is missing or cannot be read."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with folder.open(SHARDS) as stream:
-            return cls(pq.read_table(stream, read_dictionary=["fingerprint", "drops", "versions"]))
+        try:
+            data = pa.BufferReader(folder.read(SHARDS))
+        except FileNotFoundError as error:
+            raise ShardError(f"{folder / SHARDS}: no such file; 'run' writes it again") from error
+        try:
+            return cls(pq.read_table(data, read_dictionary=["fingerprint", "drops", "versions"]))
+        except (pa.ArrowException, OSError) as error:
+            raise ShardError(f"{folder / SHARDS}: not readable ({error}); delete it and run again") from error
 
     def write(self, folder: Folder) -> None:
         import pyarrow as pa
