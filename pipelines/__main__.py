@@ -167,17 +167,23 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the finished shards are kept", file=sys.stderr)
-        return 128 + signal.SIGINT
+        number = terminated_by[0] if terminated_by else signal.SIGINT
+        print(f"stopped by {number.name}; the finished shards are kept", file=sys.stderr)
+        return 128 + number
     return 0
 
 
+terminated_by: list[signal.Signals] = []
+
+
 def terminate(number: int, frame: object) -> NoReturn:
-    """Ends the process by way of every `finally`, so that Ray and the servers are stopped; a repeated signal
-    does not cut that short.
+    """Ends the process as Ctrl-C does, so that Ray and the servers are stopped; a repeated signal does not
+    cut that short.
     """
     signal.signal(number, signal.SIG_IGN)
-    raise SystemExit(128 + number)
+    terminated_by.append(signal.Signals(number))
+    # Ray lets no other exception through as it is, where it waits
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ a while; a shard that raises anything else is reported at the end, when all othe
 """
 
 import errno
+import math
 import os
 import signal
 import sys
@@ -42,6 +43,8 @@ MAX_CONCURRENCY = 2
 """Threads of an actor: the most that a worker's `concurrency` can ask for."""
 MAX_FAILED_STARTS = 3
 """How often in a row the actor in one place of a pool may die before it is ready."""
+PATIENCE_SEC = 5.0
+"""Between two looks at the cluster while nothing comes of it."""
 NO_ACTOR_SEC = 600.0
 """How long a stage waits for its first actor to start, before it gives up."""
 
@@ -160,12 +163,35 @@ def ray_session(config: RayConfig) -> Iterator[None]:
 def in_worker(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a function in a process of its own, as a Ray task, so that the driver's memory stays small; right
     here where there is no session.
+
+    Raises:
+        StageError: where Ray dies meanwhile.
     """
     import ray
+    from ray.exceptions import RayError, RayTaskError
 
     if not ray.is_initialized():
         return function(*arguments)
-    return ray.get(ray.remote(num_cpus=0)(function).remote(*arguments))
+    ref = ray.remote(num_cpus=0)(function).remote(*arguments)
+    while not ray.wait([ref], timeout=PATIENCE_SEC)[0]:
+        check_ray_lives()
+    try:
+        return ray.get(ref)
+    except RayTaskError:
+        raise
+    except RayError as error:
+        raise StageError(f"{function.__name__} could not run: {_brief(error)}") from error
+
+
+def check_ray_lives() -> None:
+    """Raises StageError where no node is left, not even the driver's: Ray itself would wait for ever."""
+    import ray
+
+    if not any(node["Alive"] for node in ray.nodes()):
+        raise StageError(
+            "Ray has no node left: its raylet was killed, perhaps for want of memory (its session folder has "
+            "the logs); the finished shards are kept, run it again"
+        )
 
 
 @contextmanager
@@ -317,7 +343,7 @@ class _ShardRun:
         """
         self.slots: list[_Slot] = []
         self.in_flight: dict[Any, tuple[_Slot, ShardJob | None, float]] = {}
-        self.waits_since = time.monotonic()
+        self.waits_since = self.looked = time.monotonic()
 
     def start_actor(self, failed_starts: int = 0) -> None:
         slot = _Slot(self.pool.take(self.actors), failed_starts=failed_starts)
@@ -354,7 +380,7 @@ class _ShardRun:
         moments = [when for when, _ in self.delayed]
         if self.actors.deadline_sec is not None:
             moments += [start + self.actors.deadline_sec for _, job, start in self.in_flight.values() if job]
-        timeout = min([max(0.0, min(moments, default=now + 5.0) - now), 5.0])
+        timeout = min(max(0.0, min(moments, default=math.inf) - now), PATIENCE_SEC)
         if not self.in_flight:
             time.sleep(timeout)
             return []
@@ -439,10 +465,17 @@ class _ShardRun:
                 self._replace(slot)
 
     def check_progress(self) -> None:
-        """Raises StageError where no actor has come up for long: the cluster is full, or has shrunk."""
+        """Raises StageError where no actor has come up for long: the cluster is full, or has shrunk; sooner,
+        where it is gone.
+        """
+        now = time.monotonic()
         if any(slot.is_ready for slot in self.slots):
-            self.waits_since = time.monotonic()
-        elif time.monotonic() - self.waits_since > NO_ACTOR_SEC:
+            self.waits_since = self.looked = now
+            return
+        if now - self.looked > PATIENCE_SEC:
+            check_ray_lives()
+            self.looked = now
+        if now - self.waits_since > NO_ACTOR_SEC:
             raise StageError(
                 f"stage {self.stage}: no actor started within {NO_ACTOR_SEC:g} s; is the cluster busy with "
                 "other jobs, or its nodes gone? The finished shards are kept"
