@@ -144,6 +144,19 @@ def test_keys_may_be_numbers(root, kind):
     assert not any("x.txt" in members for members in by_text.values())
 
 
+def test_shards_and_table_in_a_bucket(root, s3_folder):
+    expected = run(root, {"x": CaptionColumn(table=write_table(root / "t.parquet", KEYS, KEYS, 2))})
+    s3_folder.write("t.parquet", (root / "t.parquet").read_bytes())
+    source = s3_folder / "curate"
+    for path in (root / "curate").iterdir():
+        source.write(path.name, path.read_bytes())
+    column = CaptionColumn(table=f"{s3_folder.url}/t.parquet", options=dict(s3_folder.options))
+    config = CaptionsConfig(columns={"x": column})
+    worker = CaptionsWorker(s3_folder / "captions", source, config)
+    made = [worker(ShardJob(one.name, "f", {"curate": "a"})) for one in expected]
+    assert [one.sha256 for one in made] == [one.sha256 for one in expected]
+
+
 def test_only_row_groups_that_can_hold_a_key_are_read(root, monkeypatch):
     table = write_table(root / "t.parquet", KEYS, KEYS, SHARD_SIZE)
     read_groups = []

@@ -233,6 +233,19 @@ def test_a_folder_at_a_url(tmp_path, data):
     files.rm("/images", recursive=True)
 
 
+def test_a_folder_in_a_bucket(tmp_path, data, s3_folder):
+    for path in data.rglob("*"):
+        if path.is_file():
+            place = s3_folder / str(path.parent.relative_to(data)) if path.parent != data else s3_folder
+            place.write(path.name, path.read_bytes())
+    expected = run(FolderConfig(path=str(data)), tmp_path / "local")
+    config = FolderConfig(path=s3_folder.url, options=dict(s3_folder.options))
+    assert [one.sha256 for one in run(config, tmp_path / "remote")] == [one.sha256 for one in expected]
+    before = [job.inputs for job in jobs(config, 4)]
+    s3_folder.write("a.png", picture(99))
+    assert [old == job.inputs for old, job in zip(before, jobs(config, 4), strict=True)] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -172,6 +172,14 @@ def test_memory_stays_bounded_by_a_few_rows(tmp_path):
     assert int(done.stdout) < 56
 
 
+def test_files_in_a_bucket(tmp_path, data, s3_folder):
+    for path in data.iterdir():
+        s3_folder.write(path.name, path.read_bytes())
+    expected = run(ParquetConfig(path=str(data)), tmp_path / "local")
+    config = ParquetConfig(path=f"{s3_folder.url}/train-*.parquet", options=dict(s3_folder.options))
+    assert [one.sha256 for one in run(config, tmp_path / "remote")] == [one.sha256 for one in expected]
+
+
 def test_a_damaged_file_is_named(tmp_path, data):
     (data / "train-0.parquet").write_bytes(b"not parquet at all")
     with pytest.raises(ValueError, match=r"train-0\.parquet is not readable as parquet"):

@@ -256,6 +256,23 @@ def test_what_decides_the_bytes():
     assert base != tar_source.fingerprint_fields(TarsConfig(path="a", caption_field="long"), IngestConfig())
 
 
+def test_tars_in_a_bucket_and_out_of_it(tmp_path, s3_folder):
+    for index in range(2):
+        path = write_tar(tmp_path / f"{index}.tar", samples(index, 4))
+        s3_folder.write(f"{index}.tar", path.read_bytes())
+    local = TarsConfig(path=str(tmp_path))
+    remote = TarsConfig(path=s3_folder.url, options=dict(s3_folder.options))
+    expected = {one.name: one.sha256 for one in run(local, tmp_path / "out")}
+    worker = TarWorker(s3_folder / "out", remote, IngestConfig(image_size=None))
+    listed = jobs(remote)
+    assert {job.name: worker(job).sha256 for job in listed} == expected and len(expected) == 2
+    s3_folder.write("1.tar", (tmp_path / "0.tar").read_bytes())
+    changed = [old.inputs == new.inputs for old, new in zip(listed, jobs(remote), strict=True)]
+    assert changed == [True, False]
+    (pattern,) = jobs(remote.model_copy(update={"path": f"{s3_folder.url}/[1].tar"}))
+    assert pattern.arguments["file"].name == "1.tar"
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("kind", ["tars", "folder", "parquet"])
 def test_two_actors_give_the_same_bytes(tmp_path, pool, kind):
