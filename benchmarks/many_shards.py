@@ -19,10 +19,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from pipelines.config import WorkflowConfig, load_config, to_yaml
+from pipelines.duplicates import DUPLICATES
 from pipelines.inspection import STAGE
 from pipelines.manifest import ShardTable, StageOutput
 from pipelines.stage import ShardStage
-from pipelines.stages import DUPLICATES, STATISTICS, data_stages
+from pipelines.stages import STATISTICS, data_stages
 from pipelines.store import SCHEMA, Sidecar, SideFile, json_bytes
 from pipelines.workflow import complete
 
@@ -117,9 +118,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--num-shards", type=int, default=100_000)
-    parser.add_argument(
-        "--root", type=Path, help="keep the simulated workflow here for the next time"
-    )
+    parser.add_argument("--root", type=Path, help="keep the simulated workflow here for the next time")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

@@ -22,17 +22,17 @@ from pipelines import (
     url_source,
 )
 from pipelines.config import StageName, WorkflowConfig
-from pipelines.duplicates import find_duplicates
+from pipelines.duplicates import DUPLICATES, find_duplicates
 from pipelines.manifest import ShardTable, Upstream
 from pipelines.plan import Entries
-from pipelines.pool import ShardJob, in_worker
+from pipelines.pool import ShardJob
+from pipelines.session import in_worker
 from pipelines.stage import ShardStage, Stage, WholeStage
 from pipelines.storage import Folder
 from pipelines.store import digest_of, file_sha256, shard_name, write_json
 from pipelines.summary import write_summary
 
 STATISTICS = "statistics.safetensors"
-DUPLICATES = "duplicates.parquet"
 NOT_BYTES = ("output_dir", "data", "tracking", "keep_resume", "log_every_steps")
 """Fields of the training that do not change its weights."""
 
