@@ -29,7 +29,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipelines.ingest import IngestConfig, IngestWorker
-from pipelines.pool import ActorPool, ActorsConfig, RayConfig, ShardJob, ray_session, run_shards
+from pipelines.pool import ActorPool, ActorsConfig, ShardJob, run_shards
+from pipelines.session import RayConfig, ray_session
 from pipelines.storage import Folder
 from pipelines.store import sample_key, shard_name
 
@@ -169,6 +170,8 @@ def measure(scratch: Path, address: str, args: argparse.Namespace) -> dict[str, 
         "threads": args.threads,
         "img2dataset_images_per_sec": round(args.num_images / statistics.median(theirs[1:]), 1),
         "ingest_images_per_sec": round(args.num_images / statistics.median(ours[1:]), 1),
+        "img2dataset_seconds": [round(seconds, 2) for seconds in theirs[1:]],
+        "ingest_seconds": [round(seconds, 2) for seconds in ours[1:]],
         "ratio": round(statistics.median(ratios), 3),
         "ratios": [round(ratio, 3) for ratio in ratios],
         "target": 0.95,

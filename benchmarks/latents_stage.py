@@ -26,8 +26,9 @@ import torch
 from PIL import Image
 
 from pipelines.latents import LatentsConfig, LatentsWorker, decoded_batches, keep_freed_memory
-from pipelines.pool import ActorPool, ActorsConfig, RayConfig, ShardJob, ray_session, run_shards
+from pipelines.pool import ActorPool, ActorsConfig, ShardJob, run_shards
 from pipelines.scenes_source import to_uint8
+from pipelines.session import RayConfig, ray_session
 from pipelines.storage import Folder
 from pipelines.store import ShardCommit
 from pipelines.tars import tar_shard

@@ -29,7 +29,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.latents_stage import GEOMETRIES, make_encoder, stage_seconds, write_images
 from pipelines.latents import LatentsConfig
-from pipelines.pool import ActorPool, ActorsConfig, RayConfig, ShardJob, ray_session
+from pipelines.pool import ActorPool, ActorsConfig, ShardJob
+from pipelines.session import RayConfig, ray_session
 from pipelines.storage import Folder
 from repfusion.model import EncoderConfig
 

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from pipelines.config import WorkflowConfig, load_config, to_yaml
 from pipelines.inspection import describe, states
-from pipelines.pool import StageError
+from pipelines.session import StageError
 from pipelines.stages import build_stages, data_stages, probe_stages, source_entries
 from pipelines.storage import Folder
 from pipelines.summary import write_summary

@@ -18,8 +18,9 @@ from pipelines.folder_source import FolderConfig
 from pipelines.ingest import IngestConfig
 from pipelines.latents import LatentsConfig
 from pipelines.parquet_source import ParquetConfig
-from pipelines.pool import ActorsConfig, RayConfig
+from pipelines.pool import ActorsConfig
 from pipelines.scenes_source import ScenesConfig
+from pipelines.session import RayConfig
 from pipelines.storage import Folder
 from pipelines.tar_source import TarsConfig
 from pipelines.url_source import UrlsConfig

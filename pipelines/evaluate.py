@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field
 
-from pipelines.pool import StageError, ray_session
+from pipelines.session import StageError, ray_session
 from pipelines.storage import atomic_path
 from pipelines.store import write_json
 from repfusion.checkpoint import complete_checkpoints, step_of

@@ -7,20 +7,17 @@ a while; a shard that raises anything else is reported at the end, when all othe
 
 import errno
 import math
-import os
-import signal
 import sys
-import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
+
+from pipelines.session import PATIENCE_SEC, StageError, brief, check_ray_lives
 
 TRANSIENT_ERRORS = (
     "ConnectionError",
@@ -43,29 +40,8 @@ MAX_CONCURRENCY = 2
 """Threads of an actor: the most that a worker's `concurrency` can ask for."""
 MAX_FAILED_STARTS = 3
 """How often in a row the actor in one place of a pool may die before it is ready."""
-PATIENCE_SEC = 5.0
-"""Between two looks at the cluster while nothing comes of it."""
 NO_ACTOR_SEC = 600.0
 """How long a stage waits for its first actor to start, before it gives up."""
-
-
-class RayConfig(BaseModel):
-    """How to reach or start Ray. Changes no bytes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    address: str | None = None
-    """A running cluster's address; None takes RAY_ADDRESS from the environment or starts a local one for
-    this run.
-    """
-    num_cpus: int | None = Field(default=None, ge=1)
-    """Logical CPUs of a local cluster; None counts the machine's. More than it has lets evaluation run
-    beside training.
-    """
-    object_store_mib: int = Field(default=128, ge=80)
-    """Shared memory of a local cluster. Samples do not pass through it, so it stays small."""
-    log_to_driver: bool = False
-    """Whether the workers' output appears on the terminal."""
 
 
 class ActorsConfig(BaseModel):
@@ -112,111 +88,6 @@ class ShardWorker(Protocol):
     def __call__(self, job: ShardJob) -> Any:
         """Makes and commits the shard; returns its sidecar. Whatever it raises fails this shard alone."""
         ...
-
-
-class StageError(RuntimeError):
-    """A stage that could not complete; its finished shards stay."""
-
-
-@contextmanager
-def ray_session(config: RayConfig) -> Iterator[None]:
-    """Connects to a cluster, or starts a local one on loopback and stops it in the end. Within a session,
-    does nothing.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    address = config.address or os.environ.get("RAY_ADDRESS")
-    settings: dict[str, Any] = {
-        "namespace": "repfusion",
-        "log_to_driver": config.log_to_driver,
-        "logging_level": "ERROR",
-    }
-    inherited: dict[str, str] = {}
-    if address:
-        settings["address"] = address
-    else:
-        settings |= {
-            "address": "local",
-            "num_cpus": config.num_cpus,
-            "object_store_memory": config.object_store_mib << 20,
-            "include_dashboard": False,
-            "_node_ip_address": "127.0.0.1",
-        }
-        # Through the environment and not a runtime_env: workers that Ray has started ahead would
-        # not fit the latter.
-        root = str(Path(__file__).resolve().parents[1])
-        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        inherited = {"PYTHONPATH": path, "NO_ALBUMENTATIONS_UPDATE": "1"}
-    with _environment(inherited), _signal_kept():
-        ray.init(**settings)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def in_worker(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function in a process of its own, as a Ray task, so that the driver's memory stays small; right
-    here where there is no session.
-
-    Raises:
-        StageError: where Ray dies meanwhile.
-    """
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
-    if not ray.is_initialized():
-        return function(*arguments)
-    ref = ray.remote(num_cpus=0)(function).remote(*arguments)
-    while not ray.wait([ref], timeout=PATIENCE_SEC)[0]:
-        check_ray_lives()
-    try:
-        return ray.get(ref)
-    except RayTaskError:
-        raise
-    except RayError as error:
-        raise StageError(f"{function.__name__} could not run: {_brief(error)}") from error
-
-
-def check_ray_lives() -> None:
-    """Raises StageError where no node is left, not even the driver's: Ray itself would wait for ever."""
-    import ray
-
-    if not any(node["Alive"] for node in ray.nodes()):
-        raise StageError(
-            "Ray has no node left: its raylet was killed, perhaps for want of memory (its session folder has "
-            "the logs); the finished shards are kept, run it again"
-        )
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@contextmanager
-def _signal_kept() -> Iterator[None]:
-    """Ray puts its own handler of SIGTERM in the place of ours, to end the process with another status."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
 
 
 class _ShardActor:
@@ -396,12 +267,10 @@ class _ShardRun:
             result = ray.get(ref)
         except RayTaskError as error:
             if job is None:
-                raise StageError(
-                    f"stage {self.stage}: its worker could not start: {_brief(error)}"
-                ) from error
+                raise StageError(f"stage {self.stage}: its worker could not start: {brief(error)}") from error
             slot.jobs.pop(job.name, None)
             cause = getattr(error, "cause", None) or error
-            self._failed(job, _brief(error), again=is_transient(cause, self.actors))
+            self._failed(job, brief(error), again=is_transient(cause, self.actors))
         except RayError as error:
             self._died(slot, job, error)
         else:
@@ -430,7 +299,7 @@ class _ShardRun:
             failed_starts = 0 if slot.is_ready else slot.failed_starts + 1
             if failed_starts > MAX_FAILED_STARTS:
                 raise StageError(
-                    f"stage {self.stage}: its actors die while they start: {_brief(error)}"
+                    f"stage {self.stage}: its actors die while they start: {brief(error)}"
                 ) from error
             self._replace(slot, failed_starts)
         if job is None:
@@ -445,7 +314,7 @@ class _ShardRun:
             self.waiting.appendleft(job)
         else:
             self.suspects.add(job.name)
-            self._failed(job, f"its actor died: {_brief(error)}", again=True)
+            self._failed(job, f"its actor died: {brief(error)}", again=True)
 
     def _replace(self, slot: _Slot, failed_starts: int = 0) -> None:
         """Asks for another actor; the old one, out of reach or overdue, must not keep its resources."""
@@ -529,12 +398,6 @@ def run_shards(
     if run.failures:
         raise StageError(_failure_table(stage, run.failures, total))
     return run.finished
-
-
-def _brief(error: BaseException) -> str:
-    cause = getattr(error, "cause", None) or error
-    lines = str(cause).strip().splitlines() or [""]
-    return f"{type(cause).__name__}: {lines[0]}"
 
 
 def _failure_table(stage: str, failures: dict[str, str], total: int) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pipelines.ingest import is_transient
 from pipelines.inspection import states
-from pipelines.pool import ActorPool, RayConfig
+from pipelines.pool import ActorPool
+from pipelines.session import RayConfig
 from pipelines.stage import ShardStage, Stage
 from pipelines.workflow import run
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pipelines.evaluate import EvaluationScheduler
 from pipelines.mirror import mirror
-from pipelines.pool import StageError, ray_session
+from pipelines.session import StageError, ray_session
 from pipelines.storage import Folder
 from pipelines.store import write_json
 from repfusion.checkpoint import latest_checkpoint, step_of

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.inspection import State, states
-from pipelines.pool import ActorPool, ActorsConfig, RayConfig, ShardJob, ray_session, run_shards
+from pipelines.pool import ActorPool, ActorsConfig, ShardJob, run_shards
+from pipelines.session import RayConfig, ray_session
 from pipelines.stage import ShardStage, Stage
 from pipelines.storage import Folder
 from pipelines.store import ShardError, Sidecar, file_sha256, read_sidecar

@@ -24,7 +24,8 @@ from pipelines.manifest import (
     Upstream,
     write_output,
 )
-from pipelines.pool import ActorPool, RayConfig, StageError, ray_session, run_shards
+from pipelines.pool import ActorPool, run_shards
+from pipelines.session import RayConfig, StageError, ray_session
 from pipelines.stage import ShardStage, Stage, WholeStage
 from pipelines.storage import Folder
 from pipelines.store import SCHEMA, Sidecar, SideFile, file_sha256, json_bytes, read_sidecar

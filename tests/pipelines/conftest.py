@@ -11,7 +11,8 @@ import pytest
 from running import run_all
 
 from pipelines.config import WorkflowConfig, validate
-from pipelines.pool import ActorPool, RayConfig, ray_session
+from pipelines.pool import ActorPool
+from pipelines.session import RayConfig, ray_session
 from pipelines.storage import Folder
 
 WORDS = (

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import pytest
 
 from pipelines import pool as pool_module
-from pipelines.pool import ActorPool, ActorsConfig, ShardJob, StageError, is_transient, run_shards
+from pipelines.pool import ActorPool, ActorsConfig, ShardJob, is_transient, run_shards
+from pipelines.session import StageError
 from pipelines.storage import Folder
 from pipelines.store import ShardCommit, Sidecar, read_sidecar
 

@@ -13,7 +13,7 @@ from tiny_training import make_columns, make_foundation, tiny_train
 from pipelines.config import WorkflowConfig
 from pipelines.evaluate import EvaluateConfig, EvaluationScheduler, finished, run_evaluate
 from pipelines.manifest import Manifest, ShardTable, write_output
-from pipelines.pool import StageError
+from pipelines.session import StageError
 from pipelines.storage import Folder
 from pipelines.store import SCHEMA, Sidecar
 from pipelines.train import launch, run_train
