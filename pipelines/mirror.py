@@ -1,16 +1,21 @@
 """A remote column -> a checked copy on local disk for training, which reads samples at random."""
 
 import fcntl
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.manifest import MANIFEST, SHARDS, StageOutput, read_output
 from pipelines.storage import Folder
-from pipelines.store import ShardError, Sidecar, file_sha256
+from pipelines.store import ShardError, SideFile, file_sha256
+
+BLOCK_BYTES = 4 << 20
+"""Read from the source at once."""
 
 
 def mirror(source: Folder, target: Path) -> None:
-    """Copies the shards of a complete stage, its manifest last; what is there already in the right version
-    stays. Of several processes of one machine, one copies and the others wait.
+    """Copies the shards and files of a complete stage, its manifest last; what is there already in the right
+    version stays, also after a copy that was cut short. Of several processes of one machine, one copies and
+    the others wait.
 
     Raises:
         ShardError: where the stage is not complete, or a file is not what its sidecar says.
@@ -25,29 +30,37 @@ def mirror(source: Folder, target: Path) -> None:
 
 
 def _copy(output: StageOutput, copy: Folder) -> None:
-    there = read_output(copy)
+    there, sizes = read_output(copy), copy.sizes()
+    wanted = dict(_files(output))
     if there is not None and there.manifest == output.manifest:
-        return
-    known = {} if there is None else {shard.name: shard.sha256 for shard in there.shards}
+        if all(sizes.get(name) == file.bytes for name, file in wanted.items()):
+            return
+    known = {} if there is None else dict(_files(there))
     copy.remove(MANIFEST)
-    sizes = copy.sizes()
-    wanted: set[str] = set()
     with copy.staging("mirror") as staging:
-        for shard in output.shards:
-            wanted.add(shard.file)
-            if known.get(shard.name) != shard.sha256 or sizes.get(shard.file) != shard.bytes:
-                _fetch(output.folder, shard, staging / shard.file)
-                copy.put(shard.file, staging / shard.file)
-    copy.remove(*(sizes.keys() - wanted - {SHARDS, ".lock"}))
-    for name in (*output.manifest.files, SHARDS, MANIFEST):
+        for name, file in wanted.items():
+            is_sound = sizes.get(name) == file.bytes and (
+                known.get(name) == file or file_sha256(copy.path / name) == file.sha256
+            )
+            if not is_sound:
+                _fetch(output.folder, name, file, staging / name)
+                copy.put(name, staging / name)
+    copy.remove(*(sizes.keys() - wanted.keys() - {SHARDS, ".lock"}))
+    for name in (SHARDS, MANIFEST):
         copy.write(name, output.folder.read(name))
 
 
-def _fetch(source: Folder, shard: Sidecar, path: Path) -> None:
-    with source.open(shard.file) as stream, path.open("wb") as file:
-        while block := stream.read(1 << 22):
+def _files(output: StageOutput) -> Iterator[tuple[str, SideFile]]:
+    """What training reads of a stage: the shards' data and the files of the stage as a whole."""
+    columns = (output.shards.column(name) for name in ("file", "bytes", "sha256"))
+    for name, size, sha256 in zip(*columns, strict=True):
+        yield name, SideFile(bytes=size, sha256=sha256)
+    yield from output.manifest.files.items()
+
+
+def _fetch(source: Folder, name: str, expected: SideFile, path: Path) -> None:
+    with source.open(name) as stream, path.open("wb") as file:
+        while block := stream.read(BLOCK_BYTES):
             file.write(block)
-    if file_sha256(path) != shard.sha256:
-        raise ShardError(
-            f"shard {source / shard.file}: its bytes are not those that were written; run 'verify'"
-        )
+    if file_sha256(path) != expected.sha256:
+        raise ShardError(f"{source / name}: its bytes are not those that were written; run 'verify'")
