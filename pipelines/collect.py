@@ -37,22 +37,27 @@ def tree_bytes(folder: Folder) -> int:
     return sum(folder.sizes().values()) + sum(tree_bytes(folder / name) for name in folder.folders())
 
 
+def _identity(folder: Folder) -> str:
+    """The same for a place however two workflows spell it: one's data must not be garbage to the other."""
+    return str(folder.path.resolve()) if folder.is_local else folder.url.rstrip("/")
+
+
 def find_garbage(workflows: Iterable[Sequence[Stage]], roots: Iterable[Path]) -> list[Garbage]:
     """Compares what lies under the roots and the stages' parents with what the workflows' stages hold.
 
     Only folders that a stage once wrote (they hold a stage.json) or set aside are looked at; anything else is
     not ours. What is stale stays: the next run replaces it.
     """
-    stages = {str(stage.folder): stage for workflow in workflows for stage in workflow}
-    places = {str(Folder.at(root)): Folder.at(root) for root in roots}
+    stages = {_identity(stage.folder): stage for workflow in workflows for stage in workflow}
+    places = {_identity(Folder.at(root)): Folder.at(root) for root in roots}
     for stage in stages.values():
         parent = Folder(stage.folder.url.rpartition("/")[0], stage.folder.options)
-        places[parent.url] = parent
+        places.setdefault(_identity(parent), parent)
     found: list[Garbage] = []
     for place in places.values():
         for name in sorted(place.folders()):
             folder = place / name
-            stage = stages.get(str(folder))
+            stage = stages.get(_identity(folder))
             if stage is None and read_asked(folder) is not None:
                 why = "set aside" if ".stale-" in name else "no workflow given has this stage"
                 found.append(Garbage(folder, None, why, tree_bytes(folder)))
