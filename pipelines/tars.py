@@ -140,13 +140,14 @@ def read_samples(
             yield from _group(_members(reader, wanted))
             reader.drain()
         except _TruncatedError:
+            reader.drain()
             truncated = True
         except (tarfile.TarError, EOFError, ValueError) as error:
             raise ShardError(f"{place}: not readable as a tar ({error}); {advice}") from error
         else:
             # one cut between two members reads like a shorter but healthy tar without this test
             truncated = reader.tail != bytes(END_BYTES)
-        if truncated:
+        if truncated and (sidecar is None or reader.digest.hexdigest() == sidecar.sha256):
             raise ShardError(f"{place}: truncated, no end-of-archive mark after {size:,} bytes; {advice}")
     if sidecar is not None and reader.digest.hexdigest() != sidecar.sha256:
         raise ShardError(
@@ -155,9 +156,8 @@ def read_samples(
 
 
 def _members(reader: _HashingReader, wanted: Container[str] | None) -> Iterator[tuple[str, str, bytes]]:
-    """(key, extension, bytes) of each file. Plain headers are parsed here: tarfile takes longer over one than
-    a small
-    encoder over the image.
+    """(key, extension, bytes) of each file. Plain headers are parsed here: tarfile takes longer over one
+    than a small encoder over the image.
     """
     while True:
         header = reader.read(512)
