@@ -18,7 +18,6 @@ from urllib.parse import urljoin, urlsplit
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipelines.downloads import DownloadLimits, Downloads
-from pipelines.downloads import is_transient as is_transient
 from pipelines.pool import ActorsConfig, ShardJob
 from pipelines.storage import Folder
 from pipelines.store import ShardCommit, ShardError, Sidecar, canonical_json, read_sidecar

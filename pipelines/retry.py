@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipelines.ingest import is_transient
+from pipelines.downloads import is_transient
 from pipelines.inspection import states
 from pipelines.pool import ActorPool
 from pipelines.session import RayConfig

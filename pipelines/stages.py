@@ -22,6 +22,7 @@ from pipelines import (
     url_source,
 )
 from pipelines.config import StageName, WorkflowConfig
+from pipelines.downloads import MAX_WAIT_SEC
 from pipelines.duplicates import DUPLICATES, find_duplicates
 from pipelines.manifest import ShardTable, Upstream
 from pipelines.plan import Entries
@@ -296,8 +297,13 @@ def _deadline_sec(config: WorkflowConfig) -> float:
     settings = config.ingest
     if settings.actors.deadline_sec is not None:
         return settings.actors.deadline_sec
-    waits = settings.retry_backoff_sec * 2**settings.retries + settings.timeout_sec * (settings.retries + 1)
-    return 600 + 2 * waits * config.source.shard_size / settings.num_threads
+    attempts, size = settings.retries + 1, config.source.shard_size
+    waits = settings.retry_backoff_sec * 2**settings.retries + settings.timeout_sec * attempts
+    waits += MAX_WAIT_SEC * settings.retries
+    seconds = 600 + 2 * waits * size / settings.num_threads
+    if rate := settings.max_requests_per_sec_per_host:
+        seconds += 2 * size * attempts * (settings.actors.num_actors or 1) / rate
+    return seconds
 
 
 def _judge(config: WorkflowConfig, raw: Stage) -> ShardStage:
