@@ -91,7 +91,7 @@ def _inspect_shards(
     if output is not None:
         known = {sidecar.name: sidecar for sidecar in output.shards}
     else:
-        known = _read_sidecars(stage.folder, [name for name in names if f"{name}.json" in sizes])
+        known = read_sidecars(stage.folder, [name for name in names if f"{name}.json" in sizes])
     kept: list[Sidecar] = []
     problems: dict[str, str] = {}
     for name, wanted in zip(names, inputs, strict=True):
@@ -151,7 +151,7 @@ def wrong_files(sidecar: Sidecar, sizes: Mapping[str, int]) -> list[str]:
     return [name for name, size in expected.items() if sizes.get(name) != size]
 
 
-def _read_sidecars(folder: Folder, names: Sequence[str]) -> dict[str, Sidecar]:
+def read_sidecars(folder: Folder, names: Sequence[str]) -> dict[str, Sidecar]:
     """Those that can be read as one."""
     found: dict[str, Sidecar] = {}
     for name, data in folder.read_many([f"{name}.json" for name in names]):

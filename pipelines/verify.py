@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.inspection import State, states
+from pipelines.inspection import State, read_sidecars, states
+from pipelines.manifest import MANIFEST, SHARDS
 from pipelines.pool import ActorPool, ActorsConfig, ShardJob, run_shards
 from pipelines.session import RayConfig, ray_session
 from pipelines.stage import ShardStage, Stage
@@ -71,15 +72,26 @@ def wrong_bytes(folder: Folder, name: str, num_bytes: int, sha256: str) -> str |
 
 
 def find_broken(stage: ShardStage, state: State, pool: ActorPool, actors: ActorsConfig) -> list[Broken]:
-    """Reads what a stage has complete, on the pool."""
-    shards = tuple(state.output.shards) if state.output is not None else state.kept
+    """Reads what a stage has complete, on the pool. Where the table of its shards is not the one that was
+    written, the sidecars say what is expected.
+    """
+    broken: list[Broken] = []
+    if state.output is None:
+        shards = state.kept
+    elif state.output.shards.digest == state.output.manifest.shards_digest:
+        shards = tuple(state.output.shards)
+    else:
+        problem = f"{SHARDS}: its content changed since it was written (not the manifest's shards_digest)"
+        broken.append(Broken(stage.name, SHARDS, problem, (MANIFEST, SHARDS)))
+        sidecars = read_sidecars(stage.folder, state.output.shards.names)
+        shards = tuple(sidecars[name] for name in sorted(sidecars))
     jobs = [
         ShardJob(shard.name, stage.fingerprint, {}, {"sidecar": shard.model_dump(mode="json")})
         for shard in shards
     ]
     label = f"verify {stage.name}"
     problems = run_shards(pool, label, VerifyWorker, {"folder": stage.folder}, jobs, actors)
-    broken = [
+    broken += [
         Broken(stage.name, shard.name, problem, (f"{shard.name}.json", shard.file, *shard.files))
         for shard in shards
         if (problem := problems[shard.name])
