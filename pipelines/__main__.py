@@ -9,6 +9,7 @@ gc       list what no workflow refers to; --delete removes it
 """
 
 import argparse
+import math
 import signal
 import sys
 import time
@@ -65,7 +66,7 @@ def print_plan(config: WorkflowConfig, num_samples: int, rates: Sequence[str]) -
             given[name] = float(value)
         except ValueError:
             given[name] = 0
-        if name not in names or given[name] <= 0:
+        if name not in names or not 0 < given[name] < math.inf:
             raise ValueError(f"--rate {rate}: expected STAGE=SAMPLES_PER_SEC of one actor, STAGE of {names}")
     print(table(plan(stages, lambda: source_entries(config), probe_stages(config), num_samples, given)))
 

@@ -96,6 +96,7 @@ def probe(stages: Sequence[ShardStage], entries: Entries, num_samples: int) -> d
     """Runs the workers on about `num_samples` entries. `stages` write into a folder of the caller's choice.
 
     Raises:
+        ValueError: where a stage keeps none of its samples.
         Whatever a worker raises: a configuration that fails on the probe fails on all of it.
     """
     from transformers.utils.logging import disable_progress_bar
@@ -141,6 +142,14 @@ def _work(stage: ShardStage, outputs: Mapping[str, StageOutput]) -> Iterator[Sid
 def _rates(stage: ShardStage, sidecars: Sequence[Sidecar], given: Sequence[int], whole_bytes: int) -> Rates:
     num_given = max(1, sum(given))
     num_kept = sum(sidecar.samples for sidecar in sidecars)
+    if not num_kept:
+        drops = ShardTable.of(sidecars).drops
+        reasons = ", ".join(f"{reason} {number}" for reason, number in drops.items())
+        raise ValueError(
+            f"stage {stage.name}: of the probe's {sum(given)} samples none is left "
+            f"({reasons or 'there were none'}), so there is nothing to plan by; correct the cause, or raise "
+            "--probe"
+        )
     has_tar = sidecars[0].file.endswith(".tar")
     content = 0
     points: list[tuple[int, int]] = []
@@ -154,7 +163,7 @@ def _rates(stage: ShardStage, sidecars: Sequence[Sidecar], given: Sequence[int],
     slope, fixed = _line(points)
     return Rates(
         kept=num_kept / num_given,
-        tar_bytes=content / max(1, num_kept),
+        tar_bytes=content / num_kept,
         other_bytes=slope,
         fixed_bytes=fixed,
         whole_bytes=whole_bytes,
