@@ -1,0 +1,132 @@
+"""The whole data workflow on a real S3 server: the bytes of a run on local disk, and all commands over it."""
+
+import pytest
+from running import DATA_STAGES, data_files, found, manifests, ran, run_all, statuses
+
+from pipelines.collect import find_garbage
+from pipelines.mirror import mirror
+from pipelines.plan import plan
+from pipelines.stages import build_stages, data_stages, probe_stages, source_entries
+from pipelines.storage import Folder
+from pipelines.verify import QUARANTINE, verify
+
+pytestmark = pytest.mark.ray
+URL = "s3://data/workflows/one"
+
+
+@pytest.fixture(scope="module")
+def remote(configure, pool, s3_options, tmp_path_factory):
+    """`complete_run`'s workflow with its data on S3, run once."""
+    root = tmp_path_factory.mktemp("s3") / "run"
+    config = configure(root, data_url=URL, storage_options=s3_options)
+    results, _ = run_all(config, pool)
+    return config, manifests(results)
+
+
+def stamps(folder: Folder) -> dict[str, object]:
+    """When each object was written, by its path; moto's ETags are hashes of content, so dates it is."""
+    return {
+        f"{stage}/{entry['name'].rpartition('/')[2]}": entry["LastModified"]
+        for stage in DATA_STAGES
+        for entry in folder._files.ls(f"{folder.url}/{stage}", detail=True)
+        if entry["type"] == "file"
+    }
+
+
+def test_the_bytes_are_those_of_a_local_run(remote, complete_run):
+    config, made = remote
+    assert data_files(config.data_folder) == data_files(complete_run.data_folder)
+    for name, state in found(complete_run).items():
+        assert made[name].shards_digest == state.output.manifest.shards_digest
+        assert made[name].digest == state.output.manifest.digest
+    assert not list(config.root.glob("*/*.tar"))
+    assert config.data_folder.folders() == set(DATA_STAGES)
+
+
+def test_a_second_run_does_nothing(remote, pool):
+    config, _ = remote
+    before = stamps(config.data_folder)
+    results, _ = run_all(config, pool)
+    assert ran(results) == []
+    assert stamps(config.data_folder) == before
+    assert set(statuses(config).values()) == {"fresh"}
+
+
+def test_status_names_what_changed(remote, configure, s3_options):
+    config, _ = remote
+    other = configure(config.root, data_url=URL, storage_options=s3_options, curate={"max_caption_chars": 60})
+    states = found(other)
+    assert states["ingest"].status == "fresh"
+    assert states["judge"].reason == "curate.max_caption_chars 1000 -> 60"
+
+
+def test_a_deleted_object_and_a_changed_one_are_made_good(remote, pool, complete_run):
+    """In one test, as each of the two leaves the workflow complete."""
+    config, _ = remote
+    folder, said = config.data_folder, []
+    expected = data_files(complete_run.data_folder)
+
+    before = stamps(folder)
+    (folder / "latents").remove("00002.tar")
+    assert found(config)["latents"].reason == "1 of 4 shards to do: 00002.tar missing or of another size"
+    results, _ = run_all(config, pool)
+    assert ran(results) == ["latents"] and data_files(folder) == expected
+    after = stamps(folder)
+    again = {name for name in after if after[name] != before.get(name)}
+    whole = {"latents/statistics.safetensors", "latents/manifest.json", "latents/shards.parquet"}
+    shard = {"latents/00002.tar", "latents/00002.json", "latents/00002.statistics.safetensors"}
+    assert again == whole | shard | {"latents/stage.json"}
+
+    data = (folder / "curate").read("00001.tar")
+    (folder / "curate").write("00001.tar", data[:700] + bytes([data[700] ^ 1]) + data[701:])
+    before = stamps(folder)
+    broken = verify(data_stages(config), config.root, config.ray, True, said.append, pool)
+    assert [(one.stage, one.name) for one in broken] == [("curate", "00001")]
+    assert (folder / "curate" / QUARANTINE).names() >= {"00001.tar", "00001.json"}
+    assert data_files(folder) == expected
+    after = stamps(folder)
+    again = {name for name in after if after[name] != before.get(name) and name.rpartition("/")[2][0] == "0"}
+    assert {name.partition(".")[0] for name in again} == {"curate/00001"}
+
+    found_garbage = find_garbage([build_stages(config)], [config.root])
+    assert [str(one.folder) for one in found_garbage] == [f"{URL}/curate/{QUARANTINE}"]
+    assert found_garbage[0].bytes >= len(data)
+    for one in found_garbage:
+        one.delete()
+    assert (folder / "curate").folders() == set()
+    assert find_garbage([build_stages(config)], [config.root]) == []
+    assert set(statuses(config).values()) == {"fresh"}
+
+
+def test_a_plan_of_what_is_complete_asks_nothing_of_the_source(remote):
+    config, made = remote
+    plans = plan(data_stages(config), lambda: source_entries(config), probe_stages(config))
+    assert {one.name: one.bytes for one in plans} == {name: one.bytes for name, one in made.items()}
+
+
+def test_training_reads_a_checked_copy(remote, complete_run):
+    from repfusion.data import ColumnDataset
+
+    config, _ = remote
+    data = config.train.data
+    assert data.images == config.root / "columns" / "curate"
+    for name, place in (("curate", data.images), ("latents", data.features)):
+        mirror(config.data_folder / name, place)
+    copy = ColumnDataset(data.images, data.features)
+    original = ColumnDataset(complete_run.train.data.images, complete_run.train.data.features)
+    assert len(copy) == len(original) == 34
+    assert (data.features / "statistics.safetensors").read_bytes() == (
+        complete_run.root / "latents" / "statistics.safetensors"
+    ).read_bytes()
+
+
+def test_a_bucket_that_is_not_there_is_an_error(configure, tmp_path, s3_options, pool):
+    config = configure(
+        tmp_path / "run",
+        data_url="s3://nobody-made-this/x",
+        storage_options=s3_options,
+        source={"actors": {"max_attempts": 1}},
+    )
+    assert set(statuses(config).values()) == {"missing"}
+    with pytest.raises((OSError, ValueError), match=r"(?i)bucket"):
+        run_all(config, pool)
