@@ -232,11 +232,15 @@ class _ShardRun:
         due = [job for when, job in self.delayed if when <= now]
         self.delayed = [(when, job) for when, job in self.delayed if when > now]
         self.waiting.extendleft(due)
-        for slot in self.slots:
-            while slot.is_ready and self.waiting and self._has_room(slot):
-                job = self.waiting.popleft()
-                slot.jobs[job.name] = job
-                self.in_flight[slot.actor.run.remote(job)] = (slot, job, time.monotonic())
+        while self.waiting:
+            free = [slot for slot in self.slots if slot.is_ready and self._has_room(slot)]
+            if not free:
+                return
+            # the idle ones first: of the last shards, none waits behind another for an actor that is busy
+            slot = min(free, key=lambda slot: len(slot.jobs))
+            job = self.waiting.popleft()
+            slot.jobs[job.name] = job
+            self.in_flight[slot.actor.run.remote(job)] = (slot, job, time.monotonic())
 
     def _has_room(self, slot: _Slot) -> bool:
         if self.waiting[0].name in self.suspects or not self.suspects.isdisjoint(slot.jobs):

@@ -21,6 +21,7 @@ from torch import Tensor
 from repfusion.foundation import WEIGHTS
 from repfusion.model import Generator, ModelConfig
 from repfusion.rae.encoder import weights_digest
+from repfusion.rae.geometry import tower_geometry
 from repfusion.rae.statistics import LatentStatistics
 
 log = logging.getLogger(__name__)
@@ -231,12 +232,25 @@ def check_continues(generator: Generator, folder: Path) -> None:
     check_digests(folder, {"encoder": digests["encoder"]}, present)
     if digests["mllm"] != present["mllm"]:
         log.warning("continuing from %s with another MLLM than it was trained with", folder)
+    before, now = (_encoder_view(one, generator) for one in (saved, generator.config))
+    if before != now:
+        raise ValueError(
+            f"checkpoint {folder} was trained on the encoder's (layer, image_size) {before}, "
+            f"the run has {now}; "
+            "leave model out of the config to take the checkpoint's"
+        )
     if saved.flow != generator.config.flow:
         raise ValueError(
             f"checkpoint {folder} was trained with model.flow {saved.flow}, "
             f"the run has {generator.config.flow}; "
             "leave model out of the config to take the checkpoint's"
         )
+
+
+def _encoder_view(config: ModelConfig, generator: Generator) -> tuple[int, int]:
+    """Layer and image size by which the features are taken; the weights are known to be the generator's."""
+    encoder = config.encoder
+    return encoder.layer, tower_geometry(generator.config.encoder.path, encoder.image_size).image_size
 
 
 def prune_resume(root: Path, keep: int) -> None:
