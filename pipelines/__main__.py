@@ -21,7 +21,7 @@ from pipelines.config import WorkflowConfig, load_config, to_yaml
 from pipelines.inspection import describe, states
 from pipelines.session import StageError
 from pipelines.stages import build_stages, data_stages, probe_stages, source_entries
-from pipelines.storage import Folder
+from pipelines.storage import Folder, is_store_error
 from pipelines.summary import write_summary
 from pipelines.workflow import run
 
@@ -166,6 +166,11 @@ def main() -> int:
                 collect_garbage([config, *(load_config(path) for path in args.others)], args.delete)
     except (ValueError, StageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if not is_store_error(error):
+            raise
+        print(f"error: {config.data_folder}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         number = terminated_by[0] if terminated_by else signal.SIGINT

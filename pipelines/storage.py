@@ -18,6 +18,8 @@ TEMPORARY = ".tmp"
 """Ends the names of files and folders that are being written."""
 READ_AT_ONCE = 1000
 """Files in flight, where many are read over a network."""
+STORE_CLIENTS = {"botocore", "aiohttp", "gcsfs", "azure"}
+"""Packages that talk to stores, and raise exceptions of their own."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,13 @@ class Folder:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+
+def is_store_error(error: BaseException) -> bool:
+    """Whether a remote store's client raised it, for want of credentials or of an answer. There is no common
+    base class.
+    """
+    return any(one.__module__.partition(".")[0] in STORE_CLIENTS for one in type(error).__mro__)
 
 
 @contextmanager

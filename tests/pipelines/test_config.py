@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from pipelines.config import ConfigError, load_config, to_yaml, validate
+from pipelines.stages import build_stages
 
 CONFIGS = sorted((Path(__file__).parents[2] / "pipelines" / "configs").glob("*.yaml"))
 
@@ -32,14 +33,56 @@ def test_overrides_win_over_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("values", "images"),
+    [
+        ({}, "here/curate"),
+        ({"data_url": "s3://bucket/x", "storage_options": {"profile": "p"}}, "here/columns/curate"),
+        ({"data_url": "file:///data/x"}, "/data/x/curate"),
+        ({"data_url": "/data/x/"}, "/data/x/curate"),
+        (
+            {
+                "source": {"kind": "urls", "urls": {"path": "s3://lists/*.parquet", "extra_columns": ["a"]}},
+                "ingest": {"encode": "jpg", "quality": 90, "max_requests_per_sec_per_host": 2.5},
+                "curate": {"duplicates": "near", "max_aspect": 3.0},
+                "train": {"model": {"encoder": {"image_size": 48}}},
+            },
+            "here/curate",
+        ),
+    ],
+)
+def test_what_is_resolved_loads_as_the_same(tmp_path, values, images):
+    config = validate({"root": "here", "train": {}, **values})
+    assert config.train.data.images == Path(images)
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config(path) == config
+    assert to_yaml(load_config(path)) == path.read_text()
+
+
+@pytest.mark.parametrize("name", [path.name for path in CONFIGS])
+def test_shipped_configs_become_stages(name):
+    """Models and folders that they name are there, and each stage knows what decides its bytes."""
+    stages = build_stages(load_config(CONFIGS[0].with_name(name)))
+    assert [stage.name for stage in stages][-1] == "report"
+    assert len({stage.fingerprint for stage in stages}) == len(stages)
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("latents.bath_size=3", r"unknown key 'latents.bath_size'; did you mean 'latents.batch_size'\?"),
         ("trian.num_steps=3", r"unknown key 'trian'; did you mean 'train'\?"),
         ("source.scenes.image_size=3", r"did you mean 'source.scenes.world.image_size'\?"),
         ("train.model.encoder.leyer=-1", r"did you mean 'train.model.encoder.layer'\?"),
+        ("ingest.actors.number=3", r"did you mean '\w+.actors.num_actors'\?"),
+        ("storage_option.profile=p", r"unknown key 'storage_option'; did you mean 'storage_options'\?"),
+        ("curate.min_size=3", r"unknown key 'curate.min_size'; did you mean 'curate.min_side_px'\?"),
+        ("source.urls.url_col=u", r"did you mean 'source.urls.url_column'\?"),
+        ("last_stage=latent", r"last_stage: Input should be .*'latents'.*got 'latent'"),
+        ("latents.actors.num_actors=0", r"latents.actors.num_actors: .*greater than or equal to 1.*got 0"),
+        ("ingest.quality=10", r"ingest: .*quality 10 with encode png"),
         ("ingest.image_size=big", r"ingest.image_size: Input should be a valid integer.*got 'big'"),
-        ("source.kind=urls", r"source: .*source.urls.path has to name"),
+        ("source.kind=urls", r"source: .*source.urls.path has to say"),
         ("no-equals-sign", r"expected key.path=value"),
     ],
 )

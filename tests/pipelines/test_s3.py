@@ -1,13 +1,20 @@
 """The whole data workflow on a real S3 server: the bytes of a run on local disk, and all commands over it."""
 
+import subprocess
+import sys
+import time
+
 import pytest
 from running import DATA_STAGES, data_files, found, manifests, ran, run_all, statuses
 
+from pipelines.__main__ import main
 from pipelines.collect import find_garbage
+from pipelines.config import to_yaml
 from pipelines.mirror import mirror
 from pipelines.plan import plan
 from pipelines.stages import build_stages, data_stages, probe_stages, source_entries
 from pipelines.storage import Folder
+from pipelines.store import read_sidecar
 from pipelines.verify import QUARANTINE, verify
 
 pytestmark = pytest.mark.ray
@@ -130,3 +137,52 @@ def test_a_bucket_that_is_not_there_is_an_error(configure, tmp_path, s3_options,
     assert set(statuses(config).values()) == {"missing"}
     with pytest.raises((OSError, ValueError), match=r"(?i)bucket"):
         run_all(config, pool)
+
+
+def test_a_store_that_lets_nobody_in_is_an_error_without_a_traceback(
+    configure, tmp_path, s3_options, monkeypatch, capsys
+):
+    options = {**s3_options, "config_kwargs": {"retries": {"max_attempts": 1}}}
+    config = configure(tmp_path / "run", data_url=URL, storage_options=options)
+    (tmp_path / "w.yaml").write_text(to_yaml(config))
+    monkeypatch.setattr(sys, "argv", ["pipelines", "status", str(tmp_path / "w.yaml")])
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    assert main() == 1
+    assert f"error: {URL}: NoCredentialsError: Unable to locate credentials" in capsys.readouterr().err
+
+
+UPLOAD = """
+import sys
+from pathlib import Path
+from pipelines.storage import Folder
+from pipelines.store import ShardCommit
+
+url, endpoint = sys.argv[1:]
+with ShardCommit(Folder(url, {"endpoint_url": endpoint}), "00000", "f", {}) as commit:
+    with (commit.staging / "00000.tar").open("wb") as stream:
+        stream.truncate(400 << 20)
+    commit.commit("00000.tar")
+"""
+
+
+@pytest.mark.slow
+def test_an_upload_that_is_killed_leaves_nothing(s3_folder, s3_options):
+    """Large files go up in parts: no object appears before the last, and no sidecar at all."""
+    import boto3
+
+    bucket, _, prefix = s3_folder.url.removeprefix("s3://").partition("/")
+    client = boto3.client("s3", **s3_options)
+    process = subprocess.Popen([sys.executable, "-c", UPLOAD, s3_folder.url, s3_options["endpoint_url"]])
+    try:
+        while not client.list_multipart_uploads(Bucket=bucket).get("Uploads"):
+            assert process.poll() is None, "it was done before it could be killed"
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    assert s3_folder.sizes() == {} and read_sidecar(s3_folder, "00000") is None
+    for upload in client.list_multipart_uploads(Bucket=bucket)["Uploads"]:
+        assert upload["Key"] == f"{prefix}/00000.tar"
+        client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
