@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 PATIENCE_SEC = 5.0
 """Between two looks at the cluster while nothing comes of it."""
+ORPHAN_SEC = 20
+"""How long processes of a local Ray look for its control process before they give up: where the driver was
+killed, some of them do so before they end.
+"""
 
 
 class RayConfig(BaseModel):
@@ -70,8 +74,12 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         # not fit the latter.
         root = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        inherited = {"PYTHONPATH": path, "NO_ALBUMENTATIONS_UPDATE": "1"}
-    with _environment(inherited), _signal_kept():
+        inherited = {
+            "PYTHONPATH": path,
+            "NO_ALBUMENTATIONS_UPDATE": "1",
+            "RAY_gcs_rpc_server_reconnect_timeout_s": str(ORPHAN_SEC),
+        }
+    with _environment(inherited), _signal_kept(), nullcontext() if address else _loopback_kept():
         ray.init(**settings)
     try:
         yield
@@ -125,6 +133,19 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _loopback_kept() -> Iterator[None]:
+    """Ray puts the machine's address in the place of 127.0.0.1, and then listens on every interface."""
+    from ray._private import services
+
+    before = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = before
 
 
 @contextmanager
