@@ -6,6 +6,7 @@ import time
 
 import pytest
 from running import DATA_STAGES, data_files, found, manifests, ran, run_all, statuses
+from unsteady_proxy import unsteady
 
 from pipelines.__main__ import main
 from pipelines.collect import find_garbage
@@ -151,6 +152,21 @@ def test_a_store_that_lets_nobody_in_is_an_error_without_a_traceback(
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     assert main() == 1
     assert f"error: {URL}: NoCredentialsError: Unable to locate credentials" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_store_that_fails_now_and_then_changes_nothing(configure, pool, s3_options, tmp_path, complete_run):
+    """Each ninth request is answered with 503, not at all, or in half."""
+    with unsteady(s3_options["endpoint_url"], period=9) as proxy:
+        config = configure(
+            tmp_path / "run",
+            data_url="s3://data/workflows/unsteady",
+            storage_options={"endpoint_url": proxy.address},
+        )
+        run_all(config, pool)
+        assert all(proxy.faults[fault] >= 5 for fault in ("slow down", "hang up", "cut short"))
+    steady = Folder("s3://data/workflows/unsteady", s3_options)
+    assert data_files(steady) == data_files(complete_run.data_folder)
 
 
 UPLOAD = """
