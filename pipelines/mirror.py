@@ -2,6 +2,7 @@
 
 import fcntl
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipelines.manifest import MANIFEST, SHARDS, StageOutput, read_output
@@ -10,6 +11,8 @@ from pipelines.store import ShardError, SideFile, file_sha256
 
 BLOCK_BYTES = 4 << 20
 """Read from the source at once."""
+FETCHES = 8
+"""Files on their way at the same time: a single one does not fill a network."""
 
 
 def mirror(source: Folder, target: Path) -> None:
@@ -37,14 +40,21 @@ def _copy(output: StageOutput, copy: Folder) -> None:
             return
     known = {} if there is None else dict(_files(there))
     copy.remove(MANIFEST)
-    with copy.staging("mirror") as staging:
-        for name, file in wanted.items():
-            is_sound = sizes.get(name) == file.bytes and (
-                known.get(name) == file or file_sha256(copy.path / name) == file.sha256
-            )
-            if not is_sound:
-                _fetch(output.folder, name, file, staging / name)
-                copy.put(name, staging / name)
+    copy.remove_temporaries()
+
+    def bring(name: str, file: SideFile) -> None:
+        if sizes.get(name) == file.bytes:
+            if known.get(name) == file or file_sha256(copy.path / name) == file.sha256:
+                return
+        _fetch(output.folder, name, file, staging / name)
+        copy.put(name, staging / name)
+
+    with copy.staging("mirror") as staging, ThreadPoolExecutor(FETCHES, "mirror") as executor:
+        try:
+            for _ in executor.map(bring, wanted.keys(), wanted.values()):
+                pass
+        finally:
+            executor.shutdown(cancel_futures=True)
     copy.remove(*(sizes.keys() - wanted.keys() - {SHARDS, ".lock"}))
     for name in (SHARDS, MANIFEST):
         copy.write(name, output.folder.read(name))
