@@ -183,6 +183,16 @@ def test_another_image_size_of_the_encoder_makes_the_latents_alone_anew(make_con
     assert again == {name for name in after if name.startswith("latents/")}
 
 
+def test_fewer_shards_leave_none_of_the_old_ones(run_copy, configure, make_config, pool):
+    larger = {"source": {"shard_size": 20}}
+    fewer, anew = configure(run_copy.root, **larger), make_config("anew", **larger)
+    run_all(fewer, pool)
+    run_all(anew, pool)
+    assert data_files(fewer.data_folder) == data_files(anew.data_folder)
+    assert not list(fewer.root.glob("*/0000[23]*"))
+    assert set(statuses(fewer).values()) == {"fresh"}
+
+
 def start_training(config: WorkflowConfig) -> None:
     """Leaves what a training that was started leaves, for `status` to look at."""
     stage = build_stages(config)[-1]
