@@ -12,10 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 PATIENCE_SEC = 5.0
 """Between two looks at the cluster while nothing comes of it."""
-ORPHAN_SEC = 20
-"""How long processes of a local Ray look for its control process before they give up: where the driver was
-killed, some of them do so before they end.
-"""
 
 
 class RayConfig(BaseModel):
@@ -77,7 +73,6 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         inherited = {
             "PYTHONPATH": path,
             "NO_ALBUMENTATIONS_UPDATE": "1",
-            "RAY_gcs_rpc_server_reconnect_timeout_s": str(ORPHAN_SEC),
         }
     with _environment(inherited), _signal_kept(), nullcontext() if address else _loopback_kept():
         ray.init(**settings)

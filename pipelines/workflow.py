@@ -213,6 +213,8 @@ def _run_shards(
             "ran; is something else writing there?"
         )
     _remove_strangers(stage.folder, set(names))
+    # of actors that were killed
+    stage.folder.remove_temporaries()
     return ShardTable.of(complete[name] for name in names)
 
 
