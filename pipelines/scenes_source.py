@@ -7,6 +7,7 @@ import json
 import os
 import re
 import tarfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -147,6 +148,8 @@ class _Archive:
         self._stream, self._lock = stream, Lock()
         with tarfile.open(fileobj=stream) as archive:
             self._places = {info.name: (info.offset_data, info.size) for info in archive}
+        # whoever still reads from an archive that is no longer kept open, keeps it open
+        weakref.finalize(self, stream.close)
 
     def read(self, name: str) -> bytes:
         """Raises KeyError."""

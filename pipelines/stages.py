@@ -95,9 +95,11 @@ def _flatten(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return flat
 
 
-def build_stages(config: WorkflowConfig, started: float | None = None) -> list[Stage]:
+def build_stages(
+    config: WorkflowConfig, started: float | None = None, digests: Digests | None = None
+) -> list[Stage]:
     """The stages up to `last_stage`, in an order in which each follows what it reads. `started` is when the
-    run began (perf_counter).
+    run began (perf_counter); `digests` are those remembered in the root unless given.
 
     Raises:
         ValueError: where a url list or a weights folder is missing.
@@ -109,7 +111,7 @@ def build_stages(config: WorkflowConfig, started: float | None = None) -> list[S
         "features": not config.features.enabled,
     }
     wanted = [name for name in get_args(StageName)[: last + 1] if not absent.get(name)]
-    digests = Digests(config.root)
+    digests = digests or Digests(config.root)
     stages: dict[str, Stage] = {}
     for name in wanted:
         match name:
@@ -192,7 +194,9 @@ def probe_stages(config: WorkflowConfig) -> Callable[[Path], list[ShardStage]]:
             "curate": config.curate.model_copy(update={"duplicates": "keep", "max_drop_fraction": 1.0}),
             "ingest": config.ingest.model_copy(update={"max_drop_fraction": 1.0}),
         }
-        return data_stages(config.model_copy(update=changes))
+        # with the digests of the real root, or each plan would read all weights again
+        stages = build_stages(config.model_copy(update=changes), digests=Digests(config.root))
+        return [stage for stage in stages if isinstance(stage, ShardStage)]
 
     return build
 

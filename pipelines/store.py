@@ -207,10 +207,11 @@ class ShardCommit:
             versions=library_versions("repfusion", *self.packages),
         )
         old = read_sidecar(self.folder, self.name)
+        if old is not None:
+            # while there is a sidecar to name them: killed here, the shard is incomplete, and made again
+            self.folder.remove(*({old.file, *old.files} - set(staged)))
         # an old sidecar must not vouch for the new files, were we killed between the two
         self.folder.remove(f"{self.name}.json")
-        if old is not None:
-            self.folder.remove(*({old.file, *old.files} - set(staged)))
         for name in staged:
             self.folder.put(name, self.staging / name)
         self.folder.write(f"{self.name}.json", json_bytes(sidecar.model_dump(mode="json")))

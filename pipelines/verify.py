@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pipelines.inspection import State, read_sidecars, states
 from pipelines.manifest import MANIFEST, SHARDS
@@ -32,6 +32,8 @@ class Broken:
 
 class VerifyWorker:
     """Compares one shard's files with the sidecar that its job carries; returns what is wrong."""
+
+    concurrency: ClassVar[int] = 2
 
     def __init__(self, folder: Folder):
         self.folder = folder

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Float64
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 VARIANCE_EPS = 1e-5
@@ -79,7 +79,12 @@ class LatentStatistics:
         """Raises ValueError where the file is missing or holds something else."""
         if not Path(path).is_file():
             raise ValueError(f"latent statistics {path}: no such file; run the latents stage first")
-        tensors = load_file(str(path))
+        return cls.parse(Path(path).read_bytes(), str(path))
+
+    @classmethod
+    def parse(cls, data: bytes, place: str) -> "LatentStatistics":
+        """What `save` wrote into the file at `place`. Raises ValueError where it is something else."""
+        tensors = load(data)
         if tensors.keys() != {"count", "mean", "m2"}:
-            raise ValueError(f"latent statistics {path}: holds {sorted(tensors)}, expected count, m2, mean")
+            raise ValueError(f"latent statistics {place}: holds {sorted(tensors)}, expected count, m2, mean")
         return cls(int(tensors["count"]), tensors["mean"], tensors["m2"])
