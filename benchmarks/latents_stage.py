@@ -27,8 +27,8 @@ from PIL import Image
 
 from pipelines.latents import LatentsConfig, LatentsWorker, decoded_batches, keep_freed_memory
 from pipelines.pool import ActorPool, ActorsConfig, ShardJob, run_shards
-from pipelines.scenes_source import to_uint8
 from pipelines.session import RayConfig, ray_session
+from pipelines.sources.scenes import to_uint8
 from pipelines.storage import Folder
 from pipelines.store import ShardCommit
 from pipelines.tars import tar_shard

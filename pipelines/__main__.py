@@ -19,8 +19,9 @@ from typing import NoReturn
 
 from pipelines.config import WorkflowConfig, load_config, to_yaml
 from pipelines.inspection import describe, states
+from pipelines.intake import source_entries
 from pipelines.session import StageError
-from pipelines.stages import build_stages, data_stages, probe_stages, source_entries
+from pipelines.stages import build_stages, data_stages, probe_stages
 from pipelines.storage import Folder, is_store_error
 from pipelines.summary import write_summary
 from pipelines.workflow import run

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipelines.inputs import InputFile, find_inputs
 from pipelines.manifest import ShardTable
 from pipelines.pool import ActorsConfig, ShardJob
+from pipelines.sources.inputs import InputFile, find_inputs
 from pipelines.storage import Folder
 from pipelines.store import (
     ShardCommit,

@@ -14,16 +14,16 @@ from pipelines.captions import CaptionsConfig
 from pipelines.curate import CurateConfig
 from pipelines.evaluate import EvaluateConfig
 from pipelines.features import FeaturesConfig
-from pipelines.folder_source import FolderConfig
 from pipelines.ingest import IngestConfig
 from pipelines.latents import LatentsConfig
-from pipelines.parquet_source import ParquetConfig
 from pipelines.pool import ActorsConfig
-from pipelines.scenes_source import ScenesConfig
 from pipelines.session import RayConfig
+from pipelines.sources.folder import FolderConfig
+from pipelines.sources.parquet import ParquetConfig
+from pipelines.sources.scenes import ScenesConfig
+from pipelines.sources.tars import TarsConfig
+from pipelines.sources.urls import UrlsConfig
 from pipelines.storage import Folder
-from pipelines.tar_source import TarsConfig
-from pipelines.url_source import UrlsConfig
 from repfusion.train import TrainConfig
 
 StageName = Literal[

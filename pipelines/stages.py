@@ -1,98 +1,24 @@
 """A workflow's configuration -> its stages, each with the fields that decide its bytes and what to run."""
 
-import functools
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from pipelines import (
-    captions,
-    curate,
-    features,
-    folder_source,
-    ingest,
-    judge,
-    latents,
-    parquet_source,
-    scenes_source,
-    tar_source,
-    url_source,
-)
+from pipelines import captions, curate, features, judge, latents
 from pipelines.config import StageName, WorkflowConfig
-from pipelines.downloads import MAX_WAIT_SEC
+from pipelines.digests import Digests, flatten
 from pipelines.duplicates import DUPLICATES, find_duplicates
+from pipelines.intake import ingest_stage, source_stage
 from pipelines.manifest import ShardTable, Upstream
-from pipelines.plan import Entries
-from pipelines.pool import ShardJob
 from pipelines.session import in_worker
 from pipelines.stage import ShardStage, Stage, WholeStage
 from pipelines.storage import Folder
-from pipelines.store import digest_of, file_sha256, shard_name, write_json
 from pipelines.summary import write_summary
 
 STATISTICS = "statistics.safetensors"
 NOT_BYTES = ("output_dir", "data", "tracking", "keep_resume", "log_every_steps")
 """Fields of the training that do not change its weights."""
-
-
-class Digests:
-    """sha256 of weight folders and files, remembered in the root by size and time of change: a 7B model is
-    read once.
-    """
-
-    def __init__(self, root: Path):
-        self._path = root / "digests.json"
-        try:
-            self._known: dict[str, list[Any]] = json.loads(self._path.read_bytes())
-        except (OSError, ValueError):
-            self._known = {}
-
-    def file(self, path: Path) -> str:
-        stat, name = path.stat(), str(path.resolve())
-        stamp = [stat.st_size, stat.st_mtime_ns]
-        if self._known.get(name, [None])[:2] != stamp:
-            self._known[name] = [*stamp, file_sha256(path)]
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._path, self._known)
-        return self._known[name][2]
-
-    def url(self, url: str, options: Mapping[str, Any]) -> str:
-        """sha256 of a local file; of a remote one, what its store says of the version: size and tag, or its
-        date.
-        """
-        if "://" not in url:
-            return self.file(Path(url))
-        import fsspec
-
-        files, path = fsspec.core.url_to_fs(url, **options)
-        info = files.info(path)
-        return digest_of(
-            [info["size"], str(info.get("ETag") or info.get("LastModified") or info.get("mtime"))]
-        )
-
-    def folder(self, path: Path, key: str) -> str:
-        """Over the names and bytes of a model folder's files. Raises ValueError, naming the config key,
-        where it is missing.
-        """
-        if not path.is_dir():
-            raise ValueError(
-                f"{key}: {path} is no folder; give one written by save_pretrained, or run 'make foundation'"
-            )
-        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-        return digest_of({file.name: self.file(file) for file in files if file.suffix != ".md"})
-
-
-def _flatten(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def build_stages(
@@ -116,9 +42,9 @@ def build_stages(
     for name in wanted:
         match name:
             case "source":
-                stages[name] = _source(config, digests)
+                stages[name] = source_stage(config, digests)
             case "ingest":
-                stages[name] = _ingest(config, stages.get("source"))
+                stages[name] = ingest_stage(config, stages.get("source"))
             case "judge":
                 stages[name] = _judge(config, stages["ingest"])
             case "curate":
@@ -145,44 +71,6 @@ def data_stages(config: WorkflowConfig) -> list[ShardStage]:
     return [stage for stage in build_stages(config) if isinstance(stage, ShardStage)]
 
 
-def _entries(config: WorkflowConfig, number: int) -> Entries:
-    """A source of numbered entries, of which every so manieth is a probe."""
-    size = config.source.shard_size
-
-    def probe(wanted: int, offset: int) -> tuple[ShardJob, ...]:
-        step = max(1, number // wanted)
-        start = offset * step // 2 if step > 1 else 0
-        return (ShardJob("", "", {}, {"start": start, "stop": number, "step": step}),)
-
-    return Entries(number, [shard_name(index) for index in range(-(-number // size))], probe)
-
-
-def source_entries(config: WorkflowConfig) -> Entries:
-    """How many entries the source has, and how to take a few."""
-    source, size = config.source, config.source.shard_size
-    match source.kind:
-        case "scenes":
-            return _entries(config, source.scenes.num_samples)
-        case "urls":
-            assert source.urls is not None
-            return _entries(config, len(url_source.UrlList(source.urls)))
-        case "tars":
-            assert source.tars is not None
-            names = [job.name for job in tar_source.jobs(source.tars)]
-            probe = functools.partial(tar_source.probe_jobs, source.tars)
-            return Entries(tar_source.num_entries(source.tars), names, probe)
-        case "folder":
-            assert source.folder is not None
-            names = [job.name for job in folder_source.jobs(source.folder, size)]
-            probe = functools.partial(folder_source.probe_jobs, source.folder)
-            return Entries(folder_source.num_entries(source.folder), names, probe)
-        case "parquet":
-            assert source.parquet is not None
-            names = [job.name for job in parquet_source.jobs(source.parquet, size)]
-            probe = functools.partial(parquet_source.probe_jobs, source.parquet)
-            return Entries(parquet_source.num_entries(source.parquet), names, probe)
-
-
 def probe_stages(config: WorkflowConfig) -> Callable[[Path], list[ShardStage]]:
     """The data stages with their folders under a path; duplicates stay: a few samples say nothing of them."""
 
@@ -199,115 +87,6 @@ def probe_stages(config: WorkflowConfig) -> Callable[[Path], list[ShardStage]]:
         return [stage for stage in stages if isinstance(stage, ShardStage)]
 
     return build
-
-
-def _source(config: WorkflowConfig, digests: Digests) -> ShardStage:
-    source = config.source
-    match source.kind:
-        case "scenes":
-            number, worker, arguments = (
-                source.scenes.num_samples,
-                scenes_source.SceneWorker,
-                {"config": source.scenes},
-            )
-            fields = _flatten(source.scenes.model_dump(mode="json"), "source.scenes.")
-        case "urls":
-            assert source.urls is not None
-            listed = url_source.UrlList(source.urls)
-            number, worker, arguments = (
-                len(listed),
-                url_source.UrlListWorker,
-                {"config": source.urls, "files": listed.files},
-            )
-            fields = _flatten(
-                source.urls.model_dump(mode="json", exclude={"path", "options"}), "source.urls."
-            )
-            identities = [digests.url(file.url, source.urls.options) for file in listed.files]
-            fields["source.urls.path"] = digest_of(identities)
-        case other:
-            raise AssertionError(f"{other} needs no lists")
-    fields |= {"source.kind": source.kind, "source.shard_size": source.shard_size}
-    starts = range(0, number, source.shard_size)
-    jobs = tuple(
-        ShardJob(shard_name(index), "", {}, {"start": start, "stop": min(start + source.shard_size, number)})
-        for index, start in enumerate(starts)
-    )
-    folder = config.data_folder / "source"
-    return ShardStage("source", fields, folder, (), worker, arguments, source.actors, jobs)
-
-
-def _ingest(config: WorkflowConfig, source: Stage | None) -> ShardStage:
-    return _read(config) if source is None else _download(config, source)
-
-
-def _read(config: WorkflowConfig) -> ShardStage:
-    """Ingest of what needs no download: the first stage of its workflow."""
-    source, settings = config.source, config.ingest
-    match source.kind:
-        case "tars":
-            assert source.tars is not None
-            jobs, fields = tar_source.jobs(source.tars), tar_source.fingerprint_fields(source.tars, settings)
-            worker, place = tar_source.TarWorker, source.tars
-        case "folder":
-            assert source.folder is not None
-            jobs = folder_source.jobs(source.folder, source.shard_size)
-            fields = folder_source.fingerprint_fields(source.folder, settings)
-            worker, place = folder_source.FolderWorker, source.folder
-        case "parquet":
-            assert source.parquet is not None
-            jobs = parquet_source.jobs(source.parquet, source.shard_size)
-            fields = parquet_source.fingerprint_fields(source.parquet, settings)
-            worker, place = parquet_source.ParquetWorker, source.parquet
-        case other:
-            raise AssertionError(f"{other} is downloaded")
-    fields |= {"source.kind": source.kind}
-    if source.kind != "tars":
-        fields |= {"source.shard_size": source.shard_size}
-    arguments = {"config": place, "ingest": settings}
-    folder = config.data_folder / "ingest"
-    return ShardStage("ingest", fields, folder, (), worker, arguments, settings.actors, jobs)
-
-
-def _download(config: WorkflowConfig, source: Stage) -> ShardStage:
-    is_embedded = config.source.kind == "scenes"
-
-    @contextmanager
-    def surround() -> Iterator[dict[str, Any]]:
-        if not is_embedded:
-            yield {}
-        else:
-            with scenes_source.serve(source.folder, config.source.port) as address:
-                yield {"base_url": address}
-
-    settings = config.ingest
-    if is_embedded:
-        settings = settings.model_copy(update={"allow_private_addresses": True})
-    arguments = {"source": source.folder, "config": settings, "num_actors": settings.actors.num_actors or 1}
-    return ShardStage(
-        "ingest",
-        ingest.fingerprint_fields(config.ingest),
-        config.data_folder / "ingest",
-        (source,),
-        ingest.IngestWorker,
-        arguments,
-        settings.actors.model_copy(update={"deadline_sec": _deadline_sec(config)}),
-        reaches_out=not is_embedded,
-        surround=surround,
-    )
-
-
-def _deadline_sec(config: WorkflowConfig) -> float:
-    """Of a shard of downloads: as given, or far longer than its slowest servers could make it last."""
-    settings = config.ingest
-    if settings.actors.deadline_sec is not None:
-        return settings.actors.deadline_sec
-    attempts, size = settings.retries + 1, config.source.shard_size
-    waits = settings.retry_backoff_sec * 2**settings.retries + settings.timeout_sec * attempts
-    waits += MAX_WAIT_SEC * settings.retries
-    seconds = 600 + 2 * waits * size / settings.num_threads
-    if rate := settings.max_requests_per_sec_per_host:
-        seconds += 2 * size * attempts * (settings.actors.num_actors or 1) / rate
-    return seconds
 
 
 def _judge(config: WorkflowConfig, raw: Stage) -> ShardStage:
@@ -396,7 +175,7 @@ def _features(config: WorkflowConfig, images: Stage, others: Stage | None, diges
 
 def _train(config: WorkflowConfig, stages: Mapping[str, Stage], digests: Digests) -> WholeStage:
     values = config.train.model_dump(mode="json", exclude=set(NOT_BYTES))
-    fields = _flatten(values, "train.") | {"num_train_workers": config.num_train_workers}
+    fields = flatten(values, "train.") | {"num_train_workers": config.num_train_workers}
     model = config.train.model
     for key, path in {
         "train.model.encoder.path": model.encoder.path,
@@ -427,7 +206,7 @@ def _evaluate(config: WorkflowConfig, train: Stage) -> WholeStage:
         return run_evaluate(config)
 
     values = {**config.evaluate.scoring.model_dump(mode="json"), "every_steps": config.evaluate.every_steps}
-    fields = _flatten(values, "evaluate.")
+    fields = flatten(values, "evaluate.")
     return WholeStage("evaluate", fields, _local(config, "evaluate"), (train,), execute)
 
 

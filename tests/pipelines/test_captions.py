@@ -277,7 +277,7 @@ def test_the_module_starts_fast():
     import subprocess
     import sys
 
-    modules = "captions", "features", "tar_source", "folder_source", "parquet_source"
+    modules = "captions", "features", "sources.tars", "sources.folder", "sources.parquet"
     code = (
         "import sys\n"
         + "".join(f"import pipelines.{name}\n" for name in modules)

@@ -11,8 +11,9 @@ from PIL import Image
 from running import DATA_STAGES, found, manifests, run_all
 
 from pipelines.__main__ import print_plan
+from pipelines.intake import source_entries
 from pipelines.plan import StagePlan, plan, table
-from pipelines.stages import data_stages, probe_stages, source_entries
+from pipelines.stages import data_stages, probe_stages
 
 pytestmark = pytest.mark.ray
 TOLERANCE = 0.1

@@ -11,9 +11,10 @@ from unsteady_proxy import unsteady
 from pipelines.__main__ import main
 from pipelines.collect import find_garbage
 from pipelines.config import to_yaml
+from pipelines.intake import source_entries
 from pipelines.mirror import mirror
 from pipelines.plan import plan
-from pipelines.stages import build_stages, data_stages, probe_stages, source_entries
+from pipelines.stages import build_stages, data_stages, probe_stages
 from pipelines.storage import Folder
 from pipelines.store import read_sidecar
 from pipelines.verify import QUARANTINE, verify

@@ -12,9 +12,16 @@ from typing import Any, ClassVar, Literal, NoReturn
 from pydantic import BaseModel, ConfigDict
 
 from pipelines.ingest import IngestConfig, image_fields
-from pipelines.inputs import InputFile, find_inputs
 from pipelines.pool import ShardJob
-from pipelines.raw_samples import IMAGE_ENDINGS, OWN_FIELDS, PACKAGES, BadEntry, SampleMaker, printable
+from pipelines.sources.inputs import InputFile, find_inputs
+from pipelines.sources.raw_samples import (
+    IMAGE_ENDINGS,
+    OWN_FIELDS,
+    PACKAGES,
+    BadEntry,
+    SampleMaker,
+    printable,
+)
 from pipelines.storage import Folder
 from pipelines.store import ShardCommit, ShardError, Sidecar, shard_name
 from pipelines.tars import TarSamples, read_samples, tar_shard

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from pipelines.ingest import IngestConfig, image_fields
-from pipelines.inputs import InputFile, find_inputs
 from pipelines.pool import ShardJob
-from pipelines.raw_samples import OWN_FIELDS, PACKAGES, BadEntry, SampleMaker
+from pipelines.sources.inputs import InputFile, find_inputs
+from pipelines.sources.raw_samples import OWN_FIELDS, PACKAGES, BadEntry, SampleMaker
 from pipelines.storage import Folder
 from pipelines.store import ShardCommit, ShardError, Sidecar, sample_key, shard_name
 from pipelines.tars import tar_shard

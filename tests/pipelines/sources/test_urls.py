@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.pool import ShardJob
+from pipelines.sources.urls import UrlList, UrlListWorker, UrlsConfig, find_files, num_rows
 from pipelines.storage import Folder
-from pipelines.url_source import UrlList, UrlListWorker, UrlsConfig, find_files, num_rows
 
 ROWS = 1000
 

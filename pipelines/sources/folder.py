@@ -14,9 +14,16 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from pipelines.ingest import IngestConfig, image_fields
-from pipelines.inputs import list_folder
 from pipelines.pool import ShardJob
-from pipelines.raw_samples import IMAGE_ENDINGS, OWN_FIELDS, PACKAGES, BadEntry, SampleMaker, printable
+from pipelines.sources.inputs import list_folder
+from pipelines.sources.raw_samples import (
+    IMAGE_ENDINGS,
+    OWN_FIELDS,
+    PACKAGES,
+    BadEntry,
+    SampleMaker,
+    printable,
+)
 from pipelines.storage import Folder
 from pipelines.store import ShardCommit, ShardError, Sidecar, canonical_json, sample_key, shard_name
 from pipelines.tars import tar_shard

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines import folder_source
-from pipelines.folder_source import FolderConfig, FolderEntries, FolderWorker, jobs
 from pipelines.ingest import IngestConfig
+from pipelines.sources import folder as folder_source
+from pipelines.sources.folder import FolderConfig, FolderEntries, FolderWorker, jobs
 from pipelines.storage import Folder
 from pipelines.store import ShardError, Sidecar
 from pipelines.tars import read_samples

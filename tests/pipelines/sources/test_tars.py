@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines import tar_source
 from pipelines.ingest import IngestConfig
-from pipelines.inputs import find_inputs
+from pipelines.sources import tars as tar_source
+from pipelines.sources.inputs import find_inputs
+from pipelines.sources.tars import TarsConfig, TarWorker, jobs
 from pipelines.storage import Folder
 from pipelines.store import ShardError, Sidecar
-from pipelines.tar_source import TarsConfig, TarWorker, jobs
 from pipelines.tars import read_samples
 
 
@@ -279,10 +279,11 @@ def test_two_actors_give_the_same_bytes(tmp_path, pool, kind):
     """Every source that needs no download, as the pool runs it."""
     import pyarrow as pa
 
-    from pipelines import folder_source, parquet_source
-    from pipelines.folder_source import FolderConfig, FolderWorker
-    from pipelines.parquet_source import ParquetConfig, ParquetWorker
     from pipelines.pool import ActorsConfig, run_shards
+    from pipelines.sources import folder as folder_source
+    from pipelines.sources import parquet as parquet_source
+    from pipelines.sources.folder import FolderConfig, FolderWorker
+    from pipelines.sources.parquet import ParquetConfig, ParquetWorker
 
     pictures = [picture(colour=["red", "green", "blue"][index % 3]) for index in range(12)]
     (tmp_path / "in").mkdir()

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines import parquet_source
 from pipelines.ingest import IngestConfig
-from pipelines.parquet_source import ParquetConfig, ParquetWorker, jobs
+from pipelines.sources import parquet as parquet_source
+from pipelines.sources.parquet import ParquetConfig, ParquetWorker, jobs
 from pipelines.storage import Folder
 from pipelines.store import ShardError, Sidecar
 from pipelines.tars import read_samples
@@ -161,7 +161,7 @@ def test_memory_stays_bounded_by_a_few_rows(tmp_path):
     pq.write_table(pa.table(rows), tmp_path / "in.parquet", **options)
     code = (
         "import pyarrow as pa\n"
-        "from pipelines.parquet_source import ParquetConfig, _Rows, list_parts\n"
+        "from pipelines.sources.parquet import ParquetConfig, _Rows, list_parts\n"
         f"config = ParquetConfig(path={str(tmp_path / 'in.parquet')!r})\n"
         "(part,) = list_parts(config)\n"
         "with _Rows(part.file, config) as rows:\n"

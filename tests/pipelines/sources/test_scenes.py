@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.pool import ShardJob
-from pipelines.scenes_source import (
+from pipelines.sources.scenes import (
     DefectsConfig,
     ScenesConfig,
     SceneWorker,
