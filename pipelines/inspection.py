@@ -15,8 +15,8 @@ from pipelines.store import SCHEMA, ShardError, Sidecar, canonical_json
 Status = Literal["fresh", "partial", "stale", "missing"]
 STAGE = "stage.json"
 """What was asked for, written when a stage starts."""
-SIDECARS = ".json"
-"""Ends their names; their sizes do not matter."""
+LISTED_AHEAD = 2
+"""Folders whose listings are held while another is compared."""
 SIDE_FILE = re.compile(r'"([^"]+)":\{"bytes":(\d+)')
 """Name and size in a sidecar's `files`, as canonical JSON."""
 
@@ -52,7 +52,7 @@ def inspect(stage: Stage, above: Upstream, sizes: Mapping[str, int] | None = Non
         output = None
     match stage:
         case ShardStage():
-            listing = stage.folder.sizes(SIDECARS) if sizes is None else sizes
+            listing = stage.folder.sizes() if sizes is None else sizes
             listed = output if output is not None and _has_shards(output) else None
             return _inspect_shards(stage, listed, above, listing)
         case WholeStage():
@@ -85,7 +85,8 @@ def _inspect_shards(
 ) -> State:
     names, inputs = stage.shard_names(above), stage.shard_inputs(above)
     if output is not None and _is_complete(output.shards, names, inputs, sizes):
-        if not (gone := _wrong_stage_files(output, sizes)):
+        gone = [name for name, file in output.manifest.files.items() if sizes.get(name) != file.bytes]
+        if not gone:
             return State("fresh", output=output)
         return State("partial", f"{', '.join(gone)} missing or of another size", kept=tuple(output.shards))
     if output is not None:
@@ -122,16 +123,6 @@ def _is_complete(
         and all(f"{name}.json" in sizes for name in names)
         and all(sizes.get(name) == int(size) for name, size in beside)
     )
-
-
-def _wrong_stage_files(output: StageOutput, sizes: Mapping[str, int]) -> list[str]:
-    wrong = []
-    for name, file in output.manifest.files.items():
-        # the listing leaves out the sizes of sidecars, and of whatever else is called like one
-        unsized = name in sizes and name.endswith(SIDECARS)
-        if (output.folder.size(name) if unsized else sizes.get(name)) != file.bytes:
-            wrong.append(name)
-    return wrong
 
 
 def _problem(
@@ -209,11 +200,12 @@ def states(stages: Sequence[Stage]) -> dict[str, State]:
     """The state of every stage."""
     found: dict[str, State] = {}
     above: dict[str, StageOutput] = {}
-    with ThreadPoolExecutor(1, "listing") as executor:
-        # one folder is listed while the one before is compared
-        ahead = [executor.submit(_listing, stage) for stage in stages[:1]]
+    with ThreadPoolExecutor(LISTED_AHEAD, "listing") as executor:
+        # folders are listed while the ones before them are compared
+        ahead = [executor.submit(_listing, stage) for stage in stages[:LISTED_AHEAD]]
         for index, stage in enumerate(stages):
-            ahead += [executor.submit(_listing, following) for following in stages[index + 1 : index + 2]]
+            following = index + LISTED_AHEAD
+            ahead += [executor.submit(_listing, one) for one in stages[following : following + 1]]
             found[stage.name] = state = inspect(stage, above, ahead.pop(0).result())
             if state.status == "fresh" and state.output is not None:
                 above[stage.name] = state.output
@@ -221,4 +213,4 @@ def states(stages: Sequence[Stage]) -> dict[str, State]:
 
 
 def _listing(stage: Stage) -> dict[str, int]:
-    return stage.folder.sizes(SIDECARS) if isinstance(stage, ShardStage) else {}
+    return stage.folder.sizes() if isinstance(stage, ShardStage) else {}

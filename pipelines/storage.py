@@ -83,28 +83,27 @@ class Folder:
     def _at(self, name: str) -> str:
         return f"{self.url.rstrip('/')}/{name}"
 
-    def sizes(self, names_only: str | None = None) -> dict[str, int]:
+    def sizes(self) -> dict[str, int]:
         """Names of the files that lie directly in the folder -> their bytes; nothing half-written, no
-        folders. Empty where there is no folder. Of files that end in `names_only` the size may be 0: on
-        local disk each size costs a system call.
+        folders. Empty where there is no folder.
         """
-        found: dict[str, int] = {}
         if self.is_local:
-            with suppress(FileNotFoundError), _scan(self.url) as entries:
-                for entry in entries:
-                    name = entry.name
-                    if not name.endswith(TEMPORARY) and entry.is_file():
-                        known = names_only is not None and name.endswith(names_only)
-                        found[name] = 0 if known else entry.stat().st_size
-            return found
-        for name, entry in self._listed("file"):
-            if not name.endswith(TEMPORARY):
-                found[name] = entry["size"]
-        return found
+            from pyarrow import fs
+
+            # asks for sizes without holding Python's lock, so that several folders are listed at a time
+            listed = fs.LocalFileSystem().get_file_info(fs.FileSelector(self.url, allow_not_found=True))
+            files = ((info.base_name, info.size) for info in listed if info.is_file)
+        else:
+            files = ((name, entry["size"]) for name, entry in self._listed("file"))
+        return {name: size for name, size in files if not name.endswith(TEMPORARY)}
 
     def names(self) -> set[str]:
-        """As `sizes`, the names alone."""
-        return set(self.sizes(names_only=""))
+        """As `sizes`, the names alone: on local disk several times faster."""
+        if not self.is_local:
+            return set(self.sizes())
+        with suppress(FileNotFoundError), os.scandir(self.url) as entries:
+            return {entry.name for entry in entries if not entry.name.endswith(TEMPORARY) and entry.is_file()}
+        return set()
 
     def folders(self) -> set[str]:
         """Names of the folders that lie directly in this one."""
@@ -238,17 +237,6 @@ def is_store_error(error: BaseException) -> bool:
     base class.
     """
     return any(one.__module__.partition(".")[0] in STORE_CLIENTS for one in type(error).__mro__)
-
-
-@contextmanager
-def _scan(path: str) -> Iterator[Iterator[os.DirEntry[str]]]:
-    """os.scandir through a descriptor: the size of an entry is found without walking the path again."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with os.scandir(handle) as entries:
-            yield entries
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -46,7 +46,6 @@ def test_what_is_written_is_listed_and_read(folder):
     (folder / "inner").write("c", b"333")
     assert folder.sizes() == {"a": 1, "b.json": 2}
     assert folder.names() == {"a", "b.json"} and folder.folders() == {"inner"}
-    assert folder.sizes("json").keys() == {"a", "b.json"} and folder.sizes("json")["a"] == 1
     assert folder.has("a") and not folder.has("inner") and folder.size("b.json") == 2
     assert dict(folder.read_many(["a", "none", "b.json"])) == {"a": b"1", "b.json": b"22"}
     with folder.open("b.json") as stream:
