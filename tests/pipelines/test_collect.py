@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from running import statuses
 
-from pipelines.__main__ import collect_garbage
 from pipelines.collect import find_garbage
+from pipelines.commands import collect_garbage
 from pipelines.config import WorkflowConfig
 from pipelines.stages import build_stages
 from pipelines.storage import Folder

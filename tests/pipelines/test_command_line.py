@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from pipelines.__main__ import main
+from pipelines.commands import main
 from pipelines.config import load_config, to_yaml
 from pipelines.storage import Folder
 

@@ -10,7 +10,7 @@ from hostile_server import running, shows
 from PIL import Image
 from running import DATA_STAGES, found, manifests, run_all
 
-from pipelines.__main__ import print_plan
+from pipelines.commands import print_plan
 from pipelines.intake import source_entries
 from pipelines.plan import StagePlan, plan, table
 from pipelines.stages import data_stages, probe_stages

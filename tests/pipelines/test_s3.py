@@ -8,8 +8,8 @@ import pytest
 from running import DATA_STAGES, data_files, found, manifests, ran, run_all, statuses
 from unsteady_proxy import unsteady
 
-from pipelines.__main__ import main
 from pipelines.collect import find_garbage
+from pipelines.commands import main
 from pipelines.config import to_yaml
 from pipelines.intake import source_entries
 from pipelines.mirror import mirror

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from running import data_files, run_all, shard_times, statuses
 
-from pipelines.__main__ import verify_data
+from pipelines.commands import verify_data
 from pipelines.config import to_yaml
 from pipelines.manifest import ShardTable
 from pipelines.stages import data_stages

@@ -1,0 +1,193 @@
+"""`python -m pipelines COMMAND CONFIG.yaml [key.path=value ...]`: a workflow's data, training and evaluation.
+
+run      bring every stage up to date
+status   what each stage holds: fresh, partial, stale or missing, and why
+plan     shards, samples, bytes and device time before anything runs
+verify   read every byte again; quarantine what is broken and rebuild only that
+retry    download again what failed for a reason that may have passed
+gc       list what no workflow refers to; --delete removes it
+"""
+
+import argparse
+import math
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from pipelines.config import WorkflowConfig, load_config, to_yaml
+from pipelines.inspection import describe, states
+from pipelines.intake import source_entries
+from pipelines.session import StageError
+from pipelines.stages import build_stages, data_stages, probe_stages
+from pipelines.storage import Folder, is_store_error
+from pipelines.summary import write_summary
+from pipelines.workflow import run
+
+
+def run_workflow(config: WorkflowConfig, started: float) -> None:
+    """Brings the workflow up to date, and says per stage what was done and in the end where the outputs
+    are.
+    """
+    config.root.mkdir(parents=True, exist_ok=True)
+    stages = build_stages(config, started)
+    results = run(stages, config.root, config.ray)
+    total_sec = time.perf_counter() - started
+    summary = config.root / "summary.json"
+    if all(result.skipped for result in results) and summary.is_file():
+        print(f"nothing to do: all {len(results)} stages are fresh ({total_sec:.1f} s)")
+    else:
+        Folder.at(config.root).write("config.yaml", to_yaml(config).encode())
+        write_summary(config.root, {result.name: result.manifest for result in results}, total_sec)
+        print(f"total: {total_sec:.1f} s")
+    for name in ("summary.json", "gallery.png", "report.html"):
+        if (config.root / name).is_file():
+            print(f"{name:<12} {config.root / name}")
+
+
+def print_status(config: WorkflowConfig) -> None:
+    """A line per stage: fresh, partial, stale or missing, and why."""
+    for name, state in states(build_stages(config)).items():
+        output = state.output if state.status == "fresh" else None
+        print(f"{name:<9} {state.status:<8} {state.reason if output is None else describe(output.manifest)}")
+
+
+def print_plan(config: WorkflowConfig, num_samples: int, rates: Sequence[str]) -> None:
+    """The table of the data stages."""
+    from pipelines.plan import plan, table
+
+    given: dict[str, float] = {}
+    stages = data_stages(config)
+    names = [stage.name for stage in stages]
+    for rate in rates:
+        name, _, value = rate.partition("=")
+        try:
+            given[name] = float(value)
+        except ValueError:
+            given[name] = 0
+        if name not in names or not 0 < given[name] < math.inf:
+            raise ValueError(f"--rate {rate}: expected STAGE=SAMPLES_PER_SEC of one actor, STAGE of {names}")
+    print(table(plan(stages, lambda: source_entries(config), probe_stages(config), num_samples, given)))
+
+
+def verify_data(config: WorkflowConfig, repair: bool) -> int:
+    """Exit status 1 where something is broken and stays so."""
+    from pipelines.verify import verify
+
+    broken = verify(data_stages(config), config.root, config.ray, repair)
+    return 1 if broken and not repair else 0
+
+
+def collect_garbage(configs: Sequence[WorkflowConfig], delete: bool) -> None:
+    """Lists, and deletes if asked, under the locks of all roots."""
+    from contextlib import ExitStack
+
+    from pipelines.collect import find_garbage
+    from pipelines.workflow import locked
+
+    with ExitStack() as locks:
+        for root in {config.root for config in configs}:
+            locks.enter_context(locked(root))
+        found = find_garbage([build_stages(config) for config in configs], {one.root for one in configs})
+        for one in found:
+            print(one)
+        total = sum(one.bytes for one in found)
+        if not found:
+            print("nothing to collect")
+        elif not delete:
+            print(f"{len(found)} items, {total:,} bytes; run again with --delete to remove them")
+        else:
+            for one in found:
+                one.delete()
+            print(f"removed {len(found)} items, {total:,} bytes")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=["run", "status", "plan", "verify", "retry", "gc"])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    planning = parser.add_argument_group("plan")
+    planning.add_argument(
+        "--probe", type=int, default=128, metavar="N", help="samples to send through the stages"
+    )
+    planning.add_argument(
+        "--rate",
+        action="append",
+        default=[],
+        metavar="STAGE=SAMPLES_PER_SEC",
+        help="of one actor, for other machines than this one",
+    )
+    group = parser.add_argument_group("verify")
+    group.add_argument("--report-only", action="store_true", help="name what is broken, touch nothing")
+    group = parser.add_argument_group("retry")
+    group.add_argument("--reason", action="append", help="of drops to try again; default: the transient ones")
+    group = parser.add_argument_group("gc")
+    group.add_argument(
+        "--and",
+        dest="others",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="CONFIG.yaml",
+        help="a further workflow whose outputs stay",
+    )
+    group.add_argument("--delete", action="store_true", help="remove what is listed")
+    # intermixed, so that options may stand between or after the overrides
+    return parser.parse_intermixed_args()
+
+
+def main() -> int:
+    started = time.perf_counter()
+    args = parse_arguments()
+    try:
+        config = load_config(args.config, args.overrides)
+        if args.dry_run:
+            print(to_yaml(config), end="")
+            return 0
+        match args.command:
+            case "run":
+                run_workflow(config, started)
+            case "status":
+                print_status(config)
+            case "plan":
+                print_plan(config, args.probe, args.rate)
+            case "verify":
+                return verify_data(config, repair=not args.report_only)
+            case "retry":
+                from pipelines.retry import retry
+
+                retry(data_stages(config), config.root, config.ray, args.reason)
+            case "gc":
+                collect_garbage([config, *(load_config(path) for path in args.others)], args.delete)
+    except (ValueError, StageError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if not is_store_error(error):
+            raise
+        print(f"error: {config.data_folder}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        number = terminated_by[0] if terminated_by else signal.SIGINT
+        print(f"stopped by {number.name}; the finished shards are kept", file=sys.stderr)
+        return 128 + number
+    return 0
+
+
+terminated_by: list[signal.Signals] = []
+
+
+def terminate(number: int, frame: object) -> NoReturn:
+    """Ends the process as Ctrl-C does, so that Ray and the servers are stopped; a repeated signal does not
+    cut that short.
+    """
+    signal.signal(number, signal.SIG_IGN)
+    terminated_by.append(signal.Signals(number))
+    # Ray lets no other exception through as it is, where it waits
+    raise KeyboardInterrupt
