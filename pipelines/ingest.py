@@ -17,7 +17,7 @@ from urllib.parse import urljoin, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipelines.downloads import DownloadLimits, Downloads
+from pipelines.downloads import DownloadLimits, Downloads, is_transient
 from pipelines.pool import ActorsConfig, ShardJob
 from pipelines.storage import Folder
 from pipelines.store import ShardCommit, ShardError, Sidecar, canonical_json, read_sidecar
@@ -303,6 +303,22 @@ class _Earlier:
         return sorted(key for key, (reason, _) in self.drops.items() if reason in reasons)
 
 
+def _check_delivered(commit: ShardCommit) -> None:
+    """A server that the driver itself runs has all that it is asked for. It falls silent when the driver was
+    killed, or has no time: neither says anything of a sample.
+
+    Raises:
+        ConnectionError: where a sample failed for a reason that will pass; the shard is tried again.
+    """
+    missed = [(key, detail) for key, reason, detail in commit.drops if is_transient(reason)]
+    if missed:
+        key, detail = missed[0]
+        raise ConnectionError(
+            f"shard {commit.name}: the driver's server did not deliver {len(missed)} images, first {key}: "
+            f"{detail}"
+        )
+
+
 class IngestWorker:
     """Makes `NAME.tar` and `NAME.drops.parquet` from `NAME.parquet` (key, url, caption, anything more goes
     into the JSON).
@@ -315,15 +331,23 @@ class IngestWorker:
         source: folder of the url lists.
         config: the stage's.
         base_url: what relative urls are relative to.
+        own_server: whether that is a server of the driver, which delivers everything in the end.
         num_actors: between how many the permitted requests per host are divided.
     """
 
     concurrency: ClassVar[int] = 2
 
     def __init__(
-        self, folder: Folder, source: Folder, config: IngestConfig, base_url: str = "", num_actors: int = 1
+        self,
+        folder: Folder,
+        source: Folder,
+        config: IngestConfig,
+        base_url: str = "",
+        num_actors: int = 1,
+        own_server: bool = False,
     ):
-        self.folder, self.source, self.config, self.base_url = folder, source, config, base_url
+        self.folder, self.source, self.config = folder, source, config
+        self.base_url, self.own_server = base_url, own_server
         self.fitter = ImageFitter(config)
         rate = config.max_requests_per_sec_per_host
         self.downloads = Downloads(
@@ -361,6 +385,8 @@ class IngestWorker:
                     f"first {lost[0]}; its actor's log may say why; re-run"
                 )
             self._write(rows, tried, spool, earlier, commit)
+            if self.own_server:
+                _check_delivered(commit)
             commit.check_drops(self.config.max_drop_fraction)
             commit.write_drops()
             return commit.commit(f"{job.name}.tar")

@@ -93,7 +93,7 @@ def _download(config: WorkflowConfig, source: Stage) -> ShardStage:
             yield {}
         else:
             with scenes.serve(source.folder, config.source.port) as address:
-                yield {"base_url": address}
+                yield {"base_url": address, "own_server": True}
 
     settings = config.ingest
     if is_embedded:

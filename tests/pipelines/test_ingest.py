@@ -458,3 +458,15 @@ def test_what_decides_the_bytes():
         assert fingerprint_fields(IngestConfig(**fields)) == base
     for fields in ({"image_size": 64}, {"max_pixels": 5}, {"max_download_bytes": 5}, {"encode": "webp"}):
         assert fingerprint_fields(IngestConfig(**fields)) != base
+
+
+def test_a_silent_server_of_the_driver_costs_no_sample(tmp_path, server):
+    server.pages |= {"a": shows(picture(0)), "b": recovers(picture(1), 9)}
+    write_list(tmp_path / "lists", ["a", "b", "none"])
+    one = worker(tmp_path, server, retries=0)
+    one.own_server = True
+    with pytest.raises(ConnectionError, match=r"did not deliver 1 images, first 000000003: Service"):
+        one(ShardJob("00000", "f"))
+    assert one.folder.names() == set()
+    server.pages["b"] = shows(picture(1))
+    assert one(ShardJob("00000", "f")).drops == {"http_404": 1}
