@@ -1,0 +1,62 @@
+"""Where runs are tracked, and a configuration -> MLflow's parameters."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+
+MAX_PARAM_CHARS = 6000
+
+
+class TrackingConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uri: str | None = None
+    """MLflow tracking URI: sqlite:///runs/mlflow.db, postgresql://..., or a server's; None tracks nothing."""
+    experiment: str = "repfusion"
+    """MLflow experiment; made where it does not exist."""
+    run_name: str | None = None
+    """Name of the run; None lets MLflow choose."""
+    run_id: str | None = None
+    """Continue this run, as a resumed training or an evaluation task does."""
+    artifacts: str | None = None
+    """Where a new experiment keeps images and files: a folder or s3://bucket/prefix. None: beside the SQLite
+    file, or what the server chooses; a database without a server needs it."""
+    registered_model: str | None = None
+    """Registered model whose versions are the checkpoints; None: named as the experiment."""
+    system_metrics_sec: PositiveFloat | None = 10.0
+    """Seconds between two looks at a node's processors, memory, disks and network; None takes none."""
+    max_buffered_metrics: PositiveInt = 500_000
+    """Metric values kept in memory while the store is away, about 100 bytes each; then the oldest go."""
+    flush_sec: PositiveFloat = 60.0
+    """How long the end of a run waits for what has not been sent, and a call that must not be lost for the
+    store."""
+
+
+def without_password(uri: str) -> str:
+    """scheme://user:secret@host -> scheme://user:***@host."""
+    return re.sub(r"(://[^/:@\s]*):[^/@\s]*@", r"\1:***@", uri)
+
+
+def readable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested configuration without the passwords that addresses in it hold."""
+    return {
+        key: readable(value)
+        if isinstance(value, Mapping)
+        else without_password(value)
+        if isinstance(value, str)
+        else value
+        for key, value in config.items()
+    }
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested config -> MLflow parameters `engine.lr` and so on."""
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value)[:MAX_PARAM_CHARS]
+    return flat
