@@ -21,19 +21,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from tiny_training import make_columns, make_foundation, tiny_model
 
-from repfusion.data import ColumnDataset, DataConfig, batches
+from repfusion.batches import batches
+from repfusion.data import DataConfig
 from repfusion.dit import DiTConfig
 from repfusion.ema import EMA
 from repfusion.engine import Engine, EngineConfig, num_cores, shut_down
+from repfusion.mixture import Mixture
 from repfusion.train import TrainConfig, build_generator, inputs_of
 
 
 class BareLoop:
-    def __init__(self, config: TrainConfig, dataset: ColumnDataset):
+    def __init__(self, config: TrainConfig, dataset: Mixture):
         self.module = build_generator(config, dataset)
         stream = batches(
             dataset,
             seed=0,
+            shift=self.module.shift,
+            condition_dropout=config.condition_dropout,
             first_step=0,
             num_steps=1,
             global_batch_size=config.global_batch_size,
@@ -54,7 +58,7 @@ class BareLoop:
 
 
 class OurLoop:
-    def __init__(self, config: TrainConfig, dataset: ColumnDataset):
+    def __init__(self, config: TrainConfig, dataset: Mixture):
         self.config = config
         self.generator = build_generator(config, dataset)
         self.engine = Engine(self.generator, config.engine, config.global_batch_size, config.num_steps)
@@ -62,6 +66,8 @@ class OurLoop:
         self.stream = batches(
             dataset,
             seed=0,
+            shift=self.generator.shift,
+            condition_dropout=config.condition_dropout,
             first_step=0,
             num_steps=config.num_steps,
             global_batch_size=config.global_batch_size,
@@ -105,7 +111,7 @@ def main() -> None:
             num_steps=(args.rounds + 1) * args.steps,
             global_batch_size=args.batch_size,
         )
-        dataset = ColumnDataset(config.data.images, config.data.features, cache_bytes=2**28)
+        dataset = Mixture.open(config.data)
         ours, bare = OurLoop(config, dataset), BareLoop(config, dataset)
         for loop in (ours, bare):
             seconds(loop, args.steps)

@@ -6,6 +6,7 @@ Headers are read once; members are then read by offset.
 import hashlib
 import io
 import json
+import math
 import mmap
 import os
 import tarfile
@@ -111,8 +112,11 @@ class Column:
         self.folder, self.required = folder, required
         self.paths: list[Path] = []
         self.files: list[int] = []
+        self.keys: list[list[str]] = []
+        """Of each shard, in order."""
         self.spans: dict[str, list[np.ndarray]] = {name: [] for name in (*required, *optional)}
         """Offset and size of each key's member, one array a shard; offset -1 where a key lacks it."""
+        self._headers: dict[bytes, tuple[tuple[int, ...], np.dtype, int]] = {}
 
     def open_shard(self, name: str, keys: list[str] | None = None) -> list[str]:
         """Finds the members of the next shard, in the order of `keys`, which default to the shard's own;
@@ -135,12 +139,13 @@ class Column:
                 f"{rebuild_hint(path)}"
             )
         self.paths.append(path)
+        self.keys.append(keys)
         self.files.append(os.open(path, os.O_RDONLY))
         for extension, spans in self.spans.items():
             found = [self._span(key, extension, members) for key in keys]
             spans.append(np.array(found, np.int64).reshape(-1, 2))
         for extension in self.required:
-            self.check_present(extension, -1, keys, np.ones(len(keys), bool))
+            self.check_present(extension, -1, np.ones(len(keys), bool))
         return keys
 
     def _span(self, key: str, extension: str, members: dict[str, tuple[int, int]]) -> tuple[int, int]:
@@ -159,14 +164,14 @@ class Column:
             )
         return members[target]
 
-    def check_present(self, extension: str, shard: int, keys: list[str], wanted: np.ndarray) -> None:
+    def check_present(self, extension: str, shard: int, wanted: np.ndarray) -> None:
         """Raises ValueError, naming the first, where keys that are `wanted` (bool) lack a member."""
         missing = np.flatnonzero(wanted & ~self.has(extension, shard))
         if len(missing):
-            key, path = keys[missing[0]], self.paths[shard]
+            key, path = self.keys[shard][missing[0]], self.paths[shard]
             raise ValueError(
                 f"shard {path}, key {key}: no member {key}.{extension} "
-                f"({len(missing)} of {len(keys)} keys lack it); {rebuild_hint(path)}"
+                f"({len(missing)} of {len(wanted)} keys lack it); {rebuild_hint(path)}"
             )
 
     def has(self, extension: str, shard: int) -> np.ndarray:
@@ -174,21 +179,58 @@ class Column:
         return self.spans[extension][shard][:, 0] >= 0
 
     def read(self, extension: str, shard: int, row: int) -> bytes | None:
-        """A member's bytes; None where the key lacks it."""
+        """A member's bytes; None where the key lacks it. ValueError where the disk does not give them."""
         offset, size = (int(number) for number in self.spans[extension][shard][row])
-        return None if offset < 0 else os.pread(self.files[shard], size, offset)
+        if offset < 0:
+            return None
+        try:
+            raw = os.pread(self.files[shard], size, offset)
+        except OSError as error:
+            raise ValueError(
+                f"{self.place(shard, row)}: {extension} cannot be read ({error}); check the disk, then "
+                f"{rebuild_hint(self.paths[shard])}"
+            ) from error
+        if len(raw) != size:
+            raise ValueError(
+                f"{self.place(shard, row)}: {extension} has {len(raw)} of its {size} bytes: the shard was "
+                f"cut short since it was opened; {rebuild_hint(self.paths[shard])}"
+            )
+        return raw
 
-    def read_array(self, extension: str, shard: int, row: int, key: str) -> np.ndarray:
+    def read_array(self, extension: str, shard: int, row: int) -> np.ndarray:
         """An npy member that is there. ValueError where it is damaged."""
         raw = self.read(extension, shard, row)
         assert raw is not None
         try:
-            return np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)
+            known = self._plain_header(raw)
+            if known is None:
+                return np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)
+            shape, dtype, start = known
+            return np.frombuffer(raw, dtype, math.prod(shape), start).reshape(shape)
         except ValueError as error:
-            path = self.paths[shard]
             raise ValueError(
-                f"shard {path}, key {key}: not a readable npy member ({error}); {rebuild_hint(path)}"
+                f"{self.place(shard, row)}: not a readable npy member ({error}); "
+                f"{rebuild_hint(self.paths[shard])}"
             ) from error
+
+    def _plain_header(self, raw: bytes) -> tuple[tuple[int, ...], np.dtype, int] | None:
+        """Shape, dtype and where the numbers begin, for numbers in C order. Members of a column begin alike,
+        so that a header is parsed once.
+        """
+        start = 10 + int.from_bytes(raw[8:10], "little")
+        if (header := raw[:start]) not in self._headers:
+            stream = io.BytesIO(raw)
+            if np.lib.format.read_magic(stream) != (1, 0):
+                return None
+            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+            if is_fortran or dtype.hasobject:
+                return None
+            self._headers[header] = shape, dtype, start
+        return self._headers[header]
+
+    def place(self, shard: int, row: int) -> str:
+        """A sample as messages name it."""
+        return f"shard {self.paths[shard]}, key {self.keys[shard][row]}"
 
     def close(self) -> None:
         while self.files:

@@ -1,27 +1,26 @@
-"""Columns of WebDataset tars -> batches of features and captions, in an order that a seed and a position
-decide.
+"""Columns of WebDataset tars -> samples, joined by key: a data set and its configuration.
 
-A column is a folder of tars with the same keys as the images. Members are read by offset, so the shuffle is
-exact over the whole data set and resuming is one integer.
+A column is a folder of tars with the same keys as the images. Members are read by offset, so samples are read
+in any order.
 """
 
 import json
 import math
-import queue
-import threading
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-import torch
-from pydantic import BaseModel, ConfigDict, model_validator
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from repfusion.columns import Column, rebuild_hint, scan_tar, shard_names
+from repfusion.order import shares_of
 
+MAIN = "main"
+"""The data set that is not in `mix`."""
 FEATURES = "features.npy"
 CAPTION = "txt"
 """The member that holds the main caption; it lies with the image."""
@@ -61,7 +60,9 @@ def check_weights(weights: Mapping[str, float], captions: Path | None) -> dict[s
     return positive
 
 
-class DataConfig(BaseModel):
+class DatasetConfig(BaseModel):
+    """One data set: the folders of its columns."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     images: Path
@@ -76,17 +77,50 @@ class DataConfig(BaseModel):
     """How often each caption is drawn: `txt` is the main one, `NAME.txt` one of the captions column. For a
     sample that lacks some, the weights of those it has count in proportion.
     """
-    cache_bytes: int = 2**30
-    """Decoded samples kept in memory on each rank, up to this many bytes; 0 reads every sample from its
-    tar each time.
+    weight: float = 1.0
+    """How often this data set is drawn, relative to the others; at least 1/1024 of the sum."""
+
+    @model_validator(mode="after")
+    def _weights_hold(self) -> "DatasetConfig":
+        check_weights(self.caption_weights, self.captions)
+        return self
+
+    @property
+    def columns(self) -> dict[str, Path]:
+        """The folders that training reads, by column."""
+        found = {name: getattr(self, name) for name in ("images", "features", "text", "captions")}
+        return {name: folder for name, folder in found.items() if folder is not None}
+
+
+class DataConfig(DatasetConfig):
+    """What a training reads: one data set, `main`, and those mixed into it."""
+
+    mix: dict[str, DatasetConfig] = {}
+    """Further data sets, by a name of your choice; the one above is `main`. Their features have to be those
+    of the same encoder. Latents are normalised by the statistics of `main`.
     """
-    prefetch_steps: int = 2
+    cache_bytes: int = Field(default=2**30, ge=0)
+    """Decoded samples kept in memory on each rank, up to this many bytes, shared by the data sets in
+    proportion to their weights; 0 reads every sample from its tar each time.
+    """
+    prefetch_steps: int = Field(default=2, ge=1)
     """Steps read ahead by a thread, so that the loop does not wait for the disk."""
 
     @model_validator(mode="after")
-    def _weights_hold(self) -> "DataConfig":
-        check_weights(self.caption_weights, self.captions)
+    def _mix_holds(self) -> "DataConfig":
+        for name in self.mix:
+            if name == MAIN or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(
+                    f"mix: {name!r} cannot name a data set; expected letters, digits, '_' and '-', and not "
+                    f"{MAIN!r}, which is the one outside the mix"
+                )
+        shares_of({name: config.weight for name, config in self.datasets.items()})
         return self
+
+    @property
+    def datasets(self) -> dict[str, DatasetConfig]:
+        """All of them by name, `main` first."""
+        return {MAIN: self, **{name: self.mix[name] for name in sorted(self.mix)}}
 
 
 @dataclass(frozen=True)
@@ -98,18 +132,6 @@ class Sample:
     """[n, d] float16."""
     text: dict[str, np.ndarray] | None
     """[m, d] precomputed prompt features of each caption, unpadded."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch. `positions` are global sample positions: they decide order, caption and noise."""
-
-    positions: list[int]
-    keys: list[str]
-    captions: list[str]
-    features: Tensor
-    """[b, n, d] float16."""
-    text: list[Tensor] | None
 
 
 class ColumnDataset:
@@ -139,11 +161,11 @@ class ColumnDataset:
         self.captions = None if captions is None or not others else Column(captions, (), others)
         self.text = None if text is None else Column(text, (), tuple(map(text_member, self.weights)))
         self.names = shard_names(images)
-        self.keys: list[list[str]] = []
         self.cache_bytes, self.cached_bytes = cache_bytes, 0
         self.cache: dict[int, Sample] = {}
         for name in self.names:
             self._open_shard(name)
+        self.keys = self.images.keys
         self.starts = np.cumsum([0] + [len(keys) for keys in self.keys])
         if len(self) == 0:
             raise ValueError(f"{images}: the shards hold no samples")
@@ -152,15 +174,9 @@ class ColumnDataset:
         self._check_shards()
 
     @classmethod
-    def open(cls, config: DataConfig) -> "ColumnDataset":
-        return cls(
-            config.images,
-            config.features,
-            config.text,
-            config.cache_bytes,
-            config.captions,
-            config.caption_weights,
-        )
+    def open(cls, config: DatasetConfig, cache_bytes: int = 0) -> "ColumnDataset":
+        columns = config.images, config.features, config.text
+        return cls(*columns, cache_bytes, config.captions, config.caption_weights)
 
     def _columns(self) -> Iterator[Column]:
         yield from (column for column in (self.images, self.features, self.captions, self.text) if column)
@@ -169,8 +185,6 @@ class ColumnDataset:
         keys: list[str] | None = None
         for column in self._columns():
             keys = column.open_shard(name, keys)
-        assert keys is not None
-        self.keys.append(keys)
 
     def _caption_column(self, name: str) -> Column:
         column = self.images if name == CAPTION else self.captions
@@ -189,7 +203,7 @@ class ColumnDataset:
                 seen[name] += int(present.sum())
                 drawable |= present
                 if self.text is not None:
-                    self.text.check_present(text_member(name), shard, keys, present)
+                    self.text.check_present(text_member(name), shard, present)
             if not drawable.all():
                 path = self._caption_column(next(iter(self.weights))).paths[shard]
                 raise ValueError(
@@ -235,7 +249,7 @@ class ColumnDataset:
             )
 
     def _features(self, shard: int, row: int) -> np.ndarray:
-        return self.features.read_array(FEATURES, shard, row, self.keys[shard][row])
+        return self.features.read_array(FEATURES, shard, row)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -252,7 +266,7 @@ class ColumnDataset:
         captions = self._captions(shard, row)
         text = None
         if self.text is not None:
-            text = {name: self.text.read_array(text_member(name), shard, row, key) for name in captions}
+            text = {name: self.text.read_array(text_member(name), shard, row) for name in captions}
         sample = Sample(key, captions, features, text)
         num_bytes = features.nbytes + sum(len(text) for texts in captions.values() for text in texts)
         num_bytes += sum(array.nbytes for array in (text or {}).values())
@@ -263,142 +277,42 @@ class ColumnDataset:
 
     def _captions(self, shard: int, row: int) -> dict[str, tuple[str, ...]]:
         found: dict[str, tuple[str, ...]] = {}
-        for name in self.weights:
-            raw = self._caption_column(name).read(name, shard, row)
-            if raw is not None:
-                found[name] = (raw.decode().strip(),)
         raw = self.images.read("json", shard, row)
-        if CAPTION in found and raw and (variants := json.loads(raw).get("captions")):
+        try:
+            for name in self.weights:
+                caption = self._caption_column(name).read(name, shard, row)
+                if caption is not None:
+                    found[name] = (caption.decode().strip(),)
+            variants = json.loads(raw).get("captions") if CAPTION in found and raw else None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{self.images.place(shard, row)}: a caption or its json is not readable text ({error}); "
+                "correct it in the source"
+            ) from error
+        if variants:
             if not (isinstance(variants, list) and all(isinstance(text, str) for text in variants)):
-                place = f"shard {self.images.paths[shard]}, key {self.keys[shard][row]}"
                 raise ValueError(
-                    f"{place}: the json's 'captions' are {str(variants)[:60]!r}, expected a list of texts "
-                    "that say what the caption says; rename the field in the source"
+                    f"{self.images.place(shard, row)}: the json's 'captions' are {str(variants)[:60]!r}, "
+                    "expected a list of texts that say what the caption says; rename the field in the source"
                 )
             found[CAPTION] = tuple(variants)
         return found
 
     @cached_property
     def text_width(self) -> int | None:
-        return None if self[0].text is None else next(iter(self[0].text.values())).shape[-1]
+        return None if (text := self[0].text) is None else next(iter(text.values())).shape[-1]
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Of the columns that are read."""
+        columns = {
+            "images": self.images,
+            "features": self.features,
+            "text": self.text,
+            "captions": self.captions,
+        }
+        return {name: column.folder for name, column in columns.items() if column is not None}
 
     def close(self) -> None:
         for column in self._columns():
             column.close()
-
-
-@lru_cache(maxsize=2)
-def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of one epoch. Two are kept, since a batch may span the end of one and the start of
-    the next.
-    """
-    return np.random.default_rng([seed, epoch]).permutation(num_samples)
-
-
-def sample_at(num_samples: int, seed: int, position: int) -> int:
-    """Which sample the global position reads: a fresh permutation of all samples in each epoch."""
-    epoch, offset = divmod(position, num_samples)
-    return int(epoch_order(num_samples, seed, epoch)[offset])
-
-
-def draw_caption(sample: Sample, weights: Mapping[str, float], seed: int, position: int) -> tuple[str, str]:
-    """Name and text of the caption that the sample is seen with at a global position: a name by weight, then
-    one of its variants, all alike. Decided by seed and position alone.
-    """
-    names = list(sample.captions)
-    if len(names) == 1 and len(sample.captions[names[0]]) == 1:
-        return names[0], sample.captions[names[0]][0]
-    variant, fraction = (int(word) for word in np.random.SeedSequence([seed, position]).generate_state(2))
-    bounds = np.cumsum([weights[name] for name in names])
-    name = names[int(np.searchsorted(bounds[:-1], fraction / 2**32 * bounds[-1], side="right"))]
-    return name, sample.captions[name][variant % len(sample.captions[name])]
-
-
-def make_batch(dataset: ColumnDataset, positions: list[int], seed: int) -> Batch:
-    samples = [dataset[sample_at(len(dataset), seed, position)] for position in positions]
-    drawn = [
-        draw_caption(sample, dataset.weights, seed, position)
-        for sample, position in zip(samples, positions, strict=True)
-    ]
-    features = torch.from_numpy(np.stack([sample.features for sample in samples]))
-    text = [
-        torch.from_numpy(sample.text[name])
-        for sample, (name, _) in zip(samples, drawn, strict=True)
-        if sample.text is not None
-    ]
-    return Batch(
-        positions,
-        [sample.key for sample in samples],
-        [caption for _, caption in drawn],
-        features,
-        text if dataset.text is not None else None,
-    )
-
-
-def micro_positions(
-    step: int, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
-) -> list[list[int]]:
-    """Global positions of one step's micro-batches on this rank: a contiguous slice of the global batch,
-    cut into equal parts.
-    """
-    per_rank = global_batch_size // world_size
-    first = step * global_batch_size + rank * per_rank
-    return [
-        list(range(start, start + micro_batch_size))
-        for start in range(first, first + per_rank, micro_batch_size)
-    ]
-
-
-def batches(
-    dataset: ColumnDataset,
-    *,
-    seed: int,
-    first_step: int,
-    num_steps: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    prefetch_steps: int = 2,
-) -> Iterator[list[Batch]]:
-    """The micro-batches of steps `first_step` to `num_steps`, read ahead by a thread.
-
-    Sample i of step s has global position s * global_batch_size + i whatever the world size or the micro-
-    batch split, so a run may be stopped and continued at any step, on any number of ranks, and see the
-    same samples.
-    """
-    if micro_batch_size * world_size > global_batch_size or global_batch_size % (
-        micro_batch_size * world_size
-    ):
-        raise ValueError(f"{micro_batch_size=} x {world_size=} must divide {global_batch_size=}")
-    ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=max(1, prefetch_steps))
-    stopped = threading.Event()
-
-    def put(item: list[Batch] | BaseException) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def read_ahead() -> None:
-        try:
-            for step in range(first_step, num_steps):
-                parts = micro_positions(step, global_batch_size, micro_batch_size, rank, world_size)
-                put([make_batch(dataset, positions, seed) for positions in parts])
-                if stopped.is_set():
-                    return
-        except (ValueError, OSError) as error:
-            put(error)
-
-    thread = threading.Thread(target=read_ahead, name="read_ahead", daemon=True)
-    thread.start()
-    try:
-        for _ in range(first_step, num_steps):
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join()

@@ -1,11 +1,13 @@
-"""Rectified flow: noise levels, interpolation, velocity; one noise draw per global sample position.
+"""Rectified flow: noise levels, interpolation, velocity; the random draws of each sample.
 
 `t` is the noise level: t=0 data, t=1 noise; z_t = (1 - t) * latents + t * noise; velocity = noise - latents.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from pydantic import BaseModel, ConfigDict, Field
@@ -55,25 +57,36 @@ class Draw:
 
 
 def draw(
-    seed: int,
-    positions: list[int],
+    seeds: Sequence[int],
     shape: tuple[int, int],
     shift: float,
     dropout: float = 0.0,
-    device: torch.device | str = "cpu",
+    pin_memory: bool = False,
 ) -> Draw:
-    """The randomness of samples at global `positions` of a run.
+    """The randomness of a batch, on the CPU: row i is a function of seeds[i] (64 bits) alone, whatever rows
+    lie beside it. Its noise is the first that a `torch.Generator` of that seed draws.
 
-    Each position has a generator of its own, so the draw does not depend on rank, micro-batch or world size.
-    Noise levels are uniform before the shift (RepFusion). Drawn on the CPU: the same numbers on every device.
+    Noise levels are uniform before the shift (RepFusion). With `pin_memory` in page-locked memory, from which
+    copies to a GPU do not wait.
     """
-    uniform, noise = torch.empty(len(positions), 2), torch.empty(len(positions), *shape)
+    uniform = _uniform(seeds)
+    t, dropped = torch.empty(len(seeds), pin_memory=pin_memory), uniform[:, 1] < dropout
+    t.copy_(shift_noise_level(uniform[:, 0], shift))
+    noise = torch.empty(len(seeds), *shape, pin_memory=pin_memory)
     generator = torch.Generator()
-    for row, position in enumerate(positions):
-        generator.manual_seed(
-            (seed * 0x9E3779B97F4A7C15 + position * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**63
-        )
-        uniform[row] = torch.rand(2, generator=generator)
-        noise[row] = torch.randn(shape, generator=generator)
-    t = shift_noise_level(uniform[:, 0], shift)
-    return Draw(t.to(device), noise.to(device), (uniform[:, 1] < dropout).to(device))
+    for seed, row in zip(seeds, noise.unbind(), strict=True):
+        generator.manual_seed(seed)
+        row.normal_(generator=generator)
+    return Draw(t, noise, dropped)
+
+
+def _uniform(seeds: Sequence[int]) -> Float[Tensor, "b 2"]:
+    """Two numbers in [0, 1) a seed, from all of its 64 bits: a torch generator on the CPU reads 32 of them.
+    SplitMix64 (Steele et al. 2014), outputs 1 and 2; the top 24 bits are what float32 holds.
+    """
+    steps = np.array([1, 2], np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    bits = np.array([seed % 2**64 for seed in seeds], np.uint64)[:, None] + steps
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    bits ^= bits >> np.uint64(31)
+    return torch.from_numpy((bits >> np.uint64(40)).astype(np.float32) / np.float32(2**24))

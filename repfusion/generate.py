@@ -35,9 +35,8 @@ def generate(
     images = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
-        noise = draw(
-            seed, list(range(start, start + len(part))), generator.latent_shape, generator.shift
-        ).noise
+        seeds = range(seed + start, seed + start + len(part))
+        noise = draw(seeds, generator.latent_shape, generator.shift).noise
         latents = sample(generator, part, noise, config)
         images.append(decoder(generator.denormalise(latents)).float().clamp(0, 1).cpu())
     return torch.cat(images)

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tqdm import tqdm
 
+from repfusion.batches import Batch, batches
 from repfusion.checkpoint import (
     begin_checkpoint,
     check_complete,
@@ -35,10 +36,11 @@ from repfusion.checkpoint import (
     write_model,
 )
 from repfusion.columns import manifest_digest
-from repfusion.data import Batch, ColumnDataset, DataConfig, batches
+from repfusion.data import MAIN, DataConfig
 from repfusion.ema import EMA
 from repfusion.engine import Engine, EngineConfig, shut_down
 from repfusion.flow import draw
+from repfusion.mixture import Mixture
 from repfusion.model import Generator, ModelConfig
 from repfusion.rae.statistics import LatentStatistics
 from repfusion.sampler import SamplerConfig, sample
@@ -122,7 +124,7 @@ class Report:
         return {f"train/{name}": value for name, value in vars(self).items() if name != "step"}
 
 
-def build_generator(config: TrainConfig, dataset: ColumnDataset) -> Generator:
+def build_generator(config: TrainConfig, dataset: Mixture) -> Generator:
     """From scratch on the data set's statistics, or from a checkpoint with its own.
 
     Raises:
@@ -149,15 +151,7 @@ def build_generator(config: TrainConfig, dataset: ColumnDataset) -> Generator:
 
 def inputs_of(batch: Batch, generator: Generator, config: TrainConfig) -> dict[str, Any]:
     """What `Generator.forward` takes: normalised latents, prompts (some dropped), noise levels and noise."""
-    device = generator.device
-    draws = draw(
-        config.seed,
-        batch.positions,
-        generator.latent_shape,
-        generator.shift,
-        config.condition_dropout,
-        device,
-    )
+    device, draws = generator.device, batch.draws
     is_static = generator.prompt_column == "features" and batch.text is not None
     prompts: list[Any] = list(batch.text if is_static and batch.text is not None else batch.captions)
     prompts = ["" if dropped else p for p, dropped in zip(prompts, draws.dropped.tolist(), strict=True)]
@@ -165,21 +159,19 @@ def inputs_of(batch: Batch, generator: Generator, config: TrainConfig) -> dict[s
     return {
         "latents": latents,
         "prompts": generator.prompt_batch(prompts),
-        "t": draws.t,
-        "noise": draws.noise,
+        "t": draws.t.to(device, non_blocking=True),
+        "noise": draws.noise.to(device, non_blocking=True),
     }
 
 
-def loop_state(config: TrainConfig, dataset: ColumnDataset, world_size: int) -> dict[str, Any]:
+def loop_state(config: TrainConfig, dataset: Mixture, world_size: int) -> dict[str, Any]:
     """What must not change between a checkpoint and the run that resumes from it."""
     return {
         "seed": config.seed,
         "global_batch_size": config.global_batch_size,
         "zero_stage": config.engine.zero_stage,
         "world_size": world_size,
-        "num_samples": len(dataset),
-        "data_digest": manifest_digest(config.data.features),
-        "caption_weights": dataset.weights,
+        "datasets": dataset.identity,
     }
 
 
@@ -228,9 +220,7 @@ def draw_grid(config: TrainConfig, generator: Generator, ema: EMA, step: int) ->
     from PIL import Image
 
     prompts = list(config.sample_prompts)
-    noise = draw(
-        config.seed, list(range(len(prompts))), generator.latent_shape, 1.0, 0.0, generator.device
-    ).noise
+    noise = draw(range(config.seed, config.seed + len(prompts)), generator.latent_shape, 1.0).noise
     decoder = generator.load_decoder()
     with (
         ema.applied(),
@@ -245,7 +235,7 @@ def draw_grid(config: TrainConfig, generator: Generator, ema: EMA, step: int) ->
     return path
 
 
-def start_tracking(config: TrainConfig, dataset: ColumnDataset) -> Tracker:
+def start_tracking(config: TrainConfig, dataset: Mixture) -> Tracker:
     """A new MLflow run, or the one that this output folder started before."""
     remembered = config.output_dir / "mlflow_run.json"
     tracking = config.tracking
@@ -257,8 +247,10 @@ def start_tracking(config: TrainConfig, dataset: ColumnDataset) -> Tracker:
     if tracker.run_id is not None:
         write_json(remembered, {"uri": tracking.uri, "run_id": tracker.run_id})
         tracker.log_params(config.model_dump(mode="json"))
-        for name, folder in (("images", config.data.images), ("features", config.data.features)):
-            tracker.log_dataset(name, manifest_digest(folder), str(folder), len(dataset))
+        for name, folders in dataset.folders.items():
+            for column, folder in folders.items():
+                label = column if name == MAIN else f"{name}.{column}"
+                tracker.log_dataset(label, manifest_digest(folder), str(folder), dataset.num_samples[name])
     return tracker
 
 
@@ -277,7 +269,7 @@ def train(
         NonFiniteError: a loss or gradient is not finite; the weights were not updated.
     """
     # Validate what needs no model
-    dataset = ColumnDataset.open(config.data)
+    dataset = Mixture.open(config.data)
     checkpoints = config.output_dir / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
 
@@ -301,6 +293,8 @@ def train(
     stream = batches(
         dataset,
         seed=config.seed,
+        shift=generator.shift,
+        condition_dropout=config.condition_dropout,
         first_step=first_step,
         num_steps=config.num_steps,
         global_batch_size=config.global_batch_size,

@@ -1,15 +1,15 @@
-"""Columns of tars -> batches: the join, its checks, and the order."""
+"""Columns of tars -> samples: the join and its checks."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from tiny_training import GRID, WIDTH, make_columns, npy, write_tar
+from tiny_columns import add_captions, open_captioned, open_columns
+from tiny_training import GRID, WIDTH, make_columns, npy, scan_and_replace, write_tar
 
 from repfusion.columns import manifest_digest, scan_tar, shard_names
-from repfusion.data import ColumnDataset, DataConfig, batches, micro_positions, sample_at
 
 
 @pytest.fixture
@@ -17,8 +17,9 @@ def columns(tmp_path: Path) -> Path:
     return make_columns(tmp_path)
 
 
-def open_columns(root: Path, **changes) -> ColumnDataset:
-    return ColumnDataset(**{"images": root / "curate", "features": root / "latents", **changes})
+@pytest.fixture
+def captioned(columns: Path) -> Path:
+    return add_captions(columns)
 
 
 def test_columns_are_joined_key_for_key(columns: Path):
@@ -45,49 +46,6 @@ def test_the_cache_holds_to_its_size_and_gives_the_same_samples(columns: Path):
     assert 0 < len(cached.cache) < 20
 
 
-def test_every_epoch_is_a_permutation_of_its_own():
-    epochs = [[sample_at(20, 3, epoch * 20 + i) for i in range(20)] for epoch in range(3)]
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(20))
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert [sample_at(20, 4, i) for i in range(20)] != epochs[0]
-
-
-@pytest.mark.parametrize(("world_size", "micro"), [(1, 12), (1, 4), (2, 6), (2, 3), (3, 2), (4, 3)])
-def test_positions_do_not_depend_on_ranks_or_micro_batches(world_size: int, micro: int):
-    for step in (0, 5):
-        parts = [p for rank in range(world_size) for p in micro_positions(step, 12, micro, rank, world_size)]
-        assert [position for part in parts for position in part] == list(range(step * 12, step * 12 + 12))
-
-
-def read_all(dataset: ColumnDataset, first_step: int, num_steps: int, **layout: int) -> list:
-    stream = batches(
-        dataset, seed=1, first_step=first_step, num_steps=num_steps, global_batch_size=8, **layout
-    )
-    return [
-        (p, k, c, f.tolist())
-        for parts in stream
-        for batch in parts
-        for p, k, c, f in zip(batch.positions, batch.keys, batch.captions, batch.features, strict=True)
-    ]
-
-
-def test_batches_across_epochs_ranks_and_restarts(columns: Path):
-    dataset = open_columns(columns)
-    whole = read_all(dataset, 0, 6, micro_batch_size=8)
-    assert len(whole) == 48 and len({key for _, key, _, _ in whole[:20]}) == 20
-    assert read_all(dataset, 0, 2, micro_batch_size=8) + read_all(dataset, 2, 6, micro_batch_size=2) == whole
-    ranks = [read_all(dataset, 0, 6, micro_batch_size=2, rank=rank, world_size=2) for rank in range(2)]
-    assert sorted(ranks[0] + ranks[1], key=lambda row: row[0]) == whole
-
-
-def test_variants_of_the_caption_are_drawn_by_position(columns: Path):
-    rows = read_all(open_columns(columns), 0, 20, micro_batch_size=8)
-    drawn = {caption for _, key, caption, _ in rows if key == "000001"}
-    assert drawn == set(open_columns(columns)[1].captions["txt"])
-    assert rows == read_all(open_columns(columns), 0, 20, micro_batch_size=8)
-
-
 @pytest.mark.parametrize("variants", ["one text", {"a": "b"}, [1, 2]])
 def test_variants_that_are_no_list_of_texts(columns: Path, variants):
     members = {"txt": b"x", "json": json.dumps({"captions": variants}).encode()}
@@ -97,12 +55,6 @@ def test_variants_that_are_no_list_of_texts(columns: Path, variants):
         ValueError, match=r"00002\.tar, key 000017: the json's 'captions' are .*rename the field"
     ):
         dataset[17]
-
-
-def test_sizes_that_do_not_divide_are_refused(columns: Path):
-    with pytest.raises(ValueError, match="micro_batch_size=3 x world_size=2 must divide global_batch_size=8"):
-        next(batches(open_columns(columns), seed=0, first_step=0, num_steps=1, global_batch_size=8,
-                     micro_batch_size=3, world_size=2))  # fmt: skip
 
 
 @pytest.mark.parametrize("keep", [0, 700, 3000, -1024])
@@ -163,22 +115,47 @@ def test_a_missing_shard_is_named(columns: Path):
         open_columns(columns)
 
 
-def test_a_damaged_sample_is_raised_in_the_loop(columns: Path):
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", ["<f2", ">f4"])
+def test_arrays_are_read_as_numpy_reads_them(columns: Path, order: str, dtype: str):
+    rng, arrays = np.random.default_rng(3), {}
+    for name in shard_names(columns / "latents"):
+        keys = dict.fromkeys(member.split(".")[0] for member in scan_tar(columns / "latents" / name))
+        made = {key: np.asarray(rng.standard_normal((GRID**2, WIDTH)), dtype, order=order) for key in keys}
+        write_tar(columns / "latents" / name, [(key, {"features.npy": npy(made[key])}) for key in keys])
+        arrays |= made
     dataset = open_columns(columns)
-    shard = columns / "latents" / "00001.tar"
-    offset, _ = scan_tar(shard)["000011.features.npy"]
-    data = bytearray(shard.read_bytes())
-    data[offset : offset + 6] = b"junk!!"
-    shard.write_bytes(data)
-    with pytest.raises(ValueError, match=r"00001\.tar, key 000011: not a readable npy"):
-        read_all(dataset, 0, 3, micro_batch_size=8)
+    for i in range(20):
+        assert dataset[i].features.dtype == np.dtype(dtype)
+        np.testing.assert_array_equal(dataset[i].features, arrays[dataset[i].key])
 
 
-def test_features_reach_torch_as_they_lie_on_disk(columns: Path):
+def test_a_shard_cut_short_after_it_was_opened(columns: Path):
     dataset = open_columns(columns)
-    parts = next(batches(dataset, seed=0, first_step=0, num_steps=1, global_batch_size=8, micro_batch_size=4))
-    assert [tuple(part.features.shape) for part in parts] == [(4, GRID**2, WIDTH)] * 2
-    assert parts[0].features.dtype == torch.float16 and parts[0].text is None
+    shard = columns / "latents" / "00002.tar"
+    offset, _ = scan_tar(shard)["000018.features.npy"]
+    with shard.open("r+b") as file:
+        file.truncate(offset + 10)
+    assert dataset[17].key == "000017"
+    with pytest.raises(ValueError, match=r"00002\.tar, key 000018: features\.npy has 10 of its 256 bytes"):
+        dataset[18]
+
+
+def test_a_disk_that_fails(columns: Path):
+    dataset = open_columns(columns)
+    os.close(dataset.features.files.pop())
+    dataset.features.files.append(os.open(columns, os.O_RDONLY))  # a folder: reading it is an OSError
+    with pytest.raises(ValueError, match=r"00002\.tar, key 000019: features\.npy cannot be read"):
+        dataset[19]
+
+
+@pytest.mark.parametrize("member", ["000017.txt", "000017.json"])
+def test_text_that_is_no_text(columns: Path, member: str):
+    shard = columns / "curate" / "00002.tar"
+    scan_and_replace(shard, member, b"\xff" * scan_tar(shard)[member][1])
+    dataset = open_columns(columns)
+    with pytest.raises(ValueError, match=r"00002\.tar, key 000017: a caption or its json is not readable"):
+        dataset[17]
 
 
 def test_a_folder_without_manifest_has_no_digest(columns: Path):
@@ -229,88 +206,11 @@ def test_the_digest_is_that_of_the_manifest(tmp_path: Path):
     assert faster.digest == output.manifest.digest != other.digest
 
 
-LONG = {f"{i:06d}": f"a long caption of {i}" for i in range(0, 20, 2)}
-"""Every second sample has one."""
-
-
-@pytest.fixture
-def captioned(columns: Path) -> Path:
-    """The columns with an alternative caption `long.txt`, and its text features, for every second sample."""
-    rng = np.random.default_rng(9)
-    for name in ("00000.tar", "00001.tar", "00002.tar"):
-        keys = [member.split(".")[0] for member in scan_tar(columns / "features" / name)]
-        long = [(key, {"long.txt": LONG[key].encode()} if key in LONG else {}) for key in keys]
-        write_tar(columns / "captions" / name, long)
-        text = []
-        for index, key in enumerate(keys):
-            members = {"text.npy": npy(rng.standard_normal((4, 32)).astype(np.float16))}
-            if index == 3:
-                members = {"text.ref": f"{keys[0]}.long.text.npy".encode()}
-            if key in LONG:
-                members["long.text.npy"] = npy(rng.standard_normal((9, 32)).astype(np.float16))
-            text.append((key, members))
-        write_tar(columns / "features" / name, text)
-    return columns
-
-
-def open_captioned(root: Path, weights: dict[str, float], **changes) -> ColumnDataset:
-    config = DataConfig(
-        images=root / "curate",
-        features=root / "latents",
-        **{"captions": root / "captions", "caption_weights": weights, **changes},
-    )
-    return ColumnDataset.open(config)
-
-
-def test_captions_are_drawn_in_proportion_to_their_weights(captioned: Path):
-    dataset = open_captioned(captioned, {"txt": 1, "long.txt": 3})
-    rows = read_all(dataset, 0, 500, micro_batch_size=8)
-    having = [caption for _, key, caption, _ in rows if key in LONG]
-    # 2000 draws of probability 3/4: a standard deviation of 0.0097
-    assert abs(np.mean([caption.startswith("a long") for caption in having]) - 0.75) < 0.03
-    assert all(caption == LONG[key] for _, key, caption, _ in rows if caption.startswith("a long"))
-    assert {key for _, key, caption, _ in rows if caption.startswith("a long")} == LONG.keys()
-    two = read_all(dataset, 0, 500, micro_batch_size=2)
-    assert two == rows and rows[160:] == read_all(dataset, 20, 500, micro_batch_size=8)
-    reordered = open_captioned(captioned, {"long.txt": 1.5, "txt": 0.5})
-    assert read_all(reordered, 0, 500, micro_batch_size=8) == rows
-
-
-@pytest.mark.parametrize("weights", [{"txt": 1}, {"txt": 0.2, "long.txt": 0}])
-def test_with_one_caption_the_draws_do_not_depend_on_the_column(captioned: Path, weights: dict[str, float]):
-    bare = read_all(open_columns(captioned), 0, 20, micro_batch_size=8)
-    assert read_all(open_captioned(captioned, weights), 0, 20, micro_batch_size=8) == bare
-
-
-def test_variants_and_names_are_drawn_independently(columns: Path):
-    for name in ("00000.tar", "00001.tar", "00002.tar"):
-        keys = {member.split(".")[0]: None for member in scan_tar(columns / "curate" / name)}
-        write_tar(columns / "captions" / name, [(key, {"long.txt": b"long"}) for key in keys])
-    dataset = open_captioned(columns, {"txt": 1, "long.txt": 1})
-    rows = read_all(dataset, 0, 500, micro_batch_size=8)
-    odd = [caption for _, key, caption, _ in rows if int(key) % 2 and caption != "long"]
-    assert abs(len(odd) / 2000 - 0.5) < 0.04
-    assert abs(np.mean([len(caption.split()) == 4 for caption in odd]) - 0.5) < 0.06
-
-
-def test_text_features_follow_the_drawn_caption(captioned: Path):
-    dataset = open_captioned(captioned, {"txt": 1, "long.txt": 1}, text=captioned / "features")
-    stream = batches(dataset, seed=0, first_step=0, num_steps=10, global_batch_size=8, micro_batch_size=8)
-    lengths = {True: set(), False: set()}
-    for parts in stream:
-        for batch in parts:
-            for key, caption, text in zip(batch.keys, batch.captions, batch.text, strict=True):
-                if int(key) % 8 != 3:
-                    lengths[caption.startswith("a long")].add(len(text))
-    assert lengths == {True: {9}, False: {4}}
-    assert dataset.text_width == 32
-
-
 def test_a_reference_stands_for_the_member_it_names(captioned: Path):
-    dataset = open_captioned(captioned, {"txt": 1, "long.txt": 1}, text=captioned / "features")
+    dataset = open_captioned(captioned, {"txt": 1.0, "long.txt": 1.0}, text=captioned / "features")
     for first in (0, 8, 16):
         np.testing.assert_array_equal(dataset[first + 3].text["txt"], dataset[first].text["long.txt"])
-    only_txt = open_captioned(captioned, {"txt": 1}, text=captioned / "features")
+    only_txt = open_captioned(captioned, {"txt": 1.0}, text=captioned / "features")
     np.testing.assert_array_equal(only_txt[3].text["txt"], dataset[3].text["txt"])
 
 
@@ -321,7 +221,7 @@ def test_a_reference_to_nothing_is_named(captioned: Path):
     data[offset : offset + size] = b"000099.long.text.npy"
     shard.write_bytes(data)
     with pytest.raises(ValueError, match=r"00001\.tar, key 000011: 000011\.text\.ref names '000099\.long"):
-        open_captioned(captioned, {"txt": 1}, text=captioned / "features")
+        open_captioned(captioned, {"txt": 1.0}, text=captioned / "features")
 
 
 def test_missing_text_features_of_a_caption_are_named(captioned: Path):
@@ -332,7 +232,7 @@ def test_missing_text_features_of_a_caption_are_named(captioned: Path):
     with pytest.raises(
         ValueError, match=r"00002\.tar, key 000016: no member 000016\.long\.text\.npy \(2 of 4 keys"
     ):
-        open_captioned(captioned, {"txt": 1, "long.txt": 1}, text=captioned / "features")
+        open_captioned(captioned, {"txt": 1.0, "long.txt": 1.0}, text=captioned / "features")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import torch
 from scipy.stats import kstest
 
 from repfusion.flow import FlowConfig, draw, interpolate, shift_factor, shift_noise_level, velocity
+from repfusion.order import sample_seed
 
 
 @pytest.fixture
@@ -63,40 +64,59 @@ def test_the_shift_keeps_the_ends_and_the_order(shift: float):
 
 
 def test_a_draw_does_not_depend_on_the_batch_it_is_made_in():
-    together = draw(3, list(range(40, 52)), (4, 6), shift=2.0, dropout=0.3)
+    seeds = [5, 2**64 - 1, *range(40, 50)]
+    together = draw(seeds, (4, 6), shift=2.0, dropout=0.3)
     for split in ([4, 4, 4], [1] * 12, [7, 5]):
-        start = 40
-        parts = []
+        start, parts = 0, []
         for size in split:
-            parts.append(draw(3, list(range(start, start + size)), (4, 6), shift=2.0, dropout=0.3))
+            parts.append(draw(seeds[start : start + size], (4, 6), shift=2.0, dropout=0.3))
             start += size
         for field in ("t", "noise", "dropped"):
             assert torch.equal(torch.cat([getattr(part, field) for part in parts]), getattr(together, field))
-    order = [51, 40, 47]
-    shuffled = draw(3, order, (4, 6), shift=2.0, dropout=0.3)
-    assert torch.equal(shuffled.noise, together.noise[[position - 40 for position in order]])
-    assert torch.equal(shuffled.t, together.t[[position - 40 for position in order]])
+    order = [11, 0, 7]
+    shuffled = draw([seeds[i] for i in order], (4, 6), shift=2.0, dropout=0.3)
+    assert torch.equal(shuffled.noise, together.noise[order])
+    assert torch.equal(shuffled.t, together.t[order])
 
 
-def test_draws_differ_by_position_and_seed_and_leave_the_global_state_alone():
+@pytest.mark.parametrize("shape", [(1, 3), (4, 6), (16, 64)])
+def test_the_noise_is_what_a_generator_of_the_seed_draws_first(shape: tuple[int, int]):
+    made = draw([3, 2**63 + 5], shape, 12.0, 0.5)
+    for seed, noise in zip([3, 2**63 + 5], made.noise, strict=True):
+        assert torch.equal(noise, torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_draws_differ_by_seed_and_leave_the_global_state_alone():
     state = torch.random.get_rng_state()
-    one, other = draw(0, list(range(500)), (2, 3), 1.0), draw(1, list(range(500)), (2, 3), 1.0)
+    made = draw(range(1000), (2, 3), 1.0)
     assert torch.equal(torch.random.get_rng_state(), state)
-    firsts = torch.cat([one.noise, other.noise])[:, 0, 0]
-    assert len(firsts.unique()) == 1000
+    assert len(made.noise[:, 0, 0].unique()) == 1000 and len(made.t.unique()) > 990
+
+
+def test_all_bits_of_a_seed_decide_the_noise_level():
+    made = draw([1 << bit for bit in range(64)], (1, 1), 1.0)
+    assert len(made.t.unique()) == 64
 
 
 def test_dropout_and_shift_do_not_change_the_noise():
-    plain, changed = draw(5, [1, 2, 3], (2, 2), 1.0, 0.0), draw(5, [1, 2, 3], (2, 2), 12.0, 1.0)
+    plain, changed = draw([1, 2, 3], (2, 2), 1.0, 0.0), draw([1, 2, 3], (2, 2), 12.0, 1.0)
     assert torch.equal(plain.noise, changed.noise)
     torch.testing.assert_close(changed.t, shift_noise_level(plain.t, 12.0))
     assert not plain.dropped.any() and changed.dropped.all()
 
 
-def test_noise_levels_are_uniform_before_the_shift_and_noise_is_normal():
-    made = draw(7, list(range(4000)), (2, 4), shift=12.0, dropout=0.1)
+@pytest.mark.parametrize("hashed", [False, True])
+def test_noise_levels_are_uniform_before_the_shift_and_noise_is_normal(hashed: bool):
+    seeds = [sample_seed(7, "main", 0, str(i)) if hashed else i for i in range(4000)]
+    made = draw(seeds, (2, 4), shift=12.0, dropout=0.1)
     unshifted = shift_noise_level(made.t.double(), 1 / 12)
     assert kstest(unshifted.numpy(), "uniform").pvalue > 0.01
     assert kstest(made.noise.flatten().numpy(), "norm").pvalue > 0.01
     assert made.dropped.double().mean().item() == pytest.approx(0.1, abs=0.02)
-    assert abs(np.corrcoef(made.t.numpy(), made.dropped.numpy())[0, 1]) < 0.05
+    for other in (made.dropped.numpy(), made.noise[:, 0, 0].numpy()):
+        assert abs(np.corrcoef(unshifted.numpy(), other)[0, 1]) < 0.05
+
+
+def test_noise_levels_are_below_one_and_can_be_zero():
+    made = draw(range(100_000), (1, 1), 1.0)
+    assert 0 <= made.t.min() < 1e-4 and 1 - 1e-4 < made.t.max() < 1

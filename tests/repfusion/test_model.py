@@ -20,7 +20,7 @@ METHODS = ["noisy_latents", "text_embed"]
 def batch_of(generator: Generator, num: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Latents, noise levels and noise of fixed seeds."""
     latents = torch.randn(num, *generator.latent_shape, generator=torch.Generator().manual_seed(0))
-    drawn = draw(0, list(range(num)), generator.latent_shape, shift=1.0)
+    drawn = draw(range(100, 100 + num), generator.latent_shape, shift=1.0)
     return latents, drawn.t, drawn.noise
 
 
@@ -132,7 +132,7 @@ def test_a_llava_made_elsewhere_trains_and_samples(elsewhere, conditioning):
     generator = Generator.build(config, statistics)
     latents = generator.normalise(encoder(pixels))
     frozen = {n: v.clone() for n, v in generator.conditioner.mllm.state_dict().items()}
-    drawn = draw(0, [0, 1, 2, 3], generator.latent_shape, generator.shift)
+    drawn = draw(range(100, 104), generator.latent_shape, generator.shift)
     optimizer = torch.optim.AdamW(generator.trainable_state().values(), lr=3e-3)
     losses = []
     for _ in range(8):

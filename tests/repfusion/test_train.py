@@ -25,9 +25,9 @@ from tiny_training import (
 )
 
 from repfusion.checkpoint import complete_checkpoints, latest_checkpoint
-from repfusion.data import ColumnDataset
 from repfusion.engine import NonFiniteError
 from repfusion.flow import FlowConfig
+from repfusion.mixture import Mixture
 from repfusion.train import Report, TrainConfig, build_generator, load_config, train
 
 
@@ -147,7 +147,7 @@ def test_what_trains_and_what_is_frozen(world, tmp_path: Path, conditioning: str
     if conditioning == "text_embed":
         data["text"] = columns / "features"
     config = tiny_train(*world, tmp_path, model=model, data=data)
-    dataset = ColumnDataset(config.data.images, config.data.features)
+    dataset = Mixture.open(config.data)
     fresh = build_generator(config, dataset)
     before = {name: p.detach().clone() for name, p in fresh.named_parameters()}
     train(config)
