@@ -13,6 +13,8 @@ from pipelines.storage import Folder
 from pipelines.store import SCHEMA, ShardError, Sidecar, canonical_json
 
 Status = Literal["fresh", "partial", "stale", "missing"]
+MIX = "train.data.mix."
+"""Before the names of the fields of the data sets that a training mixes into the workflow's own."""
 STAGE = "stage.json"
 """What was asked for, written when a stage starts."""
 LISTED_AHEAD = 2
@@ -174,11 +176,22 @@ def explain(asked: Mapping[str, Any], stage: Stage) -> str:
     for name in dict.fromkeys([*new_all, *old_all]):
         old, new = old_all.get(name, {}), new_all.get(name, {})
         changes += [
-            f"{key} {_show(old.get(key))} -> {_show(new.get(key))}"
-            for key in dict.fromkeys([*new, *old])
-            if old.get(key) != new.get(key)
+            _change(key, old, new) for key in dict.fromkeys([*new, *old]) if old.get(key) != new.get(key)
         ]
     return ", ".join(dict.fromkeys(changes)) or "the stages above are other ones"
+
+
+def _change(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """`train.num_steps 100 -> 200`; of a data set of the mix what happened to it, not its digests."""
+    if key.startswith(MIX):
+        name, _, field = key.removeprefix(MIX).partition(".")
+        if f"{MIX}{name}.weight" not in old:
+            return f"data set '{name}' added"
+        if f"{MIX}{name}.weight" not in new:
+            return f"data set '{name}' removed"
+        if field not in ("weight", "caption_weights"):
+            return f"data set '{name}' changed"
+    return f"{key} {_show(old.get(key))} -> {_show(new.get(key))}"
 
 
 def _show(value: Any) -> str:

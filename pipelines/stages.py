@@ -9,12 +9,15 @@ from pipelines import captions, curate, features, judge, latents
 from pipelines.config import StageName, WorkflowConfig
 from pipelines.digests import Digests, flatten
 from pipelines.duplicates import DUPLICATES, find_duplicates
+from pipelines.inspection import MIX
 from pipelines.intake import ingest_stage, source_stage
-from pipelines.manifest import ShardTable, Upstream
+from pipelines.manifest import MANIFEST, ShardTable, Upstream
 from pipelines.session import in_worker
 from pipelines.stage import ShardStage, Stage, WholeStage
 from pipelines.storage import Folder
 from pipelines.summary import write_summary
+from repfusion.columns import manifest_digest
+from repfusion.data import DataConfig
 
 STATISTICS = "statistics.safetensors"
 NOT_BYTES = ("output_dir", "data", "tracking", "keep_resume", "log_every_steps")
@@ -28,7 +31,7 @@ def build_stages(
     run began (perf_counter); `digests` are those remembered in the root unless given.
 
     Raises:
-        ValueError: where a url list or a weights folder is missing.
+        ValueError: where a url list, a weights folder or a column of a data set of the mix is missing.
     """
     last = get_args(StageName).index(config.last_stage)
     absent = {
@@ -185,6 +188,7 @@ def _train(config: WorkflowConfig, stages: Mapping[str, Stage], digests: Digests
     }.items():
         fields[key] = None if path is None else digests.folder(path, key)
     fields["train.data.caption_weights"] = config.train.data.caption_weights
+    fields |= _mixed_data(config.train.data)
     upstream = [stages["curate"], stages["latents"]]
     if config.train.data.captions is not None and "captions" in stages:
         upstream.append(stages["captions"])
@@ -197,6 +201,26 @@ def _train(config: WorkflowConfig, stages: Mapping[str, Stage], digests: Digests
         return run_train(config)
 
     return WholeStage("train", fields, _local(config, "train"), tuple(upstream), execute)
+
+
+def _mixed_data(data: DataConfig) -> dict[str, Any]:
+    """Of the data sets mixed into the workflow's own: the digests of their columns, and how often they are
+    drawn. Raises ValueError, naming the config key, where a column is not complete.
+    """
+    fields: dict[str, Any] = {}
+    if data.mix and data.weight != 1:
+        fields["train.data.weight"] = data.weight
+    for name, dataset in sorted(data.mix.items()):
+        fields[f"{MIX}{name}.weight"] = dataset.weight
+        fields[f"{MIX}{name}.caption_weights"] = dataset.caption_weights
+        for column, folder in dataset.columns.items():
+            digest = fields[f"{MIX}{name}.{column}"] = manifest_digest(folder)
+            if digest is None:
+                raise ValueError(
+                    f"{MIX}{name}.{column}: {folder} holds no complete stage (no {MANIFEST}); expected "
+                    "a local folder that a workflow wrote: run that workflow to its end, or correct the path"
+                )
+    return fields
 
 
 def _evaluate(config: WorkflowConfig, train: Stage) -> WholeStage:
