@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from repfusion.rae.statistics import LatentStatistics
 log = logging.getLogger(__name__)
 SCHEMA = 1
 COMPLETE = "complete.json"
+PIN_SEC = 24 * 3600.0
 STEP_FOLDER = re.compile(r"step_(\d+)")
 # Stands for the folder of shipped weights in a saved config, so that a checkpoint can move to another
 # machine.
@@ -92,9 +94,14 @@ def frozen_digests(generator: Generator) -> dict[str, str]:
     }
 
 
+def working_folder(folder: Path) -> Path:
+    """Where a checkpoint is written before it has its name."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
 def begin_checkpoint(folder: Path) -> Path:
     """An empty working folder beside `folder`, which takes its name in `finish_checkpoint`."""
-    working = folder.with_name(f".{folder.name}.partial")
+    working = working_folder(folder)
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir(parents=True)
     return working
@@ -109,16 +116,18 @@ def finish_checkpoint(working: Path, folder: Path, info: Mapping[str, Any]) -> N
 
 
 def write_model(
-    folder: Path, generator: Generator, ema: Mapping[str, Tensor], digests: Mapping[str, str]
+    folder: Path,
+    generator: Generator,
+    weights: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor],
+    digests: Mapping[str, str],
 ) -> None:
     """Weights, averaged weights, statistics and config; all that generating needs."""
     config = portable(generator.config.model_dump(mode="json"))
     write_json(folder / "config.json", {"schema": SCHEMA, "model": config, "digests": dict(digests)})
-    weights = {name: p.detach().cpu().contiguous() for name, p in generator.trainable_state().items()}
-    save_file(weights, str(folder / "model.safetensors"))
-    save_file(
-        {name: p.detach().cpu().contiguous() for name, p in ema.items()}, str(folder / "ema.safetensors")
-    )
+    for name, tensors in (("model", weights), ("ema", ema)):
+        values = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        save_file(values, str(folder / f"{name}.safetensors"))
     generator.statistics.save(folder / "statistics.safetensors")
 
 
@@ -127,7 +136,7 @@ def save_checkpoint(folder: Path, generator: Generator, ema: Mapping[str, Tensor
     `complete.json`.
     """
     working = begin_checkpoint(folder)
-    write_model(working, generator, ema, frozen_digests(generator))
+    write_model(working, generator, generator.trainable_state(), ema, frozen_digests(generator))
     finish_checkpoint(working, folder, info)
 
 
@@ -253,10 +262,35 @@ def _encoder_view(config: ModelConfig, generator: Generator) -> tuple[int, int]:
     return encoder.layer, tower_geometry(generator.config.encoder.path, encoder.image_size).image_size
 
 
-def prune_resume(root: Path, keep: int) -> None:
-    """Drops the optimizer state of all but the last `keep` checkpoints: it is several times the size of
-    the weights.
+def is_pinned(folder: Path) -> bool:
+    """Whether somebody still needs the checkpoint: it holds a file pins/NAME that is younger than a day, or
+    pins/best.
     """
+    pins = list((folder / "pins").glob("*"))
+    oldest = time.time() - PIN_SEC
+    return any(pin.name == "best" or pin.stat().st_mtime > oldest for pin in pins if pin.exists())
+
+
+def prune(
+    root: Path, keep_resume: int, keep_last: int | None = None, keep_every_steps: int | None = None
+) -> None:
+    """Drops the optimizer state of all but the last `keep_resume` checkpoints: it is twice the size of the
+    weights. Removes whole checkpoints but the last `keep_last`, those at multiples of `keep_every_steps`, the
+    base (step 0), and pinned ones.
+    """
+    found = complete_checkpoints(root)
+    if keep_last is not None:
+        for folder in found[:-keep_last]:
+            step = step_of(folder)
+            is_milestone = step == 0 or (keep_every_steps is not None and step % keep_every_steps == 0)
+            if not is_milestone and not is_pinned(folder):
+                # Out of sight first: half a checkpoint is none.
+                doomed = working_folder(folder)
+                shutil.rmtree(doomed, ignore_errors=True)
+                os.replace(folder, doomed)
+                shutil.rmtree(doomed)
     resumable = [path for path in complete_checkpoints(root) if (path / "resume").exists()]
-    for folder in resumable[: max(0, len(resumable) - keep)]:
-        shutil.rmtree(folder / "resume")
+    for folder in resumable[: max(0, len(resumable) - keep_resume)]:
+        doomed = working_folder(folder / "resume")
+        os.replace(folder / "resume", doomed)
+        shutil.rmtree(doomed)

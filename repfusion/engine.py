@@ -2,32 +2,51 @@
 deepspeed.
 
 Master weights are float32 throughout; "bf16" is autocast around the forward pass. DeepSpeed's own bf16 mode
-would cast the weights.
+would cast the weights and keep masters beside them. What resuming needs is read and written by `partition`,
+in place of DeepSpeed's checkpoints: those are pickles, hold the weights again, and want a conversion before
+another number of ranks can read them.
 """
 
 import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from repfusion.distributed import init_process_group, num_cores, prepare_environment
+from repfusion.partition import Partition
 
 
 class EngineConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    zero_stage: Literal[0, 1, 2] = 2
-    """What ZeRO shards over ranks: 0 nothing, 1 optimizer state, 2 gradients too."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What ZeRO shards over ranks: 0 nothing, 1 optimizer state and averaged weights, 2 gradients too, 3 the
+    trained weights too. On a single rank there is nothing to share out and 1 and 2 run as 0.
+    """
+    frozen: Literal["replicated", "sharded"] = "replicated"
+    """Where the frozen MLLM lies under stage 3: whole on every rank, or shared out like the trained weights
+    and gathered layer by layer in every pass.
+    """
+    offload_optimizer: bool = False
+    """Keep optimizer state and master weights in the host's memory and update them there. Needs stage 1 to 3.
+    """
+    activation_checkpointing: bool = False
+    """Compute the activations of each block of the DiT and of the MLLM again in the backward pass instead of
+    keeping them: about a third more work for a fraction of the memory.
+    """
+    compile: bool = False
+    """torch.compile the blocks of the DiT and the layers of the MLLM. Not with stage 3."""
     lr: float = 3e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -36,17 +55,17 @@ class EngineConfig(BaseModel):
     """Applied to matrices; vectors (biases, norms) are left alone."""
     warmup_steps: int = 100
     """Linear warm-up from 0."""
-    schedule: Literal["cosine", "constant", "trapezoid"] = "cosine"
-    """After the warm-up: a cosine to min_lr_ratio * lr at the last step, constant, or constant with a linear
-    end.
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """After the warm-up: a cosine to min_lr_ratio * lr at the last step, constant, or
+    warm-up-stable-decay: constant with a linear end.
 
-    The trapezoid does not depend on num_steps before its end, so a run may be prolonged or cut short from any
+    The latter does not depend on num_steps before its end, so a run may be prolonged or cut short from any
     checkpoint.
     """
     decay_steps: int = 0
-    """Length of the trapezoid's linear end, from lr to min_lr_ratio * lr."""
+    """Length of the linear end of wsd, from lr to min_lr_ratio * lr."""
     min_lr_ratio: float = 0.1
-    """Final over peak learning rate of the cosine and of the trapezoid."""
+    """Final over peak learning rate of cosine and wsd."""
     grad_clip: float | None = 1.0
     """Largest norm of the gradient; None leaves it."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -59,6 +78,18 @@ class EngineConfig(BaseModel):
     """
     num_threads: int | None = None
     """Threads per worker on CPU; None divides the cores among the local workers."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "EngineConfig":
+        if self.frozen == "sharded" and self.zero_stage != 3:
+            raise ValueError(f"frozen: sharded needs zero_stage 3, it is {self.zero_stage}")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3; it is 0")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "compile cannot be combined with zero_stage 3, which gathers weights between modules; use 2"
+            )
+        return self
 
 
 class NonFiniteError(RuntimeError):
@@ -74,6 +105,8 @@ class StepStats:
     grad_norm: float
     """Before clipping."""
     lr: float
+    stop: bool
+    """Whether any rank was asked to stop."""
 
 
 def grad_accum_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
@@ -95,7 +128,7 @@ def learning_rate(config: EngineConfig, step: int, num_steps: int) -> float:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    if config.schedule == "trapezoid":
+    if config.schedule == "wsd":
         left = min(1.0, (num_steps - step) / max(1, config.decay_steps))
         return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
     progress = min(1.0, (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps))
@@ -105,51 +138,37 @@ def learning_rate(config: EngineConfig, step: int, num_steps: int) -> float:
 
 
 def deepspeed_config(
-    config: EngineConfig, global_batch_size: int, world_size: int, num_trainable: int
+    config: EngineConfig, stage: int, global_batch_size: int, world_size: int, num_trainable: int
 ) -> dict[str, Any]:
-    """The JSON that DeepSpeed wants."""
+    """The JSON that DeepSpeed wants, for the ZeRO stage that is run."""
     # Buckets are allocated whole: DeepSpeed's default of 5e8 elements takes 2 GB however small the model is.
     # It wants them even.
     bucket = min(num_trainable + num_trainable % 2, 500_000_000)
+    offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_batch_size": global_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": grad_accum_steps(
             global_batch_size, config.micro_batch_size, world_size
         ),
-        "gradient_clipping": config.grad_clip or 0.0,
+        # Without ZeRO the engine clips, by the norm that it needs anyhow.
+        "gradient_clipping": config.grad_clip or 0.0 if stage else 0.0,
         "steps_per_print": None,
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
-            "stage": config.zero_stage,
+            "stage": stage,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             "overlap_comm": torch.cuda.is_available(),
+            **({"offload_optimizer": offload} if config.offload_optimizer else {}),
         },
     }
 
 
-def prepare_environment() -> None:
-    """Environment that DeepSpeed and gloo read when first used; what the user set is kept."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed insists on a local rank, launcher or not.
-    os.environ.setdefault("LOCAL_RANK", "0")
-    if os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1"):
-        # One machine: keep gloo off the network.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-
-
-def init_process_group() -> None:
-    """Join the group that torchrun or Ray Train describes, or make one of a single process, which needs
-    no port.
-    """
-    if dist.is_initialized():
-        return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+def stage_to_run(config: EngineConfig, world_size: int) -> int:
+    """ZeRO's stage: on one rank 1 and 2 would copy every gradient into buckets for nobody."""
+    is_idle = world_size == 1 and config.zero_stage in (1, 2) and not config.offload_optimizer
+    return 0 if is_idle else config.zero_stage
 
 
 @contextmanager
@@ -184,19 +203,39 @@ def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
+def take_out(module: nn.Module, parts: Sequence[nn.Module]) -> None:
+    """Makes `parts` plain attributes of their parents: nothing that walks through the modules of `module`, as
+    DeepSpeed does at every pass, meets them.
+    """
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if any(child is part for part in parts):
+                del parent._modules[name]
+                parent.__dict__[name] = child
+
+
 class Engine:
-    """A module under DeepSpeed: `loss_of` micro-batches, then `update`.
+    """A module under DeepSpeed: `accumulate` micro-batches, then `update`.
 
     The module returns one loss per sample; the step's loss is their mean over the global batch, so N
     micro-batches equal one batch.
 
     Args:
-        module: trains its parameters that require gradients; the others stay as they are (stored as bfloat16
-            on a GPU).
+        module: trains its parameters that require gradients, from the values they have now; the others stay
+            as they are (stored as bfloat16 on a GPU).
         num_steps: length of the run, for the learning-rate schedule.
+        frozen: parts without trained parameters. Unless `config.frozen` is sharded they are taken out of the
+            module: DeepSpeed leaves them alone.
     """
 
-    def __init__(self, module: nn.Module, config: EngineConfig, global_batch_size: int, num_steps: int):
+    def __init__(
+        self,
+        module: nn.Module,
+        config: EngineConfig,
+        global_batch_size: int,
+        num_steps: int,
+        frozen: Sequence[nn.Module] = (),
+    ):
         prepare_environment()
         init_process_group()
         self.config, self.num_steps = config, num_steps
@@ -220,9 +259,16 @@ class Engine:
         math_attention = config.attention == "math" or (
             config.attention == "auto" and self.device.type == "cpu"
         )
-        self.deepspeed = self._initialize(
-            Forward(module, config.precision, self.device, math_attention), global_batch_size
-        )
+        self.stage = stage_to_run(config, self.world_size)
+        forward = Forward(module, config.precision, self.device, math_attention)
+        replicated = [] if config.frozen == "sharded" else frozen
+        for part in replicated:
+            part.to(self.device)
+        take_out(forward, replicated)
+        self.deepspeed = self._initialize(forward, global_batch_size)
+        # One rank has nobody to average with.
+        self.deepspeed.enable_backward_allreduce = self.stage > 0 or self.world_size > 1
+        self.partition = Partition(self.parameters, self.deepspeed.optimizer, self.stage)
         self.losses: list[Tensor] = []
         self.keys: list[str] = []
 
@@ -248,8 +294,16 @@ class Engine:
                 fused=True,
             )
             num_trainable = sum(p.numel() for p in parameters)
-            settings = deepspeed_config(self.config, global_batch_size, self.world_size, num_trainable)
+            settings = deepspeed_config(
+                self.config, self.stage, global_batch_size, self.world_size, num_trainable
+            )
             return deepspeed.initialize(model=forward, optimizer=optimizer, config=settings)[0]
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """The trained weights on rank 0, there on the CPU; None elsewhere. Called by all ranks."""
+        if self.stage == 3:
+            return self.partition.gather(self.partition.masters)
+        return None if self.rank else {name: p.detach().cpu() for name, p in self.parameters.items()}
 
     def accumulate(self, keys: list[str], **inputs: Any) -> Float[Tensor, " b"]:
         """Forward and backward of one micro-batch; returns its loss per sample. `keys` name the samples
@@ -263,8 +317,9 @@ class Engine:
             self.deepspeed.step()  # counts the micro-batch; the update comes with the last one
         return losses.detach()
 
-    def update(self, step: int) -> StepStats:
-        """Clip and apply the gradient of the accumulated micro-batches.
+    def update(self, step: int, stop: bool = False) -> StepStats:
+        """Clip and apply the gradient of the accumulated micro-batches. `stop` tells all ranks that this one
+        was asked to stop; the update is made all the same.
 
         Raises:
             NonFiniteError: on every rank, before the weights change, with the step and the keys of the batch.
@@ -273,23 +328,17 @@ class Engine:
         losses = torch.cat(self.losses)
         keys, self.losses, self.keys = self.keys, [], []
         # Every rank must take the same branch, or the others would wait for it in the next collective.
-        mean = losses.mean()
-        dist.all_reduce(mean)
-        loss = float(mean) / self.world_size
+        totals = torch.stack([losses.mean(), losses.new_tensor(float(stop))])
+        dist.all_reduce(totals)
+        total, num_stops = totals.tolist()
+        loss = total / self.world_size
         if not math.isfinite(loss):
             self._stop("loss", step, [k for k, bad in zip(keys, ~losses.isfinite(), strict=True) if bad])
         lr = learning_rate(self.config, step, self.num_steps)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        if self.config.zero_stage == 0:
-            # Without ZeRO, DeepSpeed would apply a gradient that is not finite.
-            norm = float(
-                torch.nn.utils.get_total_norm(
-                    [p.grad for p in self.parameters.values() if p.grad is not None]
-                )
-            )
-            if not math.isfinite(norm):
-                self._stop("gradient", step, keys)
+        if self.stage == 0:
+            norm = self._clip(step, keys)
             self.deepspeed.step()
         else:
             # ZeRO checks the norm first, on all ranks alike, and skips the update where it is not finite.
@@ -297,7 +346,17 @@ class Engine:
             if self.deepspeed.optimizer.overflow:
                 self._stop("gradient", step, keys)
             norm = float(self.deepspeed.get_global_grad_norm())
-        return StepStats(loss, norm, lr)
+        return StepStats(loss, norm, lr, num_stops > 0)
+
+    def _clip(self, step: int, keys: list[str]) -> float:
+        """Without ZeRO, DeepSpeed would take the norm again, and apply a gradient that is not finite."""
+        parameters = [p for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not math.isfinite(value := float(norm)):
+            self._stop("gradient", step, keys)
+        if self.config.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
+        return value
 
     def _stop(self, what: str, step: int, keys: list[str]) -> None:
         gathered: list[list[str]] = [[] for _ in range(self.world_size)]
@@ -309,51 +368,6 @@ class Engine:
             "these samples, or lower engine.lr or engine.grad_clip, and resume from the last checkpoint"
         )
 
-    def save(self, folder: Path) -> None:
-        """Optimizer state and this rank's share of the master weights. Called by all ranks."""
-        self.deepspeed.save_checkpoint(
-            str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True
-        )
-        if self.rank == 0:
-            for script in folder.glob("zero_to_*.py"):  # copies of DeepSpeed's conversion scripts
-                script.unlink()
-
-    def load(self, folder: Path) -> None:
-        """Continue bit for bit from `save` at the same world size. Called by all ranks."""
-        with quiet_stdout():
-            path, _ = self.deepspeed.load_checkpoint(
-                str(folder), tag="deepspeed", custom_load_fn=self._load_module
-            )
-        if path is None:
-            raise ValueError(f"{folder}: no DeepSpeed state here; the checkpoint is incomplete")
-
-    def _load_module(self, src: dict[str, Tensor], dst: nn.Module) -> None:
-        missing, unexpected = dst.load_state_dict(src, strict=False)
-        missing = [name for name in missing if name.removeprefix("module.") in self.parameters]
-        if missing or unexpected:
-            raise ValueError(
-                f"resume state does not match the model: missing {missing[:3]}, unexpected {unexpected[:3]}"
-            )
-
-    def barrier(self) -> None:
-        dist.barrier()
-
-    def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-        box = [value]
-        dist.broadcast_object_list(box)
-        return box[0]
-
 
 # DeepSpeed 0.19.8 calls names that torch 2.13 deprecates; nothing here can change that.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def shut_down() -> None:
-    """Leave the process group, for a process that started it itself."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -2,6 +2,7 @@
 define its latents.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from repfusion.conditioning.noisy_latents import NoisyLatentConditioner, Prefix
 from repfusion.conditioning.text_embed import TextEmbedConditioner, TextFeatures
@@ -149,6 +151,28 @@ class Generator(nn.Module):
 
     def denormalise(self, latents: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         return self.statistics.denormalise(latents)
+
+    def frozen_parts(self) -> list[nn.Module]:
+        """Modules without a trained parameter that hold most of the weights."""
+        return [self.conditioner.mllm.language_model]
+
+    def checkpoint_activations(self) -> None:
+        """From now on, compute the activations of each block of the DiT and layer of the MLLM again in the
+        backward pass.
+        """
+        for block in self.layers():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+    def compile_blocks(self) -> None:
+        """torch.compile the blocks of the DiT and the layers of the MLLM, in place."""
+        for block in self.layers():
+            block.compile()
+
+    def layers(self) -> list[nn.Module]:
+        """The DiT's blocks and the MLLM's layers, the repeated parts that do nearly all of the work."""
+        layers = self.conditioner.mllm.language_model.layers
+        assert isinstance(layers, nn.ModuleList)
+        return [*self.dit.blocks, *layers]
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Parameters that training changes: projector, embedders and DiT."""

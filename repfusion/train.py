@@ -6,12 +6,13 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -21,29 +22,26 @@ from tqdm import tqdm
 
 from repfusion.batches import Batch, batches
 from repfusion.checkpoint import (
-    begin_checkpoint,
     check_complete,
     check_continues,
     checkpoint_folder,
-    finish_checkpoint,
     frozen_digests,
     latest_checkpoint,
     load_weights,
-    prune_resume,
+    prune,
     read_config,
-    read_weights,
     write_json,
-    write_model,
 )
 from repfusion.columns import manifest_digest
 from repfusion.data import MAIN, DataConfig
+from repfusion.distributed import broadcast_object, init_process_group, prepare_environment, shut_down
 from repfusion.ema import EMA
-from repfusion.engine import Engine, EngineConfig, shut_down
-from repfusion.flow import draw
+from repfusion.engine import Engine, EngineConfig
+from repfusion.meters import Meters, Report
 from repfusion.mixture import Mixture
 from repfusion.model import Generator, ModelConfig
 from repfusion.rae.statistics import LatentStatistics
-from repfusion.sampler import SamplerConfig, sample
+from repfusion.snapshot import check_resumes, resume, snapshot
 from repfusion.tracking import Tracker, TrackingConfig
 
 log = logging.getLogger(__name__)
@@ -54,7 +52,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     output_dir: Path
-    """Folder of this training: checkpoints/, samples/, config.yaml, train.json."""
+    """Folder of this training: checkpoints/, config.json, train.json. All ranks have to see it."""
     data: DataConfig
     """The columns to train on."""
     model: ModelConfig = ModelConfig()
@@ -83,14 +81,14 @@ class TrainConfig(BaseModel):
     """Steps between checkpoints; there is always one after the last step."""
     keep_resume: int = Field(default=2, ge=1)
     """How many checkpoints keep their optimizer state; the older ones keep weights only."""
+    keep_last: int | None = Field(default=None, ge=1)
+    """How many checkpoints stay; None keeps all. One that an evaluation is at work on, the best so far and
+    the base stay longer.
+    """
+    keep_every_steps: int | None = Field(default=None, ge=1)
+    """Checkpoints at multiples of this stay for good."""
     log_every_steps: int = Field(default=20, ge=1)
     """Steps between lines of metrics."""
-    sample_every_steps: int | None = Field(default=None, ge=1)
-    """Steps between grids of samples from the averaged weights; None draws none."""
-    sample_prompts: tuple[str, ...] = ()
-    """Prompts of the grids."""
-    sampler: SamplerConfig = SamplerConfig()
-    """How the grids are sampled."""
 
     @model_validator(mode="before")
     @classmethod
@@ -108,38 +106,32 @@ class TrainConfig(BaseModel):
         return {**values, "model": OmegaConf.to_container(OmegaConf.merge(saved, given or {}))}
 
 
-@dataclass(frozen=True)
-class Report:
-    """What one log line says: means since the last one."""
-
-    step: int
-    loss: float
-    grad_norm: float
-    lr: float
-    samples_per_sec: float
-    data_wait: float
-    """Fraction of the time spent waiting for data."""
-
-    def metrics(self) -> dict[str, float]:
-        return {f"train/{name}": value for name, value in vars(self).items() if name != "step"}
+class TrainingStopped(RuntimeError):
+    """A rank was asked to stop; a checkpoint of the last step was written."""
 
 
-def build_generator(config: TrainConfig, dataset: Mixture) -> Generator:
-    """From scratch on the data set's statistics, or from a checkpoint with its own.
+def build_generator(config: TrainConfig, dataset: Mixture, resume_from: Path | None = None) -> Generator:
+    """From scratch on the data set's statistics, or from a checkpoint with its own: the averaged weights of
+    `config.init_from`, or the weights of this training's own `resume_from`.
 
     Raises:
         ValueError: the checkpoint is of another geometry, encoder or noise schedule, or the features are not
             the encoder's.
     """
-    if config.init_from is not None:
-        check_complete(config.init_from)
-    source = config.data.features if config.init_from is None else config.init_from
+    start = resume_from or config.init_from
+    if start is not None:
+        check_complete(start)
+    source = start or config.data.features
     statistics = LatentStatistics.load(source / "statistics.safetensors")
     torch.manual_seed(config.seed)
     generator = Generator.build(config.model, statistics)
-    if config.init_from is not None:
-        load_weights(generator, config.init_from)
-        check_continues(generator, config.init_from)
+    if start is not None:
+        load_weights(generator, start, use_ema=resume_from is None)
+        check_continues(generator, start)
+    if config.engine.activation_checkpointing:
+        generator.checkpoint_activations()
+    if config.engine.compile:
+        generator.compile_blocks()
     if dataset.shape != generator.latent_shape:
         raise ValueError(
             f"{config.data.features}: features are {dataset.shape}, "
@@ -164,75 +156,13 @@ def inputs_of(batch: Batch, generator: Generator, config: TrainConfig) -> dict[s
     }
 
 
-def loop_state(config: TrainConfig, dataset: Mixture, world_size: int) -> dict[str, Any]:
+def loop_state(config: TrainConfig, dataset: Mixture) -> dict[str, Any]:
     """What must not change between a checkpoint and the run that resumes from it."""
     return {
         "seed": config.seed,
         "global_batch_size": config.global_batch_size,
-        "zero_stage": config.engine.zero_stage,
-        "world_size": world_size,
         "datasets": dataset.identity,
     }
-
-
-def resume(folder: Path, engine: Engine, ema: EMA, expected: dict[str, Any]) -> int:
-    """Loads optimizer, weights and EMA; returns the number of completed steps. ValueError where the run
-    differs.
-    """
-    check_complete(folder)
-    state = json.loads((folder / "resume" / "loop.json").read_text())
-    for field, value in expected.items():
-        if state[field] != value:
-            raise ValueError(
-                f"cannot resume from {folder}: {field} was {state[field]!r}, is {value!r}; restore it, "
-                f"or start a new output_dir with init_from={folder}"
-            )
-    engine.load(folder / "resume")
-    ema.load(read_weights(folder, use_ema=True))
-    return state["step"]
-
-
-def snapshot(
-    root: Path,
-    step: int,
-    generator: Generator,
-    ema: EMA,
-    engine: Engine,
-    digests: dict[str, str],
-    state: dict[str, Any],
-) -> Path:
-    """Writes the checkpoint of `step` completed steps; called by all ranks."""
-    folder = checkpoint_folder(root, step)
-    working = engine.broadcast_object(begin_checkpoint(folder) if engine.rank == 0 else None)
-    engine.save(working / "resume")
-    if engine.rank == 0:
-        write_model(working, generator, ema.state(), digests)
-        position = step * state["global_batch_size"]
-        write_json(working / "resume" / "loop.json", {"step": step, "position": position, **state})
-        finish_checkpoint(working, folder, {"step": step, "position": position})
-    engine.barrier()
-    return folder
-
-
-@torch.no_grad()
-def draw_grid(config: TrainConfig, generator: Generator, ema: EMA, step: int) -> Path:
-    """Samples of `sample_prompts` from the averaged weights, side by side in samples/step_XXXXXXXX.png."""
-    from PIL import Image
-
-    prompts = list(config.sample_prompts)
-    noise = draw(range(config.seed, config.seed + len(prompts)), generator.latent_shape, 1.0).noise
-    decoder = generator.load_decoder()
-    with (
-        ema.applied(),
-        torch.autocast(generator.device.type, torch.bfloat16, enabled=generator.device.type == "cuda"),
-    ):
-        latents = sample(generator, prompts, noise, config.sampler)
-    pixels = decoder(generator.denormalise(latents).float()).clamp(0, 1)
-    row = (pixels * 255).round().byte().permute(2, 0, 3, 1).flatten(1, 2)
-    path = config.output_dir / "samples" / f"step_{step:08d}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(row.cpu().numpy()).save(path)
-    return path
 
 
 def start_tracking(config: TrainConfig, dataset: Mixture) -> Tracker:
@@ -258,37 +188,52 @@ def train(
     config: TrainConfig,
     on_checkpoint: Callable[[Path, int], None] | None = None,
     on_report: Callable[[Report], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Trains to `num_steps`, resuming from the last checkpoint of `output_dir`; returns what train.json says.
 
-    The callbacks are called on every rank: after a checkpoint is complete (folder, step), and after each
-    log line.
+    The callbacks are called on every rank: after a checkpoint is complete (folder, step), after each log
+    line, and `should_stop` in each step: where one rank says so, all write a checkpoint and stop.
 
     Raises:
         ValueError: data, model or resume state do not fit.
         NonFiniteError: a loss or gradient is not finite; the weights were not updated.
+        CheckpointError: a checkpoint could not be written; the ones before are as they were.
+        TrainingStopped: after the checkpoint that `should_stop` led to.
     """
     # Validate what needs no model
     dataset = Mixture.open(config.data)
     checkpoints = config.output_dir / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
+    prepare_environment()
+    init_process_group()
+    last = broadcast_object(latest_checkpoint(checkpoints, resumable=True))
+    state = loop_state(config, dataset)
+    saved = None if last is None else check_resumes(last, state)
 
     # Build
-    generator = build_generator(config, dataset)
+    generator = build_generator(config, dataset, resume_from=last)
     digests = frozen_digests(generator)
-    engine = Engine(generator, config.engine, config.global_batch_size, config.num_steps)
+    engine = Engine(
+        generator, config.engine, config.global_batch_size, config.num_steps, generator.frozen_parts()
+    )
     is_main = engine.rank == 0
-    ema = EMA(generator.trainable_state(), config.ema_decay, ramp=config.init_from is None)
-    state = loop_state(config, dataset, engine.world_size)
+    ema = EMA(engine.partition.masters, config.ema_decay, ramp=config.init_from is None)
 
     # Resume
-    last = engine.broadcast_object(latest_checkpoint(checkpoints, resumable=True) if is_main else None)
-    first_step = 0 if last is None else resume(last, engine, ema, state)
+    first_step = 0 if last is None or saved is None else resume(last, saved, engine, ema)
     if is_main:
         write_json(config.output_dir / "config.json", config.model_dump(mode="json"))
         log.info("training steps %d to %d on %d samples", first_step, config.num_steps, len(dataset))
     tracker = start_tracking(config, dataset) if is_main else Tracker(TrackingConfig())
     status = "FAILED"
+
+    def save(step: int) -> None:
+        folder = snapshot(checkpoints, step, generator, ema, engine, digests, state, {})
+        if is_main:
+            prune(checkpoints, config.keep_resume, config.keep_last, config.keep_every_steps)
+        if on_checkpoint is not None:
+            on_checkpoint(folder, step)
 
     stream = batches(
         dataset,
@@ -306,41 +251,39 @@ def train(
     show_bar = is_main and sys.stderr.isatty()
     bar = tqdm(total=config.num_steps, initial=first_step, unit="step", desc="train", disable=not show_bar)
     recent: deque[float] = deque(maxlen=FINAL_LOSS_STEPS)
-    losses: list[float] = []
-    started = last_report = time.perf_counter()
-    waited_sec = aside_sec = 0.0
+    meters = Meters(engine.device, config.global_batch_size, len(dataset))
+    aside_sec = 0.0
     try:
         if last is None and config.init_from is not None:
             # The base itself is step 0: evaluations compare with it.
-            folder = snapshot(checkpoints, 0, generator, ema, engine, digests, state)
-            if on_checkpoint is not None:
-                on_checkpoint(folder, 0)
-            started = last_report = time.perf_counter()
+            save(0)
+            meters.clear()
+        started = time.perf_counter()
 
         for step in range(first_step, config.num_steps):
             # Data
             waiting = time.perf_counter()
             parts = next(stream)
-            waited_sec += time.perf_counter() - waiting
+            meters.waited_sec += time.perf_counter() - waiting
 
             # Accumulate
             for batch in parts:
-                engine.accumulate(batch.keys, **inputs_of(batch, generator, config))
+                inputs = inputs_of(batch, generator, config)
+                meters.add_losses(inputs["t"], engine.accumulate(batch.keys, **inputs))
 
             # Step and EMA
-            stats = engine.update(step)
+            stats = engine.update(step, stop=should_stop is not None and should_stop())
             ema.update(step)
             recent.append(stats.loss)
-            losses.append(stats.loss)
+            meters.losses.append(stats.loss)
             done = step + 1
+            is_last = done == config.num_steps
             bar.update()
 
             # Report
-            if done % config.log_every_steps == 0 or done == config.num_steps:
-                seconds = time.perf_counter() - last_report
-                rate = len(losses) * config.global_batch_size / seconds
-                mean = sum(losses) / len(losses)
-                report = Report(done, mean, stats.grad_norm, stats.lr, rate, waited_sec / seconds)
+            if done % config.log_every_steps == 0 or is_last:
+                report = meters.report(done, stats, None)
+                rate = report.samples_per_sec
                 bar.set_postfix(loss=f"{report.loss:.4f}", samples_per_sec=f"{rate:.0f}")
                 if is_main and not show_bar:
                     log.info(
@@ -349,25 +292,18 @@ def train(
                 tracker.log_metrics(report.metrics(), done)
                 if on_report is not None:
                     on_report(report)
-                losses, waited_sec, last_report = [], 0.0, time.perf_counter()
 
-            # Snapshot and samples; their time is not training time
-            aside = time.perf_counter()
-            if done % config.checkpoint_every_steps == 0 or done == config.num_steps:
-                folder = snapshot(checkpoints, done, generator, ema, engine, digests, state)
-                if is_main:
-                    prune_resume(checkpoints, config.keep_resume)
-                if on_checkpoint is not None:
-                    on_checkpoint(folder, done)
-            if (
-                is_main
-                and config.sample_prompts
-                and config.sample_every_steps
-                and done % config.sample_every_steps == 0
-            ):
-                tracker.log_artifact(draw_grid(config, generator, ema, done), "samples")
-            aside_sec += time.perf_counter() - aside
-            last_report += time.perf_counter() - aside
+            # Snapshot; its time is not training time
+            if done % config.checkpoint_every_steps == 0 or is_last or stats.stop:
+                aside = time.perf_counter()
+                save(done)
+                meters.set_aside(time.perf_counter() - aside)
+                aside_sec += time.perf_counter() - aside
+            if stats.stop and not is_last:
+                status = "KILLED"
+                raise TrainingStopped(
+                    f"stopped after step {done}, whose checkpoint is written; run it again to go on"
+                )
 
         seconds = time.perf_counter() - started - aside_sec
         summary = summarise(config, first_step, seconds, list(recent), engine.world_size, tracker)
@@ -379,7 +315,7 @@ def train(
         bar.close()
         dataset.close()
         tracker.finish(status)
-    return engine.broadcast_object(summary)
+    return broadcast_object(summary)
 
 
 def summarise(
@@ -424,11 +360,16 @@ def main() -> None:
     if args.dry_run:
         print(config.model_dump_json(indent=2))
         return
+    stop = Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
     is_main = os.environ.get("RANK", "0") == "0"
     level = logging.INFO if is_main else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        summary = train(config)
+        summary = train(config, should_stop=stop.is_set)
+    except TrainingStopped as stopped:
+        log.info("%s", stopped)
+        sys.exit(128 + signal.SIGTERM)
     finally:
         shut_down()
     log.info("done: %s", json.dumps(summary))

@@ -27,7 +27,7 @@ class TextFeatures:
 def encode_text(mllm: MLLM, prompts: list[str]) -> list[Float[Tensor, "_ c"]]:
     """Last-layer states (after the final norm) of each prompt, begin token included, unpadded, float32."""
     ids, mask = mllm.tokenize(prompts)
-    device = next(mllm.parameters()).device
+    device = next(mllm.language_model.parameters()).device
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         hidden = mllm.language_model(

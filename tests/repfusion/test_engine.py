@@ -58,7 +58,7 @@ def run(micro: int, steps: int = 3, **changes) -> tuple[Regression, list]:
     return module, stats
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2])
+@pytest.mark.parametrize("zero_stage", [0, 3])
 @pytest.mark.parametrize("micro", [4, 2])
 def test_micro_batches_equal_one_full_batch(micro: int, zero_stage: int):
     whole, whole_stats = run(8, zero_stage=zero_stage)
@@ -70,7 +70,7 @@ def test_micro_batches_equal_one_full_batch(micro: int, zero_stage: int):
         assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_a_step_is_that_of_plain_adamw(zero_stage: int):
     module, stats = run(8, zero_stage=zero_stage, grad_clip=0.1)
     plain = Regression()
@@ -167,7 +167,7 @@ def test_the_learning_rate_warms_up_and_decays():
 
 
 def test_buckets_are_no_larger_than_the_model():
-    settings = deepspeed_config(EngineConfig(micro_batch_size=4), 16, 2, num_trainable=999)
+    settings = deepspeed_config(EngineConfig(micro_batch_size=4), 2, 16, 2, num_trainable=999)
     assert settings["gradient_accumulation_steps"] == 2
     assert settings["zero_optimization"]["reduce_bucket_size"] == 1000
 

@@ -27,8 +27,9 @@ from tiny_training import (
 from repfusion.checkpoint import complete_checkpoints, latest_checkpoint
 from repfusion.engine import NonFiniteError
 from repfusion.flow import FlowConfig
+from repfusion.meters import Report
 from repfusion.mixture import Mixture
-from repfusion.train import Report, TrainConfig, build_generator, load_config, train
+from repfusion.train import TrainConfig, build_generator, load_config, train
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2])
+@pytest.mark.parametrize("zero_stage", [0, 3])
 def test_four_steps_equal_two_and_two_bit_for_bit(world, tmp_path: Path, zero_stage: int):
     reports: dict[str, list[Report]] = {"whole": [], "parts": []}
     whole = tiny_train(*world, tmp_path / "whole", {"zero_stage": zero_stage, "micro_batch_size": 4})
@@ -132,11 +133,6 @@ def test_two_ranks_equal_one_and_resume_bit_for_bit(world, tmp_path: Path):
     assert torchrun(resumed, tmp_path / "resumed.yaml", 2)["resumed_at_step"] == 2
     assert_same(weights(two), weights(resumed))
     assert_same(weights(two, "ema"), weights(resumed, "ema"))
-
-    with pytest.raises(
-        ValueError, match="world_size was 2, is 1; restore it, or start a new output_dir with init_from"
-    ):
-        train(two)
 
 
 @pytest.mark.parametrize("conditioning", ["noisy_latents", "text_embed"])
@@ -250,18 +246,6 @@ def test_optimizer_state_is_kept_for_the_last_checkpoints_alone(world, tmp_path:
     train(config)
     kept = [(folder / "resume").exists() for folder in complete_checkpoints(tmp_path / "checkpoints")]
     assert kept == [False, False, True, True]
-
-
-def test_sample_grids_are_drawn(world, tmp_path: Path):
-    config = tiny_train(
-        *world,
-        tmp_path,
-        sample_every_steps=4,
-        sample_prompts=("a red circle", "a blue square"),
-        sampler={"num_steps": 2},
-    )
-    train(config)
-    assert (tmp_path / "samples/step_00000004.png").stat().st_size > 0
 
 
 def test_the_command_line_overrides_the_file_and_a_typo_names_its_key(world, tmp_path: Path):

@@ -1,0 +1,56 @@
+"""The group of ranks: made from what torchrun or Ray Train say, or of one process; what they agree on."""
+
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def prepare_environment() -> None:
+    """Environment that DeepSpeed and gloo read when first used; what the user set is kept."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed insists on a local rank, launcher or not.
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1"):
+        # One machine: keep gloo off the network.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+
+
+def init_process_group() -> None:
+    """Join the group that torchrun or Ray Train describes, or make one of a single process, which needs
+    no port.
+    """
+    if dist.is_initialized():
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def failures(error: BaseException | None) -> dict[int, str]:
+    """Which ranks failed and how, known to every rank, so that all take the same way. Called by all ranks."""
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, None if error is None else f"{type(error).__name__}: {error}")
+    return {rank: text for rank, text in enumerate(found) if text is not None}
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def shut_down() -> None:
+    """Leave the process group, for a process that started it itself."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
