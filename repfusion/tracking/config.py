@@ -13,7 +13,8 @@ class TrackingConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     uri: str | None = None
-    """MLflow tracking URI: sqlite:///runs/mlflow.db, postgresql://..., or a server's; None tracks nothing."""
+    """MLflow tracking URI: sqlite:///runs/mlflow.db, postgresql://user@host/database (extra `postgres`), or a
+    server's http://host:5000; None tracks nothing."""
     experiment: str = "repfusion"
     """MLflow experiment; made where it does not exist."""
     run_name: str | None = None

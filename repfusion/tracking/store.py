@@ -4,6 +4,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,12 +39,20 @@ class Point(NamedTuple):
     model_id: str | None = None
 
 
+def with_driver(uri: str) -> str:
+    """postgresql:// names psycopg 3 to SQLAlchemy; MLflow's server knows psycopg2, and so does this package's
+    extra `postgres`.
+    """
+    return re.sub(r"^postgres(ql)?://", "postgresql+psycopg2://", uri)
+
+
 def client_of(uri: str) -> Any:
     import mlflow
     import mlflow.utils.logging_utils
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    uri = with_driver(uri)
     return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -141,10 +150,10 @@ def _alone(uri: str) -> Iterator[None]:
         with open(path.with_name(f".{path.name}.lock"), "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
-    elif uri.startswith("postgresql"):
+    elif uri.startswith("postgres"):
         import sqlalchemy
 
-        engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
+        engine = sqlalchemy.create_engine(with_driver(uri), poolclass=sqlalchemy.NullPool)
         with engine.connect() as connection:  # the lock goes with the connection
             connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(77220604)"))
             yield

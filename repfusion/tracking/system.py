@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+from repfusion.tracking.store import with_driver
+
 STOP_SEC = 10.0
 
 
@@ -23,7 +25,11 @@ class NodeMonitor(SystemMetricsMonitor):
         interval_sec: float,
     ):
         super().__init__(
-            run_id, sampling_interval=interval_sec, resume_logging=True, node_id=node, tracking_uri=uri
+            run_id,
+            sampling_interval=interval_sec,
+            resume_logging=True,
+            node_id=node,
+            tracking_uri=with_driver(uri),
         )
         self.put = put
 
