@@ -24,6 +24,7 @@ from pipelines.sources.scenes import ScenesConfig
 from pipelines.sources.tars import TarsConfig
 from pipelines.sources.urls import UrlsConfig
 from pipelines.storage import Folder
+from repfusion.engine import grad_accum_steps
 from repfusion.train import TrainConfig
 
 StageName = Literal[
@@ -106,8 +107,12 @@ class WorkflowConfig(BaseModel):
     """Prompt features, by `train.model.mllm`."""
     train: TrainConfig
     """Training. Its `output_dir`, `data` folders and tracking address follow from `root` unless given."""
-    num_train_workers: int = Field(default=2, ge=1)
-    """Data-parallel ranks of the training."""
+    num_train_workers: int | tuple[int, int] = 2
+    """Data-parallel ranks of the training; [least, most] takes as many as the cluster has room for, and goes
+    on with fewer after a node was lost. Each number in between has to divide the global batch.
+    """
+    train_max_failures: int = Field(default=3, ge=1)
+    """How often the ranks start again from the last checkpoint, after one died, before the stage fails."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Scores of every checkpoint."""
     ray: RayConfig = RayConfig()
@@ -117,6 +122,22 @@ class WorkflowConfig(BaseModel):
     def data_folder(self) -> Folder:
         """Where the data stages' folders lie."""
         return Folder(Folder.at(self.data_url or self.root).url, self.storage_options)
+
+    @model_validator(mode="after")
+    def _ranks_divide(self) -> "WorkflowConfig":
+        """A rank's share of the global batch is whole micro-batches."""
+        least, most = self.train_workers_range
+        if not 1 <= least <= most:
+            raise ValueError(f"num_train_workers is {self.num_train_workers}, expected 1 <= least <= most")
+        for world_size in range(least, most + 1):
+            grad_accum_steps(self.train.global_batch_size, self.train.engine.micro_batch_size, world_size)
+        return self
+
+    @property
+    def train_workers_range(self) -> tuple[int, int]:
+        """Least and largest number of ranks."""
+        workers = self.num_train_workers
+        return (workers, workers) if isinstance(workers, int) else workers
 
     @model_validator(mode="before")
     @classmethod

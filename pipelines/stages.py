@@ -20,8 +20,29 @@ from repfusion.columns import manifest_digest
 from repfusion.data import DataConfig
 
 STATISTICS = "statistics.safetensors"
-NOT_BYTES = ("output_dir", "data", "tracking", "keep_resume", "log_every_steps")
+NOT_BYTES = (
+    "output_dir",
+    "data",
+    "tracking",
+    "keep_resume",
+    "keep_last",
+    "keep_every_steps",
+    "log_every_steps",
+)
 """Fields of the training that do not change its weights."""
+ROUNDING = (
+    "zero_stage",
+    "frozen",
+    "offload_optimizer",
+    "activation_checkpointing",
+    "compile",
+    "micro_batch_size",
+    "attention",
+    "num_threads",
+)
+"""Fields of `train.engine` by which its weights differ in rounding alone, as they do by the number of ranks:
+a training goes on from its checkpoint on other hardware.
+"""
 
 
 def build_stages(
@@ -178,7 +199,8 @@ def _features(config: WorkflowConfig, images: Stage, others: Stage | None, diges
 
 def _train(config: WorkflowConfig, stages: Mapping[str, Stage], digests: Digests) -> WholeStage:
     values = config.train.model_dump(mode="json", exclude=set(NOT_BYTES))
-    fields = flatten(values, "train.") | {"num_train_workers": config.num_train_workers}
+    values["engine"] = {key: value for key, value in values["engine"].items() if key not in ROUNDING}
+    fields = flatten(values, "train.")
     model = config.train.model
     for key, path in {
         "train.model.encoder.path": model.encoder.path,

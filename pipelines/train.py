@@ -1,7 +1,7 @@
 """The train stage: Ray Train starts the ranks, `repfusion.train` does the work, evaluations run beside it.
 
 Checkpoints are the folders that `repfusion.train` writes; Ray Train is told metrics alone. A rank that dies
-restarts all of them, from the last complete checkpoint.
+restarts all of them, on as many nodes as are left, from the last complete checkpoint.
 """
 
 import json
@@ -22,14 +22,20 @@ from pipelines.session import StageError, ray_session
 from pipelines.storage import Folder
 from pipelines.store import write_json
 from repfusion.checkpoint import latest_checkpoint, step_of
+from repfusion.engine import NonFiniteError
+from repfusion.meters import Report
+from repfusion.snapshot import CheckpointError
 from repfusion.tracking import prepare_store
-from repfusion.train import Report, TrainConfig
+from repfusion.train import TrainConfig, TrainingStopped
 
 if TYPE_CHECKING:
     from pipelines.config import WorkflowConfig
 
-MAX_FAILURES = 1
-"""Restarts of the ranks before the stage fails."""
+FAILURE = "failure.json"
+"""Written by a rank for an error that a restart would only repeat."""
+STOP = "stop"
+"""Made by the driver for the ranks to write a checkpoint and end."""
+STOP_POLL_SEC = 1.0
 PROGRESS = "progress.json"
 LINE_SEC = 15.0
 """Between lines of progress where the terminal shows no bar."""
@@ -43,19 +49,34 @@ def train_rank(launch: dict[str, Any]) -> None:
 
     os.chdir(launch["directory"])
     config = TrainConfig.model_validate(launch["config"])
-    for column, copy in launch["columns"]:
-        mirror(column, copy)
-    is_main = ray_train.get_context().get_world_rank() == 0
+    if (config.output_dir / FAILURE).exists():
+        return
+    rank = ray_train.get_context().get_world_rank()
+    stop, asked = config.output_dir / STOP, [0.0]
 
     def on_report(report: Report) -> None:
-        if is_main:
+        if rank == 0:
             write_json(config.output_dir / PROGRESS, vars(report))
 
     def on_checkpoint(folder: Path, step: int) -> None:
         # A barrier: every rank reports, every time.
         ray_train.report({"step": step, "checkpoint": str(folder)})
 
-    train(config, on_checkpoint, on_report)
+    def should_stop() -> bool:
+        if rank or time.monotonic() - asked[0] < STOP_POLL_SEC:
+            return False
+        asked[0] = time.monotonic()
+        return stop.exists()
+
+    try:
+        for column, copy in launch["columns"]:
+            mirror(column, copy)
+        train(config, on_checkpoint, on_report, should_stop)
+    except TrainingStopped:
+        return
+    except (ValueError, NonFiniteError, CheckpointError) as error:
+        write_json(config.output_dir / FAILURE, {"rank": rank, "error": f"{type(error).__name__}: {error}"})
+        raise
 
 
 @contextmanager
@@ -111,22 +132,29 @@ def first_failure(error: Exception) -> str:
     return str(error)
 
 
-def launch(config: TrainConfig, num_workers: int, columns: Sequence[tuple[Folder, Path]] = ()) -> None:
+def launch(
+    config: TrainConfig,
+    num_workers: int | tuple[int, int],
+    columns: Sequence[tuple[Folder, Path]] = (),
+    max_failures: int = 1,
+) -> None:
     """Runs the training on `num_workers` ranks, one GPU each where the cluster has as many, else one CPU
-    each. Remote `columns` are copied to each machine first.
+    each; given a least and a largest number, on as many as there is room for, also after a node was lost.
+    Remote `columns` are copied to each machine first.
 
     Raises:
         ValueError: the cluster has fewer CPUs than ranks.
-        StageError: a rank failed more than MAX_FAILURES times.
+        StageError: a rank met an error that a restart would repeat, or failed more than max_failures times.
+        KeyboardInterrupt: after the checkpoint that the first one asked for; at once at the second.
     """
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
 
+    least = num_workers if isinstance(num_workers, int) else num_workers[0]
     resources = ray.cluster_resources()
-    use_gpu = resources.get("GPU", 0) >= num_workers
-    if resources.get("CPU", 0) < num_workers:
+    use_gpu = resources.get("GPU", 0) >= least
+    if resources.get("CPU", 0) < least:
         raise ValueError(
             f"num_train_workers is {num_workers}, the cluster has {resources.get('CPU', 0):g} CPUs; "
             "lower num_train_workers or raise ray.num_cpus"
@@ -136,6 +164,8 @@ def launch(config: TrainConfig, num_workers: int, columns: Sequence[tuple[Folder
     environment = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"} if is_alone else {}
     storage = (config.output_dir / "ray").resolve()
     storage.mkdir(parents=True, exist_ok=True)
+    for name in (FAILURE, STOP):
+        (config.output_dir / name).unlink(missing_ok=True)
     trainer = TorchTrainer(
         train_rank,
         train_loop_config={
@@ -149,15 +179,48 @@ def launch(config: TrainConfig, num_workers: int, columns: Sequence[tuple[Folder
             # A name of its own: under an old one Ray Train would look for its own checkpoints.
             name=f"{time.time_ns()}",
             storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            failure_config=FailureConfig(max_failures=max_failures),
             worker_runtime_env={"env_vars": environment},
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        raise StageError(f"train: {first_failure(error)}") from error
+    fit(trainer, config.output_dir)
+
+
+def fit(trainer: Any, output_dir: Path) -> None:
+    """Waits for the ranks to end; the first interrupt asks them to."""
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    failed: list[TrainingFailedError] = []
+
+    def run() -> None:
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            failed.append(error)
+
+    # In a thread: in the main one Ray Train would answer Ctrl-C by ending the ranks where they are.
+    thread, interrupt = Thread(target=run, name="fit", daemon=True), None
+    thread.start()
+    while thread.is_alive():
+        try:
+            thread.join(1.0)
+        except KeyboardInterrupt as error:
+            if interrupt is not None:
+                raise
+            interrupt = error
+            (output_dir / STOP).touch()
+            print(
+                "train: stopping after a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True
+            )
+    (output_dir / STOP).unlink(missing_ok=True)
+    if (output_dir / FAILURE).exists():
+        failure = json.loads((output_dir / FAILURE).read_text())
+        raise StageError(f"train: rank {failure['rank']}: {failure['error']}")
+    if failed:
+        raise StageError(f"train: {first_failure(failed[0])}") from failed[0]
+    if interrupt is not None:
+        raise interrupt
 
 
 def remote_columns(config: "WorkflowConfig") -> list[tuple[Folder, Path]]:
@@ -182,5 +245,5 @@ def run_train(config: "WorkflowConfig") -> dict[str, Any]:
         # Before any worker: two processes that first use a new SQLite file at the same time fail.
         prepare_store(train.tracking.uri, train.tracking.experiment)
     with ray_session(config.ray), EvaluationScheduler(config.evaluate, train), progress_bar(train):
-        launch(train, config.num_train_workers, remote_columns(config))
+        launch(train, config.num_train_workers, remote_columns(config), config.train_max_failures)
     return json.loads((train.output_dir / "train.json").read_text())
