@@ -1,9 +1,11 @@
 """A mixture of data sets -> micro-batches, complete with captions and noise, read ahead by a thread."""
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from repfusion.data import Sample
 from repfusion.flow import Draw, draw
 from repfusion.mixture import Mixture
-from repfusion.order import SampleOrder, sample_seed
+from repfusion.order import SampleOrder, hash64, sample_seed
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,9 @@ def draw_caption(sample: Sample, weights: Mapping[str, float], seed: int) -> tup
     names = list(sample.captions)
     if len(names) == 1 and len(sample.captions[names[0]]) == 1:
         return names[0], sample.captions[names[0]][0]
-    variant, fraction = (int(word) for word in np.random.SeedSequence(seed).generate_state(2))
-    bounds = np.cumsum([weights[name] for name in names])
-    name = names[int(np.searchsorted(bounds[:-1], fraction / 2**32 * bounds[-1], side="right"))]
+    variant, fraction = divmod(hash64("caption", seed), 2**32)
+    bounds = list(accumulate(weights[name] for name in names))
+    name = names[bisect_right(bounds[:-1], fraction / 2**32 * bounds[-1])]
     return name, sample.captions[name][variant % len(sample.captions[name])]
 
 

@@ -15,7 +15,8 @@ BLOCK = 1024
 """Positions over which the shares of the data sets hold; within one their order is shuffled."""
 
 
-def _hash64(*parts: object) -> int:
+def hash64(*parts: object) -> int:
+    """The same on every machine and under every version of the libraries."""
     text = "\0".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
@@ -24,7 +25,7 @@ def sample_seed(seed: int, dataset: str, epoch: int, key: str) -> int:
     """64 bits that decide the caption, noise level, noise and dropped condition of a sample in an epoch of
     its data set, whatever its position, the batch, the rank and the data sets beside it.
     """
-    return _hash64("sample", seed, dataset, epoch, key)
+    return hash64("sample", seed, dataset, epoch, key)
 
 
 def shares_of(weights: Mapping[str, float]) -> dict[str, Fraction]:
@@ -104,7 +105,7 @@ class SampleOrder:
         """Of each position of a block: the data set's number, and which of its turns this is."""
         first, after = self.turns_before(block), self.turns_before(block + 1)
         counts = [end - start for start, end in zip(first, after, strict=True)]
-        generator = np.random.default_rng(_hash64("block", self.seed, block))
+        generator = np.random.default_rng(hash64("block", self.seed, block))
         datasets = generator.permutation(np.repeat(np.arange(len(counts)), counts))
         turns = np.empty(BLOCK, np.int64)
         for number, start in enumerate(first):
@@ -112,7 +113,7 @@ class SampleOrder:
         return datasets, turns
 
     def _make_epoch(self, number: int, epoch: int) -> np.ndarray:
-        generator = np.random.default_rng(_hash64("epoch", self.seed, self.names[number], epoch))
+        generator = np.random.default_rng(hash64("epoch", self.seed, self.names[number], epoch))
         # half the memory of int64: a data set of 30 million is 120 MB an epoch
         size = self.num_samples[number]
         return generator.permutation(np.arange(size, dtype=np.int32 if size < 2**31 else np.int64))

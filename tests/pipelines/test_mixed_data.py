@@ -98,6 +98,6 @@ def test_a_data_set_that_is_not_complete_is_named(train_stage, photos: Path, col
     name = {"curate": "images", "latents": "features"}[column]
     with pytest.raises(
         ValueError,
-        match=rf"train\.data\.mix\.photos\.{name}: {photos / column} holds no complete stage \(mani",
+        match=rf"train\.data\.mix\.photos\.{name}: {photos / column} holds no complete stage \(no mani",
     ):
         train_stage(photos=mixed(photos))
