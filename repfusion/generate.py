@@ -4,7 +4,9 @@
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +14,27 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from repfusion.checkpoint import load_checkpoint
-from repfusion.flow import draw
+from repfusion.export import MARK, is_export, load_any
 from repfusion.foundation import WEIGHTS
+from repfusion.lineage import checkpoint_record, folder_record, png_info, read_lineage
 from repfusion.model import Generator
 from repfusion.rae.decoder import RAEDecoder
 from repfusion.sampler import SamplerConfig, sample
+
+
+def initial_noise(seeds: Iterable[int], shape: tuple[int, int]) -> Float[Tensor, "b n d"]:
+    """Each image's noise is the first draw of a generator of its own, on the CPU: the same on every device,
+    whatever else is in the batch.
+    """
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@torch.no_grad()
+def decode(
+    generator: Generator, decoder: RAEDecoder, latents: Float[Tensor, "b n d"]
+) -> Float[Tensor, "b 3 h w"]:
+    """Pixels in [0, 1], on the CPU in float32."""
+    return decoder(generator.denormalise(latents)).float().clamp(0, 1).cpu()
 
 
 @torch.no_grad()
@@ -29,22 +46,52 @@ def generate(
     config: SamplerConfig = SamplerConfig(),
     batch_size: int = 64,
 ) -> Float[Tensor, "b 3 h w"]:
-    """Pixels in [0, 1] on the CPU. Image i depends on seed, i and its prompt, not on the batch size (but for
+    """Pixels in [0, 1] on the CPU. Image i depends on seed + i and its prompt, not on the batch size (but for
     rounding).
     """
     images = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
         seeds = range(seed + start, seed + start + len(part))
-        noise = draw(seeds, generator.latent_shape, generator.shift).noise
-        latents = sample(generator, part, noise, config)
-        images.append(decoder(generator.denormalise(latents)).float().clamp(0, 1).cpu())
+        latents = sample(generator, part, initial_noise(seeds, generator.latent_shape), config)
+        images.append(decode(generator, decoder, latents))
     return torch.cat(images)
 
 
 def to_uint8(pixels: Float[Tensor, "*b 3 h w"]) -> UInt8[np.ndarray, "*b h w 3"]:
     """Rounded, channels last, as image files want them."""
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).movedim(-3, -1).numpy()
+
+
+def image_record(
+    folder: Path, prompt: str, seed: int, config: SamplerConfig, num_images: int = 1
+) -> dict[str, Any]:
+    """What a PNG says of itself: image i of a strip has the seed `seed` + i. `folder` is a checkpoint or an
+    export; `lineage` is what the checkpoint says of its training, kept here lest the folder goes.
+    """
+    record: dict[str, Any] = {
+        "prompt": prompt,
+        "seed": seed,
+        "num_images": num_images,
+        **config.model_dump(mode="json"),
+    }
+    if not is_export(folder):
+        return {**record, "checkpoint": checkpoint_record(folder), "lineage": read_lineage(folder)}
+    origin = read_lineage(folder)
+    assert origin is not None
+    return {
+        **record,
+        "checkpoint": origin["checkpoint"],
+        "export": folder_record(folder, MARK),
+        "lineage": origin["training"],
+    }
+
+
+def save_image(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
+    """The ending decides the format; PNG files carry the record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {"pnginfo": png_info(record)} if path.suffix.lower() == ".png" else {}
+    image.save(path, **options)
 
 
 def main() -> None:
@@ -55,14 +102,17 @@ def main() -> None:
         "--checkpoint",
         type=Path,
         default=WEIGHTS / "base",
-        help="checkpoint folder (default: the shipped base)",
+        help="folder of a checkpoint or an export (default: the shipped base)",
     )
     parser.add_argument("--prompt", required=True, help="what to draw")
     parser.add_argument(
-        "--out", type=Path, required=True, help="image file to write; its ending decides the format"
+        "--out",
+        type=Path,
+        required=True,
+        help="image file to write; its ending decides the format, and .png carries the lineage",
     )
     parser.add_argument(
-        "--num-images", type=int, default=1, help="images side by side, each from its own noise"
+        "--num-images", type=int, default=1, help="images side by side, of the seeds SEED, SEED + 1, ..."
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -73,8 +123,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     try:
-        generator = load_checkpoint(args.checkpoint).to(args.device)
+        generator = load_any(args.checkpoint).to(args.device)
         sampler = SamplerConfig(num_steps=args.num_steps, guidance_scale=args.guidance_scale)
+        record = image_record(args.checkpoint, args.prompt, args.seed, sampler, args.num_images)
         pixels = generate(
             generator, generator.load_decoder(), [args.prompt] * args.num_images, args.seed, sampler
         )
@@ -84,8 +135,7 @@ def main() -> None:
     image = Image.fromarray(strip).resize(
         (strip.shape[1] * args.scale, strip.shape[0] * args.scale), Image.Resampling.NEAREST
     )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    image.save(args.out)
+    save_image(image, args.out, record)
     print(f"{args.prompt!r} -> {args.out} ({len(pixels)} image(s), checkpoint {args.checkpoint})")
 
 

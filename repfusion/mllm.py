@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from repfusion.rae.encoder import weights_digest
 
+LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3")
+"""Causal language models that load by themselves."""
 MAX_CACHED_PROMPTS = 100_000
 """Tokenised prompts kept: training meets the same captions in every epoch."""
 
@@ -89,7 +91,7 @@ class MLLM(nn.Module):
             widths = config.vision_config.hidden_size, config.text_config.hidden_size
             projector = Projector(*widths, config.projector_hidden_act, config.multimodal_projector_bias)
             projector.load_state_dict(llava.model.multi_modal_projector.state_dict())
-        elif config.model_type in ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3"):
+        elif config.model_type in LANGUAGE_MODELS:
             language_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).model
         else:
             raise ValueError(

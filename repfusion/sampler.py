@@ -1,5 +1,6 @@
 """Noise and prompts -> latents: Euler steps down the shifted noise levels, with classifier-free guidance."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Literal
@@ -34,9 +35,16 @@ def noise_levels(num_steps: int, shift: float) -> Float[Tensor, " steps"]:
 
 @torch.no_grad()
 def sample(
-    generator: Generator, prompts: list[str], noise: Float[Tensor, "b n d"], config: SamplerConfig
+    generator: Generator,
+    prompts: list[str],
+    noise: Float[Tensor, "b n d"],
+    config: SamplerConfig,
+    on_step: Callable[[int, float, Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "b n d"]:
     """Latents of the prompts, float32. The prompts are read once; the noisy latents at every step.
+
+    `on_step` is called after each step with its number from 0, the noise level it began at and the latents
+    it ended with; what it returns takes their place.
 
     Raises:
         ValueError: where noise and prompts differ in number or the noise has another shape than the model's
@@ -55,7 +63,7 @@ def sample(
         batch = generator.prompt_batch([*prompts, *[""] * len(prompts)] if is_guided else prompts, reuse=True)
         levels = noise_levels(config.num_steps, generator.shift).tolist()
         z = noise.to(device, torch.float32)
-        for level, next_level in pairwise(levels):
+        for step, (level, next_level) in enumerate(pairwise(levels)):
             t = torch.full((len(z),), level, device=device)
             if is_guided:
                 prompted, empty = (
@@ -65,4 +73,6 @@ def sample(
             else:
                 v = generator.velocity(z, t, batch).float()
             z = z + (next_level - level) * v
+            if on_step is not None:
+                z = on_step(step, level, z)
     return z

@@ -1,5 +1,6 @@
-"""A checkpoint and prompts -> images: each from its seed, number and prompt alone."""
+"""A checkpoint and prompts -> images: each from its seed and prompt alone; PNG files say what made them."""
 
+import json
 import sys
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 from PIL import Image
 
 from repfusion.checkpoint import save_checkpoint
-from repfusion.generate import generate, main, to_uint8
-from repfusion.sampler import SamplerConfig
+from repfusion.generate import generate, image_record, initial_noise, main, to_uint8
+from repfusion.lineage import file_digest, read_png
+from repfusion.sampler import SamplerConfig, sample
 
 PROMPTS = ["a red circle", "two blue square", "a green circle left of a blue square", "a red circle", ""]
 CONFIG = SamplerConfig(num_steps=3, guidance_scale=2, precision="fp32")
@@ -30,9 +32,27 @@ def test_a_seed_gives_the_same_images(generator, decoder):
     assert torch.equal(first, again)
     assert first.shape == (5, 3, 32, 32) and first.dtype == torch.float32
     assert 0 <= first.min() and first.max() <= 1
-    other = generate(generator, decoder, PROMPTS, seed=5, config=CONFIG)
+    other = generate(generator, decoder, PROMPTS, seed=50, config=CONFIG)
     assert (first - other).abs().amax(dim=(1, 2, 3)).min() > 1e-2
     assert (first[0] - first[3]).abs().max() > 1e-2  # the same prompt, another number
+
+
+def test_image_i_is_drawn_from_a_torch_generator_of_seed_plus_i(generator, decoder):
+    """As whoever holds a seed would draw it by hand."""
+    noise = torch.randn(generator.latent_shape, generator=torch.Generator().manual_seed(7 + 2))
+    assert torch.equal(initial_noise(range(7, 10), generator.latent_shape)[2], noise)
+    latents = sample(generator, PROMPTS[2:3], noise[None], CONFIG)
+    by_hand = decoder(generator.denormalise(latents)).clamp(0, 1)
+    assert torch.equal(generate(generator, decoder, PROMPTS[2:3], 9, CONFIG), by_hand)
+    whole = generate(generator, decoder, PROMPTS, 7, CONFIG)
+    torch.testing.assert_close(whole[2:3], by_hand, atol=1e-3, rtol=0)
+
+
+def test_the_noise_leaves_torchs_own_randomness_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    initial_noise([1, 2], (4, 16))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
@@ -81,6 +101,54 @@ def test_the_command_writes_the_images_the_function_makes(
     assert image.shape == (64, 128, 3)
     made = to_uint8(generate(generator, decoder, ["a red circle"] * 2, 3, SamplerConfig(num_steps=2)))
     np.testing.assert_array_equal(image[::2, ::2], np.concatenate(list(made), axis=1))
+
+
+@pytest.mark.parametrize("num_images", [1, 3])
+def test_a_png_says_what_made_it(checkpoint, tmp_path, monkeypatch, num_images):
+    out, prompt = tmp_path / "x.png", "a red circle — ünïcode"
+    (checkpoint / "lineage.json").write_text(json.dumps({"run_id": "abc"}))
+    common = ["--checkpoint", checkpoint, "--prompt", prompt, "--out", out, "--device", "cpu"]
+    run_main(monkeypatch, *common, "--num-images", num_images, "--seed", 3, "--num-steps", 2)
+    with Image.open(out) as image:
+        assert json.loads(image.info["repfusion"]) == read_png(out)
+    assert read_png(out) == {
+        "prompt": prompt,
+        "seed": 3,
+        "num_images": num_images,
+        "num_steps": 2,
+        "guidance_scale": 4.0,
+        "precision": "bf16",
+        "checkpoint": {
+            "path": str(checkpoint),
+            "digest": file_digest(checkpoint / "complete.json"),
+            "step": 1,
+        },
+        "lineage": {"run_id": "abc"},
+    }
+
+
+def test_the_record_is_enough_to_make_the_image_again(checkpoint, generator, decoder, tmp_path, monkeypatch):
+    out = tmp_path / "x.png"
+    common = ["--checkpoint", checkpoint, "--prompt", "two blue square", "--out", out, "--device", "cpu"]
+    run_main(monkeypatch, *common, "--seed", 11, "--num-steps", 2, "--guidance-scale", 2.5, "--scale", 1)
+    record = read_png(out)
+    config = SamplerConfig(**{name: record[name] for name in SamplerConfig.model_fields})
+    again = to_uint8(generate(generator, decoder, [record["prompt"]], record["seed"], config))[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(out)), again)
+
+
+def test_other_formats_are_written_without_a_record(checkpoint, tmp_path, monkeypatch):
+    out = tmp_path / "x.jpg"
+    run_main(monkeypatch, "--checkpoint", checkpoint, "--prompt", "a", "--out", out, "--num-steps", 1)
+    with pytest.raises(ValueError, match="no text chunk"):
+        read_png(out)
+
+
+def test_a_record_of_shipped_weights_names_no_machine():
+    from repfusion.foundation import WEIGHTS
+
+    record = image_record(WEIGHTS / "base", "a", 0, CONFIG)
+    assert record["checkpoint"]["path"] == "{weights}/base" and record["checkpoint"]["step"] == 20000
 
 
 @pytest.mark.parametrize(

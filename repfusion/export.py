@@ -1,0 +1,316 @@
+"""A checkpoint -> a folder that holds all that generating needs; `python -m repfusion.export --checkpoint DIR
+--out FOLDER`.
+
+FOLDER/  model_index.json  README.md  lineage.json
+         export.json       digest of every file; it marks the export complete
+         language_model/   the frozen language model and its tokenizer, as transformers saves them
+         denoiser/         config.json, model.safetensors (projector, embedders, DiT), statistics.safetensors
+         decoder/          config.json, model.safetensors
+
+The encoder is left out: sampling needs its geometry alone, which the denoiser's config holds.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from repfusion.checkpoint import (
+    WEIGHTS_MARK,
+    check_complete,
+    load_checkpoint,
+    portable,
+    read_weights,
+    write_json,
+)
+from repfusion.foundation import WEIGHTS
+from repfusion.lineage import LINEAGE, checkpoint_record, file_digest, read_lineage
+from repfusion.mllm import LANGUAGE_MODELS, MLLM, Projector
+from repfusion.model import Generator, ModelConfig
+from repfusion.rae.geometry import tower_geometry
+from repfusion.rae.statistics import LatentStatistics
+
+SCHEMA = 1
+MARK = "export.json"
+INDEX = "model_index.json"
+CARD = "README.md"
+"""Yours to edit: the one file without a digest."""
+LANGUAGE_MODEL, DENOISER, DECODER = "language_model", "denoiser", "decoder"
+
+
+def is_export(folder: Path) -> bool:
+    return (folder / MARK).is_file()
+
+
+def export(checkpoint: Path, out: Path, use_ema: bool = True) -> Path:
+    """Writes the export under a temporary name beside `out`, which replaces an earlier export in one move.
+
+    Raises:
+        ValueError: an incomplete checkpoint, frozen weights that are not those it was trained with, or an
+            `out` that holds something else.
+    """
+    checkpoint, out = Path(checkpoint), Path(os.path.abspath(out))
+    check_target(out)
+    name = "ema.safetensors" if use_ema else "model.safetensors"
+    if name not in check_complete(checkpoint)["files"]:
+        raise ValueError(f"checkpoint {checkpoint} holds no {name}; choose the other weights")
+    generator = load_checkpoint(checkpoint, use_ema)
+    generator.load_decoder()  # fits, or says why not
+    working = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(working, ignore_errors=True)
+    working.mkdir(parents=True)
+    try:
+        write_denoiser(generator, checkpoint, working / DENOISER, use_ema)
+        (working / DECODER).mkdir()
+        for name in ("config.json", "model.safetensors"):
+            shutil.copyfile(generator.config.decoder / name, working / DECODER / name)
+        lineage = describe_export(generator, checkpoint, use_ema)
+        write_json(working / LINEAGE, lineage)
+        config, tokenizer = generator.config, generator.conditioner.mllm.tokenizer
+        del generator  # at full size there is not always room for its language model twice
+        kind = write_language_model(config, tokenizer, working / LANGUAGE_MODEL)
+        write_json(working / INDEX, model_index(kind))
+        scores = read_scores(checkpoint)
+        (working / CARD).write_text(model_card(lineage, config, scores))
+        mode = (working / CARD).stat().st_mode
+        for path in working.rglob("*.safetensors"):
+            path.chmod(mode)  # safetensors lets nobody else read what it writes
+        files = {
+            str(path.relative_to(working)): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+            for path in sorted(working.rglob("*"))
+            if path.is_file() and path.name != CARD
+        }
+        write_json(working / MARK, {"schema": SCHEMA, "files": files})
+        replace_folder(working, out)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+    return out
+
+
+def check_target(out: Path) -> None:
+    """ValueError where writing to `out` would destroy what is no export."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not is_export(out)):
+        raise ValueError(f"{out}: exists and is no export; choose a new or empty folder")
+
+
+def replace_folder(working: Path, out: Path) -> None:
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.is_dir():
+        os.replace(out, old)
+    os.replace(working, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_denoiser(generator: Generator, checkpoint: Path, folder: Path, use_ema: bool) -> None:
+    """The trained weights as the checkpoint stores them, the statistics, and what the encoder and the MLLM's
+    own projector decided of their shapes.
+    """
+    folder.mkdir()
+    config = generator.config
+    size = tower_geometry(config.encoder.path, config.encoder.image_size).image_size
+    geometry = {"grid": list(generator.grid), "image_size_px": size, "projector": projector_fields(generator)}
+    model = portable(config.model_dump(mode="json"))
+    write_json(folder / "config.json", {"schema": SCHEMA, "model": model, **geometry})
+    save_file(read_weights(checkpoint, use_ema), str(folder / "model.safetensors"))
+    generator.statistics.save(folder / "statistics.safetensors")
+
+
+def projector_fields(generator: Generator) -> dict[str, Any] | None:
+    """What `Projector` takes beside the widths. None where the method has none."""
+    if generator.config.conditioning != "noisy_latents":
+        return None
+    saved = json.loads((generator.config.mllm / "config.json").read_text())
+    bias = generator.conditioner.projector.linear_1.bias is not None
+    return {"activation": saved.get("projector_hidden_act", "gelu"), "bias": bias}
+
+
+def write_language_model(config: ModelConfig, tokenizer: Any, folder: Path) -> str:
+    """The language model alone, in the precision of its folder (or less, where the generator holds less);
+    returns its class.
+
+    Raises:
+        ValueError: a LLaVA over a language model that `MLLM` does not load by itself.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, LlavaForConditionalGeneration
+
+    dtype = torch.bfloat16 if config.mllm_dtype == "bfloat16" else "auto"
+    source = AutoConfig.from_pretrained(config.mllm)
+    if source.model_type == "llava":
+        text = source.get_text_config()
+        if text.model_type not in LANGUAGE_MODELS:
+            raise ValueError(
+                f"MLLM folder {config.mllm}: its language model is a {text.model_type!r}; an export takes "
+                f"{', '.join(LANGUAGE_MODELS)}"
+            )
+        llava = LlavaForConditionalGeneration.from_pretrained(config.mllm, dtype=dtype)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(text)
+        model.model, model.lm_head = llava.model.language_model, llava.lm_head
+    else:
+        model = AutoModelForCausalLM.from_pretrained(config.mllm, dtype=dtype)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return type(model).__name__
+
+
+def describe_export(generator: Generator, checkpoint: Path, use_ema: bool) -> dict[str, Any]:
+    """lineage.json: the checkpoint, what it says of its training, and the folders its parts came from."""
+    digests = json.loads((checkpoint / "config.json").read_text())["digests"]
+    config = generator.config
+    sources = {"encoder": config.encoder.path, "mllm": config.mllm, "decoder": config.decoder}
+    return {
+        "checkpoint": checkpoint_record(checkpoint),
+        "weights": "averaged" if use_ema else "last",
+        "digests": digests,
+        "sources": portable({part: os.path.abspath(path) for part, path in sources.items()}),
+        "training": read_lineage(checkpoint),
+    }
+
+
+def model_index(language_model: str) -> dict[str, Any]:
+    """In diffusers' manner: the pipeline's class, and library and class of each folder."""
+    try:
+        release = version("repfusion")
+    except PackageNotFoundError:  # run from a source tree
+        release = None
+    return {
+        "_class_name": "RepFusionPipeline",
+        "_repfusion_version": release,
+        LANGUAGE_MODEL: ["transformers", language_model],
+        DENOISER: ["repfusion.model", "Generator"],
+        DECODER: ["repfusion.rae.decoder", "RAEDecoder"],
+    }
+
+
+def read_scores(checkpoint: Path) -> dict[str, Any] | None:
+    """Of the evaluation beside the training or of the workflow; None where there is none."""
+    run = checkpoint.resolve().parent.parent
+    for folder in (run / "evaluations", run.parent / "evaluate", run / "evaluate"):
+        path = folder / checkpoint.resolve().name / "scores.json"
+        if path.is_file():
+            return json.loads(path.read_text()).get("scores")
+    return None
+
+
+def model_card(lineage: dict[str, Any], config: ModelConfig, scores: dict[str, Any] | None) -> str:
+    saved, training = lineage["checkpoint"], lineage["training"] or {}
+    facts = {
+        "checkpoint": f"{Path(saved['path']).name}, digest {saved['digest'][:12]}",
+        "step": f"{saved['step']}, {lineage['weights']} weights",
+        "run": training.get("run_id") or "not recorded",
+        "code": training.get("git_commit") or "not recorded",
+        "method": f"{config.conditioning}, DiT {config.dit.depth} x {config.dit.hidden_size}",
+        **{part: f"sha256 {digest[:12]}" for part, digest in lineage["digests"].items()},
+    }
+    for name, columns in training.get("datasets", {}).items():
+        digests = (f"{column} {str(one['manifest_digest'])[:12]}" for column, one in columns.items())
+        facts[f"data {name}"] = ", ".join(digests)
+    lines = [
+        *("---", "library_name: repfusion", "pipeline_tag: text-to-image", "---", ""),
+        *("# A RepFusion text-to-image model", "", "```python"),
+        "from repfusion.pipeline import RepFusionPipeline",
+        "",
+        'pipe = RepFusionPipeline.from_pretrained(".").to("cuda")',
+        'pipe("a red circle", num_inference_steps=30, guidance_scale=4.0).images[0].save("x.png")',
+        *("```", "", "| lineage | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())),
+    ]
+    if scores is not None:
+        measured = {"overall": scores["overall"], **scores["per_task"]}
+        lines += ["", "| task | score |", "|---|---|"]
+        lines += [f"| {task} | {value:.3f} |" for task, value in measured.items()]
+    lines += [
+        "",
+        "`python -m repfusion.lineage .` follows all of it back. This card may be edited; the other",
+    ]
+    lines += ["files are checked against `export.json` when the folder is loaded."]
+    return "\n".join(lines) + "\n"
+
+
+def check_export(folder: Path) -> dict[str, Any]:
+    """What export.json says. ValueError where the folder is no export, or a file is missing or not what was
+    written.
+    """
+    if not is_export(folder):
+        what = f"has no {MARK}: it is no export" if folder.is_dir() else "does not exist"
+        raise ValueError(f"export {folder} {what}; 'python -m repfusion.export' writes one")
+    info = json.loads((folder / MARK).read_text())
+    if info["schema"] != SCHEMA:
+        raise ValueError(f"export {folder} has schema {info['schema']}, this code reads {SCHEMA}")
+    for name, expected in info["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"export {folder}: {name} is missing; copy it again")
+        if (got := path.stat().st_size) != expected["bytes"]:
+            raise ValueError(
+                f"export {folder}: {name} is {got} bytes long (truncated?), expected {expected['bytes']}; "
+                "copy it again"
+            )
+        if (digest := file_digest(path)) != expected["sha256"]:
+            raise ValueError(
+                f"export {folder}: {name} has sha256 {digest[:12]}, expected {expected['sha256'][:12]}: its "
+                "content was changed or damaged; copy it again"
+            )
+    return info
+
+
+def load_export(folder: str | Path, mllm_dtype: str | None = None) -> Generator:
+    """The generator of an export, on the CPU, in eval mode; its decoder is the export's.
+
+    Args:
+        folder: what `export` wrote.
+        mllm_dtype: precision of the frozen language model, as in ModelConfig; None is the checkpoint's.
+
+    Raises:
+        ValueError: a file is missing or not what was written.
+    """
+    folder = Path(folder)
+    check_export(folder)
+    saved = json.loads((folder / DENOISER / "config.json").read_text())
+    own = {"mllm": str(folder / LANGUAGE_MODEL), "decoder": str(folder / DECODER)}
+    if mllm_dtype is not None:
+        own["mllm_dtype"] = mllm_dtype
+    config = ModelConfig.model_validate(portable(saved["model"], WEIGHTS_MARK, str(WEIGHTS)) | own)
+    mllm = MLLM.from_pretrained(config.mllm, getattr(torch, config.mllm_dtype))
+    statistics = LatentStatistics.load(folder / DENOISER / "statistics.safetensors")
+    with torch.random.fork_rng(devices=[]):  # the weights below are all overwritten
+        if saved["projector"] is not None:
+            mllm.projector = Projector(statistics.mean.shape[1], mllm.width, **saved["projector"])
+        generator = Generator(config, mllm, statistics, tuple(saved["grid"]))
+    generator.load_trainable_state(read_weights(folder / DENOISER, use_ema=False))
+    return generator.eval()
+
+
+def load_any(folder: str | Path) -> Generator:
+    """The generator of an export, or of a checkpoint (averaged weights)."""
+    return load_export(folder) if is_export(Path(folder)) else load_checkpoint(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m repfusion.export",
+        description="Write a checkpoint as one self-contained folder for RepFusionPipeline.",
+    )
+    parser.add_argument("--checkpoint", type=Path, default=WEIGHTS / "base", help="folder of a checkpoint")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder to write; an export there is replaced"
+    )
+    parser.add_argument("--no-ema", action="store_true", help="the last weights, not the averaged ones")
+    args = parser.parse_args()
+    try:
+        out = export(args.checkpoint, args.out, use_ema=not args.no_ema)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"{args.checkpoint} -> {out} ({num_bytes / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""An export (or a checkpoint) -> a pipeline that is called as diffusers' are; diffusers is not needed.
+
+RepFusionPipeline.from_pretrained(path)("a red circle", generator=torch.Generator().manual_seed(0)).images
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from repfusion.checkpoint import load_checkpoint
+from repfusion.export import is_export, load_export
+from repfusion.generate import decode, to_uint8
+from repfusion.model import Generator
+from repfusion.rae.decoder import RAEDecoder
+from repfusion.sampler import SamplerConfig, sample
+
+Noise = torch.Generator | list[torch.Generator] | None
+StepEnd = Callable[["RepFusionPipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | None]
+"""(pipeline, step from 0, noise level it began at, {"latents": [b, n, d]}) -> the same, changed, or None."""
+
+
+@dataclass
+class RepFusionPipelineOutput:
+    """`images`: PIL images, or an array or tensor of them, by `output_type`."""
+
+    images: list[Image.Image] | np.ndarray | Tensor
+
+
+class RepFusionPipeline:
+    """The same images as `repfusion.generate`, bit for bit, for the same seeds, batch and device."""
+
+    def __init__(self, model: Generator, decoder: RAEDecoder, precision: Literal["fp32", "bf16"] = "bf16"):
+        self.model = model.eval()
+        self.decoder = decoder
+        self.precision = precision
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, torch_dtype: torch.dtype | None = None) -> "RepFusionPipeline":
+        """On the CPU; every file of an export is compared with its digest first.
+
+        Args:
+            path: folder of an export, or of a checkpoint whose frozen parts are at hand (averaged weights).
+            torch_dtype: None is what `repfusion.generate` does: weights as trained, computing in bfloat16
+                autocast. bfloat16 also holds the weights of language model and denoiser in it; float32 holds
+                and computes everything in float32.
+
+        Raises:
+            ValueError: no such folder, one that is damaged, or another dtype.
+        """
+        if torch_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(f"torch_dtype {torch_dtype}: expected torch.float32 or torch.bfloat16, or None")
+        path = Path(path)
+        name = None if torch_dtype is None else str(torch_dtype).removeprefix("torch.")
+        model = load_export(path, name) if is_export(path) else load_checkpoint(path)
+        decoder = model.load_decoder()
+        if torch_dtype is not None:
+            for parameter in model.parameters():  # not the buffers: rotary frequencies need float32
+                parameter.data = parameter.data.to(torch_dtype)
+        return cls(model, decoder, "fp32" if torch_dtype == torch.float32 else "bf16")
+
+    def to(self, device: torch.device | str) -> "RepFusionPipeline":
+        self.model.to(device)
+        self.decoder.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        num_inference_steps: int = 30,
+        guidance_scale: float | int = 4.0,
+        generator: Noise = None,
+        num_images_per_prompt: int = 1,
+        output_type: str = "pil",
+        latents: Float[Tensor, "b n d"] | None = None,
+        callback_on_step_end: StepEnd | None = None,
+    ) -> RepFusionPipelineOutput:
+        """All images in one batch; those of a prompt lie beside each other.
+
+        Args:
+            prompt: one or several.
+            num_inference_steps: Euler steps.
+            guidance_scale: 1 turns guidance off.
+            generator: of the noise, on any device. One draws the images' noise one after the other, so that
+                the first image is that of the call for it alone; a list has one for each image; None takes
+                torch's own.
+            num_images_per_prompt: images of each prompt.
+            output_type: `pil` images; `np` [b, h, w, 3] and `pt` [b, 3, h, w] in [0, 1], float32 on the CPU;
+                `latent` [b, n, d], the normalised latents.
+            latents: the initial noise itself, in place of a draw.
+            callback_on_step_end: called after every step; the latents it returns take their place.
+
+        Raises:
+            ValueError: no prompt, as many generators or latents as there are no images, or a bad number.
+        """
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type {output_type!r}: expected 'pil', 'np', 'pt' or 'latent'")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or num_images_per_prompt < 1:
+            raise ValueError(
+                f"{len(prompts)} prompts, {num_images_per_prompt} images of each; expected at least 1"
+            )
+        prompts = [one for one in prompts for _ in range(num_images_per_prompt)]
+        config = SamplerConfig(
+            num_steps=num_inference_steps, guidance_scale=guidance_scale, precision=self.precision
+        )
+        noise = self._noise(len(prompts), generator) if latents is None else latents
+        made = sample(self.model, prompts, noise, config, self._on_step(callback_on_step_end))
+        if output_type == "latent":
+            return RepFusionPipelineOutput(made)
+        pixels = decode(self.model, self.decoder, made)
+        if output_type == "pt":
+            return RepFusionPipelineOutput(pixels)
+        if output_type == "np":
+            return RepFusionPipelineOutput(pixels.movedim(1, -1).numpy())
+        return RepFusionPipelineOutput([Image.fromarray(array) for array in to_uint8(pixels)])
+
+    def _noise(self, num_images: int, generator: Noise) -> Float[Tensor, "b n d"]:
+        if not isinstance(generator, list):
+            generators: list[torch.Generator | None] = [generator] * num_images
+        elif len(generator) == num_images:
+            generators = [*generator]
+        else:
+            raise ValueError(f"{len(generator)} generators for {num_images} images; expected one for each")
+        shape = self.model.latent_shape
+        rows = (
+            torch.randn(shape, generator=one, device="cpu" if one is None else one.device)
+            for one in generators
+        )
+        return torch.stack([row.to(self.device) for row in rows])
+
+    def _on_step(self, callback: StepEnd | None) -> Callable[[int, float, Tensor], Tensor] | None:
+        if callback is None:
+            return None
+
+        def on_step(step: int, level: float, z: Tensor) -> Tensor:
+            changed = callback(self, step, level, {"latents": z})
+            return z if changed is None else changed.get("latents", z)
+
+        return on_step
