@@ -15,7 +15,6 @@ from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from pydantic import BaseModel
 
 from repfusion.columns import MANIFEST, manifest_digest
 from repfusion.environment import git_commit, has_local_changes, lock_digest
@@ -23,7 +22,6 @@ from repfusion.foundation import WEIGHTS
 
 LINEAGE = "lineage.json"
 CHUNK = "repfusion"
-COLUMNS = ("images", "features", "text", "captions")
 
 
 def file_digest(path: Path) -> str:
@@ -39,14 +37,6 @@ def code_version() -> str | None:
     """
     commit = git_commit()
     return f"{commit}-dirty" if commit is not None and has_local_changes() else commit
-
-
-def dataset_columns(data: BaseModel) -> dict[str, dict[str, Path]]:
-    """The column folders of a DataConfig by data set and column; the first data set is `main`."""
-    return {
-        name: {column: folder for column in COLUMNS if (folder := getattr(one, column, None)) is not None}
-        for name, one in {"main": data, **getattr(data, "mix", {})}.items()
-    }
 
 
 def describe_column(folder: Path) -> dict[str, str | None]:
@@ -67,14 +57,16 @@ def describe(
     digests: Mapping[str, str],
     run_id: str | None = None,
     tracking_uri: str | None = None,
+    init_from: Path | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint's lineage.json holds.
 
     Args:
         step: completed steps.
-        datasets: column folders by data set and column (`dataset_columns`).
+        datasets: folders of the columns that are read, by data set and column (`Mixture.folders`).
         digests: sha256 of the frozen weights (`checkpoint.frozen_digests`).
         run_id, tracking_uri: of the MLflow run; None where nothing is tracked.
+        init_from: the checkpoint that the training started from; None where it started from scratch.
     """
     return {
         "run_id": run_id,
@@ -82,6 +74,7 @@ def describe(
         "git_commit": code_version(),
         "lock_digest": lock_digest(),
         "step": step,
+        "init_from": None if init_from is None else checkpoint_record(init_from),
         "datasets": {
             name: {column: describe_column(Path(folder)) for column, folder in columns.items()}
             for name, columns in datasets.items()

@@ -18,7 +18,7 @@ from repfusion.checkpoint import (
 from repfusion.columns import manifest_digest
 from repfusion.export import MARK, check_export
 from repfusion.foundation import WEIGHTS
-from repfusion.lineage import describe_column, file_digest, read_lineage, read_png
+from repfusion.lineage import file_digest, read_lineage, read_png
 from repfusion.model import ModelConfig
 from repfusion.rae.encoder import weights_digest
 
@@ -26,6 +26,7 @@ State = Literal["agrees", "differs", "missing", "elsewhere", "recorded", "unknow
 """`recorded`: nothing here to compare with; `elsewhere`: not on this machine, which an export may leave."""
 BROKEN = ("differs", "missing")
 SHORT = 12
+COLUMNS = ("images", "features", "text", "captions")
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,8 @@ def describe_training(lineage: Mapping[str, Any] | None, absent: State) -> Itera
         yield Link("run", lineage["run_id"], "recorded", f"MLflow at {lineage['tracking_uri']}")
     lock = short(lineage["lock_digest"])
     yield Link("code", lineage["git_commit"] or "-", "recorded", f"requirements.lock {lock}")
+    if (parent := lineage.get("init_from")) is not None:
+        yield marked_folder("init from", parent, COMPLETE, absent)
     for name, columns in lineage["datasets"].items():
         for column, saved in columns.items():
             yield data_link(f"data {name}/{column}", saved, absent)
@@ -176,11 +179,12 @@ def guess_training(folder: Path) -> Iterator[Link]:
     if run is not None:
         yield Link("run", run["run_id"], "recorded", f"MLflow at {run['uri']} (from {notes[0].name})")
     data = (config or {}).get("data") or {}
-    for column in ("images", "features", "text", "captions"):
-        if data.get(column) is not None:
-            present = describe_column(Path(data[column]))["manifest_digest"]
-            note = f"from {notes[1].name}; the digest was not recorded, now {short(present)}"
-            yield Link(f"data main/{column}", data[column], "unknown", note)
+    for name, one in {"main": data, **data.get("mix", {})}.items():
+        for column in COLUMNS:
+            if one.get(column) is not None:
+                present = short(manifest_digest(Path(one[column])))
+                note = f"from {notes[1].name}; the digest was not recorded, now {present}"
+                yield Link(f"data {name}/{column}", one[column], "unknown", note)
 
 
 def model_note(config: ModelConfig) -> str:

@@ -12,13 +12,11 @@ from tiny_training import make_columns, tiny_model
 
 from repfusion.checkpoint import frozen_digests, save_checkpoint, write_json
 from repfusion.columns import manifest_digest
-from repfusion.data import DataConfig
 from repfusion.export import export
 from repfusion.foundation import WEIGHTS
 from repfusion.generate import main as generate_main
 from repfusion.lineage import (
     code_version,
-    dataset_columns,
     describe,
     file_digest,
     lock_digest,
@@ -46,7 +44,7 @@ class World:
         self.columns = make_columns(root / "data", num_samples=8)
         for stage in ("curate", "latents"):
             write_manifest(self.columns / stage, f"{stage}-fingerprint")
-        self.data = DataConfig(images=self.columns / "curate", features=self.columns / "latents")
+        self.data = {"images": self.columns / "curate", "features": self.columns / "latents"}
         statistics = LatentStatistics.load(self.columns / "latents" / "statistics.safetensors")
         torch.manual_seed(0)
         generator = Generator.build(tiny_model(self.foundation), statistics)
@@ -54,7 +52,7 @@ class World:
         save_checkpoint(self.checkpoint, generator, generator.trainable_state(), step=42)
         self.lineage = describe(
             step=42,
-            datasets=dataset_columns(self.data),
+            datasets={"main": self.data},
             digests=frozen_digests(generator),
             run_id="0123abcd",
             tracking_uri="sqlite:///runs/mlflow.db",
@@ -92,7 +90,7 @@ def test_describe_holds_what_the_run_stood_on(world):
     assert world.lineage["datasets"]["main"].keys() == {"images", "features"}
     assert world.lineage["lock_digest"] == file_digest(ROOT / "requirements.lock") == lock_digest()
     assert world.lineage.keys() == {
-        *("run_id", "tracking_uri", "git_commit", "lock_digest", "step", "datasets", "digests")
+        *("run_id", "tracking_uri", "git_commit", "lock_digest", "step", "init_from", "datasets", "digests")
     }
     assert world.lineage["digests"].keys() == {"encoder", "mllm"}
 
@@ -110,7 +108,7 @@ def test_the_code_is_the_commit_and_says_when_it_was_changed():
 
 def test_a_column_without_a_manifest_is_described_as_such(world):
     (world.columns / "latents" / "manifest.json").unlink()
-    found = describe(step=0, datasets=dataset_columns(world.data), digests={})
+    found = describe(step=0, datasets={"main": world.data}, digests={})
     column = found["datasets"]["main"]["features"]
     assert column["manifest_digest"] is None and column["fingerprint"] is None and found["run_id"] is None
 
@@ -178,6 +176,25 @@ def test_an_image_remembers_the_training_of_a_checkpoint_that_is_gone(world, mon
     assert links["data main/features"].state == "agrees"
 
 
+def test_a_fine_tuned_checkpoint_names_the_one_it_started_from(world):
+    parent = world.checkpoint.parent / "step_00000007"
+    shutil.copytree(world.checkpoint, parent)
+    (parent / "complete.json").write_text((parent / "complete.json").read_text().replace("42", "7"))
+    lineage = describe(step=42, datasets={"main": world.data}, digests={}, init_from=parent)
+    write_json(world.checkpoint / "lineage.json", lineage)
+    links = {link.name: link for link in trace(world.checkpoint)}
+    assert links["init from"].value == str(parent) and links["init from"].state == "agrees"
+    shutil.rmtree(parent)
+    assert list(broken(world.checkpoint)) == ["init from"]
+
+
+def test_every_data_set_of_a_mix_is_checked(world):
+    lineage = describe(step=42, datasets={"main": world.data, "photos": world.data}, digests={})
+    write_json(world.checkpoint / "lineage.json", lineage)
+    write_manifest(world.columns / "latents", "other")
+    assert list(broken(world.checkpoint)) == ["data main/features", "data photos/features"]
+
+
 def test_an_export_stands_for_itself(world, tmp_path, monkeypatch):
     out = export(world.checkpoint, tmp_path / "out")
     assert states(out)["checkpoint"] == states(out)["encoder"] == states(out)["data main/images"] == "agrees"
@@ -209,7 +226,9 @@ def test_a_checkpoint_without_lineage_is_helped_by_its_training(world):
     (world.checkpoint / "lineage.json").unlink()
     output_dir = world.checkpoint.parent.parent
     write_json(output_dir / "mlflow_run.json", {"uri": "sqlite:///m.db", "run_id": "beef"})
-    write_json(output_dir / "config.json", {"data": world.data.model_dump(mode="json")})
+    write_json(
+        output_dir / "config.json", {"data": {name: str(folder) for name, folder in world.data.items()}}
+    )
     links = {link.name: link for link in trace(world.checkpoint)}
     assert links["run"].value == "beef"
     assert links["data main/features"].state == "unknown"
