@@ -23,9 +23,10 @@ from tiny_training import make_columns, make_foundation, tiny_model
 
 from repfusion.batches import batches
 from repfusion.data import DataConfig
+from repfusion.distributed import num_cores, shut_down
 from repfusion.dit import DiTConfig
 from repfusion.ema import EMA
-from repfusion.engine import Engine, EngineConfig, num_cores, shut_down
+from repfusion.engine import Engine, EngineConfig
 from repfusion.mixture import Mixture
 from repfusion.train import TrainConfig, build_generator, inputs_of
 
@@ -62,7 +63,7 @@ class OurLoop:
         self.config = config
         self.generator = build_generator(config, dataset)
         self.engine = Engine(self.generator, config.engine, config.global_batch_size, config.num_steps)
-        self.ema = EMA(self.generator.trainable_state(), config.ema_decay)
+        self.ema = EMA(self.engine.partition.masters, config.ema_decay)
         self.stream = batches(
             dataset,
             seed=0,
