@@ -5,6 +5,7 @@ status   what each stage holds: fresh, partial, stale or missing, and why
 plan     shards, samples, bytes and device time before anything runs
 verify   read every byte again; quarantine what is broken and rebuild only that
 retry    download again what failed for a reason that may have passed
+evaluate score checkpoints now; CONFIG.yaml may also be a workflow's root, a training's folder or a checkpoint
 gc       list what no workflow refers to; --delete removes it
 """
 
@@ -108,7 +109,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m pipelines", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["run", "status", "plan", "verify", "retry", "gc"])
+    parser.add_argument("command", choices=["run", "status", "plan", "verify", "retry", "evaluate", "gc"])
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
@@ -127,6 +128,13 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--report-only", action="store_true", help="name what is broken, touch nothing")
     group = parser.add_argument_group("retry")
     group.add_argument("--reason", action="append", help="of drops to try again; default: the transient ones")
+    group = parser.add_argument_group("evaluate")
+    group.add_argument(
+        "--step", default="latest", metavar="N", help="of the checkpoint, or latest (the default), best, all"
+    )
+    group.add_argument(
+        "--urgent", action="store_true", help="not only in the time that a training leaves to spare"
+    )
     group = parser.add_argument_group("gc")
     group.add_argument(
         "--and",
@@ -145,7 +153,13 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     started = time.perf_counter()
     args = parse_arguments()
+    config: WorkflowConfig | None = None
     try:
+        if args.command == "evaluate" and not args.dry_run:
+            from pipelines.evaluate import evaluate_now
+
+            evaluate_now(args.config, args.step, args.overrides, args.urgent)
+            return 0
         config = load_config(args.config, args.overrides)
         if args.dry_run:
             print(to_yaml(config), end="")
@@ -171,7 +185,8 @@ def main() -> int:
     except Exception as error:
         if not is_store_error(error):
             raise
-        print(f"error: {config.data_folder}: {type(error).__name__}: {error}", file=sys.stderr)
+        place = args.config if config is None else config.data_folder
+        print(f"error: {place}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         number = terminated_by[0] if terminated_by else signal.SIGINT

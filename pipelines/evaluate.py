@@ -1,208 +1,34 @@
-"""Evaluations as Ray tasks, one a checkpoint: scheduled while training goes on, finished and published by the
-evaluate stage.
+"""The evaluate stage, and evaluations that somebody asks for.
 
-    train/evaluations/step_00000500/   where a task writes; set aside together with a stale training
-    evaluate/step_00000500/            what the stage publishes once all are done: scores.json, gallery.png
+train/evaluations/step_00000500/   where an evaluation writes; set aside together with a stale training
+evaluate/step_00000500/            what the stage publishes once all are done: scores.json, gallery.png
 """
 
 import json
-import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from threading import Event, Thread
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import Field
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict
 
-from pipelines.session import StageError, ray_session
+from pipelines.evaluation_config import EvaluateConfig
+from pipelines.evaluation_records import best_checkpoint, config_digest, finished
+from pipelines.evaluation_schedule import CONFIG, EvaluationScheduler
+from pipelines.session import RayConfig, StageError, ray_session
 from pipelines.storage import atomic_path
-from pipelines.store import write_json
-from repfusion.checkpoint import complete_checkpoints, step_of
-from repfusion.evaluation import Evaluation, EvaluationConfig, evaluate_checkpoint, read_evaluation
-from repfusion.tracking import Tracker, TrackingConfig
+from repfusion.checkpoint import COMPLETE, complete_checkpoints, step_of
+from repfusion.evaluation import Evaluation
 from repfusion.train import TrainConfig
 
 if TYPE_CHECKING:
     from pipelines.config import WorkflowConfig
 
-POLL_SEC = 1.0
-
-
-class EvaluateConfig(EvaluationConfig):
-    """Which checkpoints are evaluated, on what, and the prompts, sampler and seed of each evaluation."""
-
-    every_steps: int | None = Field(default=None, ge=1)
-    """Checkpoints at multiples of this, the first and the last; None takes every checkpoint."""
-    beside_training: bool = True
-    """Evaluate each checkpoint as soon as it is written, or all of them after the training."""
-    max_concurrent: int = Field(default=2, ge=1)
-    """Evaluations at once after the training; beside it there is one."""
-    num_cpus: float = Field(default=0, ge=0)
-    """CPUs that each task reserves. 0 lets it run beside the ranks on a small machine, which it slows a
-    little.
-    """
-    num_gpus: float = Field(default=0, ge=0)
-    """GPUs, or a share of one, that each task reserves."""
-
-    @property
-    def scoring(self) -> EvaluationConfig:
-        """What decides the scores."""
-        return EvaluationConfig(**{name: getattr(self, name) for name in EvaluationConfig.model_fields})
-
-    def includes(self, step: int, num_steps: int) -> bool:
-        return self.every_steps is None or step % self.every_steps == 0 or step == num_steps
-
-
-def evaluate_task(task: dict[str, Any]) -> None:
-    """Runs in a Ray worker: scores a checkpoint unless that was done, then logs the scores at its step."""
-    import torch
-
-    os.chdir(task["directory"])
-    torch.set_num_threads(1)
-    checkpoint, out = Path(task["checkpoint"]), Path(task["out"])
-    config = EvaluationConfig.model_validate(task["config"])
-    evaluation = finished(out, config)
-    if evaluation is None:
-        evaluation = evaluate_checkpoint(checkpoint, out, config)
-    if task["tracking"] is None or (out / "logged.json").exists():
-        return
-    tracking = TrackingConfig.model_validate(task["tracking"])
-    tracker, step = Tracker(tracking, attach=True), step_of(checkpoint)
-    tracker.log_metrics(evaluation.scores.metrics(), step)
-    tracker.log_artifact(out / "gallery.png", f"evaluate/{checkpoint.name}")
-    tracker.log_artifact(out / "scores.json", f"evaluate/{checkpoint.name}")
-    write_json(out / "logged.json", {"run_id": tracking.run_id, "step": step})
-
-
-def finished(out: Path, config: EvaluationConfig) -> Evaluation | None:
-    """An evaluation that is complete and was made with this configuration; another one is removed."""
-    evaluation = read_evaluation(out)
-    if evaluation is not None and evaluation.config != config:
-        shutil.rmtree(out)
-        return None
-    return evaluation
-
-
-class EvaluationScheduler:
-    """Watches a training's checkpoints from a thread of the driver, and starts a Ray task for each that
-    has no scores yet.
-
-    Leaving the block waits for the tasks at work and starts no further ones; `finish` starts and awaits
-    all that are left.
-    """
-
-    def __init__(self, config: EvaluateConfig, train: TrainConfig):
-        self.config, self.train = config, train
-        self.folder = train.output_dir / "evaluations"
-        self.running: dict[Any, Path] = {}
-        self.errors: dict[Path, str] = {}
-        self._stopped = Event()
-        self._thread: Thread | None = None
-
-    def __enter__(self) -> Self:
-        if self.config.beside_training:
-            self._thread = Thread(target=self._watch, name="evaluations", daemon=True)
-            self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stopped.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stopped.wait(POLL_SEC):
-            self.collect()
-            self.submit(max_running=1)
-        while self.running:
-            self.collect(timeout_sec=POLL_SEC)
-
-    def wanted(self) -> list[Path]:
-        """Complete checkpoints to score, by step."""
-        found = complete_checkpoints(self.train.output_dir / "checkpoints")
-        return [path for path in found if self.config.includes(step_of(path), self.train.num_steps)]
-
-    def tracking(self) -> dict[str, Any] | None:
-        """The training's MLflow run. None where nothing is tracked."""
-        path = self.train.output_dir / "mlflow_run.json"
-        if self.train.tracking.uri is None or not path.exists():
-            return None
-        run_id = json.loads(path.read_text())["run_id"]
-        return self.train.tracking.model_copy(update={"run_id": run_id}).model_dump(mode="json")
-
-    def pending(self) -> list[Path]:
-        busy = set(self.running.values()) | self.errors.keys()
-        config, tracking = self.config.scoring, self.tracking()
-        return [
-            path
-            for path in self.wanted()
-            if path not in busy
-            and (
-                finished(self.folder / path.name, config) is None
-                or (tracking is not None and not (self.folder / path.name / "logged.json").exists())
-            )
-        ]
-
-    def submit(self, max_running: int) -> None:
-        import ray
-
-        remote = ray.remote(evaluate_task).options(
-            num_cpus=self.config.num_cpus, num_gpus=self.config.num_gpus, max_retries=1
-        )
-        for checkpoint in self.pending()[: max(0, max_running - len(self.running))]:
-            task = {
-                "directory": os.getcwd(),
-                "checkpoint": str(checkpoint),
-                "out": str(self.folder / checkpoint.name),
-                "config": self.config.scoring.model_dump(mode="json"),
-                "tracking": self.tracking(),
-            }
-            self.running[remote.remote(task)] = checkpoint
-
-    def collect(self, timeout_sec: float = 0.0) -> None:
-        """Takes note of the tasks that ended; an error is kept until all have ended."""
-        import ray
-        from ray.exceptions import RayError
-
-        if not self.running:
-            return
-        done, _ = ray.wait(list(self.running), num_returns=len(self.running), timeout=timeout_sec)
-        for reference in done:
-            checkpoint = self.running.pop(reference)
-            try:
-                ray.get(reference)
-            except (RayError, ValueError, OSError) as error:
-                cause = getattr(error, "cause", None) or error
-                self.errors[checkpoint] = f"{type(cause).__name__}: {cause}"
-                continue
-            evaluation = read_evaluation(self.folder / checkpoint.name)
-            assert evaluation is not None
-            scores = evaluation.scores
-            new = "" if scores.new_concept is None else f", new concept {scores.new_concept:.2f}"
-            print(
-                f"evaluate: step {step_of(checkpoint)}: overall {scores.overall:.2f}{new} "
-                f"({evaluation.seconds:.0f} s)",
-                flush=True,
-            )
-
-    def finish(self) -> list[tuple[Path, Evaluation]]:
-        """Scores every checkpoint that has no scores yet; (folder, evaluation) of all of them, by step.
-
-        Raises:
-            StageError: an evaluation failed; the others are complete.
-        """
-        self.errors.clear()
-        while self.pending() or self.running:
-            self.submit(self.config.max_concurrent)
-            self.collect(timeout_sec=POLL_SEC)
-        if self.errors:
-            lines = [f"{checkpoint.name}: {error}" for checkpoint, error in sorted(self.errors.items())]
-            raise StageError(
-                f"evaluate: {len(lines)} of {len(self.wanted())} evaluations failed: {'; '.join(lines)}"
-            )
-        folders = [self.folder / path.name for path in self.wanted()]
-        return [(folder, one) for folder in folders if (one := read_evaluation(folder)) is not None]
+__all__ = ["EvaluateConfig", "EvaluationScheduler", "evaluate_now", "finished", "publish", "run_evaluate"]
 
 
 def publish(source: Path, target: Path) -> None:
@@ -235,14 +61,145 @@ def run_evaluate(config: "WorkflowConfig") -> dict[str, Any]:
         StageError: an evaluation failed, with its error, or there is no checkpoint.
     """
     scheduler = EvaluationScheduler(config.evaluate, config.train)
-    if not scheduler.wanted():
+    if not scheduler.checkpoints():
         raise StageError(f"evaluate: {config.train.output_dir}/checkpoints holds no complete checkpoint")
     started = time.perf_counter()
     with ray_session(config.ray):
         found = scheduler.finish()
+    if not found:
+        raise StageError("evaluate: all checkpoints that were to be evaluated are gone")
     for folder, _ in found:
         publish(folder, config.root / "evaluate" / folder.name)
     with atomic_path(config.root / "gallery.png") as temporary:
         shutil.copyfile(found[-1][0] / "gallery.png", temporary)
     evaluations = [summarise(evaluation, step_of(folder)) for folder, evaluation in found]
-    return {"evaluations": evaluations, "waited_sec": round(time.perf_counter() - started, 3)}
+    waited_sec = round(time.perf_counter() - started, 3)
+    return {"evaluations": evaluations, "missed": sorted(scheduler.missed), "waited_sec": waited_sec}
+
+
+class _Means(BaseModel):
+    """What a training folder does not say, and `key.path=value` may."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    evaluate: EvaluateConfig = EvaluateConfig()
+    ray: RayConfig = RayConfig()
+
+
+class Target(NamedTuple):
+    """A training whose checkpoints are to be evaluated now, and by what means."""
+
+    train: TrainConfig
+    evaluate: EvaluateConfig
+    ray: RayConfig
+    checkpoint: Path | None
+    """The only one, where a checkpoint was named."""
+
+
+def find_target(path: Path, overrides: Sequence[str] = ()) -> Target:
+    """What somebody may name: a workflow's YAML file or root, a training's folder, one of its checkpoints.
+
+    Raises:
+        ValueError: it is none of these; ConfigError: an override that does not hold.
+    """
+    from pipelines.config import load_config
+
+    path = Path(path)
+    checkpoint = path if (path / COMPLETE).is_file() else None
+    if checkpoint is not None:
+        step_of(checkpoint)
+    workflow = path / "config.yaml" if (path / "config.yaml").is_file() else path
+    if not workflow.is_dir():
+        config = load_config(workflow, overrides)
+        return Target(config.train, config.evaluate, config.ray, None)
+    folder = path if checkpoint is None else checkpoint.parent.parent
+    if not (folder / "config.json").is_file() and (folder / "train" / "config.json").is_file():
+        folder = folder / "train"
+    if not (folder / "config.json").is_file() or not (folder / "checkpoints").is_dir():
+        raise ValueError(
+            f"{path}: neither a workflow (YAML file or root), nor a training (config.json, checkpoints/), "
+            "nor a checkpoint in one; 'python -m repfusion.evaluation CHECKPOINT' scores a checkpoint alone"
+        )
+    saved = json.loads((folder / "config.json").read_text())
+    train = TrainConfig.model_validate({**saved, "output_dir": folder})
+    means = _means(folder, overrides)
+    return Target(train, means.evaluate, means.ray, checkpoint)
+
+
+def _means(folder: Path, overrides: Sequence[str]) -> _Means:
+    """Those of the training's own schedule, where it has one, with overrides."""
+    path = folder / "evaluations" / CONFIG
+    saved = {"evaluate": json.loads(path.read_text())} if path.is_file() else {}
+    try:
+        merged = OmegaConf.merge(saved, OmegaConf.from_dotlist(list(overrides)))
+        return _Means.model_validate(OmegaConf.to_container(merged, resolve=True))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(f"{' '.join(overrides)}: {error}") from error
+
+
+def choose(target: Target, step: str) -> list[Path]:
+    """Checkpoints by `step`: a number, `latest`, `best` of those that have scores, or `all`.
+
+    Raises:
+        ValueError: there is none such; the message names those that there are.
+    """
+    if target.checkpoint is not None:
+        if step not in ("latest", str(step_of(target.checkpoint))):
+            raise ValueError(
+                f"step {step}: {target.checkpoint} is one checkpoint; name its training's folder"
+            )
+        return [target.checkpoint]
+    root = target.train.output_dir / "checkpoints"
+    found = complete_checkpoints(root)
+    if not found:
+        raise ValueError(f"{root} holds no complete checkpoint")
+    match step:
+        case "all":
+            return found
+        case "latest":
+            return found[-1:]
+        case "best":
+            best = best_checkpoint(found, target.train.output_dir / "evaluations", _scheduled(target).scoring)
+            if best is None:
+                raise ValueError(f"step best: none of the {len(found)} checkpoints in {root} has scores yet")
+            return [best]
+    chosen = [path for path in found if step.isdecimal() and step_of(path) == int(step)]
+    if not chosen:
+        steps = ", ".join(str(step_of(path)) for path in found)
+        raise ValueError(f"step {step}: expected latest, best, all or one of {steps} (in {root})")
+    return chosen
+
+
+def _scheduled(target: Target) -> EvaluateConfig:
+    """What the training's own evaluations are made with."""
+    path = target.train.output_dir / "evaluations" / CONFIG
+    return EvaluateConfig.model_validate_json(path.read_text()) if path.is_file() else target.evaluate
+
+
+def evaluate_now(path: Path, step: str, overrides: Sequence[str] = (), is_urgent: bool = False) -> None:
+    """Evaluates checkpoints because somebody asks, and prints their scores; beside a training, in idle time
+    unless it `is_urgent`.
+
+    With the configuration of the training's own schedule, the scores are as if that had made them; another
+    one leaves them in a folder and an MLflow run of their own.
+
+    Raises:
+        ValueError: no such checkpoint. StageError: an evaluation failed; the others are complete.
+    """
+    target = find_target(path, overrides)
+    chosen, scoring = choose(target, step), target.evaluate.scoring
+    is_scheduled = scoring == _scheduled(target).scoring
+    scheduler = EvaluationScheduler(
+        target.evaluate, target.train, None if is_scheduled else config_digest(scoring)[:8]
+    )
+    with ray_session(target.ray):
+        scheduler.run(chosen, is_idle=not is_urgent)
+    for checkpoint in chosen:
+        folder = scheduler.jobs.place(checkpoint)
+        evaluation = finished(folder, scoring)
+        if evaluation is None:
+            print(f"step {step_of(checkpoint)}: missed, its checkpoint is gone")
+            continue
+        scores = evaluation.scores
+        tasks = ", ".join(f"{task} {value:.2f}" for task, value in scores.per_task.items())
+        print(f"step {step_of(checkpoint)}: overall {scores.overall:.3f} ({tasks}); {folder}")

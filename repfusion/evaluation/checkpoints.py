@@ -6,15 +6,22 @@ step_00000500/  gallery.png  scores.json (written last: it marks the evaluation 
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from repfusion.checkpoint import check_complete, load_checkpoint
 from repfusion.evaluation.gallery import gallery
-from repfusion.evaluation.scores import Scores, score_images
+from repfusion.evaluation.scores import ScoredImages, Scores, score_images
 from repfusion.generate import generate
+from repfusion.model import Generator
+from repfusion.rae.decoder import RAEDecoder
 from repfusion.sampler import SamplerConfig
 from repfusion.scenes.captions import TASKS, Prompt, Task, held_out_prompts
 
@@ -87,31 +94,55 @@ def _gallery_rows(prompts: list[Prompt]) -> tuple[list[int], list[str]]:
     return [i for row in full.values() for i in row], list(full)
 
 
+def _load(checkpoint: Path, config: EvaluationConfig) -> tuple[Generator, RAEDecoder]:
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    generator = load_checkpoint(checkpoint, use_ema=config.use_ema).to(device)
+    return generator, generator.load_decoder()
+
+
+def _picture(
+    pixels: Float[np.ndarray, "b 3 h w"], prompts: list[Prompt], scored: ScoredImages
+) -> Image.Image:
+    shown, titles = _gallery_rows(prompts)
+    texts = [prompts[i].text for i in shown]
+    marks = [scored.verdicts[i].correct for i in shown]
+    return gallery(pixels[shown], texts, marks, GALLERY_COLUMNS, titles or None)
+
+
+def _run_here(work: Callable[[], Any]) -> Any:
+    return work()
+
+
 def evaluate_checkpoint(
-    checkpoint: Path, out: Path, config: EvaluationConfig = EvaluationConfig()
+    checkpoint: Path,
+    out: Path,
+    config: EvaluationConfig = EvaluationConfig(),
+    run: Callable[[Callable[[], Any]], Any] = _run_here,
 ) -> Evaluation:
     """Generates, scores, and writes `gallery.png` and then `scores.json` under `out`, each atomically.
+
+    `run` is given the work in pieces, none longer than to load the checkpoint or to sample one batch, and may
+    call each in a thread of its choice.
 
     Raises:
         ValueError: an incomplete checkpoint, or one whose frozen weights are not those on this machine.
     """
     started = time.perf_counter()
     info = check_complete(checkpoint)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    generator = load_checkpoint(checkpoint, use_ema=config.use_ema).to(device)
+    generator, decoder = run(partial(_load, checkpoint, config))
     prompts = held_out_prompts(config.num_prompts, config.seed, config.include_new)
     texts = [prompt.text for prompt in prompts]
-    pixels = generate(
-        generator, generator.load_decoder(), texts, config.seed, config.sampler, config.batch_size
-    ).numpy()
-    scored = score_images(pixels, prompts, config.seed)
+    batches = []
+    for start in range(0, len(texts), config.batch_size):
+        part = texts[start : start + config.batch_size]
+        batches.append(
+            run(partial(generate, generator, decoder, part, config.seed + start, config.sampler, len(part)))
+        )
+    pixels = torch.cat(batches).numpy()
+    scored = run(partial(score_images, pixels, prompts, config.seed))
+    picture = run(partial(_picture, pixels, prompts, scored))
 
     out.mkdir(parents=True, exist_ok=True)
-    marks = [verdict.correct for verdict in scored.verdicts]
-    shown, titles = _gallery_rows(prompts)
-    picture = gallery(
-        pixels[shown], [texts[i] for i in shown], [marks[i] for i in shown], GALLERY_COLUMNS, titles or None
-    )
     _replace(out / "gallery.png", picture.save)
     evaluation = Evaluation(
         checkpoint=str(checkpoint),

@@ -1,0 +1,163 @@
+"""What runs in an evaluation's own process: idle beside a training, its scores and its end told to MLflow.
+
+Nothing heavy is imported with this module: the imports too are work for idle time.
+"""
+
+import importlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from repfusion.tracking import Tracker
+
+T = TypeVar("T")
+BEST_BY = "eval/overall"
+"""The registry's alias `best` is the checkpoint with the highest of this."""
+TRACKING = ("repfusion.tracking", "mlflow")
+"""In this order: the first decides settings that the other reads when it is imported."""
+RUN_FILE = "run.json"
+CAN_IDLE = hasattr(os, "SCHED_IDLE")
+
+
+class Pace:
+    """Calls pieces of work in a thread that Linux runs only where a processor has nothing else to do; after
+    `lift`, right here.
+
+    A process without privileges cannot take a thread out of SCHED_IDLE, but its other threads never entered
+    it: what is lifted goes on in them at the next piece at the latest.
+    """
+
+    def __init__(self, is_idle: bool):
+        self.is_idle = is_idle and CAN_IDLE
+        self._thread = ThreadPoolExecutor(1, "idle", initializer=self._sink)
+        self._thread_id: int | None = None
+
+    def _sink(self) -> None:
+        self._thread_id = int(Path("/proc/thread-self").readlink().name)
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+    def __call__(self, work: Callable[[], T]) -> T:
+        return self._thread.submit(work).result() if self.is_idle else work()
+
+    def lift(self) -> None:
+        self.is_idle = False
+        if self._thread_id is not None:
+            with suppress(OSError):
+                os.sched_setscheduler(self._thread_id, os.SCHED_OTHER, os.sched_param(0))
+
+    def waited_sec(self) -> float:
+        """How long the work was ready to run while others had the processor."""
+        if self._thread_id is None:
+            return 0.0
+        with suppress(OSError):
+            text = Path(f"/proc/self/task/{self._thread_id}/schedstat").read_text()
+            return int(text.split()[1]) / 1e9
+        return 0.0
+
+
+def import_heavy(pace: Pace, *names: str) -> None:
+    for name in names:
+        pace(partial(importlib.import_module, name))
+
+
+class Evaluator:
+    """One attempt at one checkpoint: an actor of Ray, and so a process that can be killed on its own."""
+
+    def __init__(self, task: dict[str, Any]):
+        self.task, self.pace = task, Pace(task["is_idle"])
+        # the training's and the checkpoints' paths are relative to the driver's
+        os.chdir(task["directory"])
+
+    def waited_sec(self) -> float:
+        """Answers once the process is up."""
+        return self.pace.waited_sec()
+
+    def lift(self) -> None:
+        self.pace.lift()
+
+    def evaluate(self) -> None:
+        """Scores the checkpoint unless that was done, then logs the scores at its step unless that was done.
+
+        What is short and holds the tracking database is not idle: a training that waits for it would wait for
+        a process that waits for the training.
+        """
+        task = self.task
+        import_heavy(self.pace, "torch", "repfusion.evaluation", *(TRACKING if task["tracking"] else ()))
+        import torch
+
+        from pipelines.evaluation_records import LOGGED, finished
+        from pipelines.store import write_json
+        from repfusion.checkpoint import step_of
+        from repfusion.evaluation import EvaluationConfig, evaluate_checkpoint
+
+        torch.set_num_threads(task["num_threads"])
+        checkpoint, out = Path(task["checkpoint"]), Path(task["out"])
+        config, step = EvaluationConfig.model_validate(task["config"]), step_of(checkpoint)
+        tracker = attach(task["tracking"])
+        child = None if tracker is None else open_child(tracker, task)
+        if child is not None:
+            write_json(out / RUN_FILE, {"run_id": child.run_id, "attempt": task["attempt"]})
+        evaluation = finished(out, config)
+        if evaluation is None:
+            (out / LOGGED).unlink(missing_ok=True)
+            evaluation = evaluate_checkpoint(checkpoint, out, config, self.pace)
+        if tracker is None or child is None:
+            return
+        metrics = evaluation.scores.metrics()
+        child.log_metrics(metrics, step)
+        if task["is_scheduled"] and not (out / LOGGED).exists():
+            tracker.log_scores(step, metrics, best_by=BEST_BY)
+            for name in ("gallery.png", "scores.json"):
+                tracker.log_artifact(out / name, f"evaluate/{checkpoint.name}")
+            write_json(out / LOGGED, {"run_id": tracker.run_id, "step": step})
+        elif not task["is_scheduled"]:
+            for name in ("gallery.png", "scores.json"):
+                child.log_artifact(out / name)
+        child.finish("FINISHED")
+
+
+def attach(tracking: dict[str, Any] | None, run_id: str | None = None) -> "Tracker | None":
+    """The training's run, or the one with this id; None where nothing is tracked."""
+    if tracking is None:
+        return None
+    from repfusion.tracking import Tracker, TrackingConfig
+
+    config = TrackingConfig.model_validate(tracking)
+    return Tracker(config.model_copy(update={"run_id": run_id or config.run_id}), attach=True)
+
+
+def open_child(tracker: "Tracker", task: dict[str, Any]) -> "Tracker":
+    """A nested run for one attempt."""
+    name = Path(task["checkpoint"]).name
+    tags = {"checkpoint": task["checkpoint"], "attempt": str(task["attempt"])}
+    return tracker.child(name=f"evaluate {name}", tags=tags)
+
+
+def report_failure(task: dict[str, Any], run_id: str | None, status: str, error: str, traceback: str) -> None:
+    """Runs in a Ray worker: ends the nested run of an attempt, which its own process could not; makes it
+    where that had not come so far.
+    """
+    os.chdir(task["directory"])
+    import_heavy(Pace(task["is_idle"]), *TRACKING)
+    tracker = attach(task["tracking"], run_id)
+    assert tracker is not None
+    child = tracker if run_id is not None else open_child(tracker, task)
+    child.owns_run = True
+    child.set_tag("error", error)
+    child.log_text(traceback, "traceback.txt")
+    child.finish(status)
+
+
+def report_missed(directory: str, tracking: dict[str, Any], steps: list[int]) -> None:
+    """Runs in a Ray worker: tags the training's run with the checkpoints that were gone too early."""
+    os.chdir(directory)
+    import_heavy(Pace(True), *TRACKING)
+    tracker = attach(tracking)
+    assert tracker is not None
+    tracker.set_tag("evaluate.missed_steps", " ".join(map(str, steps)))
+    tracker.set_tag("evaluate.num_missed", str(len(steps)))
