@@ -212,7 +212,8 @@ def test_an_export_stands_for_itself(world, tmp_path, monkeypatch):
     assert "denoiser/model.safetensors" in broken(moved)["export"]
     shutil.rmtree(moved)
     found = {link.name: link for link in trace(world.image)}
-    assert found["export"].state == "missing" and found["run"].value == "0123abcd"
+    assert found["export"].state == "missing" and found["checkpoint"].state == "elsewhere"
+    assert found["run"].value == "0123abcd"
 
 
 def test_the_shipped_base_tells_what_is_known(tmp_path):
