@@ -129,6 +129,9 @@ def write_model(
         values = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_file(values, str(folder / f"{name}.safetensors"))
     generator.statistics.save(folder / "statistics.safetensors")
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)  # safetensors lets nobody else read what it writes
 
 
 def save_checkpoint(folder: Path, generator: Generator, ema: Mapping[str, Tensor], **info: Any) -> None:
@@ -273,12 +276,12 @@ def is_pinned(folder: Path) -> bool:
 
 def prune(
     root: Path, keep_resume: int, keep_last: int | None = None, keep_every_steps: int | None = None
-) -> None:
+) -> list[int]:
     """Drops the optimizer state of all but the last `keep_resume` checkpoints: it is twice the size of the
     weights. Removes whole checkpoints but the last `keep_last`, those at multiples of `keep_every_steps`, the
-    base (step 0), and pinned ones.
+    base (step 0), and pinned ones; returns their steps.
     """
-    found = complete_checkpoints(root)
+    found, removed = complete_checkpoints(root), []
     if keep_last is not None:
         for folder in found[:-keep_last]:
             step = step_of(folder)
@@ -289,8 +292,10 @@ def prune(
                 shutil.rmtree(doomed, ignore_errors=True)
                 os.replace(folder, doomed)
                 shutil.rmtree(doomed)
+                removed.append(step)
     resumable = [path for path in complete_checkpoints(root) if (path / "resume").exists()]
     for folder in resumable[: max(0, len(resumable) - keep_resume)]:
         doomed = working_folder(folder / "resume")
         os.replace(folder / "resume", doomed)
         shutil.rmtree(doomed)
+    return removed

@@ -32,6 +32,10 @@ def init_process_group() -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
+def is_first_of_node() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def broadcast_object(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     box = [value]

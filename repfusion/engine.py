@@ -187,15 +187,13 @@ class Forward(nn.Module):
     any entered outside.
     """
 
-    def __init__(self, module: nn.Module, precision: str, device: torch.device, math_attention: bool):
+    def __init__(self, module: nn.Module, precision: str, device: torch.device):
         super().__init__()
         self.module = module
-        self.precision, self.device_type, self.math_attention = precision, device.type, math_attention
+        self.precision, self.device_type = precision, device.type
 
     def forward(self, *args: Any, **kwargs: Any) -> Float[Tensor, " b"]:
-        attention = sdpa_kernel(SDPBackend.MATH) if self.math_attention else nullcontext()
-        autocast = torch.autocast(self.device_type, torch.bfloat16, enabled=self.precision == "bf16")
-        with attention, autocast:
+        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.module(*args, **kwargs)
 
 
@@ -256,11 +254,11 @@ class Engine:
             for parameter in module.parameters():
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(torch.bfloat16)
-        math_attention = config.attention == "math" or (
+        self.math_attention = config.attention == "math" or (
             config.attention == "auto" and self.device.type == "cpu"
         )
         self.stage = stage_to_run(config, self.world_size)
-        forward = Forward(module, config.precision, self.device, math_attention)
+        forward = Forward(module, config.precision, self.device)
         replicated = [] if config.frozen == "sharded" else frozen
         for part in replicated:
             part.to(self.device)
@@ -309,8 +307,10 @@ class Engine:
         """Forward and backward of one micro-batch; returns its loss per sample. `keys` name the samples
         should one go wrong.
         """
-        losses = self.deepspeed(**inputs).float()
-        self.deepspeed.backward(losses.mean())
+        # around the backward pass too: activations that are computed again must be the same
+        with sdpa_kernel(SDPBackend.MATH) if self.math_attention else nullcontext():
+            losses = self.deepspeed(**inputs).float()
+            self.deepspeed.backward(losses.mean())
         self.losses.append(losses.detach())
         self.keys.extend(keys)
         if len(self.losses) < self.grad_accum_steps:

@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -34,11 +34,11 @@ class Report:
     """Since the start of the training."""
     epochs: float
     """samples_seen over the number of samples."""
-    tflops: float | None = None
-    """Of one rank, by the analytic count of `flops`; None where it has none."""
-    mfu: float | None = None
+    tflops: float
+    """10^12 FLOPs per second of one rank, by the analytic count of `flops`."""
+    mfu: float | None
     """tflops over the device's bfloat16 peak; None where that is unknown."""
-    loss_by_noise: dict[str, float] = field(default_factory=dict)
+    loss_by_noise: dict[str, float]
     """Mean loss of the samples whose noise level lies in a range, such as "0.2-0.4"."""
 
     def metrics(self) -> dict[str, float]:
@@ -55,15 +55,19 @@ class Meters:
     Args:
         samples_per_step: over all ranks.
         num_samples: in an epoch.
+        flops_per_sample: of one rank, on the average over the ranks.
     """
 
-    def __init__(self, device: torch.device, samples_per_step: int, num_samples: int):
+    def __init__(
+        self, device: torch.device, samples_per_step: int, num_samples: int, flops_per_sample: float
+    ):
         self.device, self.samples_per_step, self.num_samples = device, samples_per_step, num_samples
+        self.flops_per_sample = flops_per_sample
         self.clear()
 
     def clear(self) -> None:
         self.losses: list[float] = []
-        self.waited_sec, self.flops = 0.0, 0.0
+        self.waited_sec = 0.0
         self.by_noise = torch.zeros(2, NOISE_BUCKETS, device=self.device)
         self.started = time.perf_counter()
 
@@ -85,20 +89,22 @@ class Meters:
         dist.all_reduce(self.by_noise)
         sums, counts = self.by_noise.tolist()
         waited_sec, memory_gib = worst.tolist()
-        num_steps, rate = len(self.losses), self.flops / seconds
+        num_steps = len(self.losses)
+        samples_per_sec = num_steps * self.samples_per_step / seconds
+        flops_per_sec = samples_per_sec * self.flops_per_sample
         report = Report(
             step=step,
             loss=sum(self.losses) / num_steps,
             grad_norm=stats.grad_norm,
             lr=stats.lr,
-            samples_per_sec=num_steps * self.samples_per_step / seconds,
+            samples_per_sec=samples_per_sec,
             step_sec=seconds / num_steps,
             data_wait=waited_sec / seconds,
             memory_gib=memory_gib,
             samples_seen=step * self.samples_per_step,
             epochs=step * self.samples_per_step / self.num_samples,
-            tflops=rate / 1e12 if self.flops else None,
-            mfu=rate / peak_flops if self.flops and peak_flops else None,
+            tflops=flops_per_sec / 1e12,
+            mfu=None if peak_flops is None else flops_per_sec / peak_flops,
             loss_by_noise={
                 f"{i / NOISE_BUCKETS:.1f}-{(i + 1) / NOISE_BUCKETS:.1f}": total / count
                 for i, (total, count) in enumerate(zip(sums, counts, strict=True))

@@ -16,6 +16,7 @@ from threading import Event
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tqdm import tqdm
@@ -32,11 +33,18 @@ from repfusion.checkpoint import (
     read_config,
     write_json,
 )
-from repfusion.columns import manifest_digest
-from repfusion.data import MAIN, DataConfig
-from repfusion.distributed import broadcast_object, init_process_group, prepare_environment, shut_down
+from repfusion.data import DataConfig
+from repfusion.distributed import (
+    broadcast_object,
+    init_process_group,
+    is_first_of_node,
+    prepare_environment,
+    shut_down,
+)
 from repfusion.ema import EMA
 from repfusion.engine import Engine, EngineConfig
+from repfusion.flops import peak_flops, train_flops
+from repfusion.lineage import describe
 from repfusion.meters import Meters, Report
 from repfusion.mixture import Mixture
 from repfusion.model import Generator, ModelConfig
@@ -46,6 +54,8 @@ from repfusion.tracking import Tracker, TrackingConfig
 
 log = logging.getLogger(__name__)
 FINAL_LOSS_STEPS = 100
+RUN = "mlflow_run.json"
+"""Remembers the MLflow run of an output folder."""
 
 
 class TrainConfig(BaseModel):
@@ -166,22 +176,46 @@ def loop_state(config: TrainConfig, dataset: Mixture) -> dict[str, Any]:
 
 
 def start_tracking(config: TrainConfig, dataset: Mixture) -> Tracker:
-    """A new MLflow run, or the one that this output folder started before."""
-    remembered = config.output_dir / "mlflow_run.json"
-    tracking = config.tracking
-    if tracking.uri is not None and tracking.run_id is None and remembered.exists():
-        saved = json.loads(remembered.read_text())
-        if saved["uri"] == tracking.uri:
-            tracking = tracking.model_copy(update={"run_id": saved["run_id"]})
-    tracker = Tracker(tracking)
-    if tracker.run_id is not None:
-        write_json(remembered, {"uri": tracking.uri, "run_id": tracker.run_id})
-        tracker.log_params(config.model_dump(mode="json"))
-        for name, folders in dataset.folders.items():
-            for column, folder in folders.items():
-                label = column if name == MAIN else f"{name}.{column}"
-                tracker.log_dataset(label, manifest_digest(folder), str(folder), dataset.num_samples[name])
+    """A new MLflow run, or the one that this output folder started before. Called by all ranks: rank 0 has
+    the run, the first rank of every other node watches that node, the others track nothing.
+    """
+    tracker, is_main = Tracker(TrackingConfig()), dist.get_rank() == 0
+    if is_main:
+        tracker = Tracker(remembered_run(config))
+        if tracker.run_id is not None:
+            write_json(config.output_dir / RUN, {"uri": config.tracking.uri, "run_id": tracker.run_id})
+        tracker.log_config(config.model_dump(mode="json"))
+        tracker.log_environment(world_size=dist.get_world_size())
+        for name, columns in dataset.folders.items():
+            tracker.log_dataset(name, columns, dataset.num_samples[name])
+    run_id = broadcast_object(tracker.run_id)
+    if run_id is not None and is_first_of_node():
+        if not is_main:
+            tracker = Tracker(config.tracking.model_copy(update={"run_id": run_id}), attach=True)
+        tracker.start_system_metrics()
     return tracker
+
+
+def remembered_run(config: TrainConfig) -> TrackingConfig:
+    """The run that a resumed training continues."""
+    path, tracking = config.output_dir / RUN, config.tracking
+    if tracking.uri is None or tracking.run_id is not None or not path.exists():
+        return tracking
+    saved = json.loads(path.read_text())
+    return (
+        tracking.model_copy(update={"run_id": saved["run_id"]}) if saved["uri"] == tracking.uri else tracking
+    )
+
+
+def flops_per_sample(generator: Generator, dataset: Mixture, condition_dropout: float) -> float:
+    """Of training, at the mean length of some prompts."""
+    first = next(iter(dataset.datasets.values()))
+    captions = [
+        text for i in range(min(256, len(first))) for texts in first[i].captions.values() for text in texts
+    ]
+    _, mask = generator.conditioner.mllm.tokenize(captions)
+    num_tokens = (1 - condition_dropout) * float(mask.sum() / len(mask)) + condition_dropout
+    return train_flops(generator, num_tokens)
 
 
 def train(
@@ -214,6 +248,7 @@ def train(
     # Build
     generator = build_generator(config, dataset, resume_from=last)
     digests = frozen_digests(generator)
+    flops = flops_per_sample(generator, dataset, config.condition_dropout)
     engine = Engine(
         generator, config.engine, config.global_batch_size, config.num_steps, generator.frozen_parts()
     )
@@ -225,13 +260,18 @@ def train(
     if is_main:
         write_json(config.output_dir / "config.json", config.model_dump(mode="json"))
         log.info("training steps %d to %d on %d samples", first_step, config.num_steps, len(dataset))
-    tracker = start_tracking(config, dataset) if is_main else Tracker(TrackingConfig())
+    tracker = start_tracking(config, dataset)
+    run = {"run_id": tracker.run_id, "tracking_uri": tracker.uri}
+    made_of = {"datasets": dataset.folders, "digests": digests, "init_from": config.init_from}
+    lineage = describe(step=first_step, **made_of, **run) if is_main else {}
     status = "FAILED"
 
     def save(step: int) -> None:
-        folder = snapshot(checkpoints, step, generator, ema, engine, digests, state, {})
+        folder = snapshot(checkpoints, step, generator, ema, engine, digests, state, lineage)
         if is_main:
-            prune(checkpoints, config.keep_resume, config.keep_last, config.keep_every_steps)
+            tracker.log_checkpoint(folder, step)
+            for gone in prune(checkpoints, config.keep_resume, config.keep_last, config.keep_every_steps):
+                tracker.forget_checkpoint(gone)
         if on_checkpoint is not None:
             on_checkpoint(folder, step)
 
@@ -251,7 +291,8 @@ def train(
     show_bar = is_main and sys.stderr.isatty()
     bar = tqdm(total=config.num_steps, initial=first_step, unit="step", desc="train", disable=not show_bar)
     recent: deque[float] = deque(maxlen=FINAL_LOSS_STEPS)
-    meters = Meters(engine.device, config.global_batch_size, len(dataset))
+    meters = Meters(engine.device, config.global_batch_size, len(dataset), flops / engine.world_size)
+    peak = peak_flops(engine.device)
     aside_sec = 0.0
     try:
         if last is None and config.init_from is not None:
@@ -282,14 +323,15 @@ def train(
 
             # Report
             if done % config.log_every_steps == 0 or is_last:
-                report = meters.report(done, stats, None)
+                report = meters.report(done, stats, peak)
                 rate = report.samples_per_sec
                 bar.set_postfix(loss=f"{report.loss:.4f}", samples_per_sec=f"{rate:.0f}")
                 if is_main and not show_bar:
                     log.info(
                         "step %d/%d loss %.4f, %.0f samples/s", done, config.num_steps, report.loss, rate
                     )
-                tracker.log_metrics(report.metrics(), done)
+                if is_main:
+                    tracker.log_metrics(report.metrics(), done)
                 if on_report is not None:
                     on_report(report)
 

@@ -7,14 +7,15 @@ A job is a line of JSON on standard input, its answer a line on standard output:
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,25 @@ class Job:
     """SIGKILL that rank when it has read the batch of this step."""
     stop_at_step: int | None = None
     """SIGTERM to the last rank at that moment."""
-    env: dict[str, str] = field(default_factory=dict)
+    kill_in_save: str | None = None
+    """SIGKILL rank 0 where it comes to this function of `snapshot`..."""
+    kill_at_call: int = 2
+    """... for the n-th time."""
+    file_limit: tuple[int, int] | None = None
+    """(step, bytes): from that step on rank 0 can write no file beyond so many bytes, as on a full disk."""
+
+
+def killing(function: Callable[..., Any], at_call: int) -> Callable[..., Any]:
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at_call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    return counted
 
 
 def run_rank(job: Job, rank: int, port: int) -> None:
@@ -41,14 +60,17 @@ def run_rank(job: Job, rank: int, port: int) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.world_size),
         "LOCAL_WORLD_SIZE": str(job.world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1", **job.env,
+        "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     folder = Path(job.log)
     log = (folder / f"{rank}.log").open("a")
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
+    from repfusion import snapshot
     from repfusion import train as training
 
+    if job.kill_in_save is not None and rank == 0:
+        setattr(snapshot, job.kill_in_save, killing(getattr(snapshot, job.kill_in_save), job.kill_at_call))
     batches = training.batches
 
     def recorded(*args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -60,6 +82,8 @@ def run_rank(job: Job, rank: int, port: int) -> None:
                 keys.flush()
                 if step == job.kill_at_step and rank == job.kill_rank:
                     os.kill(os.getpid(), signal.SIGKILL)
+                if job.file_limit and step == job.file_limit[0] and rank == 0:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (job.file_limit[1], resource.RLIM_INFINITY))
                 if step == job.stop_at_step and rank == job.world_size - 1:
                     os.kill(os.getpid(), signal.SIGTERM)
                 yield parts
@@ -106,7 +130,7 @@ def serve() -> None:
         while children:
             pid, status = os.wait()
             codes[children.pop(pid)] = os.waitstatus_to_exitcode(status)
-            if codes and any(codes.values()) and job.kill_at_step is not None:
+            if any(code < 0 for code in codes.values()):
                 for other in children:  # as a launcher does: the others wait for the dead one
                     os.kill(other, signal.SIGKILL)
         print(json.dumps([codes[rank] for rank in sorted(codes)]), file=answers, flush=True)

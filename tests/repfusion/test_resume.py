@@ -1,5 +1,5 @@
-"""Resuming under every ZeRO stage, bit for bit on as many ranks and within rounding on others; and what becomes
-of a training whose rank is killed or stopped, or finds the disk full.
+"""Resuming under every ZeRO stage, bit for bit on as many ranks and within rounding on others; and what
+becomes of a training whose rank is killed or stopped, or finds the disk full.
 """
 
 import json
@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ranks import Job, Ranks, keys_read, rank_server
 from safetensors.torch import load_file
-from tiny_training import make_columns, make_foundation, tiny_train
+from tiny_training import GRID, WIDTH, make_columns, make_foundation, npy, scan_and_replace, tiny_train
 
 from repfusion.checkpoint import complete_checkpoints, latest_checkpoint
 from repfusion.train import TrainConfig
@@ -93,7 +94,7 @@ def test_the_world_may_change_from_two_ranks_to_one_to_four(world, ranks, tmp_pa
     for name in ("model", "ema"):
         one, two = weights(alone, name), weights(config, name)
         for key in one:
-            torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=2e-5, msg=f"{name} {key}")
+            torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=5e-4, msg=f"{name} {key}")
     read = keys_read(config.output_dir / "log")
     assert read == keys_read(alone.output_dir / "log")
     for epoch in range(2):
@@ -110,4 +111,49 @@ def test_a_checkpoint_of_one_stage_resumes_under_another(world, ranks, tmp_path)
     assert ranks.run(job(other, world_size=2)) == [0, 0], said(config)
     one, two = weights(whole), weights(other)
     for key in one:
-        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=5e-4)
+
+
+@pytest.mark.parametrize("moment", ["begin_checkpoint", "write_model", "write_json", "finish_checkpoint"])
+def test_a_kill_during_a_save_leaves_a_whole_checkpoint_or_none(world, ranks, tmp_path, moment):
+    engine = {"micro_batch_size": 4}
+    whole = tiny_train(*world, tmp_path / "whole", engine, num_steps=6, keep_resume=9)
+    assert ranks.run(job(whole, world_size=2)) == [0, 0]
+    parts = whole.model_copy(update={"output_dir": tmp_path / "parts"})
+    calls = 3 if moment == "write_json" else 2  # the second checkpoint's loop.json
+    codes = ranks.run(job(parts, world_size=2, kill_in_save=moment, kill_at_call=calls))
+    assert codes[0] == -9 and codes[1] != 0
+    checkpoints = parts.output_dir / "checkpoints"
+    assert [folder.name for folder in checkpoints.glob("step_*")] == ["step_00000002"]
+    assert ranks.run(job(parts, world_size=2)) == [0, 0], said(parts)
+    assert_same(whole, parts)
+    assert [path.name for path in checkpoints.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_full_disk_ends_every_rank_and_keeps_the_last_good_checkpoint(world, ranks, tmp_path):
+    config = tiny_train(*world, tmp_path / "full", {"micro_batch_size": 4}, num_steps=6)
+    codes = ranks.run(job(config, world_size=2, file_limit=(2, 20_000)))
+    assert codes == [1, 1]
+    for rank in range(2):
+        log = (config.output_dir / "log" / f"{rank}.log").read_text()
+        assert "CheckpointError" in log and "the checkpoint of step 4 could not be written: rank 0" in log
+        assert "the last good one is step_00000002" in log
+    checkpoints = config.output_dir / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step_00000002"]
+    assert ranks.run(job(config, world_size=2)) == [0, 0], said(config)
+    whole = config.model_copy(update={"output_dir": tmp_path / "whole"})
+    assert ranks.run(job(whole, world_size=2)) == [0, 0]
+    assert_same(whole, config)
+
+
+def test_a_bad_sample_of_one_rank_stops_both_before_the_update(world, ranks, tmp_path):
+    root = make_columns(tmp_path / "data", num_samples=8)
+    bad = np.zeros((GRID**2, WIDTH), np.float16)
+    bad[1, 2] = np.nan
+    scan_and_replace(root / "latents" / "00000.tar", "000003.features.npy", npy(bad))
+    config = tiny_train(world[0], root, tmp_path / "out", {"micro_batch_size": 4})
+    assert ranks.run(job(config, world_size=2)) == [1, 1]
+    for rank in range(2):
+        log = (config.output_dir / "log" / f"{rank}.log").read_text()
+        assert "NonFiniteError: step 0: the loss is not finite" in log and "Samples: 000003." in log
+    assert complete_checkpoints(config.output_dir / "checkpoints") == []
