@@ -3,7 +3,6 @@
 function can be called again with the same result.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -12,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from repfusion.lineage import file_digest
 from repfusion.tracking.store import Point, send_output, send_points
 
 MODEL_TYPE = "checkpoint"
@@ -24,8 +24,8 @@ def model_name(step: int) -> str:
 
 
 def registry_name(name: str) -> str:
-    """A name without the characters that a registered model's may not have."""
-    return re.sub(r"[/:]+", "-", name)
+    """A name without the characters that a registered model's, or a query for it, may not have."""
+    return re.sub(r"[/:'\"`]+", "-", name)
 
 
 class Checkpoints:
@@ -52,7 +52,7 @@ class Checkpoints:
         complete = folder / "complete.json"
         tags = {"folder": str(folder.resolve()), FILES: "present", "step": str(step)}
         if complete.exists():
-            tags["digest"] = hashlib.sha256(complete.read_bytes()).hexdigest()
+            tags["digest"] = file_digest(complete)
         model = self._ensure(step)
         self.client.set_logged_model_tags(model.model_id, tags)
         version = self._version(step) or self._create_version(model, step)

@@ -14,7 +14,8 @@ class TrackingConfig(BaseModel):
 
     uri: str | None = None
     """MLflow tracking URI: sqlite:///runs/mlflow.db, postgresql://user@host/database (extra `postgres`), or a
-    server's http://host:5000; None tracks nothing."""
+    server's http://host:5000; None tracks nothing. A password belongs in PGPASSWORD or
+    MLFLOW_TRACKING_PASSWORD: this address is written beside the checkpoints."""
     experiment: str = "repfusion"
     """MLflow experiment; made where it does not exist."""
     run_name: str | None = None

@@ -9,7 +9,8 @@ from typing import Any
 from mlflow.data.dataset_source import DatasetSource
 from mlflow.data.dataset_source_registry import get_registered_sources, register_dataset_source
 
-from repfusion.columns import MANIFEST, manifest_digest
+from repfusion.columns import manifest_digest
+from repfusion.lineage import describe_column
 
 
 class WebDatasetSource(DatasetSource):
@@ -22,16 +23,7 @@ class WebDatasetSource(DatasetSource):
 
     @classmethod
     def describe(cls, folders: Mapping[str, Path]) -> "WebDatasetSource":
-        columns: dict[str, dict[str, str | None]] = {}
-        for name, folder in folders.items():
-            manifest = folder / MANIFEST
-            fingerprint = json.loads(manifest.read_bytes()).get("fingerprint") if manifest.exists() else None
-            columns[name] = {
-                "folder": str(folder.resolve()),
-                "manifest_digest": manifest_digest(folder),
-                "fingerprint": fingerprint,
-            }
-        return cls(columns)
+        return cls({name: describe_column(folder) for name, folder in folders.items()})
 
     def digest(self) -> str:
         """sha256 that names the data, wherever it lies; of a column without a manifest, its folder."""

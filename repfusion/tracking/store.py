@@ -23,6 +23,13 @@ MAX_BATCH_METRICS = 1000
 """MLflow's limit of one request."""
 LASTING = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"}
 """Error codes of what fails again however often it is tried."""
+QUIET = {
+    "mlflow": logging.WARNING,
+    "alembic": logging.WARNING,
+    # These two say at every attempt, with a traceback, what we say once.
+    "mlflow.store.db.utils": logging.CRITICAL,
+    "urllib3.connectionpool": logging.ERROR,
+}
 T = TypeVar("T")
 
 
@@ -50,8 +57,8 @@ def client_of(uri: str) -> Any:
     import mlflow
     import mlflow.utils.logging_utils
 
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name, level in QUIET.items():
+        logging.getLogger(name).setLevel(level)
     uri = with_driver(uri)
     return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 

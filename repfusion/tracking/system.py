@@ -2,12 +2,15 @@
 monitor.
 """
 
+import logging
+import sys
 from collections.abc import Callable, Mapping
 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from repfusion.tracking.store import with_driver
 
+log = logging.getLogger("repfusion.tracking")
 STOP_SEC = 10.0
 
 
@@ -32,6 +35,9 @@ class NodeMonitor(SystemMetricsMonitor):
             tracking_uri=with_driver(uri),
         )
         self.put = put
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available() and len(self.monitors) == 3:
+            log.warning("no figures of the GPUs: MLflow reads them through the package nvidia-ml-py")
 
     def monitor(self) -> None:
         while not self._shutdown_event.is_set():
