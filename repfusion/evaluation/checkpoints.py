@@ -121,8 +121,8 @@ def evaluate_checkpoint(
 ) -> Evaluation:
     """Generates, scores, and writes `gallery.png` and then `scores.json` under `out`, each atomically.
 
-    `run` is given the work in pieces, none longer than to load the checkpoint or to sample one batch, and may
-    call each in a thread of its choice.
+    `run` is given the work in pieces, such as to load the checkpoint or to sample one batch, and may call
+    each in a thread of its choice.
 
     Raises:
         ValueError: an incomplete checkpoint, or one whose frozen weights are not those on this machine.
@@ -130,7 +130,7 @@ def evaluate_checkpoint(
     started = time.perf_counter()
     info = check_complete(checkpoint)
     generator, decoder = run(partial(_load, checkpoint, config))
-    prompts = held_out_prompts(config.num_prompts, config.seed, config.include_new)
+    prompts = run(partial(held_out_prompts, config.num_prompts, config.seed, config.include_new))
     texts = [prompt.text for prompt in prompts]
     batches = []
     for start in range(0, len(texts), config.batch_size):
