@@ -36,6 +36,7 @@ from repfusion.checkpoint import (
 from repfusion.data import DataConfig
 from repfusion.distributed import (
     broadcast_object,
+    failures,
     init_process_group,
     is_first_of_node,
     prepare_environment,
@@ -50,7 +51,7 @@ from repfusion.mixture import Mixture
 from repfusion.model import Generator, ModelConfig
 from repfusion.rae.statistics import LatentStatistics
 from repfusion.snapshot import check_resumes, resume, snapshot
-from repfusion.tracking import Tracker, TrackingConfig
+from repfusion.tracking import StoreError, Tracker, TrackingConfig, without_password
 
 log = logging.getLogger(__name__)
 FINAL_LOSS_STEPS = 100
@@ -180,19 +181,32 @@ def start_tracking(config: TrainConfig, dataset: Mixture) -> Tracker:
     the run, the first rank of every other node watches that node, the others track nothing.
     """
     tracker, is_main = Tracker(TrackingConfig()), dist.get_rank() == 0
-    if is_main:
-        tracker = Tracker(remembered_run(config))
-        if tracker.run_id is not None:
-            write_json(config.output_dir / RUN, {"uri": config.tracking.uri, "run_id": tracker.run_id})
-        tracker.log_config(config.model_dump(mode="json"))
-        tracker.log_environment(world_size=dist.get_world_size())
-        for name, columns in dataset.folders.items():
-            tracker.log_dataset(name, columns, dataset.num_samples[name])
+    error = None
+    try:
+        if is_main:
+            tracker = start_run(config, dataset)
+    except StoreError as caught:
+        error = caught
+    if found := failures(error):
+        raise ValueError(f"tracking could not start: {found[0]}")
     run_id = broadcast_object(tracker.run_id)
     if run_id is not None and is_first_of_node():
         if not is_main:
             tracker = Tracker(config.tracking.model_copy(update={"run_id": run_id}), attach=True)
         tracker.start_system_metrics()
+    return tracker
+
+
+def start_run(config: TrainConfig, dataset: Mixture) -> Tracker:
+    """Rank 0's. Raises StoreError where the store cannot be reached."""
+    tracker = Tracker(remembered_run(config))
+    if tracker.uri is not None:
+        run = {"uri": without_password(tracker.uri), "run_id": tracker.run_id}
+        write_json(config.output_dir / RUN, run)
+    tracker.log_config(config.model_dump(mode="json"))
+    tracker.log_environment(world_size=dist.get_world_size())
+    for name, columns in dataset.folders.items():
+        tracker.log_dataset(name, columns, dataset.num_samples[name])
     return tracker
 
 
@@ -202,9 +216,8 @@ def remembered_run(config: TrainConfig) -> TrackingConfig:
     if tracking.uri is None or tracking.run_id is not None or not path.exists():
         return tracking
     saved = json.loads(path.read_text())
-    return (
-        tracking.model_copy(update={"run_id": saved["run_id"]}) if saved["uri"] == tracking.uri else tracking
-    )
+    is_same = saved["uri"] == without_password(tracking.uri)
+    return tracking.model_copy(update={"run_id": saved["run_id"]}) if is_same else tracking
 
 
 def flops_per_sample(generator: Generator, dataset: Mixture, condition_dropout: float) -> float:
@@ -261,7 +274,7 @@ def train(
         write_json(config.output_dir / "config.json", config.model_dump(mode="json"))
         log.info("training steps %d to %d on %d samples", first_step, config.num_steps, len(dataset))
     tracker = start_tracking(config, dataset)
-    run = {"run_id": tracker.run_id, "tracking_uri": tracker.uri}
+    run = {"run_id": tracker.run_id, "tracking_uri": tracker.uri and without_password(tracker.uri)}
     made_of = {"datasets": dataset.folders, "digests": digests, "init_from": config.init_from}
     lineage = describe(step=first_step, **made_of, **run) if is_main else {}
     status = "FAILED"
@@ -380,7 +393,7 @@ def summarise(
         "final_loss": sum(recent) / len(recent) if recent else None,
         "train_sec": seconds,
         "world_size": world_size,
-        "tracking_uri": config.tracking.uri,
+        "tracking_uri": config.tracking.uri and without_password(config.tracking.uri),
         "run_id": tracker.run_id,
         "checkpoint": str(checkpoint_folder(config.output_dir / "checkpoints", config.num_steps)),
     }
