@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 MAX_PARAM_CHARS = 6000
 
@@ -20,6 +20,8 @@ class TrackingConfig(BaseModel):
     """MLflow experiment; made where it does not exist."""
     run_name: str | None = None
     """Name of the run; None lets MLflow choose."""
+    sweep: str | None = Field(default=None, pattern=r"^[\w .-]+$")
+    """Nest the run in one of this name, which the first of a sweep's runs makes."""
     run_id: str | None = None
     """Continue this run, as a resumed training or an evaluation task does."""
     artifacts: str | None = None

@@ -19,6 +19,8 @@ os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
 # Read at every request: a client that tries for minutes by itself would hold up the end of a run.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+PARENT, SWEEP = "mlflow.parentRunId", "sweep"
+"""Tags of a nested run, and of the run that holds a sweep's."""
 MAX_BATCH_METRICS = 1000
 """MLflow's limit of one request."""
 LASTING = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"}
@@ -201,23 +203,38 @@ def prepare_store(uri: str, experiment: str, artifacts: str | None = None) -> st
     return _or_explain(prepare, uri)
 
 
-def start_run(uri: str, experiment_id: str, run_name: str | None, run_id: str | None) -> tuple[Any, str]:
-    """A client and the id of a new run, or of `run_id`, which runs again."""
+def start_run(
+    uri: str, experiment_id: str, run_name: str | None, run_id: str | None, sweep: str | None = None
+) -> tuple[Any, str]:
+    """A client and the id of a new run, nested in that of its sweep, or of `run_id`, which runs again."""
 
     def start() -> tuple[Any, str]:
         client = client_of(uri)
         if run_id is None:
-            return client, client.create_run(experiment_id, run_name=run_name).info.run_id
+            tags = None if sweep is None else {PARENT: sweep_run(client, uri, experiment_id, sweep)}
+            return client, client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id
         client.update_run(run_id, status="RUNNING")
         return client, run_id
 
     return _or_explain(start, uri)
 
 
+def sweep_run(client: Any, uri: str, experiment_id: str, name: str) -> str:
+    """Id of the run that holds a sweep's; made where there is none yet."""
+    with _alone(uri):
+        oldest = ["attributes.start_time ASC"]
+        found = client.search_runs([experiment_id], f"tags.{SWEEP} = '{name}'", 1, 1, oldest)
+        if found:
+            return found[0].info.run_id
+        run = client.create_run(experiment_id, run_name=name, tags={SWEEP: name})
+    client.set_terminated(run.info.run_id)  # nothing runs in it
+    return run.info.run_id
+
+
 def start_child(client: Any, parent_id: str, name: str, tags: Mapping[str, str]) -> str:
     """Id of a new run nested in another."""
     experiment_id = client.get_run(parent_id).info.experiment_id
-    tags = {**tags, "mlflow.parentRunId": parent_id}
+    tags = {**tags, PARENT: parent_id}
     return client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
 
 

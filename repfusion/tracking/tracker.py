@@ -44,7 +44,7 @@ class Tracker:
         else:
             experiment_id = store.prepare_store(config.uri, config.experiment, config.artifacts)
             self.client, self.run_id = store.start_run(
-                config.uri, experiment_id, config.run_name, config.run_id
+                config.uri, experiment_id, config.run_name, config.run_id, config.sweep
             )
         self.config = config.model_copy(update={"run_id": self.run_id})
         self.checkpoints = Checkpoints(

@@ -255,6 +255,20 @@ def test_nested_runs_hang_under_theirs(store: str):
     assert by_name["lr=0.1"].info.status == "FINISHED" and by_name["lr=0.1"].data.metrics == {"x": 2.0}
 
 
+def test_runs_of_a_sweep_hang_under_one(store: str):
+    runs = []
+    for name in ("lr 1e-3", "lr 3e-4"):
+        tracker = Tracker(tracking(store, run_name=name, sweep="learning-rate"))
+        tracker.finish()
+        runs.append(mlflow.MlflowClient(store).get_run(tracker.run_id))
+    parents = {run.data.tags["mlflow.parentRunId"] for run in runs}
+    assert len(parents) == 1
+    parent = mlflow.MlflowClient(store).get_run(parents.pop())
+    assert (parent.info.run_name, parent.info.status) == ("learning-rate", "FINISHED")
+    with pytest.raises(ValueError, match="sweep"):
+        tracking(store, sweep="it's")
+
+
 def test_images_of_a_key_form_a_gallery_by_step(store: str, tmp_path: Path):
     tracker = Tracker(tracking(store))
     for step in (100, 200):
