@@ -49,6 +49,7 @@ class EvaluationScheduler:
         self.folder = self.jobs.folder
         self.missed: set[int] = set()
         self._done: set[str] = set()
+        self._clock_at = 0.0
         self._to_unpin: list[Path] = []
         self._gone_since: dict[int, float] = {}
         self._stopped = Event()
@@ -117,7 +118,9 @@ class EvaluationScheduler:
 
     def pending(self) -> list[Path]:
         """Those of them that have no scores, or whose scores are not in MLflow."""
-        return [path for path in self.wanted() if not self.is_done(path)]
+        found = self.checkpoints()
+        left = [path for path in found if path.name not in self._done]
+        return [path for path in left if self.is_wanted(path, found[-1]) and not self.is_done(path)]
 
     def is_done(self, checkpoint: Path) -> bool:
         """Whether the scores of a checkpoint are there, and in MLflow where runs are tracked."""
@@ -157,11 +160,14 @@ class EvaluationScheduler:
         """The newest checkpoint without scores, where its time has come."""
         if self.config.every_minutes is None:
             return []
-        begun = [one.started_at for folder in self._folders() for one in self._attempts(folder)[:1]]
-        if time.time() < max(begun, default=0.0) + 60 * self.config.every_minutes:
+        if time.time() < self._clock_at:
             return []
-        fresh = [path for path in self.checkpoints() if not self._record(path).attempts]
-        return [path for path in fresh if not self.is_done(path)][-1:]
+        begun = [one.started_at for folder in self._folders() for one in self._attempts(folder)[:1]]
+        self._clock_at = max(begun, default=0.0) + 60 * self.config.every_minutes
+        if time.time() < self._clock_at:
+            return []
+        left = [path for path in self.checkpoints() if path.name not in self._done]
+        return [path for path in left if not self._record(path).attempts and not self.is_done(path)][-1:]
 
     def _attempts(self, folder: Path) -> tuple[Attempt, ...]:
         return read_record(folder, self.config.scoring).attempts
@@ -216,14 +222,18 @@ class EvaluationScheduler:
             path: max(self.config.max_attempts, self._record(path).num_failed + 1) for path in checkpoints
         }
         self.jobs.errors.clear()
+        elsewhere: set[Path] = set()
         try:
             while left := [path for path in checkpoints if self._is_left(path, allowed[path])]:
                 for checkpoint in left:
                     if len(self.jobs.running) >= self.config.max_concurrent:
                         break
-                    if checkpoint.name not in self.jobs.running and self._is_due(checkpoint):
-                        pin(checkpoint)
-                        self.jobs.start(checkpoint, is_idle)
+                    if checkpoint.name in self.jobs.running or not self._is_due(checkpoint):
+                        continue
+                    pin(checkpoint)
+                    if not self.jobs.start(checkpoint, is_idle) and checkpoint not in elsewhere:
+                        elsewhere.add(checkpoint)
+                        print(f"evaluate: {checkpoint.name}: another process is at it; waiting", flush=True)
                 self.jobs.poll(POLL_SEC)
                 self.jobs.check_room()
         finally:

@@ -6,14 +6,18 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from evaluated_training import EvaluatedTraining, evaluate_config
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from pipelines.evaluate import EvaluationScheduler
 from pipelines.evaluation_config import EvaluateConfig
+from pipelines.evaluation_records import hold
 from pipelines.session import StageError
 from repfusion.checkpoint import step_of
 from repfusion.tracking import metric_history
@@ -187,6 +191,51 @@ def test_a_checkpoint_that_is_gone_is_missed_and_said(tmp_path: Path, capsys):
     again = EvaluationScheduler(evaluate_config(), training.train)
     assert [step_of(folder) for folder, _ in again.finish()] == [4, 6]  # its scores stay when it is pruned
     assert "missed" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_training_that_fails_takes_its_evaluations_along(tmp_path: Path):
+    training = EvaluatedTraining(tmp_path, (2,), tracked=False)
+    training.hang(2)
+    scheduler = EvaluationScheduler(evaluate_config(), training.train)
+    with pytest.raises(RuntimeError, match="a rank failed"), scheduler:
+        wait_for(evaluators)
+        raise RuntimeError("a rank failed")
+    wait_for(lambda: not evaluators(), 5.0)
+    shutil.rmtree(training.checkpoint(2))
+    training.write_checkpoint(2)
+    EvaluationScheduler(evaluate_config(max_attempts=1), training.train).finish()
+    assert training.attempts(2) == ["cut_short", "finished"]  # it was no failure of the evaluation
+
+
+@pytest.mark.slow
+def test_what_is_at_work_elsewhere_is_waited_for(tmp_path: Path, capsys):
+    training = EvaluatedTraining(tmp_path, (2,), tracked=False)
+    lock = hold(training.evaluation(2))
+    assert lock is not None and hold(training.evaluation(2)) is None
+    with ThreadPoolExecutor() as thread:
+        found = thread.submit(EvaluationScheduler(evaluate_config(), training.train).finish)
+        time.sleep(3)
+        assert training.attempts(2) == [] and not evaluators()
+        assert capsys.readouterr().out == "evaluate: step_00000002: another process is at it; waiting\n"
+        lock.close()
+        assert len(found.result(60)) == 1
+
+
+@pytest.mark.slow
+def test_one_that_reserves_cpus_starts_once_they_are_free(tmp_path: Path):
+    training = EvaluatedTraining(tmp_path, (2,), tracked=False)
+    ranks = placement_group([{"CPU": 2}])  # as Ray Train's
+    assert ranks.wait(30)
+    with EvaluationScheduler(evaluate_config(num_cpus=1, memory_mib=100), training.train):
+        time.sleep(3)
+        assert (
+            training.attempts(2) == [] and not evaluators()
+        )  # not even in Ray's queue, before restarted ranks
+        remove_placement_group(ranks)
+        wait_for(evaluators)
+        assert ray.available_resources()["CPU"] == 1
+    assert training.attempts(2) == ["finished"]
 
 
 def test_two_schedules_at_once_are_refused():
