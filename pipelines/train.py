@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pipelines.evaluate import EvaluationScheduler
 from pipelines.mirror import mirror
-from pipelines.session import StageError, ray_session
+from pipelines.session import PATIENCE_SEC, StageError, brief, check_ray_lives, ray_session
 from pipelines.storage import Folder
 from pipelines.store import write_json
 from repfusion.checkpoint import latest_checkpoint, step_of
@@ -31,11 +31,11 @@ from repfusion.train import TrainConfig, TrainingStopped
 if TYPE_CHECKING:
     from pipelines.config import WorkflowConfig
 
-FAILURE = "failure.json"
-"""Written by a rank for an error that a restart would only repeat."""
 STOP = "stop"
 """Made by the driver for the ranks to write a checkpoint and end."""
 STOP_POLL_SEC = 1.0
+STOP_PATIENCE_SEC = 600.0
+"""How long a driver that is to end waits for that checkpoint: ranks may be gone, or hang."""
 PROGRESS = "progress.json"
 LINE_SEC = 15.0
 """Between lines of progress where the terminal shows no bar."""
@@ -49,8 +49,6 @@ def train_rank(launch: dict[str, Any]) -> None:
 
     os.chdir(launch["directory"])
     config = TrainConfig.model_validate(launch["config"])
-    if (config.output_dir / FAILURE).exists():
-        return
     rank = ray_train.get_context().get_world_rank()
     stop, asked = config.output_dir / STOP, [0.0]
 
@@ -75,8 +73,7 @@ def train_rank(launch: dict[str, Any]) -> None:
     except TrainingStopped:
         return
     except (ValueError, NonFiniteError, CheckpointError) as error:
-        write_json(config.output_dir / FAILURE, {"rank": rank, "error": f"{type(error).__name__}: {error}"})
-        raise
+        raise StageError(f"rank {rank}: {type(error).__name__}: {error}") from error
 
 
 @contextmanager
@@ -121,14 +118,34 @@ def progress_bar(config: TrainConfig) -> Iterator[None]:
         thread.join()
 
 
+def base_of(error: Exception) -> BaseException:
+    """What happened on a rank, out of Ray Train's wrappers."""
+    return getattr(error, "_base_exc", None) or getattr(error, "health_check_failure", None) or error
+
+
+def end_of_restarts() -> Any:
+    """A callback of Ray Train: an error that a restart would only repeat ends the training."""
+    from ray.train import UserCallback
+
+    class EndOfRestarts(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            for error in worker_exceptions.values():
+                if isinstance(base := base_of(error), StageError):
+                    # Ray Train repeats what fails on ranks, not what fails in its callbacks.
+                    raise base
+
+    return EndOfRestarts()
+
+
 def first_failure(error: Exception) -> str:
-    """The message of the rank that failed first, without Ray's traceback."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for rank, failure in sorted(failures.items()):
-        cause = getattr(failure, "cause", None) or failure
-        # Ranks that lose their peer say only that the connection was closed.
-        if "Connection closed by peer" not in str(cause) or len(failures) == 1:
-            return f"rank {rank}: {type(cause).__name__}: {cause}"
+    """One line for the rank that failed first, without Ray's tracebacks."""
+    if (ended := getattr(error, "controller_failure", None)) is not None:
+        return str(ended) if isinstance(ended, StageError) else brief(ended)
+    failures = {rank: base_of(one) for rank, one in sorted(getattr(error, "worker_failures", {}).items())}
+    # Ranks that lose their peer say only that the connection was closed.
+    own = {rank: one for rank, one in failures.items() if "Connection closed by peer" not in str(one)}
+    for rank, one in (own or failures).items():
+        return f"rank {rank}: {brief(one)}"
     return str(error)
 
 
@@ -164,8 +181,7 @@ def launch(
     environment = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"} if is_alone else {}
     storage = (config.output_dir / "ray").resolve()
     storage.mkdir(parents=True, exist_ok=True)
-    for name in (FAILURE, STOP):
-        (config.output_dir / name).unlink(missing_ok=True)
+    (config.output_dir / STOP).unlink(missing_ok=True)
     trainer = TorchTrainer(
         train_rank,
         train_loop_config={
@@ -180,6 +196,7 @@ def launch(
             name=f"{time.time_ns()}",
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=max_failures),
+            callbacks=[end_of_restarts()],
             worker_runtime_env={"env_vars": environment},
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
@@ -200,23 +217,33 @@ def fit(trainer: Any, output_dir: Path) -> None:
             failed.append(error)
 
     # In a thread: in the main one Ray Train would answer Ctrl-C by ending the ranks where they are.
-    thread, interrupt = Thread(target=run, name="fit", daemon=True), None
+    thread, interrupt, asked, looked = (
+        Thread(target=run, name="fit", daemon=True),
+        None,
+        0.0,
+        time.monotonic(),
+    )
     thread.start()
     while thread.is_alive():
         try:
             thread.join(1.0)
+            if time.monotonic() - looked > PATIENCE_SEC:
+                check_ray_lives()
+                looked = time.monotonic()
+        except StageError as error:
+            raise interrupt or error from error
         except KeyboardInterrupt as error:
             if interrupt is not None:
                 raise
-            interrupt = error
+            interrupt, asked = error, time.monotonic()
             (output_dir / STOP).touch()
             print(
                 "train: stopping after a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True
             )
+        if interrupt is not None and time.monotonic() - asked > STOP_PATIENCE_SEC:
+            print(f"train: no checkpoint in {STOP_PATIENCE_SEC:g} s", file=sys.stderr, flush=True)
+            raise interrupt
     (output_dir / STOP).unlink(missing_ok=True)
-    if (output_dir / FAILURE).exists():
-        failure = json.loads((output_dir / FAILURE).read_text())
-        raise StageError(f"train: rank {failure['rank']}: {failure['error']}")
     if failed:
         raise StageError(f"train: {first_failure(failed[0])}") from failed[0]
     if interrupt is not None:

@@ -38,6 +38,8 @@ class Job:
     """SIGKILL rank 0 where it comes to this function of `snapshot`..."""
     kill_at_call: int = 2
     """... for the n-th time."""
+    folders: tuple[str, ...] = ()
+    """Working directory of each rank."""
     file_limit: tuple[int, int] | None = None
     """(step, bytes): from that step on rank 0 can write no file beyond so many bytes, as on a full disk."""
 
@@ -62,6 +64,8 @@ def run_rank(job: Job, rank: int, port: int) -> None:
         "LOCAL_WORLD_SIZE": str(job.world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
+    if job.folders:
+        os.chdir(job.folders[rank])
     folder = Path(job.log)
     log = (folder / f"{rank}.log").open("a")
     os.dup2(log.fileno(), 1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nodes import Nodes, cluster_of_nodes
 from running import run_all
 
 from pipelines.config import WorkflowConfig, validate
@@ -43,6 +44,13 @@ def pool(ray_local):
     pool = ActorPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Nodes]:
+    """A cluster of raylets, so far a head without CPUs."""
+    with cluster_of_nodes(monkeypatch, tmp_path.name) as nodes:
+        yield nodes
 
 
 @pytest.fixture(scope="session")

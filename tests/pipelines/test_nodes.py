@@ -3,84 +3,23 @@ too small, a cluster that shrinks to nothing.
 """
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import TAG, contents, differences, tagged_process, temporaries, wait_until_gone
+from killing import contents, differences, tagged_process, temporaries
 
 from pipelines.config import WorkflowConfig, to_yaml
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 LIMIT_SEC = 400
-
-
-@dataclass
-class Nodes:
-    """A head without CPUs, and nodes by the number of their CPUs."""
-
-    cluster: Any
-    ray_folder: str
-    nodes: list[Any] = field(default_factory=list)
-
-    def add(self, num_cpus: int) -> str:
-        """Returns the node's id."""
-        node = self.cluster.add_node(
-            num_cpus=num_cpus,
-            object_store_memory=80 << 20,
-            temp_dir=self.ray_folder,
-            include_dashboard=False,
-        )
-        self.nodes.append(node)
-        return node.node_id
-
-    def kill(self, node_id: str) -> None:
-        """By SIGKILL of all its processes, as when a machine goes."""
-        (node,) = [node for node in self.nodes if node.node_id == node_id]
-        self.nodes.remove(node)
-        self.cluster.remove_node(node, allow_graceful=False)
-
-    def wait_until_known_dead(self, node_id: str) -> None:
-        """Ray notices by missing heartbeats, after some 15 seconds."""
-        start = time.monotonic()
-        while any(
-            node["Alive"] and node["NodeID"] == node_id for node in self.cluster.global_state.node_table()
-        ):
-            assert time.monotonic() - start < 120
-            time.sleep(0.5)
-
-
-@pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Nodes]:
-    from ray.cluster_utils import Cluster
-
-    tag, folder = f"{os.getpid()}-cluster-{tmp_path.name}", tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    for name, value in {
-        TAG: tag,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "NO_ALBUMENTATIONS_UPDATE": "1",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    }.items():
-        monkeypatch.setenv(name, value)
-    cluster = Cluster()
-    nodes = Nodes(cluster, folder)
-    try:
-        nodes.add(num_cpus=0)
-        yield nodes
-    finally:
-        cluster.shutdown()
-        wait_until_gone(tag)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass
