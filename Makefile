@@ -24,7 +24,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run status plan verify retry gc test test-slow lint format foundation base mlflow clean
+.PHONY: help setup demo run status plan verify retry gc evaluate export lineage test test-slow lint format foundation base mlflow clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,15 @@ retry: $(STAMP) ## download again the samples that failed for a reason that may 
 
 gc: $(STAMP) ## list what no workflow refers to; make gc SET=--delete removes it
 	@$(BIN)/python -m pipelines gc $(W) $(SET)
+
+evaluate: $(STAMP) ## score checkpoints now: make evaluate RUN=runs/demo STEP=1100 (or latest, best, all)
+	@$(BIN)/python -m pipelines evaluate $(or $(RUN),$(W)) --step $(or $(STEP),latest) $(SET)
+
+export: $(STAMP) ## a folder to generate from anywhere: make export CHECKPOINT=runs/demo/train/checkpoints/step_00002200 OUT=my_model
+	@$(BIN)/python -m repfusion.export --checkpoint $(CHECKPOINT) --out $(OUT)
+
+lineage: $(STAMP) ## what an image, checkpoint or export was made from: make lineage OF=image.png
+	@$(BIN)/python -m repfusion.lineage $(OF)
 
 test: $(STAMP) ## the test suite, without the slow and GPU tests
 	$(BIN)/python -m pytest -x -q -m "not slow and not gpu"

@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict
 
-from pipelines.evaluation_config import EvaluateConfig
-from pipelines.evaluation_records import best_checkpoint, config_digest, finished
-from pipelines.evaluation_schedule import CONFIG, EvaluationScheduler
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.records import best_checkpoint, config_digest, finished
+from pipelines.evaluation.schedule import CONFIG, EvaluationScheduler
 from pipelines.session import RayConfig, StageError, ray_session
 from pipelines.storage import atomic_path
 from repfusion.checkpoint import COMPLETE, complete_checkpoints, step_of

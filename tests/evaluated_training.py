@@ -10,7 +10,7 @@ import torch
 from mlflow.entities import Run
 from tiny_training import make_columns, make_foundation, tiny_model, tiny_train
 
-from pipelines.evaluation_config import EvaluateConfig
+from pipelines.evaluation.config import EvaluateConfig
 from repfusion.checkpoint import checkpoint_folder, save_checkpoint, write_json
 from repfusion.model import Generator
 from repfusion.rae.statistics import LatentStatistics

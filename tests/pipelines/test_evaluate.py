@@ -16,8 +16,8 @@ from evaluated_training import EvaluatedTraining, evaluate_config
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from pipelines.evaluate import EvaluationScheduler
-from pipelines.evaluation_config import EvaluateConfig
-from pipelines.evaluation_records import hold
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.records import hold
 from pipelines.session import StageError
 from repfusion.checkpoint import step_of
 from repfusion.tracking import metric_history

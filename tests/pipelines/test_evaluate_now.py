@@ -12,7 +12,7 @@ import yaml
 from evaluated_training import QUICK, EvaluatedTraining, evaluate_config
 
 from pipelines.evaluate import EvaluationScheduler, Target, choose, evaluate_now, find_target
-from pipelines.evaluation_records import finished, write_json
+from pipelines.evaluation.records import finished, write_json
 from repfusion.checkpoint import step_of
 from repfusion.tracking import metric_history
 

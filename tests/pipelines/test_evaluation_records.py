@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from evaluated_training import EvaluatedTraining, evaluate_config
 
-from pipelines.evaluation_records import Record, pin, pin_best, read_record, unpin, write_record
+from pipelines.evaluation.records import Record, pin, pin_best, read_record, unpin, write_record
 from repfusion.checkpoint import complete_checkpoints, prune, step_of
 from repfusion.evaluation import Evaluation, Scores
 

@@ -85,7 +85,8 @@ def test_a_failed_evaluation_fails_the_job_after_the_others(trained, tmp_path: P
     shutil.copytree(config.train.output_dir / "checkpoints", tmp_path / "checkpoints")
     broken = tmp_path / "checkpoints" / "step_00000002" / "ema.safetensors"
     broken.write_bytes(broken.read_bytes()[:100])
-    scheduler = EvaluationScheduler(config.evaluate, untracked)
+    once = config.evaluate.model_copy(update={"max_attempts": 1})
+    scheduler = EvaluationScheduler(once, untracked)
     with pytest.raises(
         StageError, match=r"1 of 3 evaluations failed: step_00000002: ValueError: .*100 bytes"
     ):

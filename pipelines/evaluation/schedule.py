@@ -8,9 +8,9 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Self
 
-from pipelines.evaluation_config import EvaluateConfig
-from pipelines.evaluation_jobs import EvaluationJobs, tracking_of
-from pipelines.evaluation_records import (
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.jobs import EvaluationJobs, tracking_of
+from pipelines.evaluation.records import (
     LOGGED,
     Attempt,
     Record,

@@ -90,7 +90,7 @@ class Evaluator:
         import_heavy(self.pace, "torch", "repfusion.evaluation", *(TRACKING if task["tracking"] else ()))
         import torch
 
-        from pipelines.evaluation_records import LOGGED, finished
+        from pipelines.evaluation.records import LOGGED, finished
         from pipelines.store import write_json
         from repfusion.checkpoint import step_of
         from repfusion.evaluation import EvaluationConfig, evaluate_checkpoint

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from pipelines.evaluation_config import EvaluateConfig
-from pipelines.evaluation_process import RUN_FILE, Evaluator, report_failure, report_missed
-from pipelines.evaluation_records import Record, finished, hold, read_record, write_record
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.process import RUN_FILE, Evaluator, report_failure, report_missed
+from pipelines.evaluation.records import Record, finished, hold, read_record, write_record
 from pipelines.session import PATIENCE_SEC, StageError, brief, check_ray_lives
 from repfusion.checkpoint import step_of
 from repfusion.train import TrainConfig
