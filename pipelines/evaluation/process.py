@@ -112,8 +112,8 @@ class Evaluator:
         child.log_metrics(metrics, step)
         if task["is_scheduled"] and not (out / LOGGED).exists():
             tracker.log_scores(step, metrics, best_by=BEST_BY)
-            for name in ("gallery.png", "scores.json"):
-                tracker.log_artifact(out / name, f"evaluate/{checkpoint.name}")
+            tracker.log_image(out / "gallery.png", "gallery", step)
+            tracker.log_artifact(out / "scores.json", f"evaluate/{checkpoint.name}")
             write_json(out / LOGGED, {"run_id": tracker.run_id, "step": step})
         elif not task["is_scheduled"]:
             for name in ("gallery.png", "scores.json"):

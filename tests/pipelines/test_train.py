@@ -3,6 +3,7 @@ MLflow run.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -66,6 +67,9 @@ def test_one_mlflow_run_holds_the_training_and_the_scores(trained):
     client = mlflow.MlflowClient(uri)
     assert client.get_run(run_id).info.status == "FINISHED"
     assert len(client.list_artifacts(run_id, "evaluate")) == 3
+    galleries = [Path(one.path).name for one in client.list_artifacts(run_id, "images")]
+    for step in (0, 2, 4):  # MLflow's page shows them with a slider over the steps
+        assert any(re.fullmatch(rf"gallery.step.{step}.timestamp.*\.png", name) for name in galleries)
 
 
 @pytest.mark.ray
