@@ -206,27 +206,39 @@ def launch(
 
 def fit(trainer: Any, output_dir: Path) -> None:
     """Waits for the ranks to end; the first interrupt asks them to."""
+    from ray.exceptions import RayError
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    failed: list[TrainingFailedError] = []
+    failed: list[TrainingFailedError | RayError] = []
+    ended = Event()
 
     def run() -> None:
         try:
             trainer.fit()
-        except TrainingFailedError as error:
+        except (TrainingFailedError, RayError) as error:
             failed.append(error)
+        finally:
+            ended.set()
 
     # In a thread: in the main one Ray Train would answer Ctrl-C by ending the ranks where they are.
-    thread, interrupt, asked, looked = (
-        Thread(target=run, name="fit", daemon=True),
-        None,
-        0.0,
-        time.monotonic(),
-    )
-    thread.start()
-    while thread.is_alive():
+    Thread(target=run, name="fit", daemon=True).start()
+    try:
+        interrupt = wait(ended, output_dir / STOP)
+    finally:
+        (output_dir / STOP).unlink(missing_ok=True)
+    if failed:
+        raise StageError(f"train: {first_failure(failed[0])}") from failed[0]
+    if interrupt is not None:
+        raise interrupt
+
+
+def wait(ended: Event, stop: Path) -> KeyboardInterrupt | None:
+    """Returns when the ranks have ended, with the interrupt that made them; raises the second one at once."""
+    interrupt, asked, looked = None, 0.0, time.monotonic()
+    # Not by Thread.join: interrupted, it takes the thread for ended.
+    while not ended.is_set():
         try:
-            thread.join(1.0)
+            ended.wait(1.0)
             if time.monotonic() - looked > PATIENCE_SEC:
                 check_ray_lives()
                 looked = time.monotonic()
@@ -236,18 +248,14 @@ def fit(trainer: Any, output_dir: Path) -> None:
             if interrupt is not None:
                 raise
             interrupt, asked = error, time.monotonic()
-            (output_dir / STOP).touch()
+            stop.touch()
             print(
                 "train: stopping after a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True
             )
         if interrupt is not None and time.monotonic() - asked > STOP_PATIENCE_SEC:
             print(f"train: no checkpoint in {STOP_PATIENCE_SEC:g} s", file=sys.stderr, flush=True)
             raise interrupt
-    (output_dir / STOP).unlink(missing_ok=True)
-    if failed:
-        raise StageError(f"train: {first_failure(failed[0])}") from failed[0]
-    if interrupt is not None:
-        raise interrupt
+    return interrupt
 
 
 def remote_columns(config: "WorkflowConfig") -> list[tuple[Folder, Path]]:

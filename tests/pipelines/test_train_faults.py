@@ -193,14 +193,14 @@ def test_a_signal_leaves_a_checkpoint_of_the_moment(
     root = run_copy.root
     settings = {
         "engine": {"precision": "fp32", "micro_batch_size": 4, "num_threads": 1, "warmup_steps": 2},
-        "model": {"dit": {"hidden_size": 24, "depth": 2, "num_heads": 2}},
+        "model": {"dit": {"hidden_size": 32, "depth": 2, "num_heads": 2}},
         "global_batch_size": 8,
-        "num_steps": 600,
-        "checkpoint_every_steps": 500,
+        "num_steps": 300,
+        "checkpoint_every_steps": 250,
         "log_every_steps": 1,
         "tracking": {"uri": None},
     }
-    config = configure(root, last_stage="train", train=settings)
+    config = configure(root, last_stage="train", train=settings, evaluate={"beside_training": False})
     path, log = tmp_path / "workflow.yaml", log_of(config)
     path.write_text(to_yaml(config))
     progress = config.train.output_dir / pipelines.train.PROGRESS
@@ -211,7 +211,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_moment(
         assert_gone(config)
     assert "Traceback" not in log.read_text()
     (stopped,) = complete_checkpoints(config.train.output_dir / "checkpoints")
-    assert 0 < step_of(stopped) < 500
+    assert 0 < step_of(stopped) < 250
     with tagged_process(run_command(path), tag_of(root), log) as process:
         assert process.wait(LIMIT_SEC) == 0, log.read_text()
         assert_gone(config)
