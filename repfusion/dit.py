@@ -160,7 +160,9 @@ class Block(nn.Module):
         context: Float[Tensor, "b m c"] | None,
         mask: Bool[Tensor, "b m"] | None,
     ) -> Float[Tensor, "b n d"]:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (modulation + self.table).unbind(2)
+        # One sum for each part: as views of one tensor all six would be kept for the backward pass.
+        parts = zip(modulation.unbind(2), self.table, strict=True)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (part + row for part, row in parts)
         x = x + gate_a * self.attention(self.attention_norm(x) * (1 + scale_a) + shift_a, rotary)
         if context is not None:
             x = x + self.cross_attention(self.cross_norm(x), context=context, mask=mask)

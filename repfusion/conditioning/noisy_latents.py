@@ -76,27 +76,38 @@ class NoisyLatentConditioner(nn.Module):
 
     def condition(self, prefix: Prefix, z_t: Float[Tensor, "b n d"], t: Float[Tensor, " b"]) -> Condition:
         """The LLM's last hidden states at the n visual positions."""
-        model = self.mllm.language_model
-        visual = self.projector(z_t + self.time(t)[:, None])
-        num_text, num_visual = prefix.ids.shape[1], z_t.shape[1]
-        mask = torch.cat([prefix.mask, prefix.mask.new_ones(len(z_t), num_visual)], dim=1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        if prefix.cache is not None:
-            if (surplus := prefix.cache.get_seq_length() - num_text) > 0:
-                prefix.cache.crop(-surplus)  # forget the previous step's visual tokens
-            hidden = model(
-                inputs_embeds=visual.to(model.dtype),
-                attention_mask=mask.long(),
-                position_ids=positions[:, num_text:],
-                past_key_values=prefix.cache,
-                use_cache=True,
-            ).last_hidden_state
-            return Condition(hidden)
-        text = model.get_input_embeddings()(prefix.ids)
-        hidden = model(
-            inputs_embeds=torch.cat([text, visual.to(text.dtype)], dim=1),
+        visual = self.projector(z_t + self.time(t)[:, None]).to(self.mllm.language_model.dtype)
+        return Condition(self._read(prefix, visual) if prefix.cache is None else self._go_on(prefix, visual))
+
+    def _go_on(self, prefix: Prefix, visual: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """After the prompt that the cache remembers."""
+        num_text = prefix.ids.shape[1]
+        mask = torch.cat([prefix.mask, prefix.mask.new_ones(visual.shape[:2])], dim=1)
+        if (surplus := prefix.cache.get_seq_length() - num_text) > 0:
+            prefix.cache.crop(-surplus)  # forget the previous step's visual tokens
+        return self.mllm.language_model(
+            inputs_embeds=visual,
             attention_mask=mask.long(),
-            position_ids=positions,
-            use_cache=False,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, num_text:],
+            past_key_values=prefix.cache,
+            use_cache=True,
         ).last_hidden_state
-        return Condition(hidden[:, num_text:])
+
+    def _read(self, prefix: Prefix, visual: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """Prompt and latents at once, each row rolled until its padding lies at the end, where no token that
+        counts looks: the LLM takes no mask, so flash attention serves, and no position ids, so nothing waits
+        for the GPU to tell what they say.
+        """
+        model = self.mllm.language_model
+        rows = torch.cat([model.get_input_embeddings()(prefix.ids), visual], dim=1)
+        length, num_text = rows.shape[1], prefix.ids.shape[1]
+        padding = (~prefix.mask).sum(1, keepdim=True)
+        order = torch.arange(length, device=rows.device) + padding
+        rows = take(rows, order % length)
+        hidden = model(inputs_embeds=rows, use_cache=False).last_hidden_state
+        return take(hidden, torch.arange(num_text, length, device=rows.device) - padding)
+
+
+def take(rows: Float[Tensor, "b n c"], positions: Int[Tensor, "b m"]) -> Float[Tensor, "b m c"]:
+    """Of each row the tokens at its own positions."""
+    return rows.gather(1, positions[..., None].expand(-1, -1, rows.shape[-1]))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from repfusion.conditioning.noisy_latents import NoisyLatentConditioner
+from repfusion.conditioning.noisy_latents import NoisyLatentConditioner, Prefix
 from repfusion.conditioning.text_embed import encode_text
 from repfusion.mllm import MLLM
 
@@ -80,6 +80,35 @@ def test_padding_does_not_change_a_prompts_condition(make_generator, latents, co
             alone = conditioner.condition(prefix, latents[row : row + 1], T[row : row + 1]).tokens[0]
             together = batch.tokens[row] if batch.mask is None else batch.tokens[row][batch.mask[row]]
             torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-5)
+
+
+def test_training_gives_the_llm_no_mask_and_never_looks_at_padding(make_generator, latents):
+    """Flash attention takes no mask; that padding has no effect is then up to its place."""
+    conditioner = make_generator().conditioner
+    masks = []
+    conditioner.mllm.language_model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    prefix = conditioner.prepare(PROMPTS, CPU)
+    assert not prefix.mask.all()
+    other = Prefix(torch.where(prefix.mask, prefix.ids, 7), prefix.mask)
+    assert not torch.equal(other.ids, prefix.ids)
+    before, after = (conditioner.condition(one, latents, T).tokens for one in (prefix, other))
+    assert masks == [None, None]
+    assert torch.equal(before, after)
+
+
+def test_gradients_do_not_depend_on_padding(make_generator, latents):
+    conditioner = make_generator().conditioner
+    weight = conditioner.projector.linear_1.weight
+
+    def gradient(prompts: list[str], rows: slice) -> torch.Tensor:
+        tokens = conditioner.condition(conditioner.prepare(prompts, CPU), latents[rows], T[rows]).tokens
+        return torch.autograd.grad(tokens.square().sum(), weight)[0]
+
+    together = gradient(PROMPTS, slice(3))
+    alone = sum(gradient([prompt], slice(i, i + 1)) for i, prompt in enumerate(PROMPTS))
+    torch.testing.assert_close(together, alone, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("token", range(4))
