@@ -1,0 +1,258 @@
+"""Training and sampling at the published scale: random weights, no file read, on the GPU at hand.
+
+`python benchmarks/full_size.py train --micro-batch auto --compile --profile profile.md`, then `... sample`.
+The language model (7B, frozen) is held in bfloat16, the trained parts (1.3B) in float32; 576 tokens of width
+1024. Training is the project's own: Engine, EMA, `inputs_of`, captions of about 32 tokens, every tenth
+dropped. FLOPs are those of `repfusion.flops`: padding, and activations that are computed again, count for
+nothing. The last line is JSON. `--geometry small` runs anywhere, a CPU included.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from kernel_shares import kernel_shares
+from random_model import CONDITION_DROPOUT, captions, fill, make_batches, small
+
+from repfusion.data import DataConfig
+from repfusion.distributed import shut_down
+from repfusion.ema import EMA
+from repfusion.engine import Engine, EngineConfig
+from repfusion.flops import peak_flops, sample_flops, train_flops
+from repfusion.generate import initial_noise
+from repfusion.meta import published
+from repfusion.meters import memory_bytes
+from repfusion.model import Generator
+from repfusion.sampler import SamplerConfig, sample
+from repfusion.train import TrainConfig, inputs_of
+
+OUT_OF_MEMORY = 3
+"""Exit status of a probe that does not fit."""
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    synchronize()
+    started = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - started
+
+
+def matrix_rate(device: torch.device, rounds: int = 5) -> float:
+    """FLOP/s of a large square bfloat16 product of random matrices, the best of several rounds."""
+    side, repeats = (8192, 20) if device.type == "cuda" else (512, 2)
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+
+    def work() -> None:
+        for _ in range(repeats):
+            a @ b
+
+    work()
+    return 2 * side**3 * repeats / min(seconds_of(work) for _ in range(rounds))
+
+
+def rates(flops: float, seconds: float, matrix: float, device: torch.device) -> dict[str, Any]:
+    peak = peak_flops(device)
+    return {
+        "tflops": flops / seconds / 1e12,
+        "matrix_tflops": matrix / 1e12,
+        "of_matrix_rate": flops / seconds / matrix,
+        "peak_tflops": peak and peak / 1e12,
+        "mfu": peak and flops / seconds / peak,
+        "memory_gib": memory_bytes(device) / 2**30,
+        "of_memory_gib": torch.cuda.mem_get_info()[1] / 2**30 if device.type == "cuda" else None,
+    }
+
+
+def train_step(args: argparse.Namespace, generator: Generator, micro_batch: int) -> Callable[[], None]:
+    """One step of the project's loop: inputs, micro-batches, update, average."""
+    if args.activation_checkpointing:
+        generator.checkpoint_activations()
+    if args.compile:
+        generator.compile_blocks()
+    global_batch = micro_batch * args.grad_accum_steps
+    config = TrainConfig(
+        output_dir=Path("none"),
+        data=DataConfig(images=Path("none"), features=Path("none")),
+        engine=EngineConfig(
+            micro_batch_size=micro_batch, zero_stage=args.zero_stage, num_threads=torch.get_num_threads()
+        ),
+    )
+    stream, steps = make_batches(generator, micro_batch, args.text_tokens), count()
+    engine = Engine(generator, config.engine, global_batch, 10**6, generator.frozen_parts())
+    ema = EMA(engine.partition.masters, decay=0.999)
+
+    def step() -> None:
+        for _ in range(engine.grad_accum_steps):
+            batch = next(stream)
+            engine.accumulate(batch.keys, **inputs_of(batch, generator, config))
+        number = next(steps)
+        engine.update(number)
+        ema.update(number)
+
+    return step
+
+
+def train(args: argparse.Namespace, generator: Generator, micro_batch: int) -> dict[str, Any]:
+    device = generator.device
+    num_tokens = (1 - CONDITION_DROPOUT) * args.text_tokens + CONDITION_DROPOUT
+    flops = train_flops(generator, num_tokens)
+    matrix = matrix_rate(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step = train_step(args, generator, micro_batch)
+    for _ in range(args.warmup):
+        step()
+    seconds = median(seconds_of(step) for _ in range(args.steps))
+    samples = micro_batch * args.grad_accum_steps
+    result = {
+        "micro_batch": micro_batch,
+        "grad_accum_steps": args.grad_accum_steps,
+        "zero_stage": args.zero_stage,
+        "activation_checkpointing": args.activation_checkpointing,
+        "step_sec": seconds,
+        "samples_per_sec": samples / seconds,
+        "flops_per_sample": flops,
+        **rates(samples * flops, seconds, matrix, device),
+    }
+    return result | shares(args, step)
+
+
+def compile_for_sampling(generator: Generator) -> None:
+    """The DiT's blocks, and of the language model's layers what does not touch the cache: a layer that does
+    would be compiled once for each layer and state of the cache.
+    """
+    for block in generator.dit.blocks:
+        block.compile()
+    for layer in generator.conditioner.mllm.language_model.layers:
+        for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
+            part.compile()
+
+
+def draw_images(args: argparse.Namespace, generator: Generator, micro_batch: int) -> dict[str, Any]:
+    if args.compile:
+        compile_for_sampling(generator)
+    device, config = generator.device, SamplerConfig(num_steps=args.num_steps)
+    language_model = generator.conditioner.mllm.language_model
+    rng = np.random.default_rng(0)
+    prompts = captions(micro_batch, args.text_tokens, language_model.config.vocab_size, rng)
+    noise = initial_noise(range(micro_batch), generator.latent_shape)
+    flops = sample_flops(generator, args.text_tokens, config)
+    matrix = matrix_rate(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+    def step() -> None:
+        sample(generator, prompts, noise, config)
+
+    for _ in range(args.warmup):
+        step()
+    seconds = median(seconds_of(step) for _ in range(args.steps))
+    result = {
+        "batch": micro_batch,
+        "num_steps": config.num_steps,
+        "guidance_scale": config.guidance_scale,
+        "batch_sec": seconds,
+        "images_per_sec": micro_batch / seconds,
+        "flops_per_image": flops,
+        **rates(micro_batch * flops, seconds, matrix, device),
+    }
+    return result | shares(args, step)
+
+
+def shares(args: argparse.Namespace, step: Callable[[], None]) -> dict[str, Any]:
+    if args.profile is None:
+        return {}
+    found = kernel_shares(step)
+    args.profile.write_text(found.markdown() + "\n")
+    print(found.markdown())
+    return {"profile": {group: round(share, 4) for group, share in found.groups.items()}}
+
+
+def fits(arguments: list[str], micro_batch: int) -> bool:
+    """Steps in a fresh process, of which nothing stays behind. RuntimeError where they fail otherwise."""
+    probe = [sys.executable, __file__, *arguments, "--micro-batch", str(micro_batch), "--probe"]
+    done = subprocess.run(probe, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, OUT_OF_MEMORY):
+        raise RuntimeError(f"micro-batch {micro_batch} failed:\n{done.stderr[-4000:]}")
+    print(f"micro-batch {micro_batch}: {'too large' if done.returncode else 'fits'}", flush=True)
+    return done.returncode == 0
+
+
+def largest(fits: Callable[[int], bool], first: int, limit: int) -> int:
+    """The largest size up to `limit` that fits: doubled from `first`, then bisected; 0 where none does."""
+    low, high = 0, limit + 1
+    size = min(first, limit)
+    while high - low > 1:
+        low, high = (size, high) if fits(size) else (low, size)
+        size = min(2 * low, limit) if high > limit else (low + high) // 2
+    return low
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("mode", choices=("train", "sample"))
+    parser.add_argument("--geometry", choices=("published", "small"), default="published")
+    parser.add_argument("--micro-batch", default="8", help="samples of a pass (sample: images), or auto")
+    parser.add_argument("--first", type=int, default=4, help="what auto tries first")
+    parser.add_argument("--limit", type=int, default=256, help="what auto tries at most")
+    parser.add_argument("--grad-accum-steps", type=int, default=1)
+    parser.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--zero-stage", type=int, default=2)
+    parser.add_argument("--text-tokens", type=int, default=32, help="of a prompt, on the average")
+    parser.add_argument("--num-steps", type=int, default=30, help="of the sampler")
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10, help="steps (sample: batches) whose median counts")
+    parser.add_argument("--profile", type=Path, help="where to write three steps' kernels as markdown")
+    parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> None:
+    args = parse(arguments)
+    # Before the first allocation: what varies with the prompts' lengths leaves no holes.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if args.micro_batch == "auto":
+        micro_batch = largest(lambda size: fits(arguments, size), args.first, args.limit)
+        if micro_batch == 0:
+            sys.exit("not even one sample fits")
+    else:
+        micro_batch = int(args.micro_batch)
+    if args.probe:
+        args.profile, args.warmup, args.steps = None, 1, 2
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = fill(small() if args.geometry == "small" else published()[0], device)
+    work = train if args.mode == "train" else draw_images
+    try:
+        result = work(args, generator, micro_batch)
+    except RuntimeError as error:
+        # cuBLAS has an error of its own where it finds no room for its workspace
+        is_memory = isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+        if args.probe and is_memory:
+            sys.exit(OUT_OF_MEMORY)
+        raise
+    finally:
+        shut_down()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    found = {"mode": args.mode, "geometry": args.geometry, "device": name, "torch": torch.__version__}
+    print(json.dumps({**found, "text_tokens": args.text_tokens, "compile": args.compile, **result}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

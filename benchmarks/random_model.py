@@ -1,0 +1,98 @@
+"""A generator of any geometry with random weights, and batches and captions for it: no file is read."""
+
+from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from repfusion.batches import Batch
+from repfusion.dit import DiTConfig, rotary_2d
+from repfusion.flow import draw
+from repfusion.meta import BareTokenizer, meta_generator
+from repfusion.model import EncoderConfig, Generator, ModelConfig
+from repfusion.rae.statistics import LatentStatistics
+
+CONDITION_DROPOUT = 0.1
+NUM_BATCHES = 8
+"""Different batches, made ahead as the loader's thread would, then repeated."""
+
+
+class NumberTokenizer(BareTokenizer):
+    """A prompt is a line of token ids."""
+
+    def __call__(self, prompts: list[str], add_special_tokens: bool) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[[int(word) for word in prompt.split()] for prompt in prompts])
+
+
+def small() -> Generator:
+    """The published model's classes at a width that a CPU trains in a moment; no memory."""
+    from transformers import LlamaConfig
+
+    text = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+    )
+    config = ModelConfig(
+        mllm=Path("small"),
+        mllm_dtype="bfloat16",
+        encoder=EncoderConfig(path=Path("small")),
+        dit=DiTConfig(hidden_size=64, depth=2, num_heads=4),
+    )
+    return meta_generator(config, text, (4, 4), 32)
+
+
+@torch.no_grad()
+def fill(generator: Generator, device: torch.device) -> Generator:
+    """Random weights on the device for a generator without memory; products with zeros would be faster."""
+    generator.to_empty(device=device)
+    torch.manual_seed(0)
+    for name, parameter in generator.named_parameters():
+        if parameter.ndim >= 2:
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    mllm, dit = generator.conditioner.mllm, generator.dit
+    # what to_empty lost: buffers that are no weights, and the statistics
+    dit.rotary = rotary_2d(generator.grid, dit.config.hidden_size // dit.config.num_heads).to(device)
+    rotary = mllm.language_model.rotary_emb
+    mllm.language_model.rotary_emb = type(rotary)(rotary.config).to(device)
+    mean = torch.zeros(generator.latent_shape, dtype=torch.float64)
+    generator.statistics = LatentStatistics(1, mean, torch.ones_like(mean))
+    mllm.tokenizer = NumberTokenizer(mllm.tokenizer.model_max_length)
+    return generator
+
+
+def captions(num: int, num_tokens: int, vocab_size: int, rng: np.random.Generator) -> list[str]:
+    """Of 3/4 to 5/4 of `num_tokens` tokens, the begin token included."""
+    lengths = rng.integers(num_tokens * 3 // 4, num_tokens * 5 // 4 + 1, num) - 1
+    return [" ".join(map(str, rng.integers(3, vocab_size, length))) for length in lengths]
+
+
+def make_batches(generator: Generator, micro_batch: int, num_tokens: int) -> Iterator[Batch]:
+    """As the loader makes them: float16 features, page-locked where there is a GPU."""
+    rng, pin = np.random.default_rng(0), torch.cuda.is_available()
+    vocab_size = generator.conditioner.mllm.language_model.config.vocab_size
+    made = []
+    for first in range(0, NUM_BATCHES * micro_batch, micro_batch):
+        positions = list(range(first, first + micro_batch))
+        features = torch.empty(micro_batch, *generator.latent_shape, dtype=torch.float16, pin_memory=pin)
+        made.append(
+            Batch(
+                positions,
+                [f"{position:09d}" for position in positions],
+                ["main"] * micro_batch,
+                [0] * micro_batch,
+                captions(micro_batch, num_tokens, vocab_size, rng),
+                features.normal_(),
+                None,
+                draw(positions, generator.latent_shape, generator.shift, CONDITION_DROPOUT, pin),
+            )
+        )
+    return cycle(made)
