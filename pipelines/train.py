@@ -177,8 +177,8 @@ def launch(
             "lower num_train_workers or raise ray.num_cpus"
         )
     # One machine: keep gloo off the network. A cluster chooses its interface itself.
-    is_alone = len([node for node in ray.nodes() if node["Alive"]]) == 1
-    environment = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"} if is_alone else {}
+    is_local = all(node["NodeManagerAddress"] == "127.0.0.1" for node in ray.nodes() if node["Alive"])
+    environment = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"} if is_local else {}
     storage = (config.output_dir / "ray").resolve()
     storage.mkdir(parents=True, exist_ok=True)
     (config.output_dir / STOP).unlink(missing_ok=True)
@@ -278,7 +278,7 @@ def run_train(config: "WorkflowConfig") -> dict[str, Any]:
     train.output_dir.mkdir(parents=True, exist_ok=True)
     if train.tracking.uri is not None:
         # Before any worker: two processes that first use a new SQLite file at the same time fail.
-        prepare_store(train.tracking.uri, train.tracking.experiment)
+        prepare_store(train.tracking.uri, train.tracking.experiment, train.tracking.artifacts)
     with ray_session(config.ray), EvaluationScheduler(config.evaluate, train), progress_bar(train):
         launch(train, config.num_train_workers, remote_columns(config), config.train_max_failures)
     return json.loads((train.output_dir / "train.json").read_text())

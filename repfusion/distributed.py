@@ -12,6 +12,8 @@ def prepare_environment() -> None:
     """Environment that DeepSpeed and gloo read when first used; what the user set is kept."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Prompts vary in length: segments that can grow keep memory from falling into pieces.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # DeepSpeed insists on a local rank, launcher or not.
     os.environ.setdefault("LOCAL_RANK", "0")
     if os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1"):

@@ -141,9 +141,9 @@ def deepspeed_config(
     config: EngineConfig, stage: int, global_batch_size: int, world_size: int, num_trainable: int
 ) -> dict[str, Any]:
     """The JSON that DeepSpeed wants, for the ZeRO stage that is run."""
-    # Buckets are allocated whole: DeepSpeed's default of 5e8 elements takes 2 GB however small the model is.
-    # It wants them even.
-    bucket = min(num_trainable + num_trainable % 2, 500_000_000)
+    # Buckets are allocated whole and several times over: DeepSpeed's default of 5e8 elements takes 2 GB each
+    # however small the model is. It wants them even.
+    bucket = min(num_trainable + num_trainable % 2, 100_000_000)
     offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_batch_size": global_batch_size,
@@ -154,6 +154,8 @@ def deepspeed_config(
         # Without ZeRO the engine clips, by the norm that it needs anyhow.
         "gradient_clipping": config.grad_clip or 0.0 if stage else 0.0,
         "steps_per_print": None,
+        # It would synchronise with the GPU at every pass and step.
+        "timers": {"throughput": {"enabled": False}},
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": stage,
@@ -329,7 +331,8 @@ class Engine:
         keys, self.losses, self.keys = self.keys, [], []
         # Every rank must take the same branch, or the others would wait for it in the next collective.
         totals = torch.stack([losses.mean(), losses.new_tensor(float(stop))])
-        dist.all_reduce(totals)
+        if self.world_size > 1:
+            dist.all_reduce(totals)
         total, num_stops = totals.tolist()
         loss = total / self.world_size
         if not math.isfinite(loss):
@@ -354,7 +357,7 @@ class Engine:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not math.isfinite(value := float(norm)):
             self._stop("gradient", step, keys)
-        if self.config.grad_clip is not None:
+        if self.config.grad_clip is not None and value > self.config.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
         return value
 

@@ -91,8 +91,15 @@ def _explain(root: Path, step: int, found: Mapping[int, str]) -> str:
 
 
 def check_resumes(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
-    """What loop.json says. ValueError where the run differs in what decides its samples."""
-    state = json.loads((folder / "resume" / "loop.json").read_text())
+    """What loop.json says. ValueError where this rank does not see it, or the run differs in what decides its
+    samples.
+    """
+    path = folder / "resume" / "loop.json"
+    if not path.is_file():
+        raise ValueError(
+            f"cannot resume: {path} is not here; output_dir has to be a folder that all ranks see"
+        )
+    state = json.loads(path.read_text())
     for field, value in expected.items():
         if field in state and state[field] != value:
             raise ValueError(

@@ -5,7 +5,7 @@ RAE normalises latents with data-set statistics; a momentum estimate would make 
 size. Here, merging shards in a fixed order gives the same bits whoever computed them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,6 +23,9 @@ class LatentStatistics:
     count: int
     mean: Float64[Tensor, "n d"]
     m2: Float64[Tensor, "n d"]
+    _by_device: dict[torch.device, tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def empty(cls, num_tokens: int, dim: int) -> "LatentStatistics":
@@ -54,6 +57,7 @@ class LatentStatistics:
         self.mean = self.mean + delta * (other.count / total)
         self.m2 = self.m2 + other.m2 + delta.square() * (self.count * other.count / total)
         self.count = total
+        self._by_device.clear()
 
     def normalise(self, features: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n d"]:
         """Features -> latents, float32."""
@@ -66,7 +70,11 @@ class LatentStatistics:
         return latents.float() * std + mean
 
     def _mean_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        return self.mean.to(device, torch.float32), (self.var + VARIANCE_EPS).sqrt().to(device, torch.float32)
+        """Kept: a copy to a GPU in every step would hold it up."""
+        if device not in self._by_device:
+            std = (self.var + VARIANCE_EPS).sqrt()
+            self._by_device[device] = self.mean.to(device, torch.float32), std.to(device, torch.float32)
+        return self._by_device[device]
 
     def save(self, path: str | Path) -> None:
         save_file(
