@@ -233,6 +233,7 @@ def test_a_second_interrupt_ends_at_once(world, tmp_path):
     assert complete_checkpoints(config.train.output_dir / "checkpoints") == []
 
 
+@pytest.mark.slow
 def test_an_error_of_our_own_is_said_once_and_not_repeated(ray_local, pool, world, tmp_path, monkeypatch):
     pool.close()  # its idle actors hold the CPUs
     data = make_columns(tmp_path / "data", num_samples=NUM_SAMPLES)

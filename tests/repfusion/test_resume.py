@@ -51,14 +51,15 @@ def assert_same(a: TrainConfig, b: TrainConfig) -> None:
         assert [key for key in one if not torch.equal(one[key], two[key])] == []
 
 
+SLOW = pytest.mark.slow
 STAGES = [
-    pytest.param({"zero_stage": 0}, id="0"),
-    pytest.param({"zero_stage": 1}, id="1"),
-    pytest.param({"zero_stage": 2}, id="2"),
+    pytest.param({"zero_stage": 0}, id="0", marks=SLOW),
+    pytest.param({"zero_stage": 1}, id="1", marks=SLOW),
+    pytest.param({"zero_stage": 2}, id="2", marks=SLOW),
     pytest.param({"zero_stage": 3}, id="3"),
-    pytest.param({"zero_stage": 3, "frozen": "sharded"}, id="3-sharded"),
-    pytest.param({"zero_stage": 2, "offload_optimizer": True}, id="2-offloaded"),
-    pytest.param({"zero_stage": 3, "offload_optimizer": True}, id="3-offloaded"),
+    pytest.param({"zero_stage": 3, "frozen": "sharded"}, id="3-sharded", marks=SLOW),
+    pytest.param({"zero_stage": 2, "offload_optimizer": True}, id="2-offloaded", marks=SLOW),
+    pytest.param({"zero_stage": 3, "offload_optimizer": True}, id="3-offloaded", marks=SLOW),
 ]
 
 
@@ -102,6 +103,7 @@ def test_the_world_may_change_from_two_ranks_to_one_to_four(world, ranks, tmp_pa
         assert len(counts) == 24 and set(counts.values()) == {1}
 
 
+@SLOW
 def test_a_checkpoint_of_one_stage_resumes_under_another(world, ranks, tmp_path):
     config = tiny_train(*world, tmp_path / "a", {"micro_batch_size": 4, "zero_stage": 3}, num_steps=4)
     whole = tiny_train(*world, tmp_path / "b", {"micro_batch_size": 4, "zero_stage": 3}, num_steps=4)
@@ -114,7 +116,10 @@ def test_a_checkpoint_of_one_stage_resumes_under_another(world, ranks, tmp_path)
         torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=5e-4)
 
 
-@pytest.mark.parametrize("moment", ["begin_checkpoint", "write_model", "write_json", "finish_checkpoint"])
+MOMENTS = ["write_model", *(pytest.param(one, marks=SLOW) for one in ("begin_checkpoint", "write_json"))]
+
+
+@pytest.mark.parametrize("moment", [*MOMENTS, pytest.param("finish_checkpoint", marks=SLOW)])
 def test_a_kill_during_a_save_leaves_a_whole_checkpoint_or_none(world, ranks, tmp_path, moment):
     engine = {"micro_batch_size": 4}
     whole = tiny_train(*world, tmp_path / "whole", engine, num_steps=6, keep_resume=9)
