@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 for name, value in {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -12,3 +14,11 @@ for name, value in {
     "WANDB_MODE": "disabled",
 }.items():
     os.environ.setdefault(name, value)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Also after a test whose engine took more: sums over another number of threads differ in the last bits."""
+    import torch
+
+    torch.set_num_threads(1)
