@@ -18,7 +18,7 @@ for name, value in {
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Also after a test whose engine took more: sums over another number of threads differ in the last bits."""
+    """Also after a test whose engine took more: by the number of threads sums differ in the last bits."""
     import torch
 
     torch.set_num_threads(1)
