@@ -142,8 +142,8 @@ def first_failure(error: Exception) -> str:
     if (ended := getattr(error, "controller_failure", None)) is not None:
         return str(ended) if isinstance(ended, StageError) else brief(ended)
     failures = {rank: base_of(one) for rank, one in sorted(getattr(error, "worker_failures", {}).items())}
-    # Ranks that lose their peer say only that the connection was closed.
-    own = {rank: one for rank, one in failures.items() if "Connection closed by peer" not in str(one)}
+    # Ranks that lose their peer say only that the connection was closed, or reset.
+    own = {rank: one for rank, one in failures.items() if " by peer" not in str(one)}
     for rank, one in (own or failures).items():
         return f"rank {rank}: {brief(one)}"
     return str(error)
