@@ -7,6 +7,11 @@ from typing import Any
 
 from pipelines.store import digest_of, file_sha256, write_json
 
+REMEDY = "give one written by save_pretrained, or run 'make foundation'"
+REMEDIES = {
+    "train.init_from": "give a checkpoint's: run the workflow that makes it first ('make demo' for the demo's)"
+}
+
 
 class Digests:
     """sha256 of weight folders and files, remembered in the root by size and time of change: a 7B model is
@@ -48,9 +53,7 @@ class Digests:
         where it is missing.
         """
         if not path.is_dir():
-            raise ValueError(
-                f"{key}: {path} is no folder; give one written by save_pretrained, or run 'make foundation'"
-            )
+            raise ValueError(f"{key}: {path} is no folder; {REMEDIES.get(key, REMEDY)}")
         files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
         return digest_of({file.name: self.file(file) for file in files if file.suffix != ".md"})
 
