@@ -9,7 +9,7 @@ from pipelines.store import digest_of, file_sha256, write_json
 
 REMEDY = "give one written by save_pretrained, or run 'make foundation'"
 REMEDIES = {
-    "train.init_from": "give a checkpoint's: run the workflow that makes it first ('make demo' for the demo's)"
+    "train.init_from": "give a checkpoint's: first run the workflow that makes it ('make demo' for ours)"
 }
 
 

@@ -77,10 +77,10 @@ def test_finetuning_says_what_has_to_run_before_it(tmp_path):
     for column in ("images", "features"):
         overrides.append(f"train.data.mix.demo.{column}={tmp_path}/{column}")
     config = load_config(CONFIGS[0].with_name("finetune.yaml"), overrides)
-    with pytest.raises(ValueError, match="train.init_from: .*checkpoint is no folder; .*'make demo'"):
+    with pytest.raises(ValueError, match=r"train.init_from: .*checkpoint is no folder; .*'make demo'"):
         build_stages(config)
     (tmp_path / "checkpoint").mkdir()
-    with pytest.raises(ValueError, match="train.data.mix.demo.images: .*run that workflow to its end"):
+    with pytest.raises(ValueError, match=r"train.data.mix.demo.images: .*run that workflow to its end"):
         build_stages(config)
     for column in ("images", "features"):
         (tmp_path / column).mkdir()
