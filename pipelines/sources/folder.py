@@ -9,9 +9,9 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict
 
 from pipelines.ingest import IngestConfig, image_fields
 from pipelines.pool import ShardJob
@@ -22,6 +22,7 @@ from pipelines.sources.raw_samples import (
     PACKAGES,
     BadEntry,
     SampleMaker,
+    free_names,
     printable,
 )
 from pipelines.storage import Folder
@@ -46,19 +47,10 @@ class FolderConfig(BaseModel):
     """The csv's column of image files, as paths within the folder."""
     caption_column: str = "caption"
     """The csv's column of captions."""
-    extra_columns: tuple[str, ...] = ()
+    extra_columns: Annotated[tuple[str, ...], free_names(OWN_FIELDS)] = ()
     """Further columns of the csv that go into each sample's json, as text, such as alternative captions."""
     options: dict[str, Any] = {}
     """Of the fsspec file system: an endpoint, a profile. Changes no bytes."""
-
-    @field_validator("extra_columns")
-    @classmethod
-    def _has_free_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if taken := OWN_FIELDS & set(names):
-            raise ValueError(
-                f"{sorted(taken)} are names that the sample's json has already; rename the columns"
-            )
-        return names
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,14 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict
 
 from pipelines.ingest import IngestConfig, image_fields
 from pipelines.pool import ShardJob
 from pipelines.sources.inputs import InputFile, find_inputs
-from pipelines.sources.raw_samples import OWN_FIELDS, PACKAGES, BadEntry, SampleMaker
+from pipelines.sources.raw_samples import OWN_FIELDS, PACKAGES, BadEntry, SampleMaker, free_names
 from pipelines.storage import Folder
 from pipelines.store import ShardCommit, ShardError, Sidecar, sample_key, shard_name
 from pipelines.tars import tar_shard
@@ -44,21 +44,12 @@ class ParquetConfig(BaseModel):
     """
     caption_column: str = "caption"
     """Column of captions."""
-    extra_columns: tuple[str, ...] = ()
+    extra_columns: Annotated[tuple[str, ...], free_names(RESERVED)] = ()
     """Further columns that go into each sample's json, such as alternative captions: text, numbers, truth
     values, lists and structs of these.
     """
     options: dict[str, Any] = {}
     """Of the fsspec file system: an endpoint, a profile. Changes no bytes."""
-
-    @field_validator("extra_columns")
-    @classmethod
-    def _has_free_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if taken := RESERVED & set(names):
-            raise ValueError(
-                f"{sorted(taken)} are names that the sample's json has already; rename the columns"
-            )
-        return names
 
 
 @dataclass(frozen=True, slots=True)

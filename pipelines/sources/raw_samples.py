@@ -3,7 +3,10 @@ them.
 """
 
 import io
+from collections.abc import Set
 from typing import Any
+
+from pydantic import AfterValidator
 
 from pipelines.ingest import SIZES, BadImage, ImageFitter, IngestConfig
 from pipelines.store import canonical_json
@@ -15,6 +18,19 @@ EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 OWN_FIELDS = {"key", "source_key", "source_file", *SIZES}
 """Fields of a sample's JSON that are ours to give."""
 PACKAGES = ("img2dataset", "opencv-python-headless", "pillow")
+
+
+def free_names(reserved: Set[str]) -> AfterValidator:
+    """For a field of column names that become fields of a sample's JSON: none may be a reserved one."""
+
+    def check(names: tuple[str, ...]) -> tuple[str, ...]:
+        if taken := reserved & set(names):
+            raise ValueError(
+                f"{sorted(taken)} are names that the sample's json has already; rename the columns"
+            )
+        return names
+
+    return AfterValidator(check)
 
 
 class BadEntry(ValueError):

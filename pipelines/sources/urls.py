@@ -6,11 +6,12 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict
 
 from pipelines.pool import ShardJob
+from pipelines.sources.raw_samples import free_names
 from pipelines.storage import Folder
 from pipelines.store import ShardCommit, Sidecar, sample_key
 
@@ -38,19 +39,12 @@ class UrlsConfig(BaseModel):
     """Its column of addresses."""
     caption_column: str = "caption"
     """Its column of captions; an empty or missing one is dropped, and counted, by `curate`."""
-    extra_columns: tuple[str, ...] = ()
+    extra_columns: Annotated[tuple[str, ...], free_names(RESERVED)] = ()
     """Further columns (text, numbers, truth values, lists of text or whole numbers) that go into each
     sample's JSON, such as alternative captions.
     """
     options: dict[str, Any] = {}
     """Of the fsspec file system: an endpoint, a profile. Changes no bytes."""
-
-    @field_validator("extra_columns")
-    @classmethod
-    def _has_free_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if taken := RESERVED & set(names):
-            raise ValueError(f"{sorted(taken)} are names that ingest gives itself; rename the list's columns")
-        return names
 
 
 @dataclass(frozen=True)

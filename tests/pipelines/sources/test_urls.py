@@ -183,7 +183,7 @@ def test_extra_columns(tmp_path):
     mixed = UrlsConfig(path=str(tmp_path), extra_columns=("score",))
     with pytest.raises(ValueError, match=r"disagree about a type: .*score"):
         UrlList(mixed).rows(range(3))
-    with pytest.raises(ValueError, match=r"'width'.*rename"):
+    with pytest.raises(ValueError, match=r"(?s)extra_columns.*\['width'\] are names .*rename"):
         UrlsConfig(path=path, extra_columns=("width",))
 
 
