@@ -1,20 +1,26 @@
-"""What the tests of whole workflows share: run one, and compare what lies on disk."""
+"""What the tests of whole workflows share: run one, wait for a moment of it, compare what lies on disk."""
 
 import json
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pipelines.config import WorkflowConfig
-from pipelines.inspection import State, states
+from pipelines.inspection import STAGE, State, states
 from pipelines.manifest import MANIFEST, SHARDS, Manifest
 from pipelines.pool import ActorPool
+from pipelines.stage import Stage
 from pipelines.stages import build_stages
 from pipelines.storage import Folder
+from pipelines.store import SCHEMA
 from pipelines.workflow import Redo, StageResult, run
 
 DATA_STAGES = ["source", "ingest", "judge", "curate", "latents", "features"]
 TIMES = {"seconds", "shard_seconds", "versions"}
 """Fields of sidecars and manifests that may differ from run to run."""
+LIMIT_SEC = 400
 
 
 def run_all(
@@ -35,6 +41,26 @@ def ran(results: dict[str, StageResult]) -> list[str]:
 
 def manifests(results: dict[str, StageResult]) -> dict[str, Manifest]:
     return {name: result.manifest for name, result in results.items()}
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+    """Waits for a moment of a run in a process of its own, which has to be alive until then."""
+    start = time.monotonic()
+    while not condition():
+        assert process.poll() is None, f"over too early: {process.returncode}\n{log.read_text()}"
+        assert time.monotonic() - start < LIMIT_SEC, log.read_text()
+        time.sleep(0.02)
+
+
+def start_training(stage: Stage) -> None:
+    """Leaves what a training that was started leaves, for `status` to look at."""
+    asked = {
+        "schema": SCHEMA,
+        "fingerprint": stage.fingerprint,
+        "fields": stage.fields,
+        "lineage": stage.lineage,
+    }
+    stage.folder.write(STAGE, json.dumps(asked).encode())
 
 
 def found(config: WorkflowConfig) -> dict[str, State]:

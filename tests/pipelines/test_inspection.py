@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from running import DATA_STAGES, data_files, found, ran, run_all, shard_times, statuses
+from running import DATA_STAGES, data_files, found, ran, run_all, shard_times, start_training, statuses
 
 from pipelines.config import WorkflowConfig
 from pipelines.inspection import STAGE
@@ -169,7 +169,7 @@ def test_another_image_size_of_the_encoder_makes_the_latents_alone_anew(make_con
 
     small, large = make_config(**sections(32)), make_config(**sections(64))
     run_all(small, pool)
-    start_training(make_config(**sections(32), last_stage="train"))
+    start_training(build_stages(make_config(**sections(32), last_stage="train"))[-1])
     states = found(make_config(**sections(64), last_stage="train"))
     reason = "train.model.encoder.image_size 32 -> 64"
     for name, state in states.items():
@@ -191,15 +191,3 @@ def test_fewer_shards_leave_none_of_the_old_ones(run_copy, configure, make_confi
     assert data_files(fewer.data_folder) == data_files(anew.data_folder)
     assert not list(fewer.root.glob("*/0000[23]*"))
     assert set(statuses(fewer).values()) == {"fresh"}
-
-
-def start_training(config: WorkflowConfig) -> None:
-    """Leaves what a training that was started leaves, for `status` to look at."""
-    stage = build_stages(config)[-1]
-    asked = {
-        "schema": SCHEMA,
-        "fingerprint": stage.fingerprint,
-        "fields": stage.fields,
-        "lineage": stage.lineage,
-    }
-    stage.folder.write(STAGE, json.dumps(asked).encode())

@@ -1,16 +1,16 @@
 """Data sets mixed into a workflow's own: what makes the training stale, and what is missing."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
+from running import start_training
 
-from pipelines.inspection import STAGE, states
+from pipelines.inspection import states
 from pipelines.manifest import Manifest, ShardTable, write_output
 from pipelines.stages import build_stages
 from pipelines.storage import Folder
-from pipelines.store import SCHEMA, ShardCommit
+from pipelines.store import ShardCommit
 from pipelines.tars import tar_shard
 
 
@@ -51,24 +51,13 @@ def train_stage(make_config):
     return build
 
 
-def start(stage) -> None:
-    """Leaves what a training that was started leaves."""
-    asked = {
-        "schema": SCHEMA,
-        "fingerprint": stage.fingerprint,
-        "fields": stage.fields,
-        "lineage": stage.lineage,
-    }
-    stage.folder.write(STAGE, json.dumps(asked).encode())
-
-
 def mixed(root: Path, **changes) -> dict:
     return {"root": root, "latents": root / "latents", **changes}
 
 
 def test_the_mix_decides_the_training(train_stage, photos: Path):
     alone = train_stage()
-    start(train_stage(photos=mixed(photos)))
+    start_training(train_stage(photos=mixed(photos)))
 
     def reason(stage) -> str:
         state = states([stage])["train"]

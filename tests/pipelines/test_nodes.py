@@ -3,17 +3,15 @@ too small, a cluster that shrinks to nothing.
 """
 
 import os
-import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from killing import contents, differences, tagged_process, temporaries
+from running import until
 
 from pipelines.config import WorkflowConfig, to_yaml
 
@@ -59,14 +57,6 @@ def start(config: WorkflowConfig, folder: Path, **environment: str):
     tag = f"{os.getpid()}-{folder.name}-{config.root.name}"
     variables = {"PYTHONPATH": str(ROOT), **environment}
     return tagged_process(command, tag, folder / f"{config.root.name}.log", variables), calls
-
-
-def until(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
-    begin = time.monotonic()
-    while not condition():
-        assert process.poll() is None, f"over too early: {process.returncode}\n{log.read_text()}"
-        assert time.monotonic() - begin < LIMIT_SEC, log.read_text()
-        time.sleep(0.02)
 
 
 def run_alone(config: WorkflowConfig, folder: Path) -> dict[str, Any]:

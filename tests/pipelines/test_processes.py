@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from killing import (
     temporaries,
     wait_until_gone,
 )
+from running import until
 
 from pipelines.config import WorkflowConfig, to_yaml
 
@@ -38,15 +38,6 @@ def write(tmp_path: Path) -> Callable[[WorkflowConfig], Path]:
 
 def tag_of(folder: Path) -> str:
     return f"{os.getpid()}-{folder.name}"
-
-
-def until(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
-    """Waits for a moment of a run."""
-    start = time.monotonic()
-    while not condition():
-        assert process.poll() is None, f"over too early: {process.returncode}\n{log.read_text()}"
-        assert time.monotonic() - start < LIMIT_SEC, log.read_text()
-        time.sleep(0.02)
 
 
 def run_to_the_end(config: Path, folder: Path) -> tuple[int, str]:

@@ -4,11 +4,10 @@ that nothing is left running.
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from killing import run_command, tagged_process, wait_until_gone
 from ranks import Job, Ranks, rank_server
+from running import until
 from tiny_training import GRID, WIDTH, make_columns, make_foundation, npy, scan_and_replace, tiny_train
 from traced_training import RankTrace, read_traces, trace_ranks
 
@@ -82,14 +82,6 @@ def traces_of(config: WorkflowConfig) -> Path:
 def steps_read(attempts: list[list[RankTrace]]) -> int:
     """The latest step whose batch was read."""
     return max((read.step for ranks in attempts for rank in ranks for read in rank.reads), default=-1)
-
-
-def until(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
-    begin = time.monotonic()
-    while not condition():
-        assert process.poll() is None, f"over too early: {process.returncode}\n{log.read_text()}"
-        assert time.monotonic() - begin < LIMIT_SEC, log.read_text()
-        time.sleep(0.05)
 
 
 def assert_gone(config: WorkflowConfig) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_training import GRID, WIDTH, make_foundation, tiny_model
+from tiny_columns import add_captions
+from tiny_training import GRID, WIDTH, make_columns, make_foundation, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPVisionConfig,
@@ -29,6 +30,18 @@ from repfusion.scenes.world import draw_scene
 def foundation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`llava/`, `vision_tower/` and `decoder/`: 4 tokens of width 16, a language model of width 32."""
     return make_foundation(tmp_path_factory.mktemp("foundation"))
+
+
+@pytest.fixture
+def columns(tmp_path: Path) -> Path:
+    """Of 20 samples in 3 shards, the test's own."""
+    return make_columns(tmp_path)
+
+
+@pytest.fixture
+def captioned(columns: Path) -> Path:
+    """`columns`, where every second sample has an alternative caption too."""
+    return add_captions(columns)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_columns import LONG, Row, add_captions, open_captioned, open_columns, read_rows
+from tiny_columns import LONG, Row, open_captioned, open_columns, read_rows
 from tiny_training import GRID, WIDTH, make_columns, write_tar
 
 from repfusion.batches import batches, micro_positions
@@ -18,16 +18,6 @@ from repfusion.mixture import Mixture
 SIZES = {"main": 20, "photos": 13, "art": 7}
 SETTINGS = {"seed": 0, "shift": 1.0, "condition_dropout": 0.1, "first_step": 0, "num_steps": 6,
             "global_batch_size": 8, "micro_batch_size": 4}  # fmt: skip
-
-
-@pytest.fixture
-def columns(tmp_path: Path) -> Path:
-    return make_columns(tmp_path)
-
-
-@pytest.fixture
-def captioned(columns: Path) -> Path:
-    return add_captions(columns)
 
 
 @pytest.fixture(scope="module")

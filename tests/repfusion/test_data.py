@@ -6,20 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_columns import add_captions, open_captioned, open_columns
-from tiny_training import GRID, WIDTH, make_columns, npy, scan_and_replace, write_tar
+from tiny_columns import open_captioned, open_columns
+from tiny_training import GRID, WIDTH, npy, scan_and_replace, write_tar
 
 from repfusion.columns import manifest_digest, scan_tar, shard_names
-
-
-@pytest.fixture
-def columns(tmp_path: Path) -> Path:
-    return make_columns(tmp_path)
-
-
-@pytest.fixture
-def captioned(columns: Path) -> Path:
-    return add_captions(columns)
 
 
 def test_columns_are_joined_key_for_key(columns: Path):

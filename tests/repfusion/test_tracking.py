@@ -155,9 +155,10 @@ def test_the_same_data_elsewhere_has_the_same_digest(store: str, tmp_path: Path)
 
 
 def test_a_process_that_never_imported_us_reads_the_source_back():
-    entry = [one for one in environment.metadata.entry_points(group="mlflow.dataset_source")]
-    if not any(one.name == "webdataset" for one in entry):
-        pytest.skip("the package was installed before it had this entry point; run 'make setup'")
+    entries = environment.metadata.entry_points(group="mlflow.dataset_source")
+    assert "webdataset" in entries.names, (
+        "the package was installed before it had this entry point; run 'make setup'"
+    )
     source = get_dataset_source_from_json(json.dumps({"columns": {}}), "webdataset")
     assert type(source).__name__ == "WebDatasetSource"
 
