@@ -32,7 +32,7 @@ from pipelines.sources.scenes import to_uint8
 from pipelines.storage import Folder
 from pipelines.store import ShardCommit
 from pipelines.tars import tar_shard
-from repfusion.model import EncoderConfig
+from repfusion.latent_space import EncoderConfig
 from repfusion.rae.encoder import RepresentationEncoder
 from repfusion.scenes.world import WorldConfig, draw_scene, render
 

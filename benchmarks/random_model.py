@@ -11,8 +11,9 @@ import torch
 from repfusion.batches import Batch
 from repfusion.dit import DiTConfig, rotary_2d
 from repfusion.flow import draw
+from repfusion.latent_space import EncoderConfig
 from repfusion.meta import BareTokenizer, meta_generator
-from repfusion.model import EncoderConfig, Generator, ModelConfig
+from repfusion.model import Generator, ModelConfig
 from repfusion.rae.statistics import LatentStatistics
 
 CONDITION_DROPOUT = 0.1

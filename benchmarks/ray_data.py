@@ -32,7 +32,7 @@ from pipelines.latents import LatentsConfig
 from pipelines.pool import ActorPool, ActorsConfig, ShardJob
 from pipelines.session import RayConfig, ray_session
 from pipelines.storage import Folder
-from repfusion.model import EncoderConfig
+from repfusion.latent_space import EncoderConfig
 
 Place = Literal["read", "actor"]
 

@@ -28,7 +28,7 @@ from pipelines.tars import TarSamples, read_samples, tar_shard
 if TYPE_CHECKING:
     import torch
 
-    from repfusion.model import EncoderConfig
+    from repfusion.latent_space import EncoderConfig
     from repfusion.rae.statistics import LatentStatistics
 
 Batch = tuple[list[str], UInt8[np.ndarray, "b h w 3"]]

@@ -22,7 +22,7 @@ from torch import Tensor
 from repfusion.foundation import WEIGHTS
 from repfusion.model import Generator, ModelConfig
 from repfusion.rae.encoder import weights_digest
-from repfusion.rae.geometry import tower_geometry
+from repfusion.rae.geometry import latent_geometry
 from repfusion.rae.statistics import LatentStatistics
 
 log = logging.getLogger(__name__)
@@ -262,7 +262,7 @@ def check_continues(generator: Generator, folder: Path) -> None:
 def _encoder_view(config: ModelConfig, generator: Generator) -> tuple[int, int]:
     """Layer and image size by which the features are taken; the weights are known to be the generator's."""
     encoder = config.encoder
-    return encoder.layer, tower_geometry(generator.config.encoder.path, encoder.image_size).image_size
+    return encoder.layer, latent_geometry(generator.config.encoder.path, encoder.image_size).image_size
 
 
 def is_pinned(folder: Path) -> bool:

@@ -34,7 +34,7 @@ from repfusion.foundation import WEIGHTS
 from repfusion.lineage import LINEAGE, checkpoint_record, file_digest, read_lineage
 from repfusion.mllm import LANGUAGE_MODELS, MLLM, Projector
 from repfusion.model import Generator, ModelConfig
-from repfusion.rae.geometry import tower_geometry
+from repfusion.rae.geometry import latent_geometry
 from repfusion.rae.statistics import LatentStatistics
 
 SCHEMA = 1
@@ -115,7 +115,7 @@ def write_denoiser(generator: Generator, checkpoint: Path, folder: Path, use_ema
     """
     folder.mkdir()
     config = generator.config
-    size = tower_geometry(config.encoder.path, config.encoder.image_size).image_size
+    size = latent_geometry(config.encoder.path, config.encoder.image_size).image_size
     geometry = {"grid": list(generator.grid), "image_size_px": size, "projector": projector_fields(generator)}
     model = portable(config.model_dump(mode="json"))
     write_json(folder / "config.json", {"schema": SCHEMA, "model": model, **geometry})

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from repfusion.export import MARK, is_export, load_any
 from repfusion.foundation import WEIGHTS
+from repfusion.latent_space import Decoder
 from repfusion.lineage import checkpoint_record, folder_record, png_info, read_lineage
 from repfusion.model import Generator
-from repfusion.rae.decoder import RAEDecoder
 from repfusion.sampler import SamplerConfig, sample
 
 
@@ -31,7 +31,7 @@ def initial_noise(seeds: Iterable[int], shape: tuple[int, int]) -> Float[Tensor,
 
 @torch.no_grad()
 def decode(
-    generator: Generator, decoder: RAEDecoder, latents: Float[Tensor, "b n d"]
+    generator: Generator, decoder: Decoder, latents: Float[Tensor, "b n d"]
 ) -> Float[Tensor, "b 3 h w"]:
     """Pixels in [0, 1], on the CPU in float32."""
     return decoder(generator.denormalise(latents)).float().clamp(0, 1).cpu()
@@ -40,7 +40,7 @@ def decode(
 @torch.no_grad()
 def generate(
     generator: Generator,
-    decoder: RAEDecoder,
+    decoder: Decoder,
     prompts: list[str],
     seed: int = 0,
     config: SamplerConfig = SamplerConfig(),

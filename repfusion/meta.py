@@ -9,8 +9,9 @@ import torch
 import yaml
 
 from repfusion.dit import DiTConfig
+from repfusion.latent_space import EncoderConfig
 from repfusion.mllm import MLLM, Projector
-from repfusion.model import EncoderConfig, Generator, ModelConfig
+from repfusion.model import Generator, ModelConfig
 from repfusion.rae.decoder import RAEDecoder, RAEDecoderConfig
 from repfusion.rae.geometry import tower_config, tower_geometry
 from repfusion.rae.statistics import LatentStatistics

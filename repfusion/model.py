@@ -17,31 +17,11 @@ from repfusion.conditioning.text_embed import TextEmbedConditioner, TextFeatures
 from repfusion.dit import DiT, DiTConfig
 from repfusion.flow import FlowConfig, interpolate, shift_factor, velocity
 from repfusion.foundation import WEIGHTS
+from repfusion.latent_space import Decoder, EncoderConfig, load_decoder
 from repfusion.mllm import MLLM
-from repfusion.rae.decoder import RAEDecoder
-from repfusion.rae.encoder import RepresentationEncoder
 from repfusion.rae.statistics import LatentStatistics
 
 PromptBatch = Prefix | TextFeatures
-
-
-class EncoderConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    path: Path = WEIGHTS / "vision_tower"
-    """Folder of the CLIP vision tower, or of a LLaVA that holds it."""
-    layer: int = -2
-    """Hidden state taken as features; -2 is the penultimate."""
-    image_size: int | None = None
-    """Side in px of the images it takes, a multiple of its patch size; its positions are interpolated. None
-    is the size it was trained at.
-    """
-
-    def load(self) -> RepresentationEncoder:
-        """The encoder, on the CPU in float32. Raises ValueError where the folder has no such tower, layer or
-        size.
-        """
-        return RepresentationEncoder.from_pretrained(self.path, self.layer, image_size=self.image_size)
 
 
 class ModelConfig(BaseModel):
@@ -52,9 +32,9 @@ class ModelConfig(BaseModel):
     mllm_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which the frozen weights are held."""
     encoder: EncoderConfig = EncoderConfig()
-    """The tower whose features are denoised."""
+    """What makes the features that are denoised."""
     decoder: Path = WEIGHTS / "decoder"
-    """Folder of the RAE decoder."""
+    """Folder of the decoder: a RAE decoder's, or the VAE's that makes the features."""
     conditioning: Literal["noisy_latents", "text_embed"] = "noisy_latents"
     """RepFusion, or its static baseline."""
     dit: DiTConfig = DiTConfig()
@@ -196,10 +176,12 @@ class Generator(nn.Module):
             for name, parameter in own.items():
                 parameter.copy_(state[name])
 
-    def load_decoder(self) -> RAEDecoder:
-        """Raises ValueError where the decoder reads other features than this model makes."""
-        decoder = RAEDecoder.from_pretrained(self.config.decoder).to(self.device)
-        got, expected = (decoder.config.grid, decoder.config.feature_dim), (self.grid, self.latent_shape[1])
+    def load_decoder(self) -> Decoder:
+        """On the model's device. Raises ValueError where the decoder reads other features than this model
+        makes.
+        """
+        decoder = load_decoder(self.config.decoder, self.grid).to(self.device)
+        got, expected = (decoder.grid, decoder.feature_dim), (self.grid, self.latent_shape[1])
         if got != expected:
             raise ValueError(
                 f"decoder {self.config.decoder} reads (grid, width) {got}, the model makes {expected}: "

@@ -17,8 +17,8 @@ from torch import Tensor
 from repfusion.checkpoint import load_checkpoint
 from repfusion.export import is_export, load_export
 from repfusion.generate import decode, to_uint8
+from repfusion.latent_space import Decoder
 from repfusion.model import Generator
-from repfusion.rae.decoder import RAEDecoder
 from repfusion.sampler import SamplerConfig, sample
 
 Noise = torch.Generator | list[torch.Generator] | None
@@ -36,7 +36,7 @@ class RepFusionPipelineOutput:
 class RepFusionPipeline:
     """The same images as `repfusion.generate`, bit for bit, for the same seeds, batch and device."""
 
-    def __init__(self, model: Generator, decoder: RAEDecoder, precision: Literal["fp32", "bf16"] = "bf16"):
+    def __init__(self, model: Generator, decoder: Decoder, precision: Literal["fp32", "bf16"] = "bf16"):
         self.model = model.eval()
         self.decoder = decoder
         self.precision = precision

@@ -23,11 +23,33 @@ from repfusion.columns import scan_tar
 from repfusion.data import DataConfig
 from repfusion.dit import DiTConfig
 from repfusion.engine import EngineConfig
-from repfusion.model import EncoderConfig, ModelConfig
+from repfusion.latent_space import EncoderConfig
+from repfusion.model import ModelConfig
 from repfusion.rae.decoder import RAEDecoder, RAEDecoderConfig
 from repfusion.rae.statistics import LatentStatistics
 from repfusion.train import TrainConfig
 
+METHODS = {
+    "noisy_latents": {"method": "noisy_latents"},
+    "noisy_latents_cross": {"method": "noisy_latents", "interface": "cross_attention"},
+    "noisy_latents_trained": {
+        "method": "noisy_latents",
+        "train_llm": True,
+        "bidirectional": True,
+        "captioning": {"weight": 0.5, "share": 0.5},
+    },
+    "text_embed": {"method": "text_embed"},
+    "queries": {"method": "queries"},
+    "queries_timestep": {"method": "queries", "reads_time": True},
+    "queries_connector": {
+        "method": "queries",
+        "interface": "cross_attention",
+        "num_queries": 3,
+        "connector_depth": 1,
+    },
+    "transfusion": {"method": "transfusion", "captioning": {"share": 0.5}},
+}
+"""`model.conditioning` of every method and of its variants, by a name for tests."""
 WORDS = ["a", "red", "green", "blue", "circle", "square", "left", "of", "and", "two"]
 IMAGE_SIZE, GRID, WIDTH = 32, 2, 16
 
@@ -134,8 +156,10 @@ def make_columns(
     return folder
 
 
-def tiny_model(foundation: Path, **changes) -> ModelConfig:
+def tiny_model(foundation: Path, conditioning: str = "noisy_latents", **changes) -> ModelConfig:
+    """`conditioning` is a name in METHODS, `changes` are the DiT's."""
     return ModelConfig(
+        conditioning=METHODS[conditioning],
         mllm=foundation / "llava",
         encoder=EncoderConfig(path=foundation / "vision_tower"),
         decoder=foundation / "decoder",

@@ -20,8 +20,8 @@ from repfusion.checkpoint import check_complete, load_checkpoint
 from repfusion.evaluation.gallery import gallery
 from repfusion.evaluation.scores import ScoredImages, Scores, score_images
 from repfusion.generate import generate
+from repfusion.latent_space import Decoder
 from repfusion.model import Generator
-from repfusion.rae.decoder import RAEDecoder
 from repfusion.sampler import SamplerConfig
 from repfusion.scenes.captions import TASKS, Prompt, Task, held_out_prompts
 
@@ -94,7 +94,7 @@ def _gallery_rows(prompts: list[Prompt]) -> tuple[list[int], list[str]]:
     return [i for row in full.values() for i in row], list(full)
 
 
-def _load(checkpoint: Path, config: EvaluationConfig) -> tuple[Generator, RAEDecoder]:
+def _load(checkpoint: Path, config: EvaluationConfig) -> tuple[Generator, Decoder]:
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     generator = load_checkpoint(checkpoint, use_ema=config.use_ema).to(device)
     return generator, generator.load_decoder()

@@ -66,6 +66,14 @@ class RAEDecoder(nn.Module):
             "rotary", rotary_2d(config.grid, config.hidden_size // config.num_heads), persistent=False
         )
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.config.grid
+
+    @property
+    def feature_dim(self) -> int:
+        return self.config.feature_dim
+
     def forward(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b 3 h w"]:
         """Pixels, about [0, 1] and not clamped."""
         x = self.embed(features) + self.positions

@@ -1,5 +1,8 @@
-"""Pixels -> features: a frozen CLIP vision tower, one hidden layer, patch tokens only, LayerNorm without
-affine (RAE, section 3).
+"""Pixels -> features: a frozen vision tower, one hidden state, patch tokens only, LayerNorm without affine
+(RAE, section 3).
+
+`layer` -1 is the output of the last block, before the tower's final norm: RAE takes that norm without its
+affine, which is the normalisation that every layer gets here.
 """
 
 import hashlib
@@ -9,13 +12,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from repfusion.rae.geometry import TowerGeometry, tower_config, tower_geometry
+from repfusion.pixel_encoder import PixelEncoder
+from repfusion.rae.geometry import LatentGeometry, TowerGeometry, tower_config, tower_geometry
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+PIXEL_STATISTICS = {
+    "clip_vision_model": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "siglip_vision_model": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "dinov2": IMAGENET,
+    "dinov2_with_registers": IMAGENET,
+}
+"""Mean and standard deviation with which a family was trained, for folders that do not say."""
 
 
 def weights_digest(folder: str | Path) -> str:
@@ -38,13 +48,13 @@ def weights_digest(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-class RepresentationEncoder(nn.Module):
+class RepresentationEncoder(PixelEncoder):
     """Frozen tower with its pixel normalisation.
 
-    Args: tower: a CLIPVisionModel, changed in place: layers above `layer` are dropped, positions are
-    interpolated where the size asks for it. layer: the hidden state taken as features; -2, the penultimate,
-    is LLaVA-1.5's choice. geometry: size of the images it takes, in px, and of its patches. mean, std: of the
-    pixels' normalisation, per channel. digest: names the tower's weights.
+    Args: tower: a vision model of transformers, changed in place: layers above `layer` and the final norm are
+    dropped, positions are interpolated where the size asks for it. layer: the hidden state taken as features;
+    -2, the penultimate, is LLaVA-1.5's choice. geometry: size of the images it takes, in px, and of its
+    patches. mean, std: of the pixels' normalisation, per channel. digest: names the tower's weights.
     """
 
     def __init__(
@@ -56,8 +66,8 @@ class RepresentationEncoder(nn.Module):
         std: list[float],
         digest: str,
     ):
-        super().__init__()
         config = tower.config
+        super().__init__(LatentGeometry(geometry.image_size, geometry.grid, config.hidden_size), digest)
         if not -config.num_hidden_layers <= layer <= -1:
             raise ValueError(
                 f"layer {layer}: the tower has {config.num_hidden_layers} layers; use -1 to "
@@ -65,14 +75,9 @@ class RepresentationEncoder(nn.Module):
             )
         if geometry.image_size != config.image_size:
             interpolate_positions(tower, geometry)
-        layers: Any = tower.encoder.layers
-        tower.encoder.layers = layers[: config.num_hidden_layers + 1 + layer]
+        self.num_other_tokens = drop_above(tower, config.num_hidden_layers + 1 + layer)
         self.tower = tower.eval().requires_grad_(False)
         self.layer = layer
-        self.digest = digest
-        self.image_size = geometry.image_size
-        self.grid = geometry.grid
-        self.feature_dim: int = config.hidden_size
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -84,8 +89,8 @@ class RepresentationEncoder(nn.Module):
         dtype: torch.dtype = torch.float32,
         image_size: int | None = None,
     ) -> "RepresentationEncoder":
-        """Loads a CLIP vision folder, or the tower of a LLaVA folder. Pixel mean and std come from
-        `preprocessor_config.json`.
+        """Loads a vision folder, or the tower of a CLIP, SigLIP or LLaVA folder. Pixel mean and std come from
+        its image processor's file, else from the family.
 
         Args:
             folder: as written by save_pretrained.
@@ -95,71 +100,89 @@ class RepresentationEncoder(nn.Module):
 
         Raises:
             ValueError: where the folder is missing or holds another architecture, or has no such layer or
-                size.
+                size, or lacks weights.
         """
-        from transformers import CLIPVisionModel, LlavaForConditionalGeneration
-
         folder = Path(folder)
-        kind, _ = tower_config(folder)
         geometry = tower_geometry(folder, image_size)
-        if kind == "llava":
-            tower = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).model.vision_tower
-        else:
-            tower = CLIPVisionModel.from_pretrained(folder, dtype=dtype)
-        mean, std = list(CLIP_MEAN), list(CLIP_STD)
-        preprocessor = folder / "preprocessor_config.json"
-        if preprocessor.is_file():
-            fields = json.loads(preprocessor.read_text())
-            mean, std = fields.get("image_mean", mean), fields.get("image_std", std)
-        return cls(tower, layer, geometry, mean, std, weights_digest(folder))
+        tower = load_tower(folder, dtype)
+        return cls(tower, layer, geometry, *pixel_statistics(folder), weights_digest(folder))
 
-    @property
-    def num_tokens(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    def forward(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
-        """Features float32, zero mean and unit variance over each token's channels.
-
-        Raises:
-            ValueError: for another image size than the encoder's, or values outside [0, 1].
-        """
-        if pixels.shape[-2:] != (self.image_size, self.image_size):
-            expected = f"{self.image_size} x {self.image_size}"
-            raise ValueError(
-                f"pixels are {pixels.shape[-2]} x {pixels.shape[-1]}, the encoder takes {expected}; "
-                "resize in 'ingest'"
-            )
-        low, high = pixels.aminmax()
-        if not (low >= 0 and high <= 1):
-            raise ValueError(
-                f"pixels are in [{low:g}, {high:g}], expected [0, 1]; divide 8-bit values by 255"
-            )
-        return self._features(pixels)
-
-    @torch.no_grad()
-    def encode_images(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b n d"]:
-        """As `forward`, of 8-bit images of the encoder's size; nothing here waits for a GPU to have
-        finished.
-        """
-        return self._features(images.permute(0, 3, 1, 2).float().div(255))
-
-    @torch.no_grad()
     def _features(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
+        """Zero mean and unit variance over each token's channels."""
         normalised = ((pixels - self.mean) / self.std).to(self.tower.dtype)
         hidden = self.tower(pixel_values=normalised).last_hidden_state
-        return F.layer_norm(hidden[:, 1:].float(), (self.feature_dim,))
+        eps = self.tower.config.layer_norm_eps
+        return F.layer_norm(hidden[:, self.num_other_tokens :].float(), (self.feature_dim,), eps=eps)
+
+
+def load_tower(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Raises ValueError where weights are missing, which transformers would draw at random."""
+    import transformers
+
+    kind, vision = tower_config(folder)
+    match "llava" if kind == "llava" else vision["model_type"]:
+        case "llava":
+            model: Any = transformers.LlavaForConditionalGeneration
+        case "clip_vision_model":
+            model = transformers.CLIPVisionModel
+        case "siglip_vision_model":
+            model = transformers.SiglipVisionModel
+        case "dinov2":
+            model = transformers.Dinov2Model
+        case _:
+            model = transformers.Dinov2WithRegistersModel
+    loaded, report = model.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"encoder folder {folder}: no weights for {missing[:4]} ({len(missing)} in all)")
+    return loaded.model.vision_tower if kind == "llava" else loaded
+
+
+def pixel_statistics(folder: Path) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation, per channel, by which the folder's image processor normalises pixels."""
+    fields: dict[str, Any] = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            fields = json.loads((folder / name).read_text())
+            fields = fields.get("image_processor", fields)
+            break
+    mean, std = PIXEL_STATISTICS[tower_config(folder)[1]["model_type"]]
+    return fields.get("image_mean", list(mean)), fields.get("image_std", list(std))
+
+
+def drop_above(tower: nn.Module, num_layers: int) -> int:
+    """Leaves a tower its first layers, and takes away what its `last_hidden_state` goes through after them;
+    returns how many tokens stand before the patches.
+    """
+    encoder: Any = tower.encoder
+    match tower.config.model_type:
+        case "clip_vision_model":
+            encoder.layers = encoder.layers[:num_layers]
+            return 1
+        case "siglip_vision_model":
+            encoder.layers = encoder.layers[:num_layers]
+            tower.post_layernorm, tower.use_head, tower.head = nn.Identity(), False, None
+            return 0
+        case _:
+            encoder.layer = encoder.layer[:num_layers]
+            tower.layernorm = nn.Identity()
+            return 1 + getattr(tower.config, "num_register_tokens", 0)
 
 
 def interpolate_positions(tower: nn.Module, geometry: TowerGeometry) -> None:
     """Gives a tower the positions of another grid, as its `interpolate_pos_encoding` computes them at every
     call (bicubic); here it is done once.
     """
-    embeddings, size = tower.embeddings, geometry.image_size
+    embeddings, size, width = tower.embeddings, geometry.image_size, tower.config.hidden_size
     num_patches = geometry.grid[0] * geometry.grid[1]
-    tokens = embeddings.class_embedding.expand(1, num_patches + 1, -1)
+    num_positions = num_patches + (tower.config.model_type != "siglip_vision_model")
     with torch.no_grad():
+        tokens = next(embeddings.parameters()).new_empty(1, num_positions, width)
         positions = embeddings.interpolate_pos_encoding(tokens, size, size)[0]
+    tower.config.image_size = size
+    if tower.config.model_type.startswith("dinov2"):
+        embeddings.position_embeddings = nn.Parameter(positions[None])
+        return
     embeddings.position_embedding = nn.Embedding.from_pretrained(positions)
-    embeddings.position_ids = torch.arange(num_patches + 1).expand(1, -1)
-    embeddings.image_size = tower.config.image_size = size
-    embeddings.num_patches, embeddings.num_positions = num_patches, num_patches + 1
+    embeddings.position_ids = torch.arange(num_positions).expand(1, -1)
+    embeddings.image_size = size
+    embeddings.num_patches, embeddings.num_positions = num_patches, num_positions

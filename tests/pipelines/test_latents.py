@@ -29,7 +29,7 @@ from pipelines.pool import ActorsConfig, ShardJob
 from pipelines.storage import Folder
 from pipelines.store import ShardCommit, ShardError, file_sha256, read_sidecar
 from pipelines.tars import tar_shard
-from repfusion.model import EncoderConfig
+from repfusion.latent_space import EncoderConfig
 from repfusion.rae.statistics import LatentStatistics
 
 SIZE, BATCH = 32, 4

@@ -21,7 +21,8 @@ from repfusion.checkpoint import (
     step_of,
 )
 from repfusion.foundation import WEIGHTS
-from repfusion.model import EncoderConfig, Generator, ModelConfig
+from repfusion.latent_space import EncoderConfig
+from repfusion.model import Generator, ModelConfig
 from repfusion.rae.statistics import LatentStatistics
 
 

@@ -182,7 +182,7 @@ def test_folders_that_hold_no_tower_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json"):
         RepresentationEncoder.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="model_type 'bert'; expected 'clip_vision_model'"):
+    with pytest.raises(ValueError, match="model_type 'bert'; expected one of clip_vision_model"):
         RepresentationEncoder.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"no \*\.safetensors files"):
         weights_digest(tmp_path)
