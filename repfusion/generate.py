@@ -119,12 +119,31 @@ def main() -> None:
         "--scale", type=int, default=8, help="enlarge each pixel of small images to scale x scale"
     )
     parser.add_argument("--guidance-scale", type=float, default=SamplerConfig().guidance_scale)
+    parser.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        default=SamplerConfig().guidance_interval,
+        metavar=("LOW", "HIGH"),
+        help="guide where LOW < noise level <= HIGH (default: 0 1, everywhere)",
+    )
     parser.add_argument("--num-steps", type=int, default=SamplerConfig().num_steps)
+    parser.add_argument(
+        "--solver",
+        choices=("euler", "heun"),
+        default=SamplerConfig().solver,
+        help="euler reads the model once a step, heun twice (but for the last)",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     try:
         generator = load_any(args.checkpoint).to(args.device)
-        sampler = SamplerConfig(num_steps=args.num_steps, guidance_scale=args.guidance_scale)
+        sampler = SamplerConfig(
+            num_steps=args.num_steps,
+            solver=args.solver,
+            guidance_scale=args.guidance_scale,
+            guidance_interval=args.guidance_interval,
+        )
         record = image_record(args.checkpoint, args.prompt, args.seed, sampler, args.num_images)
         pixels = generate(
             generator, generator.load_decoder(), [args.prompt] * args.num_images, args.seed, sampler

@@ -85,12 +85,14 @@ class RepFusionPipeline:
         output_type: str = "pil",
         latents: Float[Tensor, "b n d"] | None = None,
         callback_on_step_end: StepEnd | None = None,
+        solver: Literal["euler", "heun"] = "euler",
+        guidance_interval: tuple[float | int, float | int] = (0.0, 1.0),
     ) -> RepFusionPipelineOutput:
         """All images in one batch; those of a prompt lie beside each other.
 
         Args:
             prompt: one or several.
-            num_inference_steps: Euler steps.
+            num_inference_steps: of the solver.
             guidance_scale: 1 turns guidance off.
             generator: of the noise, on any device. One draws the images' noise one after the other, so that
                 the first image is that of the call for it alone; a list has one for each image; None takes
@@ -100,6 +102,8 @@ class RepFusionPipeline:
                 `latent` [b, n, d], the normalised latents.
             latents: the initial noise itself, in place of a draw.
             callback_on_step_end: called after every step; the latents it returns take their place.
+            solver: `euler` evaluates the model once a step, `heun` twice, but for the last step.
+            guidance_interval: guide where low < noise level <= high.
 
         Raises:
             ValueError: no prompt, as many generators or latents as there are no images, or a bad number.
@@ -113,7 +117,11 @@ class RepFusionPipeline:
             )
         prompts = [one for one in prompts for _ in range(num_images_per_prompt)]
         config = SamplerConfig(
-            num_steps=num_inference_steps, guidance_scale=guidance_scale, precision=self.precision
+            num_steps=num_inference_steps,
+            solver=solver,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            precision=self.precision,
         )
         noise = self._noise(len(prompts), generator) if latents is None else latents
         made = sample(self.model, prompts, noise, config, self._on_step(callback_on_step_end))

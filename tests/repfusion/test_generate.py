@@ -108,7 +108,8 @@ def test_a_png_says_what_made_it(checkpoint, tmp_path, monkeypatch, num_images):
     out, prompt = tmp_path / "x.png", "a red circle — ünïcode"
     (checkpoint / "lineage.json").write_text(json.dumps({"run_id": "abc"}))
     common = ["--checkpoint", checkpoint, "--prompt", prompt, "--out", out, "--device", "cpu"]
-    run_main(monkeypatch, *common, "--num-images", num_images, "--seed", 3, "--num-steps", 2)
+    sampler = ("--num-steps", 2, "--solver", "heun", "--guidance-interval", 0.25, 1)
+    run_main(monkeypatch, *common, "--num-images", num_images, "--seed", 3, *sampler)
     with Image.open(out) as image:
         assert json.loads(image.info["repfusion"]) == read_png(out)
     assert read_png(out) == {
@@ -116,7 +117,9 @@ def test_a_png_says_what_made_it(checkpoint, tmp_path, monkeypatch, num_images):
         "seed": 3,
         "num_images": num_images,
         "num_steps": 2,
+        "solver": "heun",
         "guidance_scale": 4.0,
+        "guidance_interval": [0.25, 1.0],
         "precision": "bf16",
         "checkpoint": {
             "path": str(checkpoint),
@@ -127,11 +130,25 @@ def test_a_png_says_what_made_it(checkpoint, tmp_path, monkeypatch, num_images):
     }
 
 
-def test_the_record_is_enough_to_make_the_image_again(checkpoint, generator, decoder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("solver", "interval"), [("euler", [0.0, 1.0]), ("heun", [0.0, 0.5])])
+def test_the_record_is_enough_to_make_the_image_again(
+    checkpoint, generator, decoder, tmp_path, monkeypatch, solver, interval
+):
     out = tmp_path / "x.png"
     common = ["--checkpoint", checkpoint, "--prompt", "two blue square", "--out", out, "--device", "cpu"]
-    run_main(monkeypatch, *common, "--seed", 11, "--num-steps", 2, "--guidance-scale", 2.5, "--scale", 1)
+    sampler = (
+        "--num-steps",
+        3,
+        "--solver",
+        solver,
+        "--guidance-scale",
+        2.5,
+        "--guidance-interval",
+        *interval,
+    )
+    run_main(monkeypatch, *common, "--seed", 11, *sampler, "--scale", 1)
     record = read_png(out)
+    assert (record["solver"], record["guidance_interval"]) == (solver, interval)
     config = SamplerConfig(**{name: record[name] for name in SamplerConfig.model_fields})
     again = to_uint8(generate(generator, decoder, [record["prompt"]], record["seed"], config))[0]
     np.testing.assert_array_equal(np.asarray(Image.open(out)), again)
@@ -165,3 +182,9 @@ def test_the_command_says_what_is_wrong(checkpoint, tmp_path, monkeypatch, chang
         run_main(monkeypatch, *(part for pair in arguments.items() for part in pair))
     assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
     assert not (tmp_path / "x.png").exists()
+
+
+def test_an_interval_the_wrong_way_round_is_refused(checkpoint, tmp_path, monkeypatch):
+    common = ["--checkpoint", checkpoint, "--prompt", "a", "--out", tmp_path / "x.png"]
+    with pytest.raises(SystemExit, match=r"\(0.7, 0.2\): expected noise levels 0 <= low <= high <= 1"):
+        run_main(monkeypatch, *common, "--guidance-interval", 0.7, 0.2)

@@ -111,6 +111,14 @@ def test_steps_and_guidance_reach_the_sampler(pipe, guidance_scale):
     assert torch.equal(made, reference([PROMPT], 6, guidance_scale=guidance_scale))
 
 
+def test_solver_and_guidance_interval_reach_the_sampler(pipe):
+    changes = {"solver": "heun", "guidance_interval": (0.3, 1)}
+    made = pipe(PROMPT, STEPS, generator=seeded(6), output_type="pt", **changes).images
+    assert torch.equal(made, reference([PROMPT], 6, **changes))
+    plain = pipe(PROMPT, STEPS, generator=seeded(6), output_type="pt").images
+    assert (made - plain).abs().max() > 0.01
+
+
 def test_the_callback_sees_every_step_and_may_change_the_latents(pipe):
     seen: list[tuple[int, float]] = []
 
@@ -168,6 +176,7 @@ def test_to_moves_it_and_returns_it(pipe):
         ({"output_type": "jpeg"}, "'pil', 'np', 'pt' or 'latent'"),
         ({"num_inference_steps": 0}, "num_steps"),
         ({"guidance_scale": 0.5}, "guidance_scale"),
+        ({"guidance_interval": (0.5, 0.2)}, "expected noise levels 0 <= low <= high <= 1"),
         ({"prompt": "red " * 90}, "the context takes"),
     ],
 )

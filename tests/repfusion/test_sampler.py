@@ -1,11 +1,13 @@
-"""The sampler takes exactly the steps it is told, ends at zero noise, and guides when it is told to."""
+"""The sampler takes exactly the steps it is told, ends at zero noise, converges at its solver's order, and
+guides where it is told to.
+"""
 
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
 
-from repfusion.sampler import SamplerConfig, noise_levels, sample
+from repfusion.sampler import SamplerConfig, noise_levels, num_evaluations, sample
 
 PROMPTS = ["a red circle", "two blue square left of a green circle"]
 UNGUIDED = {"guidance_scale": 1, "precision": "fp32"}
@@ -77,6 +79,119 @@ def test_a_field_that_points_at_one_image_arrives_there(make_generator):
     torch.testing.assert_close(sample(generator, PROMPTS, noise, config), expected, atol=3e-2, rtol=0)
 
 
+MEAN, DEVIATION = 0.7, 0.3
+
+
+def gaussian_velocity(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """E[noise - latents | z_t = z] where each channel of the latents is drawn from N(MEAN, DEVIATION^2):
+    z_t is Gaussian, and the expectation linear in z.
+    """
+    t = t[:, None, None]
+    variance = (1 - t) ** 2 * DEVIATION**2 + t**2
+    return (t - (1 - t) * DEVIATION**2) / variance * (z - (1 - t) * MEAN) - MEAN
+
+
+@pytest.mark.parametrize("shift", [0.5, 3.0])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+def test_converges_at_the_order_of_the_solver(make_generator, monkeypatch, solver, order, shift):
+    """The flow of a Gaussian keeps each point's place in it: noise e ends at MEAN + DEVIATION * e. Twice the
+    steps divide the error by 2^order.
+    """
+    generator = make_generator()
+    generator.shift = shift
+    monkeypatch.setattr(generator, "velocity", lambda z, t, prompts: gaussian_velocity(z, t))
+    noise = noise_of(generator)
+    errors = []
+    for num_steps in (32, 64, 128):
+        config = SamplerConfig(num_steps=num_steps, solver=solver, **UNGUIDED)
+        made = sample(generator, PROMPTS, noise, config)
+        errors.append((made - (MEAN + DEVIATION * noise)).square().mean().sqrt().log2().item())
+    slopes = [errors[0] - errors[1], errors[1] - errors[2]]
+    assert slopes == pytest.approx([order, order], abs=0.25)
+    assert errors[2] < (-6 if solver == "euler" else -10)
+
+
+def test_heun_is_the_mean_of_both_ends_and_euler_at_the_last_step(make_generator):
+    generator = make_generator()
+    noise = noise_of(generator)
+    a, b, c, end = noise_levels(3, generator.shift).tolist()
+    batch = generator.prompt_batch(PROMPTS)
+
+    def velocity(z: torch.Tensor, level: float) -> torch.Tensor:
+        with torch.no_grad():
+            return generator.velocity(z, torch.full((2,), level), batch)
+
+    z = noise
+    for level, following in ((a, b), (b, c)):
+        first = velocity(z, level)
+        second = velocity(z + (following - level) * first, following)
+        z = z + (following - level) * (first + second) / 2
+    z = z + (end - c) * velocity(z, c)
+    made = sample(generator, PROMPTS, noise, SamplerConfig(num_steps=3, solver="heun", **UNGUIDED))
+    torch.testing.assert_close(made, z, atol=1e-4, rtol=1e-4)
+
+
+INTERVALS = [(0.0, 1.0), (0.21, 0.6), (0.31, 1.0), (0.5, 0.5)]
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("interval", INTERVALS)
+@pytest.mark.parametrize("num_steps", [1, 6])
+def test_the_number_of_evaluations_is_the_stated_one(make_generator, solver, interval, num_steps):
+    generator = make_generator()
+    seen = watch(generator)
+    config = SamplerConfig(num_steps=num_steps, solver=solver, guidance_interval=interval)
+    sample(generator, PROMPTS, noise_of(generator), config)
+    guided, unguided = num_evaluations(config, generator.shift)
+    assert guided + unguided == (num_steps if solver == "euler" else 2 * num_steps - 1)
+    assert sorted(len(t) for t in seen) == [2] * unguided + [4] * guided
+    for t in seen:
+        assert (len(t) == 4) == (interval[0] < t[0] <= interval[1])
+
+
+def test_evaluations_where_they_are_known():
+    """Without shift the levels of 4 steps are 1, 3/4, 1/2, 1/4; Heun visits those below 1 twice."""
+
+    def count(**changes) -> tuple[int, int]:
+        return num_evaluations(SamplerConfig(num_steps=4, **changes), 1.0)
+
+    assert count() == (4, 0)
+    assert count(guidance_scale=1) == (0, 4)
+    assert count(guidance_interval=(0.5, 1)) == (2, 2)
+    assert count(guidance_interval=(0.25, 0.75)) == (2, 2)
+    assert count(solver="heun") == (7, 0)
+    assert count(solver="heun", guidance_interval=(0.25, 0.75)) == (4, 3)
+    assert count(guidance_interval=(0.5, 0.5)) == (0, 4)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_the_whole_interval_is_guidance_everywhere_and_an_empty_one_is_none(make_generator, solver):
+    generator = make_generator()
+    noise, common = noise_of(generator), {"num_steps": 5, "solver": solver, "precision": "fp32"}
+
+    def made(**changes) -> torch.Tensor:
+        return sample(generator, PROMPTS, noise, SamplerConfig(**common, **changes))
+
+    assert torch.equal(made(guidance_scale=2, guidance_interval=(0.0, 1.0)), made(guidance_scale=2))
+    assert torch.equal(made(guidance_scale=2, guidance_interval=(0.4, 0.4)), made(guidance_scale=1))
+    part = made(guidance_scale=2, guidance_interval=(0.1, 1.0))
+    assert min((part - made(guidance_scale=scale)).abs().max() for scale in (1, 2)) > 1e-3
+
+
+def test_an_interval_below_every_level_leaves_the_empty_prompt_unread(make_generator):
+    generator = make_generator()
+    read: list[int] = []
+    language_model = generator.conditioner.mllm.language_model
+    language_model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, args: read.append(len(args[0]))
+    )
+    for interval, rows in (((0.0, 1e-3), 2), ((0.0, 1.0), 4)):
+        config = SamplerConfig(num_steps=3, guidance_interval=interval)
+        sample(generator, PROMPTS, noise_of(generator), config)
+        assert read == [rows]  # the prompts once; the noisy latents enter as embeddings
+        read.clear()
+
+
 def test_guidance_moves_from_the_empty_prompt_through_the_prompt(make_generator):
     generator = make_generator()
     noise = noise_of(generator)
@@ -133,7 +248,19 @@ def test_noise_of_another_shape_is_refused(make_generator):
         sample(generator, PROMPTS, noise_of(generator)[..., :15], SamplerConfig())
 
 
-@pytest.mark.parametrize("field", [{"num_steps": 0}, {"guidance_scale": 0.5}, {"steps": 3}])
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"num_steps": 0},
+        {"guidance_scale": 0.5},
+        {"steps": 3},
+        {"solver": "dpm"},
+        {"guidance_interval": (0.6, 0.5)},
+        {"guidance_interval": (-0.1, 0.5)},
+        {"guidance_interval": (0, 1.5)},
+        {"guidance_interval": (0.5,)},
+    ],
+)
 def test_settings_that_cannot_work_are_refused(field):
     with pytest.raises(ValidationError, match=next(iter(field))):
         SamplerConfig(**field)
