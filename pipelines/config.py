@@ -151,7 +151,8 @@ class WorkflowConfig(BaseModel):
             return values
         columns = column_root(root, values.get("data_url"))
         data = {"images": columns / "curate", "features": columns / "latents"}
-        if (train.get("model") or {}).get("conditioning") == "text_embed":
+        conditioning = (train.get("model") or {}).get("conditioning")
+        if conditioning == "text_embed" or conditioning == {"method": "text_embed"}:
             data["text"] = columns / "features"
         if (values.get("captions") or {}).get("columns"):
             data["captions"] = columns / "captions"

@@ -101,7 +101,9 @@ class NonFiniteError(RuntimeError):
 @dataclass(frozen=True)
 class StepStats:
     loss: float
-    """Mean over the global batch."""
+    """Mean over the global batch, without the auxiliary one."""
+    auxiliary_loss: float
+    """Mean over the global batch; 0 where there is none."""
     grad_norm: float
     """Before clipping."""
     lr: float
@@ -194,7 +196,7 @@ class Forward(nn.Module):
         self.module = module
         self.precision, self.device_type = precision, device.type
 
-    def forward(self, *args: Any, **kwargs: Any) -> Float[Tensor, " b"]:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.module(*args, **kwargs)
 
@@ -217,8 +219,9 @@ def take_out(module: nn.Module, parts: Sequence[nn.Module]) -> None:
 class Engine:
     """A module under DeepSpeed: `accumulate` micro-batches, then `update`.
 
-    The module returns one loss per sample; the step's loss is their mean over the global batch, so N
-    micro-batches equal one batch.
+    The module returns one loss per sample, or two: the second is an auxiliary one. The step's loss is their
+    mean over the global batch, so N micro-batches equal one batch; the auxiliary one's is added to what is
+    minimised and reported apart.
 
     Args:
         module: trains its parameters that require gradients, from the values they have now; the others stay
@@ -270,6 +273,7 @@ class Engine:
         self.deepspeed.enable_backward_allreduce = self.stage > 0 or self.world_size > 1
         self.partition = Partition(self.parameters, self.deepspeed.optimizer, self.stage)
         self.losses: list[Tensor] = []
+        self.auxiliary: list[Tensor] = []
         self.keys: list[str] = []
 
     def _initialize(self, forward: Forward, global_batch_size: int) -> Any:
@@ -306,13 +310,19 @@ class Engine:
         return None if self.rank else {name: p.detach().cpu() for name, p in self.parameters.items()}
 
     def accumulate(self, keys: list[str], **inputs: Any) -> Float[Tensor, " b"]:
-        """Forward and backward of one micro-batch; returns its loss per sample. `keys` name the samples
-        should one go wrong.
+        """Forward and backward of one micro-batch; returns its loss per sample, without the auxiliary one.
+        `keys` name the samples should one go wrong.
         """
         # around the backward pass too: activations that are computed again must be the same
         with sdpa_kernel(SDPBackend.MATH) if self.math_attention else nullcontext():
-            losses = self.deepspeed(**inputs).float()
-            self.deepspeed.backward(losses.mean())
+            output = self.deepspeed(**inputs)
+            losses, auxiliary = output if isinstance(output, tuple) else (output, None)
+            losses = losses.float()
+            objective = losses.mean()
+            if auxiliary is not None:
+                objective = objective + auxiliary.float().mean()
+                self.auxiliary.append(auxiliary.detach().float())
+            self.deepspeed.backward(objective)
         self.losses.append(losses.detach())
         self.keys.extend(keys)
         if len(self.losses) < self.grad_accum_steps:
@@ -328,15 +338,17 @@ class Engine:
         """
         assert len(self.losses) == self.grad_accum_steps
         losses = torch.cat(self.losses)
-        keys, self.losses, self.keys = self.keys, [], []
+        auxiliary = torch.cat(self.auxiliary) if self.auxiliary else torch.zeros_like(losses)
+        keys, self.losses, self.auxiliary, self.keys = self.keys, [], [], []
         # Every rank must take the same branch, or the others would wait for it in the next collective.
-        totals = torch.stack([losses.mean(), losses.new_tensor(float(stop))])
+        totals = torch.stack([losses.mean(), auxiliary.mean(), losses.new_tensor(float(stop))])
         if self.world_size > 1:
             dist.all_reduce(totals)
-        total, num_stops = totals.tolist()
-        loss = total / self.world_size
-        if not math.isfinite(loss):
-            self._stop("loss", step, [k for k, bad in zip(keys, ~losses.isfinite(), strict=True) if bad])
+        total, total_auxiliary, num_stops = totals.tolist()
+        loss, auxiliary_loss = total / self.world_size, total_auxiliary / self.world_size
+        if not math.isfinite(loss + auxiliary_loss):
+            is_bad = ~(losses + auxiliary).isfinite()
+            self._stop("loss", step, [k for k, bad in zip(keys, is_bad, strict=True) if bad])
         lr = learning_rate(self.config, step, self.num_steps)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
@@ -349,7 +361,7 @@ class Engine:
             if self.deepspeed.optimizer.overflow:
                 self._stop("gradient", step, keys)
             norm = float(self.deepspeed.get_global_grad_norm())
-        return StepStats(loss, norm, lr, num_stops > 0)
+        return StepStats(loss, auxiliary_loss, norm, lr, num_stops > 0)
 
     def _clip(self, step: int, keys: list[str]) -> float:
         """Without ZeRO, DeepSpeed would take the norm again, and apply a gradient that is not finite."""

@@ -30,6 +30,7 @@ from repfusion.checkpoint import (
     read_weights,
     write_json,
 )
+from repfusion.conditioning.noisy_latents import NoisyLatentConditioner
 from repfusion.foundation import WEIGHTS
 from repfusion.lineage import LINEAGE, checkpoint_record, file_digest, read_lineage
 from repfusion.mllm import LANGUAGE_MODELS, MLLM, Projector
@@ -69,8 +70,9 @@ def export(checkpoint: Path, out: Path, use_ema: bool = True) -> Path:
     try:
         write_denoiser(generator, checkpoint, working / DENOISER, use_ema)
         (working / DECODER).mkdir()
-        for name in ("config.json", "model.safetensors"):
-            shutil.copyfile(generator.config.decoder / name, working / DECODER / name)
+        for pattern in ("config.json", "*.safetensors", "*.safetensors.index.json"):
+            for file in generator.config.decoder.glob(pattern):
+                shutil.copyfile(file, working / DECODER / file.name)
         lineage = describe_export(generator, checkpoint, use_ema)
         write_json(working / LINEAGE, lineage)
         config, tokenizer = generator.config, generator.conditioner.mllm.tokenizer
@@ -125,7 +127,7 @@ def write_denoiser(generator: Generator, checkpoint: Path, folder: Path, use_ema
 
 def projector_fields(generator: Generator) -> dict[str, Any] | None:
     """What `Projector` takes beside the widths. None where the method has none."""
-    if generator.config.conditioning != "noisy_latents":
+    if not isinstance(generator.conditioner, NoisyLatentConditioner):
         return None
     saved = json.loads((generator.config.mllm / "config.json").read_text())
     bias = generator.conditioner.projector.linear_1.bias is not None
@@ -207,7 +209,7 @@ def model_card(lineage: dict[str, Any], config: ModelConfig, scores: dict[str, A
         "step": f"{saved['step']}, {lineage['weights']} weights",
         "run": training.get("run_id") or "not recorded",
         "code": training.get("git_commit") or "not recorded",
-        "method": f"{config.conditioning}, DiT {config.dit.depth} x {config.dit.hidden_size}",
+        "method": config.describe(),
         **{part: f"sha256 {digest[:12]}" for part, digest in lineage["digests"].items()},
     }
     for name, columns in training.get("datasets", {}).items():
@@ -278,7 +280,8 @@ def load_export(folder: str | Path, mllm_dtype: str | None = None) -> Generator:
     if mllm_dtype is not None:
         own["mllm_dtype"] = mllm_dtype
     config = ModelConfig.model_validate(portable(saved["model"], WEIGHTS_MARK, str(WEIGHTS)) | own)
-    mllm = MLLM.from_pretrained(config.mllm, getattr(torch, config.mllm_dtype))
+    dtype, with_head = getattr(torch, config.mllm_dtype), config.captioning is not None
+    mllm = MLLM.from_pretrained(config.mllm, dtype, with_head)
     statistics = LatentStatistics.load(folder / DENOISER / "statistics.safetensors")
     with torch.random.fork_rng(devices=[]):  # the weights below are all overwritten
         if saved["projector"] is not None:

@@ -49,11 +49,14 @@ def velocity(latents: Float[Tensor, "b n d"], noise: Float[Tensor, "b n d"]) -> 
 
 @dataclass(frozen=True)
 class Draw:
-    """Per sample: the noise level (shifted), the noise, and whether the condition is dropped."""
+    """Per sample: the noise level (shifted), the noise, whether the condition is dropped, and a number in
+    [0, 1) for whoever picks some of the samples.
+    """
 
     t: Float[Tensor, " b"]
     noise: Float[Tensor, "b n d"]
     dropped: Bool[Tensor, " b"]
+    chance: Float[Tensor, " b"]
 
 
 def draw(
@@ -77,14 +80,14 @@ def draw(
     for seed, row in zip(seeds, noise.unbind(), strict=True):
         generator.manual_seed(seed)
         row.normal_(generator=generator)
-    return Draw(t, noise, dropped)
+    return Draw(t, noise, dropped, uniform[:, 2].clone())
 
 
-def _uniform(seeds: Sequence[int]) -> Float[Tensor, "b 2"]:
-    """Two numbers in [0, 1) a seed, from all of its 64 bits: a torch generator on the CPU reads 32 of them.
-    SplitMix64 (Steele et al. 2014), outputs 1 and 2; the top 24 bits are what float32 holds.
+def _uniform(seeds: Sequence[int]) -> Float[Tensor, "b 3"]:
+    """Three numbers in [0, 1) a seed, from all of its 64 bits: a torch generator on the CPU reads 32 of them.
+    SplitMix64 (Steele et al. 2014), outputs 1 to 3; the top 24 bits are what float32 holds.
     """
-    steps = np.array([1, 2], np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    steps = np.array([1, 2, 3], np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     bits = np.array([seed % 2**64 for seed in seeds], np.uint64)[:, None] + steps
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

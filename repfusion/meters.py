@@ -22,6 +22,8 @@ class Report:
 
     step: int
     loss: float
+    caption_loss: float | None
+    """Of the captions, weighted; None where none is learned."""
     grad_norm: float
     lr: float
     samples_per_sec: float
@@ -67,9 +69,15 @@ class Meters:
 
     def clear(self) -> None:
         self.losses: list[float] = []
+        self.caption_losses: list[float] = []
         self.waited_sec = 0.0
         self.by_noise = torch.zeros(2, NOISE_BUCKETS, device=self.device)
         self.started = time.perf_counter()
+
+    def add_step(self, stats: StepStats, has_captions: bool) -> None:
+        self.losses.append(stats.loss)
+        if has_captions:
+            self.caption_losses.append(stats.auxiliary_loss)
 
     def add_losses(self, t: Float[Tensor, " b"], losses: Float[Tensor, " b"]) -> None:
         """A micro-batch of this rank."""
@@ -95,6 +103,7 @@ class Meters:
         report = Report(
             step=step,
             loss=sum(self.losses) / num_steps,
+            caption_loss=sum(self.caption_losses) / num_steps if self.caption_losses else None,
             grad_norm=stats.grad_norm,
             lr=stats.lr,
             samples_per_sec=samples_per_sec,

@@ -1,4 +1,4 @@
-"""A Hugging Face folder -> the frozen language model of an MLLM, its visual projector and its tokenizer.
+"""A Hugging Face folder -> the language model of an MLLM, its visual projector and its tokenizer.
 
 Any `LlavaForConditionalGeneration` (LLaVA-1.5-7B's class) loads; its vision tower is left on disk, since
 RepFusion feeds the projector with noisy latents. A plain causal language model loads too, with a fresh
@@ -35,16 +35,23 @@ class Projector(nn.Module):
 
 
 class MLLM(nn.Module):
-    """`language_model` is frozen and in eval mode; `projector` is the pretrained one, for whoever fine-tunes
-    it to take over.
+    """`language_model` is in eval mode and frozen, unless a method unfreezes it; `head` scores its next
+    token, where that is asked for; `projector` is the pretrained one, for whoever fine-tunes it to take over.
     """
 
     def __init__(
-        self, language_model: nn.Module, projector: Projector | None, tokenizer, folder: Path, digest: str
+        self,
+        language_model: nn.Module,
+        projector: Projector | None,
+        tokenizer,
+        folder: Path,
+        digest: str,
+        head: nn.Module | None = None,
     ):
         super().__init__()
         self.language_model = language_model.eval().requires_grad_(False)
         self.projector = projector
+        self.head = None if head is None else head.requires_grad_(False)
         self.tokenizer = tokenizer
         self.folder = folder
         self.digest = digest
@@ -59,11 +66,14 @@ class MLLM(nn.Module):
                 "needs one to begin with"
             )
         self.begin_id: int = begin_id
+        self.end_id: int = begin_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         self._ids: dict[str, list[int]] = {}
         self.pad_id: int = begin_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "MLLM":
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype = torch.float32, with_head: bool = False
+    ) -> "MLLM":
         """Raises ValueError where the folder is missing or holds no LLaVA and no causal language model."""
         folder = Path(folder)
         if not (folder / "config.json").is_file():
@@ -82,7 +92,7 @@ class MLLM(nn.Module):
         projector = None
         if config.model_type == "llava":
             llava = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
-            language_model = llava.model.language_model
+            language_model, head = llava.model.language_model, llava.lm_head
             if not isinstance(config.vision_feature_layer, int):
                 raise ValueError(
                     f"MLLM folder {folder}: reads layers {config.vision_feature_layer} of its tower; "
@@ -92,14 +102,36 @@ class MLLM(nn.Module):
             projector = Projector(*widths, config.projector_hidden_act, config.multimodal_projector_bias)
             projector.load_state_dict(llava.model.multi_modal_projector.state_dict())
         elif config.model_type in LANGUAGE_MODELS:
-            language_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).model
+            causal = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            language_model, head = causal.model, causal.lm_head
         else:
             raise ValueError(
                 f"MLLM folder {folder}: model_type {config.model_type!r}; expected 'llava' or a causal "
                 "language model"
             )
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        return cls(language_model, projector, tokenizer, folder, weights_digest(folder))
+        digest = weights_digest(folder)
+        return cls(language_model, projector, tokenizer, folder, digest, head if with_head else None)
+
+    def unfreeze(self) -> None:
+        """The language model, and its head where there is one, train from now on."""
+        self.language_model.requires_grad_(True)
+        if self.head is not None:
+            self.head.requires_grad_(True)
+
+    @property
+    def is_frozen(self) -> bool:
+        return not any(p.requires_grad for p in self.language_model.parameters())
+
+    def token_ids(self, texts: list[str]) -> list[list[int]]:
+        """Of each text, without begin or end token."""
+        unknown = [text for text in dict.fromkeys(texts) if text not in self._ids]
+        if unknown:
+            if len(self._ids) + len(unknown) > MAX_CACHED_PROMPTS:
+                self._ids = {text: self._ids[text] for text in texts if text in self._ids}
+            found = self.tokenizer(unknown, add_special_tokens=False).input_ids
+            self._ids |= dict(zip(unknown, found, strict=True))
+        return [self._ids[text] for text in texts]
 
     def tokenize(self, prompts: list[str]) -> tuple[Int[Tensor, "b m"], Bool[Tensor, "b m"]]:
         """Ids and mask, left-padded, begin token first (an empty prompt is that token alone).
@@ -107,13 +139,7 @@ class MLLM(nn.Module):
         Raises:
             ValueError: where a prompt is longer than the context.
         """
-        unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._ids]
-        if unknown:
-            if len(self._ids) + len(unknown) > MAX_CACHED_PROMPTS:
-                self._ids = {prompt: self._ids[prompt] for prompt in prompts if prompt in self._ids}
-            found = self.tokenizer(unknown, add_special_tokens=False).input_ids
-            self._ids |= {prompt: [self.begin_id, *ids] for prompt, ids in zip(unknown, found, strict=True)}
-        rows = [self._ids[prompt] for prompt in prompts]
+        rows = [[self.begin_id, *ids] for ids in self.token_ids(prompts)]
         longest = max(range(len(rows)), key=lambda i: len(rows[i]))
         width = len(rows[longest])
         if width > self.max_text_tokens:

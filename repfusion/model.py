@@ -1,19 +1,23 @@
-"""Everything of one text-to-image model in one module: frozen MLLM, conditioner, DiT, and the statistics that
-define its latents.
+"""Everything of one text-to-image model in one module: MLLM, conditioner, DiT, and the statistics that define
+its latents.
 """
 
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from repfusion.conditioning.noisy_latents import NoisyLatentConditioner, Prefix
-from repfusion.conditioning.text_embed import TextEmbedConditioner, TextFeatures
+from repfusion.conditioning.captioning import CaptionBatch, CaptioningConfig, caption_batch
+from repfusion.conditioning.noisy_latents import NoisyLatentConditioner, NoisyLatentsConfig
+from repfusion.conditioning.prefix import Prefix
+from repfusion.conditioning.queries import QueriesConditioner, QueriesConfig, QueryPrompts
+from repfusion.conditioning.text_embed import TextEmbedConditioner, TextEmbedConfig, TextFeatures
+from repfusion.conditioning.transfusion import TransfusionConfig, VelocityHead
 from repfusion.dit import DiT, DiTConfig
 from repfusion.flow import FlowConfig, interpolate, shift_factor, velocity
 from repfusion.foundation import WEIGHTS
@@ -21,26 +25,71 @@ from repfusion.latent_space import Decoder, EncoderConfig, load_decoder
 from repfusion.mllm import MLLM
 from repfusion.rae.statistics import LatentStatistics
 
-PromptBatch = Prefix | TextFeatures
+PromptBatch = Prefix | TextFeatures | QueryPrompts
+ConditioningConfig = NoisyLatentsConfig | TextEmbedConfig | QueriesConfig | TransfusionConfig
 
 
 class ModelConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     mllm: Path = WEIGHTS / "llava"
-    """Folder of the frozen MLLM (a LLaVA, or a causal language model)."""
+    """Folder of the MLLM (a LLaVA, or a causal language model), which is frozen unless `conditioning` trains
+    it.
+    """
     mllm_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision in which the frozen weights are held."""
+    """Precision in which its frozen weights are held."""
     encoder: EncoderConfig = EncoderConfig()
     """What makes the features that are denoised."""
     decoder: Path = WEIGHTS / "decoder"
     """Folder of the decoder: a RAE decoder's, or the VAE's that makes the features."""
-    conditioning: Literal["noisy_latents", "text_embed"] = "noisy_latents"
-    """RepFusion, or its static baseline."""
+    conditioning: ConditioningConfig = Field(default=NoisyLatentsConfig(), discriminator="method")
+    """RepFusion (noisy_latents), or a baseline. A method's name alone stands for its defaults."""
     dit: DiTConfig = DiTConfig()
-    """The denoiser; its `interface` follows from `conditioning`."""
+    """The denoiser; its `interface` follows from `conditioning`. Transfusion has none."""
     flow: FlowConfig = FlowConfig()
     """Noise levels."""
+
+    @field_validator("conditioning", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _masters_are_float32(self) -> "ModelConfig":
+        if self.trains_llm and self.mllm_dtype != "float32":
+            raise ValueError(
+                f"mllm_dtype {self.mllm_dtype} with an LLM that is trained: its weights are the masters; set "
+                "mllm_dtype: float32 (engine.precision decides what the passes compute in)"
+            )
+        return self
+
+    @property
+    def trains_llm(self) -> bool:
+        match self.conditioning:
+            case TransfusionConfig():
+                return True
+            case NoisyLatentsConfig():
+                return self.conditioning.train_llm
+            case _:
+                return False
+
+    @property
+    def captioning(self) -> CaptioningConfig | None:
+        """The caption loss of a trained LLM; None where there is none."""
+        match self.conditioning:
+            case TransfusionConfig() | NoisyLatentsConfig():
+                return self.conditioning.captioning
+            case _:
+                return None
+
+    def describe(self) -> str:
+        """The method and the size of its denoiser, in a few words."""
+        fields = self.conditioning.model_dump(exclude_defaults=True, exclude={"method", "captioning"})
+        chosen = ", ".join(f"{name} {value}" for name, value in fields.items())
+        method = self.conditioning.method + (f" ({chosen})" if chosen else "")
+        if isinstance(self.conditioning, TransfusionConfig):
+            return f"{method}, no DiT"
+        return f"{method}, DiT {self.dit.depth} x {self.dit.hidden_size}"
 
 
 class Generator(nn.Module):
@@ -48,7 +97,7 @@ class Generator(nn.Module):
 
     Args:
         config: what it is made of.
-        mllm: the frozen MLLM.
+        mllm: its language model; with its head where the config has a caption loss.
         statistics: of the features; they define the latent space and travel with the checkpoint.
         grid: rows and columns of latent tokens.
     """
@@ -66,13 +115,21 @@ class Generator(nn.Module):
         self.grid = grid
         self.latent_shape = (num_tokens, latent_dim)
         self.shift = shift_factor(num_tokens, latent_dim, config.flow.base_dim)
-        match config.conditioning:
-            case "noisy_latents":
-                self.conditioner = NoisyLatentConditioner(mllm, latent_dim, num_tokens)
-            case "text_embed":
+        self.captioning = config.captioning
+        match method := config.conditioning:
+            case NoisyLatentsConfig():
+                self.conditioner = NoisyLatentConditioner(mllm, latent_dim, num_tokens, method)
+            case TransfusionConfig():
+                self.conditioner = NoisyLatentConditioner(mllm, latent_dim, num_tokens, method.reading())
+            case QueriesConfig():
+                self.conditioner = QueriesConditioner(mllm, num_tokens, method)
+            case TextEmbedConfig():
                 self.conditioner = TextEmbedConditioner(mllm)
-        dit_config = config.dit.model_copy(update={"interface": self.conditioner.interface})
-        self.dit = DiT(dit_config, latent_dim, grid, mllm.width)
+        if isinstance(method, TransfusionConfig):
+            self.dit = VelocityHead(mllm.width, latent_dim)
+        else:
+            dit_config = config.dit.model_copy(update={"interface": self.conditioner.interface})
+            self.dit = DiT(dit_config, latent_dim, grid, mllm.width)
 
     @classmethod
     def build(cls, config: ModelConfig, statistics: LatentStatistics) -> "Generator":
@@ -83,7 +140,8 @@ class Generator(nn.Module):
             ValueError: where a folder is missing or parts do not fit each other.
         """
         encoder = config.encoder.load()
-        mllm = MLLM.from_pretrained(config.mllm, getattr(torch, config.mllm_dtype))
+        dtype, with_head = getattr(torch, config.mllm_dtype), config.captioning is not None
+        mllm = MLLM.from_pretrained(config.mllm, dtype, with_head)
         if statistics.mean.shape != (encoder.num_tokens, encoder.feature_dim):
             got, expected = tuple(statistics.mean.shape), (encoder.num_tokens, encoder.feature_dim)
             raise ValueError(
@@ -121,10 +179,23 @@ class Generator(nn.Module):
         prompts: PromptBatch,
         t: Float[Tensor, " b"],
         noise: Float[Tensor, "b n d"],
-    ) -> Float[Tensor, " b"]:
-        """Mean squared error of the velocity, per sample, float32."""
+        captions: CaptionBatch | None = None,
+    ) -> Float[Tensor, " b"] | tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """Mean squared error of the velocity, per sample, float32; with captions, also their weighted loss
+        (0 for samples that are not captioned).
+        """
         predicted = self.velocity(interpolate(latents, noise, t), t, prompts)
-        return (predicted.float() - velocity(latents, noise)).square().mean(dim=(1, 2))
+        losses = (predicted.float() - velocity(latents, noise)).square().mean(dim=(1, 2))
+        if captions is None:
+            return losses
+        assert isinstance(self.conditioner, NoisyLatentConditioner)
+        said = self.conditioner.caption_losses(latents[captions.rows], captions)
+        return losses, torch.zeros_like(losses).index_add(0, captions.rows, captions.weights * said)
+
+    def caption_batch(self, captions: list[str], chances: Float[Tensor, " b"]) -> CaptionBatch:
+        """Which samples of a batch are captioned, and what is to be said of them, on the model's device."""
+        assert self.captioning is not None
+        return caption_batch(self.conditioner.mllm, captions, chances, self.captioning).to(self.device)
 
     def normalise(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         return self.statistics.normalise(features)
@@ -134,7 +205,8 @@ class Generator(nn.Module):
 
     def frozen_parts(self) -> list[nn.Module]:
         """Modules without a trained parameter that hold most of the weights."""
-        return [self.conditioner.mllm.language_model]
+        mllm = self.conditioner.mllm
+        return [mllm.language_model] if mllm.is_frozen else []
 
     def checkpoint_activations(self) -> None:
         """From now on, compute the activations of each block of the DiT and layer of the MLLM again in the
@@ -152,10 +224,10 @@ class Generator(nn.Module):
         """The DiT's blocks and the MLLM's layers, the repeated parts that do nearly all of the work."""
         layers = self.conditioner.mllm.language_model.layers
         assert isinstance(layers, nn.ModuleList)
-        return [*self.dit.blocks, *layers]
+        return [*(self.dit.blocks if isinstance(self.dit, DiT) else []), *layers]
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Parameters that training changes: projector, embedders and DiT."""
+        """Parameters that training changes: projector, embedders and DiT; the LLM where it is trained."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:

@@ -19,7 +19,6 @@ from repfusion.columns import manifest_digest
 from repfusion.export import MARK, check_export
 from repfusion.foundation import WEIGHTS
 from repfusion.lineage import file_digest, read_lineage, read_png
-from repfusion.model import ModelConfig
 from repfusion.rae.encoder import weights_digest
 
 State = Literal["agrees", "differs", "missing", "elsewhere", "recorded", "unknown"]
@@ -112,7 +111,7 @@ def trace_checkpoint(folder: Path, note: str = "complete") -> Iterator[Link]:
         yield from describe_training(lineage, "missing")
     if (folder / "config.json").is_file():
         config, digests = read_config(folder)
-        yield Link("config", str(folder / "config.json"), "recorded", model_note(config))
+        yield Link("config", str(folder / "config.json"), "recorded", config.describe())
         folders = {"encoder": config.encoder.path, "mllm": config.mllm}
         yield from frozen_weights(digests, folders, "missing")
 
@@ -185,10 +184,6 @@ def guess_training(folder: Path) -> Iterator[Link]:
                 present = short(manifest_digest(Path(one[column])))
                 note = f"from {notes[1].name}; the digest was not recorded, now {present}"
                 yield Link(f"data {name}/{column}", one[column], "unknown", note)
-
-
-def model_note(config: ModelConfig) -> str:
-    return f"{config.conditioning}, DiT {config.dit.depth} x {config.dit.hidden_size}"
 
 
 def frozen_weights(digests: Mapping[str, str], folders: Mapping[str, Path], absent: State) -> Iterator[Link]:

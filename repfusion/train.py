@@ -114,7 +114,10 @@ class TrainConfig(BaseModel):
         if not (folder / "config.json").is_file():
             return values
         saved = read_config(folder)[0].model_dump(mode="json")
-        return {**values, "model": OmegaConf.to_container(OmegaConf.merge(saved, given or {}))}
+        given = {**(given or {})}
+        if isinstance(given.get("conditioning"), str):
+            given["conditioning"] = {"method": given["conditioning"]}
+        return {**values, "model": OmegaConf.to_container(OmegaConf.merge(saved, given))}
 
 
 class TrainingStopped(RuntimeError):
@@ -159,12 +162,15 @@ def inputs_of(batch: Batch, generator: Generator, config: TrainConfig) -> dict[s
     prompts: list[Any] = list(batch.text if is_static and batch.text is not None else batch.captions)
     prompts = ["" if dropped else p for p, dropped in zip(prompts, draws.dropped.tolist(), strict=True)]
     latents = generator.normalise(batch.features.to(device, non_blocking=True))
-    return {
+    inputs = {
         "latents": latents,
         "prompts": generator.prompt_batch(prompts),
         "t": draws.t.to(device, non_blocking=True),
         "noise": draws.noise.to(device, non_blocking=True),
     }
+    if generator.captioning is not None:
+        inputs["captions"] = generator.caption_batch(batch.captions, draws.chance)
+    return inputs
 
 
 def loop_state(config: TrainConfig, dataset: Mixture) -> dict[str, Any]:
@@ -329,7 +335,7 @@ def train(
             stats = engine.update(step, stop=should_stop is not None and should_stop())
             ema.update(step)
             recent.append(stats.loss)
-            meters.losses.append(stats.loss)
+            meters.add_step(stats, generator.captioning is not None)
             done = step + 1
             is_last = done == config.num_steps
             bar.update()

@@ -1,7 +1,7 @@
 """(prompts, noisy latents, noise level) -> condition tokens for the DiT: one file a method.
 
-A conditioner holds the frozen MLLM and whatever little it trains. Its `condition` is called at every
-denoising step with what `prepare` made of the prompts once.
+A conditioner holds the MLLM and whatever it trains. Its `condition` is called at every denoising step with
+what `prepare` made of the prompts once.
 """
 
 from dataclasses import dataclass

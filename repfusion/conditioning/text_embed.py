@@ -9,11 +9,19 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from repfusion.conditioning import Condition
 from repfusion.dit import Interface, RMSNorm
 from repfusion.mllm import MLLM
+
+
+class TextEmbedConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Literal["text_embed"] = "text_embed"
+    """The prompt's last-layer states, the same at every step."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,10 @@ class TextFeatures:
 
     features: Float[Tensor, "b m c"]
     mask: Bool[Tensor, "b m"]
+
+    def first(self, num: int) -> "TextFeatures":
+        """Of the first `num` prompts."""
+        return TextFeatures(self.features[:num], self.mask[:num])
 
 
 def encode_text(mllm: MLLM, prompts: list[str]) -> list[Float[Tensor, "_ c"]]:

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from repfusion.dit import DiTConfig
-from repfusion.model import EncoderConfig, Generator, ModelConfig
+from repfusion.latent_space import EncoderConfig
+from repfusion.model import Generator, ModelConfig
 from repfusion.rae.decoder import RAEDecoder, RAEDecoderConfig
 from repfusion.rae.statistics import LatentStatistics
 from repfusion.scenes.captions import caption_scene
@@ -55,11 +56,13 @@ def statistics() -> LatentStatistics:
 
 @pytest.fixture
 def make_generator(foundation: Path, statistics: LatentStatistics) -> Callable[..., Generator]:
-    """Builds from the tiny foundation; `awake` moves the zero weights, so that everything counts."""
+    """Builds from the tiny foundation, by a name in METHODS; `awake` moves the zero weights, so that
+    everything counts.
+    """
 
     def make(conditioning: str = "noisy_latents", awake: bool = True, **changes) -> Generator:
         torch.manual_seed(1)
-        config = tiny_model(foundation).model_copy(update={"conditioning": conditioning, **changes})
+        config = tiny_model(foundation, conditioning).model_copy(update=changes)
         generator = Generator.build(config, statistics)
         if awake:
             with torch.no_grad():

@@ -133,7 +133,7 @@ def test_torchrun_starts_two_ranks_that_equal_one(world, tmp_path: Path):
 @pytest.mark.parametrize("conditioning", ["noisy_latents", "text_embed"])
 def test_activations_computed_again_change_nothing(world, tmp_path: Path, conditioning: str):
     foundation, columns = world
-    model = tiny_model(foundation).model_copy(update={"conditioning": conditioning})
+    model = tiny_model(foundation, conditioning)
     data = {"images": columns / "curate", "features": columns / "latents"}
     if conditioning == "text_embed":
         data["text"] = columns / "features"
@@ -190,7 +190,7 @@ def test_a_checkpoint_knows_where_it_comes_from(world, tmp_path: Path):
 @pytest.mark.parametrize("conditioning", ["noisy_latents", "text_embed"])
 def test_what_trains_and_what_is_frozen(world, tmp_path: Path, conditioning: str):
     foundation, columns = world
-    model = tiny_model(foundation).model_copy(update={"conditioning": conditioning})
+    model = tiny_model(foundation, conditioning)
     data = {"images": columns / "curate", "features": columns / "latents"}
     if conditioning == "text_embed":
         data["text"] = columns / "features"

@@ -1,0 +1,73 @@
+"""Clean latents -> the caption, by next tokens: the loss that keeps a trained LLM a reader of images
+(Transfusion, arXiv 2408.11039, interleaves such batches; RepFusion's trainable-LLM variant adds it).
+
+A sequence is begin token, projected latents, caption, end token: the image first, where drawing has the
+prompt first.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from repfusion.conditioning.prefix import see_each_other
+from repfusion.mllm import MLLM
+
+
+class CaptioningConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weight: float = Field(default=0.2, gt=0)
+    """Of the caption loss beside the velocity's (Transfusion weighs diffusion 5 times the text)."""
+    share: float = Field(default=0.25, gt=0, le=1)
+    """Share of the samples that are captioned as well as drawn."""
+
+
+@dataclass(frozen=True)
+class CaptionBatch:
+    """Of some rows of a batch: caption ids with the end token, right-padded, and the mask of real ones."""
+
+    rows: Int[Tensor, " r"]
+    weights: Float[Tensor, " r"]
+    """So that the mean over the whole batch estimates the weighted mean over all of its samples."""
+    ids: Int[Tensor, "r m"]
+    mask: Bool[Tensor, "r m"]
+
+    def to(self, device: torch.device) -> "CaptionBatch":
+        return CaptionBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+def caption_batch(
+    mllm: MLLM, captions: list[str], chances: Float[Tensor, " b"], config: CaptioningConfig
+) -> CaptionBatch:
+    """On the CPU. `chances` are uniform in [0, 1), a sample's own: those below the share are captioned. Where
+    there is none, the first row is read with weight 0: under ZeRO-3 all ranks must run the same modules.
+    """
+    rows = (chances < config.share).nonzero()[:, 0]
+    weights = torch.full((len(rows),), config.weight / config.share)
+    if len(rows) == 0:
+        rows, weights = torch.zeros(1, dtype=torch.long), torch.zeros(1)
+    texts = [[*ids, mllm.end_id] for ids in mllm.token_ids([captions[row] for row in rows.tolist()])]
+    width = max(map(len, texts))
+    ids = torch.tensor([[*text, *[mllm.pad_id] * (width - len(text))] for text in texts])
+    return CaptionBatch(rows, weights, ids, torch.arange(width) < torch.tensor([[len(t)] for t in texts]))
+
+
+def caption_losses(
+    mllm: MLLM, visual: Float[Tensor, "r n c"], captions: CaptionBatch, bidirectional: bool
+) -> Float[Tensor, " r"]:
+    """Mean cross-entropy (nats a token) of each caption after its projected latents, float32, unweighted."""
+    model, head = mllm.language_model, mllm.head
+    assert head is not None, "the MLLM was loaded without its head"
+    num = visual.shape[1]
+    begin = captions.ids.new_full((len(visual), 1), mllm.begin_id)
+    embed = model.get_input_embeddings()
+    rows = torch.cat([embed(begin), visual.to(model.dtype), embed(captions.ids[:, :-1])], dim=1)
+    mask = see_each_other(begin.new_ones(len(visual), 1), num, rows.shape[1]) if bidirectional else None
+    hidden = model(inputs_embeds=rows, attention_mask=mask, use_cache=False).last_hidden_state
+    logits = head(hidden[:, num:]).float()
+    losses = F.cross_entropy(logits.transpose(1, 2), captions.ids, reduction="none")
+    return (losses * captions.mask).sum(1) / captions.mask.sum(1)
