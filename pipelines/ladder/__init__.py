@@ -1,0 +1,1 @@
+"""RepFusion's controlled comparisons on the embedded world: rows x seeds -> results -> tables."""

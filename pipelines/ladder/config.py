@@ -1,0 +1,178 @@
+"""YAML file and `key.path=value` -> one ladder: what runs, on what data, for how long, how it is scored."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipelines.ladder.rows import ROWS, Common
+from pipelines.session import RayConfig
+from pipelines.sources.scenes import ScenesConfig
+from repfusion.dit import DiTConfig
+from repfusion.engine import EngineConfig
+from repfusion.evaluation import EvaluationConfig
+from repfusion.flow import FlowConfig
+from repfusion.foundation import WEIGHTS
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+class LadderError(ValueError):
+    """A configuration that does not hold; the message names every bad key."""
+
+
+class DataConfig(BaseModel):
+    """Scenes, encoded once in each latent space."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    scenes: ScenesConfig = ScenesConfig()
+    """What is drawn. Held-out combinations are in none of it."""
+    shard_size: int = Field(default=1000, ge=1)
+    """Samples of a shard."""
+    num_validation: int = Field(default=256, ge=1)
+    """Held-out scenes on which the velocity loss is taken, each at one fixed noise level and noise."""
+
+
+class TrainingConfig(BaseModel):
+    """What every row trains with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    num_steps: int = Field(default=4000, ge=1)
+    """Updates."""
+    global_batch_size: int = Field(default=32, ge=1)
+    """Samples per update."""
+    engine: EngineConfig = EngineConfig()
+    """Optimizer and precision, one process."""
+    ema_decay: float = Field(default=0.998, ge=0, lt=1)
+    """Decay of the averaged weights, which are what is scored."""
+    condition_dropout: float = Field(default=0.1, ge=0, le=1)
+    """Fraction of samples trained on the empty prompt."""
+
+
+class ScoringConfig(BaseModel):
+    """How checkpoints are scored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    final: EvaluationConfig = EvaluationConfig(num_prompts=480, include_new=False)
+    """Of the last checkpoint. The prompts and their noise are the same for every row and seed."""
+    curve_prompts: int = Field(default=120, ge=6)
+    """Prompts of the checkpoints before it: the first so many of the same."""
+    num_points: int = Field(default=4, ge=1)
+    """Checkpoints, evenly spaced, the last one included."""
+
+
+class ResourcesConfig(BaseModel):
+    """What each run takes. Changes no result but its speed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    num_cpus: float = Field(default=1, gt=0)
+    """Cores; each run computes on one thread unless `training.engine.num_threads` says otherwise."""
+    num_gpus: float | None = Field(default=None, ge=0, le=1)
+    """Share of a GPU. None: a twelfth where the cluster has GPUs, else nothing."""
+
+
+class ComputeConfig(BaseModel):
+    """Test-time compute: the final checkpoints of some rows, sampled with more or fewer steps."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    rows: tuple[str, ...] = (
+        "repfusion",
+        "static_queries",
+        "timestep_queries",
+        "repfusion_large",
+        "static_queries_large",
+        "timestep_queries_large",
+    )
+    """Rows whose checkpoints are sampled."""
+    num_steps: tuple[int, ...] = (2, 5, 10, 20, 30, 60)
+    """Sampling steps."""
+    num_prompts: int = Field(default=240, ge=6)
+    """Prompts for each."""
+
+
+class LadderConfig(BaseModel):
+    """One ladder. `name`, `data`, `training`, `scoring`, the DiT and the noise levels are its budget:
+    results of another budget never share a table.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: str = Field(default="base", pattern=r"^[\w-]+$")
+    """In tables, in MLflow, and of the folder under `root`."""
+    root: Path = Path("runs/ladder")
+    """Data, checkpoints and evaluations."""
+    results: Path = Path("docs/ladder/results.jsonl")
+    """One JSON line for each (row, seed)."""
+    compute_results: Path = Path("docs/ladder/compute.jsonl")
+    """One JSON line for each (row, seed, number of sampling steps)."""
+    report: Path = Path("docs/ladder.md")
+    """The page that `table` writes; charts and notes lie in the folder of the same name."""
+    rows: tuple[str, ...] = tuple(ROWS)
+    """Which rows to run now."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of initial weights, order of samples, noise and dropped conditions. Data and prompts stay."""
+    weights: Path = WEIGHTS
+    """Holds llava/, llava_large/, language/, vision_tower/, decoder/, vae/."""
+    dit: DiTConfig = DiTConfig()
+    """The denoiser of every row but those matched in FLOPs."""
+    flow: FlowConfig = FlowConfig(base_dim=256)
+    """Noise levels."""
+    data: DataConfig = DataConfig()
+    """What is trained on."""
+    training: TrainingConfig = TrainingConfig()
+    """For how long, and how."""
+    scoring: ScoringConfig = ScoringConfig()
+    """On which prompts, how often."""
+    compute: ComputeConfig = ComputeConfig()
+    """Test-time compute."""
+    prompt_tokens: int = Field(default=10, ge=1)
+    """Tokens of the prompt for which FLOPs are counted, the begin token included."""
+    resources: ResourcesConfig = ResourcesConfig()
+    """Of each run."""
+    tracking_uri: str | None = "sqlite:///runs/mlflow.db"
+    """MLflow's store; None tracks nothing."""
+    ray: RayConfig = RayConfig()
+    """The cluster. Changes no results."""
+
+    @field_validator("rows")
+    @classmethod
+    def _rows_exist(cls, rows: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [row for row in rows if row not in ROWS]:
+            raise ValueError(f"no rows {', '.join(unknown)}; there are {', '.join(ROWS)}")
+        return rows
+
+    @property
+    def common(self) -> Common:
+        return Common(self.weights, self.dit, self.flow, self.scoring.final.sampler, self.prompt_tokens)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> LadderConfig:
+    """Defaults < YAML < overrides.
+
+    Raises:
+        LadderError: a missing file, a malformed override, an unknown key, a bad value.
+    """
+    if not path.is_file():
+        raise LadderError(f"{path}: no such config file; shipped ones are in {CONFIGS}")
+    for override in overrides:
+        if "=" not in override:
+            raise LadderError(f"override {override!r}: expected key.path=value, such as 'seeds=[0]'")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        return LadderConfig.model_validate(OmegaConf.to_container(merged, resolve=True))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise LadderError(f"{path}: {error}") from error
+    except ValidationError as error:
+        lines = [
+            f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']} (got {problem['input']!r})"
+            for problem in error.errors(include_url=False)
+        ]
+        raise LadderError("\n".join(lines)) from error

@@ -1,0 +1,84 @@
+"""Scenes -> the columns that the rows train on: the same images, in each latent space, by the workflow's own
+stages.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipelines.config import WorkflowConfig
+from pipelines.ladder.config import LadderConfig
+from pipelines.ladder.rows import SPACES, Space
+from pipelines.stage import Stage
+from pipelines.stages import build_stages
+from pipelines.storage import Folder
+from pipelines.workflow import run
+
+COLUMNS: dict[Space, str] = {"rae": "latents", "vae": "latents_vae"}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Folders of captions and of features, and the fingerprint of the images."""
+
+    images: Path
+    features: dict[Space, Path]
+    fingerprint: str
+
+
+def stages_of(config: LadderConfig, spaces: Iterable[Space]) -> list[Stage]:
+    """Source to curate, then one stage of latents for each space.
+
+    Raises:
+        ValueError: where an encoder's folder is missing.
+    """
+    found: list[Stage] = []
+    for space in dict.fromkeys(spaces):
+        stages = build_stages(_workflow(config, space))
+        latents = stages[-1]
+        if COLUMNS[space] != latents.name:
+            folder = Folder(f"{latents.folder.url.rstrip('/')}_{space}")
+            latents = replace(latents, name=COLUMNS[space], folder=folder)
+        found += [latents] if found else [*stages[:-1], latents]
+    return found
+
+
+def _workflow(config: LadderConfig, space: Space) -> WorkflowConfig:
+    size = config.data.scenes.world.image_size
+    return WorkflowConfig.model_validate(
+        {
+            "root": data_root(config),
+            "last_stage": "latents",
+            "source": {"scenes": config.data.scenes, "shard_size": config.data.shard_size},
+            "ingest": {"image_size": size},
+            "curate": {"min_side_px": min(16, size), "max_caption_chars": 200},
+            "features": {"enabled": False},
+            "train": {
+                "model": {"encoder": {"path": config.weights / SPACES[space][0], "image_size": size}},
+                "tracking": {"uri": None},
+            },
+            "ray": config.ray,
+        }
+    )
+
+
+def data_root(config: LadderConfig) -> Path:
+    return config.root / config.name / "data"
+
+
+def prepare(config: LadderConfig, spaces: Iterable[Space], say: Callable[[str], None] = print) -> Columns:
+    """Brings the columns up to date; nothing is made twice.
+
+    Raises:
+        ValueError: a folder of weights is missing, or another run is at work there.
+        StageError: a stage failed.
+    """
+    spaces = list(dict.fromkeys(spaces))
+    stages = stages_of(config, spaces)
+    run(stages, data_root(config), config.ray, say)
+    by_name = {stage.name: stage for stage in stages}
+    return Columns(
+        images=by_name["curate"].folder.path,
+        features={space: by_name[COLUMNS[space]].folder.path for space in spaces},
+        fingerprint=by_name["curate"].fingerprint,
+    )

@@ -1,0 +1,289 @@
+"""Result files -> docs/ladder.md with its charts. Nothing but the files is read; `notes.md` beside them is
+taken over as it is.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pipelines.ladder.claims import LEVEL, MARGIN, Verdict, disagreements, judge
+from pipelines.ladder.config import LadderConfig
+from pipelines.ladder.curves import write_charts
+from pipelines.ladder.results import ComputePoint, Result, read
+from pipelines.ladder.rows import LADDERS, ROWS
+from pipelines.ladder.selection import Selection, select, select_points
+from pipelines.ladder.statistics import Seeds, compare, mean_and_error
+from pipelines.storage import atomic_path
+from repfusion.scenes.captions import TASKS
+
+MISSING = "missing"
+
+
+def write_report(config: LadderConfig, budget: str | None = None) -> Path:
+    """Writes `config.report` and the charts into the folder of the same name; returns the report's path.
+
+    Raises:
+        ValueError: a result file is damaged, or there is no such budget.
+    """
+    selection = select(read(config.results, Result), budget)
+    points = select_points(read(config.compute_results, ComputePoint), selection)
+    charts = config.report.with_suffix("")
+    charts.mkdir(parents=True, exist_ok=True)
+    names = write_charts(selection, points, charts)
+    notes = charts / "notes.md"
+    text = render(selection, points, [f"{charts.name}/{name}" for name in names])
+    if notes.exists():
+        text += f"\n## Notes\n\n{notes.read_text().strip()}\n"
+    with atomic_path(config.report) as temporary:
+        temporary.write_text(text)
+    return config.report
+
+
+def render(selection: Selection, points: Sequence[ComputePoint], charts: Sequence[str]) -> str:
+    """The report without its notes."""
+    parts = [
+        "# The ladder\n",
+        "RepFusion's comparisons (arXiv 2606.14700) on the embedded world: matched data, steps and DiT. "
+        "Made by `python -m pipelines.ladder table` from `docs/ladder/*.jsonl`; do not edit, write into "
+        "`docs/ladder/notes.md`.\n",
+    ]
+    if not selection.results:
+        parts.append("No results yet: `make ladder` makes them.\n")
+    else:
+        parts += [_setting(selection), _ladders(selection)]
+        parts += [_all_rows(selection), _tasks(selection), _curves(selection)]
+        parts += [_claims(selection.scores), _order(selection.scores)]
+    parts += [_compute(points), _open(selection)]
+    parts += [f"![{Path(chart).stem}]({chart})\n" for chart in charts]
+    return "\n".join(part for part in parts if part)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def show(values: Sequence[float]) -> str:
+    """Mean and standard error; the mean alone of one value."""
+    if not values:
+        return MISSING
+    mean, error = mean_and_error(values)
+    return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
+
+
+def show_p(p: float | None) -> str:
+    return "-" if p is None else f"{p:.2g}" if p >= 0.001 else "< 0.001"
+
+
+def _setting(selection: Selection) -> str:
+    first = selection.results[0]
+    settings = first.settings
+    training, scoring, dit = settings["training"], settings["scoring"], settings["dit"]
+    engine, sampler = training["engine"], scoring["final"]["sampler"]
+    machines = sorted({one.hardware for one in selection.results})
+    commits = sorted({f"{(one.commit or 'none')[:7]}" for one in selection.results})
+    hours = sum((one.train_sec or 0) + (one.score_sec or 0) for one in selection.results) / 3600
+    return (
+        f"Budget `{first.budget_name} {selection.budget and selection.budget[:8]}`: "
+        f"{settings['num_samples']:,} scenes, {training['num_steps']:,} steps of "
+        f"{training['global_batch_size']}, peak learning rate {engine['lr']:g} ({engine['schedule']}), DiT "
+        f"{dit['depth']} x {dit['hidden_size']}, averaged weights ({training['ema_decay']}). Scored on "
+        f"{scoring['final']['num_prompts']} held-out prompts, {sampler['num_steps']} sampling steps, "
+        f"guidance {sampler['guidance_scale']:g}; the same prompts and noise for all. Hardware: "
+        f"{'; '.join(machines)}; {hours:.1f} hours of runs in all. Commits: {', '.join(commits)}.\n\n"
+        "± is the standard error over seeds, which change initial weights, order and noise of training, not "
+        "data and prompts: it says nothing about other prompts.\n"
+    )
+
+
+def _ladders(selection: Selection) -> str:
+    scores, parts = selection.scores, []
+    for name, steps in LADDERS.items():
+        rows = []
+        for step in steps:
+            paper = ROWS[step.row].paper
+            own = scores.get(step.row, {})
+            adopted = "" if step.adopted else " (not adopted)"
+            before = None if step.before is None else ROWS[step.before].paper
+            change = "" if paper is None or before is None else f"{paper - before:+.2f}"
+            difference = None if step.before is None else compare(own, scores.get(step.before, {}))
+            if step.before is None:
+                shown, agrees = "", ""
+            elif difference is None:
+                shown, agrees = MISSING, ""
+            else:
+                error = "" if difference.error is None else f" ± {difference.error:.3f}"
+                shown = f"{difference.mean:+.3f}{error}"
+                same = before is not None and paper is not None and (difference.mean > 0) == (paper > before)
+                agrees = "yes" if same else "no"
+            rows.append(
+                [
+                    f"{step.change}{adopted}",
+                    "" if paper is None else f"{paper:.2f}",
+                    change,
+                    show(list(own.values())),
+                    str(len(own)),
+                    shown,
+                    agrees,
+                ]
+            )
+        head = ["row", "paper", "change", "here", "seeds", "change, paired by seed", "same direction"]
+        parts.append(f"## {name}\n\n{table(head, rows)}")
+    return "\n".join(parts)
+
+
+def _all_rows(selection: Selection) -> str:
+    found, rows = selection.rows, []
+    for name, row in ROWS.items():
+        results = found.get(name, [])
+        if not results:
+            rows.append([row.label, _paper(name), MISSING, "0", *[""] * 6, row.note])
+            continue
+        last = results[-1]
+        rates = [one.samples_per_sec for one in results if one.samples_per_sec is not None]
+        rows.append(
+            [
+                row.label,
+                _paper(name),
+                show([one.score for one in results]),
+                str(len(results)),
+                show([one.points[-1].shuffled for one in results]),
+                show([one.points[-1].validation_loss for one in results]),
+                f"{(last.trainable_parameters or 0) / 1e6:.2f}M",
+                f"{(last.flops_per_image or 0) / 1e9:.2f}",
+                f"{sum(rates) / len(rates):.0f}" if rates else "",
+                f"{last.dit['depth']} x {last.dit['hidden_size']}",
+                row.note,
+            ]
+        )
+    head = ["row", "paper", "score", "seeds", "floor", "validation loss", "trained", "GFLOPs an image"]
+    head += ["samples/s", "DiT", "note"]
+    return (
+        f"## All rows\n\n{table(head, rows)}\n"
+        "Floor: the same images against other prompts. Validation loss: velocity on held-out scenes at fixed "
+        "noise; comparable within RAE or within VAE, not between them. Samples/s are of the machine as it "
+        "was, other runs beside it.\n"
+    )
+
+
+def _paper(name: str) -> str:
+    paper = ROWS[name].paper
+    return "" if paper is None else f"{paper:.2f}"
+
+
+def _tasks(selection: Selection) -> str:
+    rows = [
+        [ROWS[name].label, *(show([one.points[-1].per_task[task] for one in results]) for task in TASKS)]
+        for name, results in selection.rows.items()
+    ]
+    return f"## By task\n\n{table(['row', *(task.replace('_', ' ') for task in TASKS)], rows)}"
+
+
+def _curves(selection: Selection) -> str:
+    steps = sorted({point.step for one in selection.results for point in one.points})
+    rows = []
+    for name, results in selection.rows.items():
+        at: Mapping[int, list[float]] = {
+            step: [point.overall for one in results for point in one.points if point.step == step]
+            for step in steps
+        }
+        rows.append([ROWS[name].label, *(show(at[step]) for step in steps)])
+    sizes = {point.step: point.num_prompts for one in selection.results for point in one.points}
+    shown = ", ".join(f"{step:,}: {sizes[step]}" for step in steps)
+    return (
+        f"## Score against step\n\n{table(['row', *(f'{step:,}' for step in steps)], rows)}\n"
+        f"Prompts at each step: {shown}.\n"
+    )
+
+
+def _claims(scores: Mapping[str, Seeds]) -> str:
+    rows, verdicts = [], judge(scores)
+    num_tests = sum(verdict.adjusted is not None for verdict in verdicts)
+    for verdict in verdicts:
+        claim, difference = verdict.claim, verdict.difference
+        if difference is None:
+            rows.append([claim.number, claim.text, MISSING, *[""] * 6, MISSING])
+            continue
+        error = "" if difference.error is None else f" ± {difference.error:.3f}"
+        rows.append(
+            [
+                claim.number,
+                claim.text,
+                f"{difference.mean:+.3f}{error}",
+                str(difference.num_pairs),
+                show_p(difference.p_paired),
+                show_p(verdict.adjusted),
+                show_p(difference.p_welch),
+                show_p(difference.p_exact),
+                show_p(difference.p_labels),
+                _outcome(verdict),
+            ]
+        )
+    head = ["claim", "", "difference", "seeds", "p paired t", "p Holm", "p Welch", "p signs", "p labels", ""]
+    return (
+        f"## The claims\n\n{table(head, rows)}\n"
+        "p are one-sided, of so large a difference if there were none. Runs of one seed share order, "
+        "captions, noise levels and prompts and are compared in pairs. *Holds*: p of the paired t test below "
+        f"{LEVEL:g} after Holm's correction over the {num_tests} tests that have data; *reversed*: the same "
+        "of the opposite; queries read again are *no better* where a 95% bound of what they gain lies below "
+        f"{MARGIN:g}. The exact tests assume no distribution, and few seeds bound them: n pairs cannot give "
+        "less than 2^-n by signs (0.125 of 3), n against n not less than one in C(2n, n) by labels (0.05 of "
+        "3).\n"
+    )
+
+
+def _outcome(verdict: Verdict) -> str:
+    difference = verdict.difference
+    if verdict.claim.kind == "no_better" and difference is not None and difference.upper is not None:
+        return f"{verdict.outcome}: at most {difference.upper:+.3f}"
+    return verdict.outcome
+
+
+def _order(scores: Mapping[str, Seeds]) -> str:
+    means = {row: mean_and_error(list(own.values()))[0] for row, own in scores.items()}
+    total, wrong = disagreements(means)
+    if not total:
+        return ""
+    lines = []
+    for above, below in wrong:
+        difference = compare(scores[below], scores[above])
+        shown = "" if difference is None or difference.error is None else f" ± {difference.error:.3f}"
+        lines.append(
+            f"- {ROWS[above].label} ({ROWS[above].paper:.2f}, here {means[above]:.3f}) above "
+            f"{ROWS[below].label} ({ROWS[below].paper:.2f}, here {means[below]:.3f}): here the other way by "
+            f"{means[below] - means[above]:.3f}{shown}"
+        )
+    listed = "\n".join(lines) + "\n" if lines else "None.\n"
+    return (
+        f"## The paper's order\n\nOf {total} pairs of rows that the paper tells apart by 0.02 or more, "
+        f"{total - len(wrong)} stand in the same order here. Those that do not:\n\n{listed}"
+    )
+
+
+def _compute(points: Sequence[ComputePoint]) -> str:
+    if not points:
+        return "## Test-time compute\n\nNot run yet: `python -m pipelines.ladder compute`.\n"
+    steps = sorted({point.num_steps for point in points})
+    rows = []
+    for name in [row for row in ROWS if any(point.row == row for point in points)]:
+        own = [point for point in points if point.row == name]
+        flops = {point.num_steps: point.flops_per_image or 0.0 for point in own}
+        at = {
+            step: [p.overall for p in own if p.num_steps == step and p.overall is not None] for step in steps
+        }
+        cells = [f"{show(at[n])} ({flops[n] / 1e9:.2f})" if at[n] else MISSING for n in steps]
+        rows.append([ROWS[name].label, *cells])
+    prompts = ", ".join(str(number) for number in sorted({point.num_prompts for point in points}))
+    return (
+        f"## Test-time compute\n\n{table(['sampling steps', *map(str, steps)], rows)}\n"
+        f"Score (GFLOPs an image) of the final checkpoints on {prompts} prompts. More steps buy every row "
+        "more compute; only in RepFusion's rows does the LLM spend it on what is being drawn.\n"
+    )
+
+
+def _open(selection: Selection) -> str:
+    lines = [f"- failed: {one.row} seed {one.seed}: {one.error} ({one.time})" for one in selection.failed]
+    if selection.other_weights:
+        lines.append(f"- left out, made with other weights or another model: {len(selection.other_weights)}")
+    for name, number in selection.other_budgets.items():
+        lines.append(f"- left out, of the budget {name}: {number}")
+    return "## Not in the tables\n\n" + "\n".join(lines) + "\n" if lines else ""

@@ -1,0 +1,128 @@
+"""Tasks -> Ray: as many at once as there are CPUs or GPUs; results are appended as they come."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TypeVar
+
+from pipelines.ladder.config import LadderConfig, ResourcesConfig
+from pipelines.ladder.data import prepare
+from pipelines.ladder.results import Result, append, finished, read
+from pipelines.ladder.rows import ROWS
+from pipelines.ladder.task import Task, tasks_of
+from pipelines.ladder.worker import PROGRESS, now, run_task
+from pipelines.session import PATIENCE_SEC, brief, check_ray_lives, ray_session
+from pipelines.workflow import locked
+from repfusion.tracking import prepare_store
+
+T = TypeVar("T")
+GPU_SHARE = 1 / 12
+SAY_SEC = 60.0
+"""Between two lines about the runs at work."""
+
+
+def run_ladder(config: LadderConfig, say: Callable[[str], None] = print) -> int:
+    """Brings data and results up to date: runs what has no result yet, and what failed. Returns how many
+    failed; each is a line of the results with its error.
+
+    Raises:
+        ValueError: weights are missing, or another run is at work under this root.
+        StageError: the data could not be made, or Ray died.
+    """
+    spaces = [ROWS[name].space for name in config.rows]
+    with ExitStack() as session:
+        session.enter_context(locked(config.root / config.name))
+        columns = prepare(config, spaces, lambda line: say(f"data: {line}"))
+        tasks = tasks_of(config, columns)
+        done = finished(read(config.results, Result))
+        todo = [task for task in tasks if task.key not in done]
+        say(f"{len(tasks)} runs, {len(tasks) - len(todo)} of them done before")
+        if not todo:
+            return 0
+        session.enter_context(ray_session(config.ray))
+        if config.tracking_uri is not None:
+            prepare_store(config.tracking_uri, todo[0].train.tracking.experiment)
+        failed, started = 0, time.perf_counter()
+        by_key = {task.key: task for task in todo}
+        outcomes = run_on_ray(run_task, todo, config.resources, lambda left: say_progress(left, say))
+        for number, (task, outcome) in enumerate(outcomes, 1):
+            result = _result(by_key[task.key], outcome)
+            append(config.results, result)
+            failed += result.status == "failed"
+            what = f"FAILED: {result.error}" if result.error else f"{result.score:.3f}"
+            minutes = (time.perf_counter() - started) / 60
+            say(f"{task.row} seed {task.seed}: {what} ({number} of {len(todo)}, {minutes:.1f} minutes)")
+    return failed
+
+
+def _result(task: Task, outcome: str | Exception) -> Result:
+    if isinstance(outcome, str):
+        return Result.model_validate_json(outcome)
+    return Result(
+        **task.identity,
+        status="failed",
+        error=brief(outcome),
+        time=now(),
+        settings=task.settings,
+        weights=task.weights,
+    )
+
+
+def resources_of(config: ResourcesConfig) -> dict[str, float]:
+    """Of one run, by Ray's names."""
+    import ray
+
+    share = config.num_gpus
+    if share is None:
+        share = GPU_SHARE if ray.cluster_resources().get("GPU", 0) else 0
+    return {"num_cpus": config.num_cpus, **({"num_gpus": share} if share else {})}
+
+
+def run_on_ray(
+    function: Callable[[T], str],
+    tasks: Sequence[T],
+    config: ResourcesConfig,
+    on_wait: Callable[[Sequence[T]], None] = lambda left: None,
+) -> Iterator[tuple[T, str | Exception]]:
+    """Each task with what the function returned or the error it ended in, as they end. Each has a process of
+    its own; they start in order, as resources become free.
+
+    Raises:
+        StageError: Ray has no node left.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    remote = ray.remote(max_calls=1, max_retries=0, **resources_of(config))(function)
+    waiting = {remote.remote(task): task for task in tasks}
+    said = time.monotonic()
+    while waiting:
+        ended, _ = ray.wait(list(waiting), timeout=PATIENCE_SEC)
+        for reference in ended:
+            task = waiting.pop(reference)
+            try:
+                yield task, ray.get(reference)
+            except RayError as error:
+                yield task, error
+        if not ended:
+            check_ray_lives()
+        if time.monotonic() - said > SAY_SEC:
+            said = time.monotonic()
+            on_wait(list(waiting.values()))
+
+
+def say_progress(left: Sequence[Task], say: Callable[[str], None]) -> None:
+    """A line about the runs that train."""
+    shown = []
+    for task in left:
+        path = Path(task.train.output_dir) / PROGRESS
+        if path.exists():
+            report = json.loads(path.read_text())
+            rate = f"{report['samples_per_sec']:.0f} samples/s"
+            shown.append(
+                f"{task.row} seed {task.seed} step {report['step']}/{task.train.num_steps} at {rate}"
+            )
+    if shown:
+        say(f"  {'; '.join(shown)}")

@@ -1,0 +1,187 @@
+"""One run, in a process of its own: training, scores of each checkpoint, its line of the results."""
+
+import os
+import platform
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipelines.ladder.results import Point, Result
+from pipelines.ladder.task import Task, ladders_of
+from pipelines.store import write_json
+
+RECORD = "result.json"
+"""In the run's folder, written when all is done: what was appended to the results, or should have been."""
+PROGRESS = "progress.json"
+
+
+def run_task(task: Task) -> str:
+    """The result as JSON. Resumes where an earlier attempt was cut short; what is done is not done again.
+
+    Raises:
+        ValueError: data, weights or model do not fit. NonFiniteError, CheckpointError: as the training does.
+    """
+    os.chdir(task.directory)
+    record = task.train.output_dir / RECORD
+    if record.exists() and (known := Result.model_validate_json(record.read_text())).key == task.key:
+        return known.model_dump_json()
+    summary = _train(task)
+    started = time.perf_counter()
+    points = _score(task)
+    result = _result(task, summary, points, time.perf_counter() - started)
+    _track(task, result)
+    write_json(record, result.model_dump(mode="json"))
+    return result.model_dump_json()
+
+
+def _train(task: Task) -> dict[str, Any]:
+    from repfusion.distributed import shut_down
+    from repfusion.meters import Report
+    from repfusion.train import train
+
+    path = task.train.output_dir / PROGRESS
+    task.train.output_dir.mkdir(parents=True, exist_ok=True)
+
+    def on_report(report: Report) -> None:
+        write_json(path, {"step": report.step, "samples_per_sec": report.samples_per_sec})
+
+    try:
+        return train(task.train, on_report=on_report)
+    finally:
+        shut_down()
+        path.unlink(missing_ok=True)
+
+
+def _score(task: Task) -> list[Point]:
+    """Scores of every checkpoint, then only the last one's weights stay."""
+    import torch
+
+    from pipelines.evaluation.records import finished
+    from repfusion.checkpoint import complete_checkpoints, prune, step_of
+    from repfusion.evaluation import evaluate_checkpoint
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(task.train.engine.num_threads or 1)
+    checkpoints = task.train.output_dir / "checkpoints"
+    points = []
+    for folder in complete_checkpoints(checkpoints):
+        step = step_of(folder)
+        config = task.final if step == task.train.num_steps else task.curve
+        out = task.train.output_dir / "evaluations" / folder.name
+        evaluation = finished(out, config) or evaluate_checkpoint(folder, out, config)
+        scores = evaluation.scores
+        points.append(
+            Point(
+                step=step,
+                overall=scores.overall,
+                per_task={str(name): value for name, value in scores.per_task.items()},
+                shuffled=scores.shuffled_overall,
+                num_prompts=scores.num_prompts,
+                validation_loss=validation_loss(folder, task.num_validation, task.world),
+            )
+        )
+    prune(checkpoints, keep_resume=0, keep_last=1)
+    return points
+
+
+def validation_loss(checkpoint: Path, num_scenes: int, world: dict[str, Any]) -> float:
+    """Mean squared error of the velocity on held-out scenes. Scene i has the same caption, noise level and
+    noise for every checkpoint whose latents have this shape.
+    """
+    import numpy as np
+    import torch
+
+    from repfusion.checkpoint import load_checkpoint
+    from repfusion.flow import draw, interpolate, velocity
+    from repfusion.scenes.captions import caption_scene
+    from repfusion.scenes.world import WorldConfig, draw_scene, render
+
+    drawn = WorldConfig.model_validate(world)
+    scenes = [draw_scene(seed, drawn, "held_out") for seed in range(num_scenes)]
+    captions = [caption_scene(scene, np.random.default_rng([i, 1])) for i, scene in enumerate(scenes)]
+    generator = load_checkpoint(checkpoint)
+    encoder = generator.config.encoder.load()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator.to(device)
+    draws = draw(range(num_scenes), generator.latent_shape, generator.shift)
+    losses = []
+    with torch.no_grad():
+        for part in torch.arange(num_scenes).split(64):
+            rows = part.tolist()
+            pixels = torch.from_numpy(np.stack([render(scenes[i], drawn) for i in rows]))
+            latents = generator.normalise(encoder(pixels).to(device))
+            noise, t = draws.noise[part].to(device), draws.t[part].to(device)
+            prompts = generator.prompt_batch([captions[i] for i in rows])
+            predicted = generator.velocity(interpolate(latents, noise, t), t, prompts).float()
+            losses.append((predicted - velocity(latents, noise)).square().mean(dim=(1, 2)).cpu())
+    return float(torch.cat(losses).mean())
+
+
+def hardware() -> str:
+    """The GPU, or the processor and its cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    found = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        named = [line.split(":", 1)[1] for line in info.read_text().splitlines() if "model name" in line]
+        found = named[0].strip() if named else found
+    return f"1 core of {os.cpu_count()}, {found}"
+
+
+def _result(task: Task, summary: dict[str, Any], points: list[Point], score_sec: float) -> Result:
+    from repfusion import environment
+    from repfusion.flops import sample_flops
+    from repfusion.meta import meta_from_config
+
+    generator = meta_from_config(task.train.model)
+    return Result(
+        **task.identity,
+        time=now(),
+        settings=task.settings,
+        weights=task.weights,
+        points=tuple(points),
+        samples_per_sec=summary["samples_per_sec"],
+        final_loss=summary["final_loss"],
+        train_sec=summary["train_sec"],
+        score_sec=score_sec,
+        flops_per_image=sample_flops(generator, task.prompt_tokens, task.final.sampler),
+        trainable_parameters=sum(p.numel() for p in generator.trainable_state().values()),
+        dit=task.train.model.dit.model_dump(mode="json"),
+        hardware=hardware(),
+        commit=environment.git_commit(),
+        local_changes=environment.has_local_changes(),
+        run_id=summary["run_id"],
+    )
+
+
+def _track(task: Task, result: Result) -> None:
+    """Scores by step, in the training's own MLflow run."""
+    if result.run_id is None:
+        return
+    from repfusion.tracking import Tracker
+
+    config = task.train.tracking.model_copy(update={"run_id": result.run_id})
+    tracker = Tracker(config, attach=True)
+    for point in result.points:
+        named = {"eval/overall": point.overall, "eval/shuffled_overall": point.shuffled}
+        named |= {f"eval/task/{name}": value for name, value in point.per_task.items()}
+        tracker.log_metrics({**named, "ladder/validation_loss": point.validation_loss}, point.step)
+        if point is not result.points[-1]:
+            tracker.forget_checkpoint(point.step)
+    for name, value in {
+        "ladder.row": result.row,
+        "ladder.in": ", ".join(ladders_of(result.row)) or "none",
+        "ladder.budget": f"{result.budget_name} {result.budget[:8]}",
+    }.items():
+        tracker.set_tag(name, value)
+    evaluations = sorted((task.train.output_dir / "evaluations").glob("step_*"))
+    if evaluations:
+        tracker.log_image(evaluations[-1] / "gallery.png", "gallery", result.points[-1].step)
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
