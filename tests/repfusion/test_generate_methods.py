@@ -1,0 +1,96 @@
+"""Any method's checkpoint is drawn from, evaluated, exported and loaded as a pipeline without being told
+which method it is; the pixels are the same all along.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_training import METHODS
+
+from repfusion.checkpoint import read_config, save_checkpoint
+from repfusion.evaluation import EvaluationConfig, evaluate_checkpoint
+from repfusion.export import export
+from repfusion.generate import generate, main, to_uint8
+from repfusion.model import Generator
+from repfusion.pipeline import RepFusionPipeline
+from repfusion.sampler import SamplerConfig
+from repfusion.scenes.captions import held_out_prompts
+
+PROMPT = "a red circle left of two blue square"
+SAMPLER = SamplerConfig(num_steps=3, solver="heun", guidance_scale=3, guidance_interval=(0.05, 1.0))
+
+
+@pytest.fixture(params=METHODS)
+def generator(request: pytest.FixtureRequest, make_generator) -> Generator:
+    return make_generator(request.param)
+
+
+@pytest.fixture
+def checkpoint(generator, tmp_path) -> Path:
+    """Its averaged weights are the generator's own, its last weights others."""
+    folder, ema = tmp_path / "step_00000005", {k: p.clone() for k, p in generator.trainable_state().items()}
+    with torch.no_grad():
+        for parameter in generator.trainable_state().values():
+            parameter.mul_(0.5)
+    save_checkpoint(folder, generator, ema, step=5)
+    generator.load_trainable_state(ema)
+    return folder
+
+
+def drawn(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """By the command, which is told the folder and nothing of the method."""
+    sampler = ["--num-steps", 3, "--solver", "heun", "--guidance-scale", 3, "--guidance-interval", 0.05, 1]
+    arguments = ["--checkpoint", folder, "--prompt", PROMPT, "--out", out, "--seed", 4, "--num-images", 2]
+    monkeypatch.setattr(
+        sys, "argv", ["generate", *map(str, [*arguments, *sampler, "--scale", 1, "--device", "cpu"])]
+    )
+    main()
+    return np.asarray(Image.open(out))
+
+
+def test_every_way_to_an_image_gives_the_same_pixels(generator, checkpoint, tmp_path, monkeypatch):
+    decoder = generator.load_decoder()
+    made = to_uint8(generate(generator, decoder, [PROMPT] * 2, 4, SAMPLER))
+    assert (made[0].astype(int) - made[1]).any()  # the noise counts
+    strip = np.concatenate(list(made), axis=1)
+    np.testing.assert_array_equal(drawn(checkpoint, tmp_path / "x.png", monkeypatch), strip)
+
+    exported = export(checkpoint, tmp_path / "exported")
+    np.testing.assert_array_equal(drawn(exported, tmp_path / "y.png", monkeypatch), strip)
+    for folder in (checkpoint, exported):
+        pipe = RepFusionPipeline.from_pretrained(folder)
+        assert pipe.model.config.conditioning == read_config(checkpoint)[0].conditioning
+        images = pipe(
+            PROMPT,
+            num_inference_steps=3,
+            guidance_scale=3,
+            solver="heun",
+            guidance_interval=(0.05, 1),
+            generator=[torch.Generator().manual_seed(4 + i) for i in range(2)],
+            num_images_per_prompt=2,
+        ).images
+        np.testing.assert_array_equal(np.concatenate([np.asarray(image) for image in images], axis=1), strip)
+
+
+def test_an_evaluation_scores_the_images_of_the_averaged_weights(generator, checkpoint, tmp_path):
+    scored: list[torch.Tensor] = []
+
+    def run(work: Callable[[], Any]) -> Any:
+        result = work()
+        if isinstance(result, torch.Tensor):
+            scored.append(result)
+        return result
+
+    config = EvaluationConfig(num_prompts=6, seed=2, sampler=SAMPLER, device="cpu")
+    evaluation = evaluate_checkpoint(checkpoint, tmp_path / "out", config, run)
+    texts = [prompt.text for prompt in held_out_prompts(6, 2, True)]
+    assert [sample.prompt for sample in evaluation.samples] == texts
+    expected = generate(generator, generator.load_decoder(), texts, 2, SAMPLER)
+    assert len(scored) == 1 and torch.equal(scored[0], expected)
+    assert evaluation.step == 5 and evaluation.config.sampler == SAMPLER
