@@ -1,5 +1,8 @@
 """A configuration -> a generator of that size whose weights have shapes and no memory (torch's meta
 device).
+
+Where a folder that a configuration names is absent, its geometry comes from `configs/geometry/`: the
+config.json of published models, under the folder's own name.
 """
 
 from pathlib import Path
@@ -7,14 +10,19 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
-from repfusion.dit import DiTConfig
-from repfusion.latent_space import EncoderConfig
+from repfusion.latent_space import Decoder
 from repfusion.mllm import MLLM, Projector
 from repfusion.model import Generator, ModelConfig
 from repfusion.rae.decoder import RAEDecoder, RAEDecoderConfig
-from repfusion.rae.geometry import tower_config, tower_geometry
+from repfusion.rae.geometry import is_vae, latent_geometry
 from repfusion.rae.statistics import LatentStatistics
+from repfusion.vae import VAEDecoder
+
+CONFIGS = Path(__file__).parent / "configs"
+"""Trainings at the published scale, and the geometry of the models that they name."""
+GEOMETRY = CONFIGS / "geometry"
 
 
 class BareTokenizer:
@@ -25,6 +33,29 @@ class BareTokenizer:
 
     def __init__(self, model_max_length: int):
         self.model_max_length = model_max_length
+
+
+def geometry_folder(folder: Path) -> Path:
+    """The folder itself, or the one of its name in `configs/geometry/`.
+
+    Raises:
+        ValueError: where neither has a config.json.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    if (kept := GEOMETRY / folder.name / "config.json").is_file():
+        return kept.parent
+    known = ", ".join(sorted(path.parent.name for path in GEOMETRY.glob("*/config.json")))
+    raise ValueError(
+        f"{folder}: no config.json there, and no geometry of that name; expected a model's folder, or one "
+        f"named as in {GEOMETRY}: {known}"
+    )
+
+
+def absent_folders(config: ModelConfig) -> list[Path]:
+    """The folders of a config whose geometry comes from `configs/geometry/`."""
+    folders = dict.fromkeys((config.mllm, config.encoder.path, config.decoder))
+    return [folder for folder in folders if geometry_folder(folder) != folder]
 
 
 def meta_generator(
@@ -42,11 +73,17 @@ def meta_generator(
     from transformers import AutoModel
 
     dtype = getattr(torch, config.mllm_dtype)
+    width = text_config.hidden_size
     with torch.device("meta"):
         language_model = AutoModel.from_config(text_config, dtype=dtype)
+        head = (
+            nn.Linear(width, text_config.vocab_size, bias=False, dtype=dtype) if config.captioning else None
+        )
+        if head is not None and text_config.tie_word_embeddings:
+            head.weight = language_model.get_input_embeddings().weight
         tokenizer = BareTokenizer(text_config.max_position_embeddings)
-        own = Projector(latent_dim, text_config.hidden_size, **projector)
-        mllm = MLLM(language_model, own, tokenizer, config.mllm, "none")
+        own = Projector(latent_dim, width, **projector)
+        mllm = MLLM(language_model, own, tokenizer, config.mllm, "none", head)
         return Generator(config, mllm, LatentStatistics.empty(grid[0] * grid[1], latent_dim), grid)
 
 
@@ -54,45 +91,33 @@ def meta_from_config(config: ModelConfig) -> Generator:
     """From the config.json of the folders that a config names; no weights are read."""
     from transformers import AutoConfig
 
-    _, vision = tower_config(config.encoder.path)
-    grid = tower_geometry(config.encoder.path, config.encoder.image_size).grid
-    source = AutoConfig.from_pretrained(config.mllm)
+    geometry = latent_geometry(geometry_folder(config.encoder.path), config.encoder.image_size)
+    source = AutoConfig.from_pretrained(geometry_folder(config.mllm))
     projector = {
         "activation": getattr(source, "projector_hidden_act", "gelu"),
         "bias": getattr(source, "multimodal_projector_bias", True),
     }
-    return meta_generator(config, source.get_text_config(), grid, vision["hidden_size"], **projector)
+    return meta_generator(config, source.get_text_config(), geometry.grid, geometry.feature_dim, **projector)
 
 
-def meta_decoder(config: RAEDecoderConfig) -> RAEDecoder:
-    with torch.device("meta"):
-        return RAEDecoder(config).requires_grad_(False)
-
-
-def published() -> tuple[Generator, RAEDecoder]:
-    """RepFusion's scale: LLaVA-1.5-7B's language model, 24 x 24 tokens of width 1024, a DiT of 1.3B, RAE's
-    ViT-XL decoder; no memory.
+def meta_decoder(config: ModelConfig, grid: tuple[int, int]) -> Decoder | None:
+    """The decoder that a config names, for latents of `grid` tokens; None for a VAE whose weights are not
+    there.
     """
-    from transformers import LlamaConfig
+    folder = geometry_folder(config.decoder)
+    if is_vae(folder):
+        has_weights = any(folder.glob("*.safetensors"))
+        return VAEDecoder.from_pretrained(folder, grid).to("meta") if has_weights else None
+    saved = RAEDecoderConfig.model_validate_json((folder / "config.json").read_text())
+    with torch.device("meta"):
+        return RAEDecoder(saved).requires_grad_(False)
 
-    text = LlamaConfig(
-        vocab_size=32064,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        max_position_embeddings=4096,
-    )
-    config = ModelConfig(
-        mllm=Path("llava-1.5-7b"),
-        mllm_dtype="bfloat16",
-        encoder=EncoderConfig(path=Path("clip-vit-large-patch14-336")),
-        dit=DiTConfig(hidden_size=2048, depth=24, num_heads=16),
-    )
-    decoder = RAEDecoderConfig(
-        feature_dim=1024, grid=(24, 24), patch_size=14, hidden_size=1152, depth=28, num_heads=16
-    )
-    return meta_generator(config, text, (24, 24), 1024), meta_decoder(decoder)
+
+def published() -> Generator:
+    """RepFusion's scale (`configs/repfusion_7b_1.3b.yaml`): LLaVA-1.5-7B's language model, 24 x 24 tokens of
+    width 1024, a DiT of 1.3B; no memory.
+    """
+    return meta_from_config(load_model_config(CONFIGS / "repfusion_7b_1.3b.yaml"))
 
 
 def load_model_config(path: Path) -> ModelConfig:
@@ -103,4 +128,6 @@ def load_model_config(path: Path) -> ModelConfig:
     """
     fields = yaml.safe_load(path.read_text()) or {}
     fields = fields.get("train", fields)
-    return ModelConfig.model_validate(fields.get("model") or {} if "model" in fields else fields)
+    if "model" in fields or "output_dir" in fields or "data" in fields:
+        fields = fields.get("model") or {}
+    return ModelConfig.model_validate(fields)

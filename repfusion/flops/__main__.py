@@ -1,0 +1,129 @@
+"""Parameters, FLOPs and bytes of a configuration, by part: `python -m repfusion.flops --config CONFIG.yaml`.
+No weights are read.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from repfusion.checkpoint import read_config
+from repfusion.engine import EngineConfig
+from repfusion.flops.count import Cost, sample_costs, train_costs
+from repfusion.flops.memory import column_bytes, frozen_bytes, rank_memory, sizes
+from repfusion.flops.paper import paper_markdown
+from repfusion.flops.tables import aligned
+from repfusion.foundation import WEIGHTS
+from repfusion.latent_space import Decoder
+from repfusion.meta import GEOMETRY, absent_folders, load_model_config, meta_decoder, meta_from_config
+from repfusion.model import Generator, ModelConfig
+from repfusion.sampler import SamplerConfig
+
+
+def parts_table(
+    generator: Generator, decoder: Decoder | None, num_text_tokens: float, sampler: SamplerConfig
+) -> str:
+    """Parameters, bytes, GFLOPs of a training sample and of an image, by part."""
+    training = train_costs(generator, num_text_tokens, has_text_features=False)
+    drawing = sample_costs(generator, num_text_tokens, sampler, decoder)
+    rows = [("part", "parameters", "trained", "MB", "train GFLOP", "image GFLOP")]
+    totals = [0.0] * 5
+    for part, size in sizes(generator, decoder).items():
+        cost, image = training.get(part, Cost()).total, drawing[part]
+        values = size.num_parameters, size.num_trainable, size.num_bytes / 1e6, cost / 1e9, image / 1e9
+        totals = [a + b for a, b in zip(totals, values, strict=True)]
+        rows.append((part, *numbers(values)))
+    return aligned([*rows, ("all", *numbers(totals))])
+
+
+def numbers(values: Any) -> list[str]:
+    return [f"{value:,.{digits}f}" for value, digits in zip(values, (0, 0, 1, 3, 2), strict=True)]
+
+
+def memory_table(generator: Generator, config: EngineConfig, num_ranks: int) -> str:
+    """GB of one rank under each ZeRO stage."""
+    trained = sum(size.num_trainable for size in sizes(generator).values())
+    parts = ("weights", "masters", "gradients", "moments", "averages", "buckets", "frozen")
+    rows = [("GB a rank", *parts, "all", "of it on the host")]
+    held = frozen_bytes(generator, config)
+    for stage in range(4):
+        for frozen in ("replicated", "sharded") if stage == 3 and held else ("replicated",):
+            engine = config.model_copy(
+                update={
+                    "zero_stage": stage,
+                    "frozen": frozen,
+                    "offload_optimizer": config.offload_optimizer and stage > 0,
+                }
+            )
+            found = rank_memory(trained, held, engine, num_ranks)
+            name = f"ZeRO {stage}" + (", MLLM sharded" if frozen == "sharded" else "")
+            values = [
+                *(getattr(found, part) for part in parts),
+                found.device + found.offloaded,
+                found.offloaded,
+            ]
+            rows.append((name, *(f"{value / 1e9:,.2f}" for value in values)))
+    return aligned(rows)
+
+
+def training_of(path: Path | None) -> tuple[EngineConfig, int | None]:
+    """The engine of a training's YAML (or of a workflow's `train`), and the samples that it sees in all."""
+    fields = {} if path is None else yaml.safe_load(path.read_text()) or {}
+    fields = fields.get("train", fields)
+    steps, batch = fields.get("num_steps"), fields.get("global_batch_size")
+    return EngineConfig.model_validate(fields.get("engine") or {}), steps and batch and steps * batch
+
+
+def say(config: ModelConfig, path: Path | None, args: argparse.Namespace) -> None:
+    sampler = SamplerConfig(num_steps=args.num_steps, guidance_scale=args.guidance_scale)
+    generator = meta_from_config(config)
+    engine, num_samples = training_of(path)
+    print(config.describe())
+    if absent := absent_folders(config):
+        print(f"geometry from {GEOMETRY}, in place of {', '.join(map(str, absent))}")
+    print()
+    decoder = meta_decoder(config, generator.grid)
+    print(parts_table(generator, decoder, args.text_tokens, sampler))
+    if decoder is None:
+        print(f"the decoder {config.decoder} is not counted: a VAE, whose weights are not there")
+    guided = "" if sampler.guidance_scale == 1 else ", with guidance"
+    print(f"prompts of {args.text_tokens:g} tokens; an image takes {sampler.num_steps} steps{guided}")
+    if num_samples:
+        costs = train_costs(generator, args.text_tokens, has_text_features=False).values()
+        total = num_samples * sum(cost.total for cost in costs)
+        print(f"training: {num_samples:,} samples, {total:.3g} FLOPs")
+    columns = column_bytes(generator, args.text_tokens).items()
+    print("bytes a sample: " + ", ".join(f"{name} {size:,.0f}" for name, size in columns))
+    print()
+    print(memory_table(generator, engine, args.ranks))
+    where = "bfloat16 on a GPU" if engine.precision == "bf16" else f"in {config.mllm_dtype}"
+    print(f"one of {args.ranks} ranks, frozen weights {where}; activations are not counted")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m repfusion.flops", description=__doc__)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--checkpoint", type=Path, default=WEIGHTS / "base", help="its config and the folders that it names"
+    )
+    which.add_argument("--config", type=Path, help="YAML of a training (its `model`) or of a model")
+    which.add_argument("--paper", action="store_true", help="the published figures against ours, in markdown")
+    parser.add_argument("--text-tokens", type=float, default=32.0, help="of a prompt, begin token included")
+    parser.add_argument("--num-steps", type=int, default=SamplerConfig().num_steps)
+    parser.add_argument("--guidance-scale", type=float, default=SamplerConfig().guidance_scale)
+    parser.add_argument("--ranks", type=int, default=8, help="of the training whose memory is shown")
+    args = parser.parse_args()
+    try:
+        if args.paper:
+            print(paper_markdown())
+            return
+        config = load_model_config(args.config) if args.config else read_config(args.checkpoint)[0]
+        say(config, args.config, args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

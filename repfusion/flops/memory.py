@@ -1,0 +1,120 @@
+"""A generator -> its parameters, and the bytes that a rank holds of a training under ZeRO; bytes of a
+sample's columns.
+
+Without activations, what a pass needs for a moment (under stage 3 also the layers gathered at a time), the
+framework, and the fragments between allocations.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from repfusion.engine import EngineConfig, deepspeed_config, stage_to_run
+from repfusion.flops.count import CONDITIONER, DECODER, DENOISER, LLM, Number
+from repfusion.latent_space import Decoder
+from repfusion.model import Generator
+
+FLOAT32, FLOAT16 = 4, 2
+"""Bytes."""
+
+
+@dataclass(frozen=True)
+class Size:
+    num_parameters: int
+    num_trainable: int
+    num_bytes: int
+
+    @classmethod
+    def of(cls, parameters: Iterable[nn.Parameter]) -> "Size":
+        found = list(parameters)
+        trainable = sum(p.numel() for p in found if p.requires_grad)
+        return cls(sum(p.numel() for p in found), trainable, sum(p.numel() * p.element_size() for p in found))
+
+
+def sizes(generator: Generator, decoder: Decoder | None = None) -> dict[str, Size]:
+    """Parameters and bytes as held, by part."""
+    conditioner = generator.conditioner
+    mllm = {id(p): p for p in conditioner.mllm.parameters()}
+    own = [p for p in conditioner.parameters() if id(p) not in mllm]
+    found = {
+        LLM: Size.of(mllm.values()),
+        CONDITIONER: Size.of(own),
+        DENOISER: Size.of(generator.dit.parameters()),
+    }
+    return found if decoder is None else {**found, DECODER: Size.of(decoder.parameters())}
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank at the end of a backward pass, when most is held."""
+
+    weights: float
+    """Trained weights, float32."""
+    masters: float
+    """The optimizer's own share of them; without ZeRO it updates the weights themselves."""
+    gradients: float
+    """float32; whole until they are averaged, or this rank's share."""
+    moments: float
+    """AdamW's two, float32."""
+    averages: float
+    """The exponential moving average, float32, of what the optimizer updates here."""
+    buckets: float
+    """In which gradients travel; on a GPU under stages 1 and 2 there are two, so that one fills meanwhile."""
+    frozen: float
+    """Frozen weights."""
+    on_host: bool = False
+    """Whether masters, gradients, moments and averages lie in the host's memory (`offload_optimizer`)."""
+
+    @property
+    def offloaded(self) -> float:
+        kept_there = self.masters + self.gradients + self.moments + self.averages
+        return kept_there if self.on_host else 0.0
+
+    @property
+    def device(self) -> float:
+        """All but what is offloaded."""
+        state = self.masters + self.gradients + self.moments + self.averages
+        return self.weights + state + self.buckets + self.frozen - self.offloaded
+
+
+def frozen_bytes(generator: Generator, config: EngineConfig, on_gpu: bool = True) -> int:
+    """On a GPU under bf16 the engine holds them as bfloat16 whatever `mllm_dtype` is."""
+    frozen = [p for p in generator.parameters() if not p.requires_grad]
+    is_cast = on_gpu and config.precision == "bf16"
+    return sum(p.numel() * (torch.bfloat16.itemsize if is_cast else p.element_size()) for p in frozen)
+
+
+def rank_memory(
+    num_trained: int, num_frozen_bytes: int, config: EngineConfig, world_size: int, on_gpu: bool = True
+) -> RankMemory:
+    """What one of `world_size` ranks holds; ZeRO pads its shares by a few elements, which are not counted."""
+    stage = stage_to_run(config, world_size)
+    whole, share = FLOAT32 * num_trained, FLOAT32 * num_trained / world_size
+    settings = deepspeed_config(config, stage, config.micro_batch_size * world_size, world_size, num_trained)[
+        "zero_optimization"
+    ]
+    num_buckets = (2 if on_gpu and stage < 3 else 1) if stage else 0
+    sharded = share if stage else whole
+    return RankMemory(
+        weights=share if stage == 3 else whole,
+        masters=share if stage else 0.0,
+        gradients=share if stage >= 2 else whole,
+        moments=2 * sharded,
+        averages=sharded,
+        buckets=num_buckets * FLOAT32 * settings["reduce_bucket_size"],
+        frozen=num_frozen_bytes / (world_size if config.frozen == "sharded" else 1),
+        on_host=config.offload_optimizer,
+    )
+
+
+def column_bytes(generator: Generator, num_text_tokens: Number) -> dict[str, float]:
+    """Of one sample as the stages write it: float16 latents, and float16 text features where the method can
+    feed on them.
+    """
+    tokens, dim = generator.latent_shape
+    found: dict[str, float] = {"latents": FLOAT16 * tokens * dim}
+    if generator.prompt_column == "features":
+        found["text features"] = FLOAT16 * num_text_tokens * generator.conditioner.mllm.width
+    return found
