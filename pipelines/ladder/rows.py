@@ -219,14 +219,21 @@ def matched_dit(model: ModelConfig, target: float, common: Common) -> DiTConfig:
     """
     base = model.dit
     head = base.hidden_size // base.num_heads
-    found: list[tuple[bool, float, float, DiTConfig]] = []
+
+    def flops(dit: DiTConfig) -> float:
+        return image_flops(model.model_copy(update={"dit": dit}), common)
+
+    found: list[tuple[bool, float, DiTConfig]] = []
     for heads in range(base.num_heads, 8 * base.num_heads + 1):
-        for depth in range(base.depth, 4 * base.depth + 1):
-            dit = base.model_copy(update={"hidden_size": heads * head, "num_heads": heads, "depth": depth})
-            off = abs(image_flops(model.model_copy(update={"dit": dit}), common) / target - 1)
-            skew = abs(heads / base.num_heads - depth / base.depth)
-            is_near = off <= FLOPS_TOLERANCE
-            found.append((not is_near, skew if is_near else off, off, dit))
-            if image_flops(model.model_copy(update={"dit": dit}), common) > 1.5 * target:
-                break
-    return min(found, key=lambda one: one[:3])[3]
+        wide = base.model_copy(update={"hidden_size": heads * head, "num_heads": heads})
+        # blocks are alike: FLOPs are linear in depth
+        least = flops(wide)
+        block = flops(wide.model_copy(update={"depth": base.depth + 1})) - least
+        depth = max(base.depth, round(base.depth + (target - least) / block))
+        off = abs((least + (depth - base.depth) * block) / target - 1)
+        skew = abs(heads / base.num_heads - depth / base.depth)
+        is_near = off <= FLOPS_TOLERANCE
+        found.append((not is_near, skew if is_near else off, wide.model_copy(update={"depth": depth})))
+        if least > target:
+            break
+    return min(found, key=lambda one: one[:2])[2]

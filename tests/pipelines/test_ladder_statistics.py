@@ -1,0 +1,118 @@
+"""Means, differences and tests of few seeds, against scipy and values by hand."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from pipelines.ladder.claims import CLAIMS, disagreements, judge
+from pipelines.ladder.rows import ROWS
+from pipelines.ladder.statistics import compare, holm, mean_and_error, relabellings, sign_flips
+
+A = {0: 0.62, 1: 0.66, 2: 0.61, 3: 0.70}
+B = {0: 0.55, 1: 0.60, 2: 0.58, 3: 0.61}
+
+
+def test_mean_and_standard_error_by_hand():
+    assert mean_and_error([0.5, 0.6, 0.7]) == pytest.approx((0.6, 0.1 / math.sqrt(3)))
+    assert mean_and_error([0.5]) == (0.5, None)
+
+
+def test_a_difference_agrees_with_scipy():
+    found = compare(A, B)
+    assert found is not None and found.num_pairs == 4
+    ours, others = list(A.values()), list(B.values())
+    paired = stats.ttest_rel(ours, others, alternative="greater")
+    assert found.mean == pytest.approx(0.0625)
+    assert found.p_paired == pytest.approx(paired.pvalue)
+    assert found.upper == pytest.approx(found.mean + stats.t.ppf(0.95, 3) * found.error)
+    welch = stats.ttest_ind(ours, others, equal_var=False, alternative="greater")
+    assert found.p_welch == pytest.approx(welch.pvalue)
+
+    def gap(x, y, axis):
+        return np.mean(x, axis=axis) - np.mean(y, axis=axis)
+
+    for kind, own in (("samples", found.p_exact), ("independent", found.p_labels)):
+        exact = stats.permutation_test(
+            (ours, others), gap, permutation_type=kind, alternative="greater", n_resamples=np.inf
+        )
+        assert own == pytest.approx(exact.pvalue), kind
+
+
+def test_three_seeds_cannot_show_more_than_they_can():
+    assert sign_flips([0.1, 0.2, 0.3]) == 1 / 8
+    assert relabellings([0.7, 0.8, 0.9], [0.1, 0.2, 0.3]) == 1 / 20
+    assert sign_flips([0.1, -0.2, 0.3]) == 3 / 8  # sums >= 0.2: +++, +-+, -++ leaves 0.4
+    assert sign_flips([0.0, 0.0]) == 1.0
+
+
+def test_only_shared_seeds_are_paired_and_one_seed_has_no_p():
+    found = compare({0: 0.6, 1: 0.9}, {0: 0.5, 2: 0.1})
+    assert found is not None
+    assert (found.num_pairs, found.error, found.p_paired, found.p_welch) == (1, None, None, None)
+    assert found.p_exact is None and found.mean == pytest.approx(0.1)
+    assert compare({0: 0.6}, {1: 0.5}) is None
+    same = compare({0: 0.6, 1: 0.7}, {0: 0.5, 1: 0.6})
+    assert same is not None and same.mean == pytest.approx(0.1)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, None, 0.04, 0.03]) == pytest.approx([0.03, None, 0.06, 0.06], nan_ok=True)
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def scores(**means: float) -> dict[str, dict[int, float]]:
+    """Eight seeds, the same scatter of 0.01 in a different order for each row."""
+    scatter, order = 0.01 * np.linspace(-1, 1, 8), list(ROWS)
+    shuffled = {row: np.random.default_rng(order.index(row)).permutation(scatter) for row in means}
+    return {row: dict(enumerate(mean + shuffled[row])) for row, mean in means.items()}
+
+
+PAPER = scores(
+    repfusion=0.70,
+    static_queries=0.55,
+    timestep_queries=0.54,
+    static_queries_wide=0.58,
+    text_embed_rae_wide=0.62,
+    noisy_rae=0.62,
+    noisy_rae_tuned=0.66,
+    tuned=0.66,
+    text_embed_rae=0.60,
+    text_embed_vae=0.47,
+)
+
+
+def test_scores_as_the_papers_bear_out_every_claim():
+    assert {verdict.outcome for verdict in judge(PAPER)} == {"holds"}
+
+
+@pytest.mark.parametrize(
+    "changed, expected",
+    [
+        ({"repfusion": 0.50}, {0: "reversed", 4: "reversed", 6: "reversed"}),
+        ({"timestep_queries": 0.60}, {1: "not shown"}),
+        ({"noisy_rae": 0.70}, {4: "not shown", 5: "reversed"}),
+        ({"text_embed_vae": 0.599}, {8: "not shown"}),
+        ({"tuned": 0.82}, {6: "reversed", 7: "reversed"}),
+    ],
+)
+def test_what_is_otherwise_is_said(changed: dict[str, float], expected: dict[int, str]):
+    verdicts = judge(PAPER | scores(**changed))
+    assert {i: verdicts[i].outcome for i in expected} == expected
+
+
+def test_a_missing_row_leaves_its_claims_open_and_the_others_their_correction():
+    without = {row: own for row, own in PAPER.items() if row != "tuned"}
+    outcomes = [verdict.outcome for verdict in judge(without)]
+    missing = [i for i, claim in enumerate(CLAIMS) if "tuned" in claim.rows]
+    assert [i for i, outcome in enumerate(outcomes) if outcome == "missing"] == missing == [6, 7]
+    assert {row for claim in CLAIMS for row in claim.rows} <= set(ROWS)
+
+
+def test_the_papers_order_is_compared_pair_by_pair():
+    means = {"repfusion": 0.5, "static_queries": 0.6, "timestep_queries": 0.4, "text_embed_rae": 0.9}
+    # 0.70 > 0.55 and 0.54 by enough to count, 0.55 > 0.54 not; text_embed_rae has no figure
+    assert disagreements(means) == (2, [("repfusion", "static_queries")])
+    assert disagreements({"noisy_rae": 0.5}) == (0, [])
