@@ -54,15 +54,15 @@ class LatentsConfig(BaseModel):
 
 
 def fingerprint_fields(encoder: "EncoderConfig", digest: str) -> dict[str, Any]:
-    """What decides the bytes: the encoder's weights (their digest, not their place), layer and image size.
-    Raises ValueError where its folder has no such tower or size.
+    """What decides the bytes: the encoder's folder (its digest, not its place), layer and image size; a VAE
+    has no layer. Raises ValueError where its folder has no such tower or size.
     """
-    from repfusion.rae.geometry import tower_geometry
+    from repfusion.rae.geometry import is_vae, latent_geometry
 
     return {
         "train.model.encoder.path": digest,
-        "train.model.encoder.layer": encoder.layer,
-        "train.model.encoder.image_size": tower_geometry(encoder.path, encoder.image_size).image_size,
+        "train.model.encoder.layer": None if is_vae(encoder.path) else encoder.layer,
+        "train.model.encoder.image_size": latent_geometry(encoder.path, encoder.image_size).image_size,
         "latents.dtype": "float16",
     }
 
@@ -158,7 +158,7 @@ class LatentsWorker:
         folder: of the stage.
         source: folder of the image shards.
         config: the stage's.
-        encoder: the vision tower, its layer and image size.
+        encoder: the vision tower or VAE, the tower's layer, the image size.
     """
 
     concurrency: ClassVar[int] = 2
@@ -167,10 +167,13 @@ class LatentsWorker:
     def __init__(self, folder: Folder, source: Folder, config: LatentsConfig, encoder: "EncoderConfig"):
         import torch
 
+        from repfusion.rae.geometry import is_vae
+
         keep_freed_memory()
         num_threads = max(1, int(config.actors.num_cpus))
         torch.set_num_threads(num_threads)
         self.folder, self.source, self.config = folder, source, config
+        self.libraries = ("torch", "diffusers" if is_vae(encoder.path) else "transformers")
         self.encoder = encoder.load().to("cuda" if config.actors.num_gpus else "cpu")
         # all encoding happens in one thread; the shards' own threads decode, write and commit
         self._encoding = ThreadPoolExecutor(1, "encode", torch.set_num_threads, (num_threads,))
@@ -188,9 +191,7 @@ class LatentsWorker:
         batches = decoded_batches(
             self.source, job.name, sidecar, self.encoder.image_size, self.config.batch_size
         )
-        with ShardCommit(
-            self.folder, job.name, job.fingerprint, job.inputs, ("torch", "transformers")
-        ) as commit:
+        with ShardCommit(self.folder, job.name, job.fingerprint, job.inputs, self.libraries) as commit:
             with tar_shard(commit) as samples:
                 for keys, features in self._encode(batches):
                     write_features(keys, features, samples, statistics)

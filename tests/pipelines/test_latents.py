@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from diffusers import AutoencoderKL
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -49,6 +50,23 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> EncoderConfig:
     )
     folder = tmp_path_factory.mktemp("tower")
     CLIPVisionModel(config).save_pretrained(folder)
+    return EncoderConfig(path=folder)
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> EncoderConfig:
+    torch.manual_seed(0)
+    blocks = ("DownEncoderBlock2D",) * 3, ("UpDecoderBlock2D",) * 3
+    model = AutoencoderKL(
+        down_block_types=blocks[0],
+        up_block_types=blocks[1],
+        block_out_channels=(8, 8, 8),
+        latent_channels=3,
+        norm_num_groups=4,
+        sample_size=SIZE,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    model.save_pretrained(folder)
     return EncoderConfig(path=folder)
 
 
@@ -229,6 +247,43 @@ def test_the_fingerprint_names_the_size_in_use(encoder):
     assert {name for name in own if own[name] != other[name]} == {"train.model.encoder.image_size"}
     with pytest.raises(ValueError, match=r"encoder\.image_size 30: not a multiple of 8"):
         fingerprint_fields(encoder.model_copy(update={"image_size": 30}), "digest")
+
+
+def test_a_vae_is_an_encoder_by_its_folder_alone(images, vae, tmp_path):
+    """The plain way is diffusers' own: the posterior's mean, a token a latent pixel along the rows."""
+    worker = make_worker(Folder.at(tmp_path / "out"), images, vae)
+    assert (worker.encoder.grid, worker.encoder.feature_dim) == ((8, 8), 3)
+    sidecar = worker(ShardJob("00001", "latents", {}))
+    assert set(sidecar.versions) == {"torch", "diffusers", "repfusion"}
+    pixels = np.stack(
+        [
+            np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+            for file, data in sorted(members_of(images.path / "00001.tar").items())
+            if not file.endswith("txt")
+        ]
+    )
+    with torch.no_grad():
+        model = AutoencoderKL.from_pretrained(vae.path)
+        latent = model.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean
+    expected = latent.permute(0, 2, 3, 1).reshape(3, 64, 3)
+    stored = sorted(members_of(tmp_path / "out" / "00001.tar").items())
+    made = np.stack([np.load(io.BytesIO(data)) for _, data in stored])
+    assert made.dtype == np.float16
+    np.testing.assert_allclose(made, expected.numpy(), atol=2e-3)
+    statistics = LatentStatistics.load(tmp_path / "out" / "00001.statistics.safetensors")
+    np.testing.assert_allclose(statistics.mean.numpy(), made.astype(np.float64).mean(0), atol=1e-12)
+
+
+def test_a_vaes_fingerprint_has_its_size_and_no_layer(vae, encoder):
+    own = fingerprint_fields(vae, "digest")
+    assert own["train.model.encoder.image_size"] == SIZE
+    assert fingerprint_fields(vae.model_copy(update={"layer": -1}), "digest") == own
+    assert fingerprint_fields(vae, "other") != own != fingerprint_fields(encoder, "digest")
+    assert fingerprint_fields(vae.model_copy(update={"image_size": 16}), "digest") != own
+    with pytest.raises(
+        ValueError, match=r"not a multiple of 4, the factor of the VAE .*; the nearest one is 32"
+    ):
+        fingerprint_fields(vae.model_copy(update={"image_size": 30}), "digest")
 
 
 def test_features_beyond_half_precision_are_refused_by_key(images, encoder, tmp_path, monkeypatch):
