@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from repfusion.foundation import WEIGHTS
 from repfusion.foundation.decoder import train_decoder
 from repfusion.foundation.dialogues import train_tokenizer
+from repfusion.foundation.large import train_large
 from repfusion.foundation.measure import measure
 from repfusion.foundation.perception import (
     FoundationConfig,
@@ -20,8 +21,9 @@ from repfusion.foundation.perception import (
     train_language_twin,
     train_llava,
 )
+from repfusion.foundation.vae import train_vae
 
-PARTS = ("llava", "decoder", "refine", "polish", "language", "measure")
+PARTS = ("llava", "decoder", "refine", "polish", "language", "large", "vae", "measure")
 
 
 def main() -> None:
@@ -50,6 +52,10 @@ def main() -> None:
                 train_language_twin(pool, tokenizer, config, args.out / "language")
             case "decoder" | "polish":
                 train_decoder(pool, config, args.out, polish=part == "polish")
+            case "large":
+                train_large(pool, AutoTokenizer.from_pretrained(args.out / "llava"), config, args.out)
+            case "vae":
+                train_vae(pool, config, args.out)
             case "refine":
                 refine(pool, AutoTokenizer.from_pretrained(args.out / "llava"), config, args.out)
             case "measure":

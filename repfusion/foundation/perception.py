@@ -21,6 +21,7 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -72,6 +73,25 @@ class FoundationConfig(BaseModel):
 
     refine_noise: float = 0.4
     """The same while refining."""
+
+    large_width: int = 256
+    """Width of the larger LLaVA's language model."""
+    large_layers: int = 6
+    """Its layers."""
+    large_steps: int = 500
+    """Its steps, from the small one's weights grown to its size."""
+    large_learning_rate: float = 5e-4
+    """Its peak: it goes on, and does not begin."""
+    large_batch_size: int = 64
+    """Its scenes a step."""
+    vae_channels: int = 16
+    """Channels of the VAE's latents; its grid is the tower's at a factor of 8."""
+    vae_steps: int = 2_000
+    """Steps of the VAE."""
+    vae_batch_size: int = 64
+    """Scenes a step of the VAE."""
+    vae_noise: float = 0.4
+    """Largest noise on the VAE's latents while it is trained, in their standard deviations."""
 
     @property
     def num_tokens(self) -> int:
@@ -178,31 +198,41 @@ def joint_loss(
     feature_noise: float,
     pixel_weight: float,
 ) -> Callable[[int], Tensor]:
-    """Answers about the image, captions alone (every 4th step), and pixels rebuilt from noised features."""
-    inner, image_token = llava.model, llava.config.image_token_index
+    """Answers about the image, captions alone, and pixels rebuilt from noised features."""
 
     def loss_of_step(step: int) -> Tensor:
         scenes, pixels = pool.batch(config.batch_size)
         normalised = (pixels - PIXEL_MEAN) / PIXEL_STD
-        hidden = inner.vision_tower(pixel_values=normalised, output_hidden_states=True).hidden_states[-2][
-            :, 1:
-        ]
+        seen = llava.model.vision_tower(pixel_values=normalised, output_hidden_states=True)
+        hidden = seen.hidden_states[-2][:, 1:]
         features = F.layer_norm(hidden.float(), (config.vision_width,))
         sigma = feature_noise * torch.rand(len(features), 1, 1)
         rebuilt = decoder(features + sigma * torch.randn_like(features))
-        ids, labels = encode_dialogues(
-            tokenizer, [write_dialogue(s, pool.rng) for s in scenes], config.num_tokens
-        )
-        embedded = inner.language_model.embed_tokens(ids)
-        visual = inner.multi_modal_projector(hidden).to(embedded.dtype)
-        embedded = embedded.masked_scatter((ids == image_token)[..., None], visual)
-        said = inner.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        loss = answer_loss(llava.lm_head, said, labels) + pixel_weight * F.l1_loss(rebuilt.float(), pixels)
-        if step % 4 == 0:
-            loss = loss + 0.25 * text_loss(llava.lm_head, inner.language_model, tokenizer, scenes, pool.rng)
-        return loss
+        said = spoken_loss(llava, hidden, tokenizer, scenes, pool.rng, step)
+        return said + pixel_weight * F.l1_loss(rebuilt.float(), pixels)
 
     return loss_of_step
+
+
+def spoken_loss(
+    llava: LlavaForConditionalGeneration,
+    hidden: Tensor,
+    tokenizer: PreTrainedTokenizerFast,
+    scenes: list[Scene],
+    rng: np.random.Generator,
+    step: int,
+) -> Tensor:
+    """Answers about images of which `hidden` is the tower's state; every 4th step also captions alone."""
+    inner = llava.model
+    ids, labels = encode_dialogues(tokenizer, [write_dialogue(s, rng) for s in scenes], hidden.shape[1])
+    embedded = inner.language_model.embed_tokens(ids)
+    visual = inner.multi_modal_projector(hidden).to(embedded.dtype)
+    embedded = embedded.masked_scatter((ids == llava.config.image_token_index)[..., None], visual)
+    said = inner.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+    loss = answer_loss(llava.lm_head, said, labels)
+    if step % 4 == 0:
+        loss = loss + 0.25 * text_loss(llava.lm_head, inner.language_model, tokenizer, scenes, rng)
+    return loss
 
 
 def train_llava(
@@ -217,7 +247,8 @@ def train_llava(
     )
     loss = joint_loss(llava, rebuild, tokenizer, pool, config, config.feature_noise, pixel_weight=4.0)
     optimise([*llava.parameters(), *rebuild.parameters()], config, config.perception_steps, loss, "llava")
-    save_mllm(llava, tokenizer, folder)
+    save_mllm(llava, tokenizer, folder / "llava")
+    save_half(llava.model.vision_tower, folder / "vision_tower")
 
 
 def refine(
@@ -231,7 +262,8 @@ def refine(
     decoder = RAEDecoder.from_pretrained(folder / "decoder").requires_grad_(True).train()
     loss = joint_loss(llava, decoder, tokenizer, pool, config, config.refine_noise, pixel_weight=20.0)
     optimise([*llava.parameters(), *decoder.parameters()], config, config.refine_steps, loss, "refine")
-    save_mllm(llava, tokenizer, folder)
+    save_mllm(llava, tokenizer, folder / "llava")
+    save_half(llava.model.vision_tower, folder / "vision_tower")
     decoder.save_pretrained(folder / "decoder", dtype=torch.float16)
 
 
@@ -266,10 +298,12 @@ def train_language_twin(
 
 def save_mllm(llava: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Writes half-precision weights, the tokenizer and the pixel normalisation."""
+    save_half(llava, folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_half(model: PreTrainedModel, folder: Path) -> None:
     preprocessor = f'{{"image_mean": {[PIXEL_MEAN] * 3}, "image_std": {[PIXEL_STD] * 3}}}\n'
-    half = llava.to(torch.float16)
-    for target, model in ((folder / "llava", half), (folder / "vision_tower", half.model.vision_tower)):
-        model.save_pretrained(target)
-        (target / "preprocessor_config.json").write_text(preprocessor)
-    tokenizer.save_pretrained(folder / "llava")
-    llava.float()
+    model.to(torch.float16).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(preprocessor)
+    model.float()

@@ -21,7 +21,18 @@ from repfusion.foundation.dialogues import (
     train_tokenizer,
     write_dialogue,
 )
-from repfusion.foundation.perception import FoundationConfig, ScenePool, train_language_twin, train_llava
+from repfusion.foundation.large import grow, train_large
+from repfusion.foundation.measure import measure
+from repfusion.foundation.perception import (
+    FoundationConfig,
+    ScenePool,
+    llava_config,
+    optimise,
+    train_language_twin,
+    train_llava,
+)
+from repfusion.foundation.vae import make_vae, train_vae, vae_loss
+from repfusion.latent_space import EncoderConfig, load_decoder
 from repfusion.mllm import MLLM
 from repfusion.rae.decoder import RAEDecoder
 from repfusion.rae.encoder import RepresentationEncoder
@@ -38,6 +49,12 @@ TINY = FoundationConfig(
     perception_steps=2,
     language_steps=2,
     decoder_steps=3,
+    large_width=64,
+    large_layers=3,
+    large_steps=2,
+    large_batch_size=6,
+    vae_steps=3,
+    vae_batch_size=6,
     batch_size=6,
 )
 
@@ -164,6 +181,8 @@ def trained(tmp_path_factory):
     train_llava(pool, tokenizer, TINY, folder)
     train_language_twin(pool, tokenizer, TINY, folder / "language")
     train_decoder(pool, TINY, folder)
+    train_large(pool, tokenizer, TINY, folder)
+    train_vae(pool, TINY, folder)
     return folder
 
 
@@ -187,6 +206,76 @@ def test_the_recipes_folders_load_by_the_code_that_users_run(trained):
     )
     stored = load_file(str(trained / "llava" / "model.safetensors"))
     assert {v.dtype for v in stored.values() if v.is_floating_point()} == {torch.float16}
+
+
+def test_a_grown_llava_says_what_the_small_one_says_until_it_is_trained(tokenizer):
+    """Widths that are no multiples, layers between the old ones, and weights far from their initial ones."""
+    torch.manual_seed(0)
+    small = LlavaForConditionalGeneration(llava_config(TINY.model_copy(update={"text_layers": 2}), tokenizer))
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    size = {"text_width": 96, "text_layers": 5}
+    large = LlavaForConditionalGeneration(llava_config(TINY.model_copy(update=size), tokenizer))
+    ids = torch.tensor([[1, *[3] * TINY.num_tokens, 20, 40, 60], [1, *[3] * TINY.num_tokens, 7, 8, 9]])
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 32, 32)}
+    with torch.no_grad():
+        assert (large(**inputs).logits - small(**inputs).logits).abs().max() > 0.1
+        grow(small, large)
+        torch.testing.assert_close(large(**inputs).logits, small(**inputs).logits, rtol=1e-4, atol=1e-4)
+    large(**inputs).logits.square().mean().backward()
+    new = large.model.language_model
+    for weight in (new.embed_tokens.weight[:, 32:], new.layers[0].self_attn.o_proj.weight[32:]):
+        assert not weight.any()
+    for layer in new.layers:  # what writes zeros learns
+        assert layer.self_attn.o_proj.weight.grad.any() and layer.mlp.down_proj.weight.grad.any()
+
+
+def test_the_large_llava_reads_the_very_tower_of_the_small_one(trained):
+    small, large = (load_file(str(trained / name / "model.safetensors")) for name in ("llava", "llava_large"))
+    tower = {name for name in small if "vision" in name}
+    assert tower and all(torch.equal(small[name], large[name]) for name in tower)
+    mllms = [MLLM.from_pretrained(trained / name) for name in ("llava", "llava_large")]
+    assert [mllm.width for mllm in mllms] == [32, 64]
+    assert len(mllms[1].language_model.layers) == 3
+    ids = [mllm.tokenize(["two red circles"])[0] for mllm in mllms]
+    assert torch.equal(*ids)
+    spaces = [
+        RepresentationEncoder.from_pretrained(trained / name) for name in ("llava_large", "vision_tower")
+    ]
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(*(space(pixels) for space in spaces))
+
+
+def test_the_vae_is_a_latent_space_of_the_towers_grid(trained):
+    space = EncoderConfig(path=trained / "vae", image_size=32).load()
+    decoder = load_decoder(trained / "vae", space.grid)
+    assert (space.grid, space.feature_dim) == ((4, 4), TINY.vae_channels)
+    assert (decoder.grid, decoder.feature_dim) == ((4, 4), TINY.vae_channels)
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert decoder(space(pixels)).shape == pixels.shape
+    stored = load_file(str(trained / "vae" / "diffusion_pytorch_model.safetensors"))
+    assert {v.dtype for v in stored.values()} == {torch.float16}
+
+
+def test_the_vae_learns_to_rebuild_one_batch():
+    """The loss falls: encoder and decoder are both trained, through the noise."""
+    config = TINY.model_copy(update={"num_scenes": 6, "vae_noise": 0.1, "learning_rate": 3e-3})
+    vae = make_vae(config, seed=5)
+    loss = vae_loss(vae, ScenePool(config), config)
+    before = loss(0).item()
+    optimise(list(vae.parameters()), config, 20, loss, "vae")
+    assert loss(0).item() < 0.6 * before
+
+
+def test_measuring_covers_both_llavas_and_both_latent_spaces(trained):
+    found = measure(trained, TINY, num_scenes=3)
+    said, drawn = ("caption_exact_match", "answer_accuracy"), ("reconstruction_psnr", "detector_agreement")
+    expected = {prefix + name for prefix in ("", "large_") for name in said}
+    expected |= {prefix + name for prefix in ("", "vae_") for name in drawn}
+    assert found.keys() == expected | {"held_out_scenes"}
+    assert 0 < found["vae_reconstruction_psnr"] < 20
+    assert found["vae_reconstruction_psnr"] != found["reconstruction_psnr"]
 
 
 def test_the_saved_llava_speaks_about_images(trained):
