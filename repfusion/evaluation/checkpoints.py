@@ -23,7 +23,8 @@ from repfusion.generate import generate
 from repfusion.latent_space import Decoder
 from repfusion.model import Generator
 from repfusion.sampler import SamplerConfig
-from repfusion.scenes.captions import TASKS, Prompt, Task, held_out_prompts
+from repfusion.scenes.captions import TASKS, Prompt, Task, draw_prompts
+from repfusion.scenes.world import Split
 
 GALLERY_COLUMNS = 6
 
@@ -32,7 +33,9 @@ class EvaluationConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     num_prompts: int = Field(default=240, ge=1)
-    """Held-out prompts, the six tasks in turn."""
+    """The six tasks in turn."""
+    split: Split = "held_out"
+    """Prompts that each state a fact that no training image shows, or such as training shows."""
     include_new: bool = True
     """Whether prompts may name the new shape and colour."""
     seed: int = 0
@@ -130,7 +133,7 @@ def evaluate_checkpoint(
     started = time.perf_counter()
     info = check_complete(checkpoint)
     generator, decoder = run(partial(_load, checkpoint, config))
-    prompts = run(partial(held_out_prompts, config.num_prompts, config.seed, config.include_new))
+    prompts = run(partial(draw_prompts, config.num_prompts, config.seed, config.include_new, config.split))
     texts = [prompt.text for prompt in prompts]
     batches = []
     for start in range(0, len(texts), config.batch_size):

@@ -22,6 +22,7 @@ from repfusion.scenes.world import (
     Relation,
     Scene,
     Shape,
+    Split,
     Thing,
     WorldConfig,
     draw_scene,
@@ -198,10 +199,11 @@ def claim(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
     return f" {joint} ".join(map(_phrase, wanted)), False
 
 
-def held_out_prompts(
-    num: int, seed: int = 0, include_new: bool = True, new_share: float = 0.3
+def draw_prompts(
+    num: int, seed: int = 0, include_new: bool = True, split: Split = "held_out", new_share: float = 0.3
 ) -> list[Prompt]:
-    """`num` prompts about held-out scenes, the six tasks in turn, plain wording.
+    """`num` prompts, the six tasks in turn, plain wording: about held-out scenes, each new in the one fact
+    of its task, or about scenes of the combinations that training shows.
 
     `include_new` admits the new shape and colour, in `new_share` of the scenes; otherwise only the base's
     vocabulary occurs.
@@ -215,9 +217,9 @@ def held_out_prompts(
     scene_seed = seed * 1_000_003
     while len(prompts) < num:
         task = TASKS[len(prompts) % len(TASKS)]
-        scene = draw_scene(scene_seed, config, "held_out")
+        scene = draw_scene(scene_seed, config, split)
         scene_seed += 1
-        if task in possible_tasks(scene) and _is_new_by_its_task(scene, task):
+        if task in possible_tasks(scene) and (split == "train" or _is_new_by_its_task(scene, task)):
             prompts.append(write_prompt(scene, task))
     return prompts
 

@@ -59,6 +59,8 @@ class WorldConfig(BaseModel):
     """Share of scenes that show the new shape or colour; None leaves it to chance."""
     cells: int = Field(default=2, ge=2)
     """Cells along a side of the placement grid."""
+    jitter: float = Field(default=1, ge=0, le=1)
+    """How freely things vary in size and place within their cell; 0 is one size, in the middle."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def _propose(rng: np.random.Generator, config: WorldConfig) -> Scene:
     cells = rng.choice(config.cells**2, size=number, replace=False)
     rows, cols = (cells // config.cells).tolist(), (cells % config.cells).tolist()
     things = tuple(
-        _place(rng, *look, row, col, config.cells) for look, row, col in zip(looks, rows, cols, strict=True)
+        _place(rng, *look, row, col, config) for look, row, col in zip(looks, rows, cols, strict=True)
     )
     relation: Relation | None = None
     if kind == "pair" and rows[0] == rows[1]:
@@ -167,9 +169,14 @@ def _draw_look(rng: np.random.Generator, config: WorldConfig) -> tuple[Shape, Co
     return config.shapes[rng.integers(len(config.shapes))], config.colours[rng.integers(len(config.colours))]
 
 
-def _place(rng: np.random.Generator, shape: Shape, colour: Colour, row: int, col: int, cells: int) -> Thing:
-    size = rng.uniform(0.62, 0.78) / cells
-    slack = (1 / cells - size) / 2 - 0.04 / cells  # a gap of at least 8% of a cell between neighbours
+def _place(
+    rng: np.random.Generator, shape: Shape, colour: Colour, row: int, col: int, config: WorldConfig
+) -> Thing:
+    cells, calm = config.cells, 1 - config.jitter
+    size = rng.uniform(0.62 + 0.08 * calm, 0.78 - 0.08 * calm) / cells
+    slack = config.jitter * (
+        (1 / cells - size) / 2 - 0.04 / cells
+    )  # a gap of at least 8% of a cell to neighbours
     x = (col + 0.5) / cells + rng.uniform(-slack, slack)
     y = (row + 0.5) / cells + rng.uniform(-slack, slack)
     return Thing(shape, colour, float(x), float(y), float(size))

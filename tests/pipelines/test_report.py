@@ -18,7 +18,7 @@ from pipelines.store import Sidecar
 from repfusion.columns import manifest_digest
 from repfusion.evaluation import Evaluation, EvaluationConfig, gallery, score_images
 from repfusion.evaluation.checkpoints import ScoredPrompt
-from repfusion.scenes.captions import held_out_prompts
+from repfusion.scenes.captions import draw_prompts
 from repfusion.tracking import Tracker, TrackingConfig
 
 
@@ -59,7 +59,7 @@ def write_stage(
 
 
 def write_evaluation(folder, step: int, num_right: int) -> None:
-    prompts = held_out_prompts(12)
+    prompts = draw_prompts(12)
     pixels = np.full((12, 3, 32, 32), 0.1, np.float32)
     scores = score_images(pixels, prompts).scores.model_copy(update={"overall": num_right / 12})
     folder.mkdir(parents=True)

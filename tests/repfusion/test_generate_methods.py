@@ -20,7 +20,7 @@ from repfusion.generate import generate, main, to_uint8
 from repfusion.model import Generator
 from repfusion.pipeline import RepFusionPipeline
 from repfusion.sampler import SamplerConfig
-from repfusion.scenes.captions import held_out_prompts
+from repfusion.scenes.captions import draw_prompts
 
 PROMPT = "a red circle left of two blue square"
 SAMPLER = SamplerConfig(num_steps=3, solver="heun", guidance_scale=3, guidance_interval=(0.05, 1.0))
@@ -89,7 +89,7 @@ def test_an_evaluation_scores_the_images_of_the_averaged_weights(generator, chec
 
     config = EvaluationConfig(num_prompts=6, seed=2, sampler=SAMPLER, device="cpu")
     evaluation = evaluate_checkpoint(checkpoint, tmp_path / "out", config, run)
-    texts = [prompt.text for prompt in held_out_prompts(6, 2, True)]
+    texts = [prompt.text for prompt in draw_prompts(6, 2, True)]
     assert [sample.prompt for sample in evaluation.samples] == texts
     expected = generate(generator, generator.load_decoder(), texts, 2, SAMPLER)
     assert len(scored) == 1 and torch.equal(scored[0], expected)

@@ -14,7 +14,7 @@ from repfusion.mllm import MLLM
 from repfusion.rae.decoder import RAEDecoder
 from repfusion.rae.encoder import RepresentationEncoder
 from repfusion.sampler import SamplerConfig
-from repfusion.scenes.captions import TASKS, held_out_prompts, possible_tasks, write_prompt
+from repfusion.scenes.captions import TASKS, draw_prompts, possible_tasks, write_prompt
 from repfusion.scenes.detector import score_image
 from repfusion.scenes.world import WorldConfig, draw_scene, render
 
@@ -48,7 +48,7 @@ def test_the_twin_has_the_geometry_of_the_llava():
 @pytest.mark.parametrize("task", ["single_object", "colours"])
 def test_the_base_draws_what_it_is_asked_for(task):
     generator = load_checkpoint(WEIGHTS / "base")
-    prompts = [p for p in held_out_prompts(20 * len(TASKS), include_new=False) if p.task == task]
+    prompts = [p for p in draw_prompts(20 * len(TASKS), include_new=False) if p.task == task]
     sampler = SamplerConfig(num_steps=20)
     pixels = generate(generator, generator.load_decoder(), [p.text for p in prompts], 1, sampler).numpy()
     assert np.mean([score_image(*pair) for pair in zip(pixels, prompts, strict=True)]) >= 0.6

@@ -12,7 +12,7 @@ from repfusion.scenes.captions import (
     caption_scene,
     claim,
     describe,
-    held_out_prompts,
+    draw_prompts,
     possible_tasks,
     write_prompt,
 )
@@ -223,7 +223,7 @@ def test_answers_are_right(scenes):
 
 
 def test_held_out_prompts_ask_for_what_training_never_showed():
-    prompts = held_out_prompts(120)
+    prompts = draw_prompts(120)
     assert [prompt.task for prompt in prompts[:6]] == list(TASKS)
     assert {task: sum(p.task == task for p in prompts) for task in TASKS} == dict.fromkeys(TASKS, 20)
     assert all(read(prompt.text) == (prompt.wanted, prompt.relation) for prompt in prompts)
@@ -243,7 +243,7 @@ def test_held_out_prompts_ask_for_what_training_never_showed():
 
 @pytest.mark.parametrize("task", ["colours", "counting", "colour_attribution"])
 def test_the_things_of_held_out_prompts_are_held_out(task):
-    for prompt in held_out_prompts(120):
+    for prompt in draw_prompts(120):
         if prompt.task == task:
             things = tuple(
                 Thing(want.shape, want.colour, 0.5, 0.5, 0.3)
@@ -254,14 +254,14 @@ def test_the_things_of_held_out_prompts_are_held_out(task):
 
 
 def test_held_out_prompts_of_position_are_held_out_in_their_relation():
-    for prompt in held_out_prompts(120):
+    for prompt in draw_prompts(120):
         if prompt.task == "position":
             things = tuple(Thing(want.shape, want.colour, 0.5, 0.5, 0.3) for want in prompt.wanted)
             assert is_held_out(Scene(things, prompt.relation)), prompt.text
 
 
 def test_a_held_out_prompt_is_unseen_in_the_fact_of_its_task_alone():
-    for prompt in held_out_prompts(240):
+    for prompt in draw_prompts(240):
         unseen = [(want.colour, want.shape) in HELD_OUT_PAIRS for want in prompt.wanted]
         if prompt.task == "colours":
             assert all(unseen), prompt.text
@@ -270,13 +270,13 @@ def test_a_held_out_prompt_is_unseen_in_the_fact_of_its_task_alone():
 
 
 def test_held_out_prompts_are_the_same_every_time_and_differ_by_seed():
-    assert held_out_prompts(30) == held_out_prompts(60)[:30]
-    assert held_out_prompts(30) != held_out_prompts(30, seed=1)
+    assert draw_prompts(30) == draw_prompts(60)[:30]
+    assert draw_prompts(30) != draw_prompts(30, seed=1)
 
 
 def test_held_out_prompts_name_new_things_only_where_admitted():
-    assert not any(prompt.is_new for prompt in held_out_prompts(60, include_new=False))
-    prompts = held_out_prompts(180)
+    assert not any(prompt.is_new for prompt in draw_prompts(60, include_new=False))
+    prompts = draw_prompts(180)
     assert 0.1 < np.mean([prompt.is_new for prompt in prompts]) < 0.45
     named = {word for prompt in prompts for word in prompt.text.split()}
     assert {"diamond", "cyan"} <= named
@@ -288,3 +288,11 @@ def test_prompts_hold_for_scenes_of_the_base_alone():
     for seed in range(100):
         scene = draw_scene(seed, config)
         assert holds(caption_scene(scene, rng), scene)
+
+
+def test_prompts_of_the_training_split_ask_for_what_training_shows():
+    prompts = draw_prompts(120, split="train")
+    assert [prompt.task for prompt in prompts[:6]] == list(TASKS)
+    looks = {(want.colour, want.shape) for prompt in prompts for want in prompt.wanted}
+    assert not looks & HELD_OUT_PAIRS
+    assert prompts != draw_prompts(120) and prompts[:60] == draw_prompts(60, split="train")

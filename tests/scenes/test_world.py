@@ -224,3 +224,17 @@ def test_shapes_stand_upright():
     widths = red.sum(1)[red.any(1)]
     assert widths[0] <= 2 and widths[-1] >= 14
     assert (np.diff(widths.astype(int)) >= 0).all()
+
+
+def test_without_jitter_things_stand_in_the_middle_of_their_cells_at_one_size():
+    for seed in range(50):
+        for thing in draw_scene(seed, WorldConfig(jitter=0)).things:
+            assert thing.size == pytest.approx(0.35)
+            assert {round(4 * thing.x, 6), round(4 * thing.y, 6)} <= {1.0, 3.0}
+    free, half, still = (
+        [draw_scene(seed, WorldConfig(jitter=jitter)) for seed in range(200)] for jitter in (1, 0.5, 0)
+    )
+    spread = [np.std([thing.size for scene in scenes for thing in scene.things]) for scenes in (free, half)]
+    assert spread[1] == pytest.approx(spread[0] / 2, rel=0.2)
+    looks = [[[(t.shape, t.colour) for t in s.things] for s in scenes] for scenes in (free, half, still)]
+    assert looks[0] == looks[1] == looks[2]
