@@ -65,7 +65,10 @@ def trace_image(path: Path) -> Iterator[Link]:
     last = record["seed"] + record["num_images"] - 1
     yield Link("prompt", record["prompt"])
     yield Link("seed", str(record["seed"]) if last == record["seed"] else f"{record['seed']} to {last}")
-    yield Link("sampler", f"{record['num_steps']} steps, guidance {record['guidance_scale']:g}")
+    low, high = record["guidance_interval"]
+    where = "" if (low, high) == (0, 1) else f" at noise levels {low:g} to {high:g}"
+    guided = f"guidance {record['guidance_scale']:g}{where}"
+    yield Link("sampler", f"{record['num_steps']} {record['solver']} steps, {guided}")
     if (exported := record.get("export")) is not None:
         link = marked_folder("export", exported, MARK, "missing")
         yield link

@@ -28,7 +28,7 @@ class Prefix:
         if cache is not None:
             cache = copy.copy(cache)
             cache.layers = [copy.copy(layer) for layer in cache.layers]
-            cache.batch_select_indices(torch.arange(num, device=self.ids.device))
+            cache.batch_select_indices(slice(num))  # views
         return Prefix(self.ids[:num], self.mask[:num], cache)
 
 
