@@ -113,11 +113,15 @@ def meta_decoder(config: ModelConfig, grid: tuple[int, int]) -> Decoder | None:
         return RAEDecoder(saved).requires_grad_(False)
 
 
-def published() -> Generator:
+def published() -> tuple[Generator, Decoder]:
     """RepFusion's scale (`configs/repfusion_7b_1.3b.yaml`): LLaVA-1.5-7B's language model, 24 x 24 tokens of
-    width 1024, a DiT of 1.3B; no memory.
+    width 1024, a DiT of 1.3B, RAE's ViT-XL decoder; no memory.
     """
-    return meta_from_config(load_model_config(CONFIGS / "repfusion_7b_1.3b.yaml"))
+    config = load_model_config(CONFIGS / "repfusion_7b_1.3b.yaml")
+    generator = meta_from_config(config)
+    decoder = meta_decoder(config, generator.grid)
+    assert decoder is not None
+    return generator, decoder
 
 
 def load_model_config(path: Path) -> ModelConfig:

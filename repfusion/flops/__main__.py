@@ -12,7 +12,7 @@ import yaml
 from repfusion.checkpoint import read_config
 from repfusion.engine import EngineConfig
 from repfusion.flops.count import Cost, sample_costs, train_costs
-from repfusion.flops.memory import column_bytes, frozen_bytes, rank_memory, sizes
+from repfusion.flops.memory import Frozen, column_bytes, rank_memory, sizes
 from repfusion.flops.paper import paper_markdown
 from repfusion.flops.tables import aligned
 from repfusion.foundation import WEIGHTS
@@ -45,11 +45,11 @@ def numbers(values: Any) -> list[str]:
 def memory_table(generator: Generator, config: EngineConfig, num_ranks: int) -> str:
     """GB of one rank under each ZeRO stage."""
     trained = sum(size.num_trainable for size in sizes(generator).values())
-    parts = ("weights", "masters", "gradients", "moments", "averages", "buckets", "frozen")
+    parts = ("weights", "masters", "gradients", "moments", "averages", "buckets", "frozen", "gathered")
     rows = [("GB a rank", *parts, "all", "of it on the host")]
-    held = frozen_bytes(generator, config)
+    held = Frozen.of(generator, config)
     for stage in range(4):
-        for frozen in ("replicated", "sharded") if stage == 3 and held else ("replicated",):
+        for frozen in ("replicated", "sharded") if stage == 3 and held.num_elements else ("replicated",):
             engine = config.model_copy(
                 update={
                     "zero_stage": stage,

@@ -19,7 +19,6 @@ from repfusion.conditioning.noisy_latents import NoisyLatentConditioner
 from repfusion.conditioning.queries import QueriesConditioner
 from repfusion.dit import DiT, TimestepEmbedder
 from repfusion.latent_space import Decoder
-from repfusion.mllm import MLLM
 from repfusion.model import Generator
 from repfusion.rae.decoder import RAEDecoder
 from repfusion.sampler import SamplerConfig, num_evaluations
@@ -148,12 +147,12 @@ def decoder_cost(decoder: Decoder) -> Cost:
 
 
 def captioning_costs(
-    mllm: MLLM, conditioner: NoisyLatentConditioner, tokens: int, num_caption_tokens: Number
+    conditioner: NoisyLatentConditioner, tokens: int, num_caption_tokens: Number
 ) -> dict[str, Cost]:
     """One captioned sample: begin token, latents and caption, whose last token but the end is not read; the
     head at each token of the caption and the end.
     """
-    length = tokens + num_caption_tokens
+    length, mllm = tokens + num_caption_tokens, conditioner.mllm
     assert mllm.head is not None
     read = language_cost(mllm.language_model, length, length) + linear(mllm.head, num_caption_tokens)
     return {LLM: read, CONDITIONER: projector_cost(conditioner, tokens)}
@@ -193,7 +192,7 @@ def train_costs(
     if captioning is not None:
         assert isinstance(conditioner, NoisyLatentConditioner)
         said = num_text_tokens if num_caption_tokens is None else num_caption_tokens
-        for part, cost in captioning_costs(mllm, conditioner, tokens, said).items():
+        for part, cost in captioning_costs(conditioner, tokens, said).items():
             costs[part] += captioning.share * cost
     return costs
 

@@ -1,8 +1,8 @@
 """A generator -> its parameters, and the bytes that a rank holds of a training under ZeRO; bytes of a
 sample's columns.
 
-Without activations, what a pass needs for a moment (under stage 3 also the layers gathered at a time), the
-framework, and the fragments between allocations.
+Without activations, what a pass needs for a moment, DeepSpeed's staging buffers where the optimizer is
+offloaded, the framework, and the fragments between allocations.
 """
 
 from collections.abc import Iterable
@@ -18,6 +18,8 @@ from repfusion.model import Generator
 
 FLOAT32, FLOAT16 = 4, 2
 """Bytes."""
+LIVE_ELEMENTS = 10**9
+"""DeepSpeed's `stage3_max_live_parameters`, which the engine leaves as it is."""
 
 
 @dataclass(frozen=True)
@@ -50,71 +52,91 @@ def sizes(generator: Generator, decoder: Decoder | None = None) -> dict[str, Siz
 class RankMemory:
     """Bytes of one rank at the end of a backward pass, when most is held."""
 
-    weights: float
+    weights: Number
     """Trained weights, float32."""
-    masters: float
+    masters: Number
     """The optimizer's own share of them; without ZeRO it updates the weights themselves."""
-    gradients: float
+    gradients: Number
     """float32; whole until they are averaged, or this rank's share."""
-    moments: float
+    moments: Number
     """AdamW's two, float32."""
-    averages: float
+    averages: Number
     """The exponential moving average, float32, of what the optimizer updates here."""
-    buckets: float
+    buckets: Number
     """In which gradients travel; on a GPU under stages 1 and 2 there are two, so that one fills meanwhile."""
-    frozen: float
+    frozen: Number
     """Frozen weights."""
+    gathered: Number
+    """Under stage 3, the whole weights of the layers at work: DeepSpeed lets go of them only where they are
+    more than LIVE_ELEMENTS.
+    """
     on_host: bool = False
     """Whether masters, gradients, moments and averages lie in the host's memory (`offload_optimizer`)."""
 
     @property
-    def offloaded(self) -> float:
+    def offloaded(self) -> Number:
         kept_there = self.masters + self.gradients + self.moments + self.averages
-        return kept_there if self.on_host else 0.0
+        return kept_there if self.on_host else 0
 
     @property
-    def device(self) -> float:
+    def device(self) -> Number:
         """All but what is offloaded."""
         state = self.masters + self.gradients + self.moments + self.averages
-        return self.weights + state + self.buckets + self.frozen - self.offloaded
+        return self.weights + state + self.buckets + self.frozen + self.gathered - self.offloaded
 
 
-def frozen_bytes(generator: Generator, config: EngineConfig, on_gpu: bool = True) -> int:
-    """On a GPU under bf16 the engine holds them as bfloat16 whatever `mllm_dtype` is."""
-    frozen = [p for p in generator.parameters() if not p.requires_grad]
-    is_cast = on_gpu and config.precision == "bf16"
-    return sum(p.numel() * (torch.bfloat16.itemsize if is_cast else p.element_size()) for p in frozen)
+@dataclass(frozen=True)
+class Frozen:
+    num_elements: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, generator: Generator, config: EngineConfig, on_gpu: bool = True) -> "Frozen":
+        """On a GPU under bf16 the engine holds them as bfloat16 whatever `mllm_dtype` is."""
+        num = sum(p.numel() for p in generator.parameters() if not p.requires_grad)
+        is_cast = on_gpu and config.precision == "bf16"
+        held = torch.bfloat16 if is_cast else getattr(torch, generator.config.mllm_dtype)
+        return cls(num, held.itemsize)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.itemsize
 
 
 def rank_memory(
-    num_trained: int, num_frozen_bytes: int, config: EngineConfig, world_size: int, on_gpu: bool = True
+    num_trained: int, frozen: Frozen, config: EngineConfig, world_size: int, on_gpu: bool = True
 ) -> RankMemory:
     """What one of `world_size` ranks holds; ZeRO pads its shares by a few elements, which are not counted."""
     stage = stage_to_run(config, world_size)
     whole, share = FLOAT32 * num_trained, FLOAT32 * num_trained / world_size
-    settings = deepspeed_config(config, stage, config.micro_batch_size * world_size, world_size, num_trained)[
-        "zero_optimization"
-    ]
+    global_batch_size = config.micro_batch_size * world_size
+    settings = deepspeed_config(config, stage, global_batch_size, world_size, num_trained)
     num_buckets = (2 if on_gpu and stage < 3 else 1) if stage else 0
-    sharded = share if stage else whole
+    sharded, is_sharded = (share if stage else whole), config.frozen == "sharded"
+    gathered = 0.0
+    if stage == 3:
+        elements = num_trained + is_sharded * frozen.num_elements
+        live = min(1.0, LIVE_ELEMENTS / elements)
+        gathered = live * (whole + is_sharded * frozen.num_bytes)
     return RankMemory(
         weights=share if stage == 3 else whole,
-        masters=share if stage else 0.0,
+        masters=share if stage else 0,
         gradients=share if stage >= 2 else whole,
         moments=2 * sharded,
         averages=sharded,
-        buckets=num_buckets * FLOAT32 * settings["reduce_bucket_size"],
-        frozen=num_frozen_bytes / (world_size if config.frozen == "sharded" else 1),
+        buckets=num_buckets * FLOAT32 * settings["zero_optimization"]["reduce_bucket_size"],
+        frozen=frozen.num_bytes / (world_size if is_sharded else 1),
+        gathered=gathered,
         on_host=config.offload_optimizer,
     )
 
 
-def column_bytes(generator: Generator, num_text_tokens: Number) -> dict[str, float]:
+def column_bytes(generator: Generator, num_text_tokens: Number) -> dict[str, Number]:
     """Of one sample as the stages write it: float16 latents, and float16 text features where the method can
     feed on them.
     """
     tokens, dim = generator.latent_shape
-    found: dict[str, float] = {"latents": FLOAT16 * tokens * dim}
+    found: dict[str, Number] = {"latents": FLOAT16 * tokens * dim}
     if generator.prompt_column == "features":
         found["text features"] = FLOAT16 * num_text_tokens * generator.conditioner.mllm.width
     return found

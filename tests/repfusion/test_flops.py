@@ -5,26 +5,33 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_training import METHODS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from repfusion.checkpoint import load_checkpoint
 from repfusion.conditioning.text_embed import encode_text
-from repfusion.flops import (
+from repfusion.flops.__main__ import main
+from repfusion.flops.count import (
+    CONDITIONER,
+    DENOISER,
+    LLM,
     Cost,
+    attention,
+    captioning_costs,
     decoder_cost,
-    main,
-    peak_flops,
-    peak_of,
+    language_cost,
+    row_costs,
     sample_costs,
     sample_flops,
-    sizes,
     train_costs,
     train_flops,
 )
+from repfusion.flops.memory import sizes
+from repfusion.flops.peaks import peak_flops, peak_of
 from repfusion.foundation import WEIGHTS
-from repfusion.meta import load_model_config, meta_from_config, meta_generator, published
+from repfusion.meta import load_model_config, meta_from_config, meta_generator
 from repfusion.model import Generator
 from repfusion.sampler import SamplerConfig, sample
 
@@ -51,7 +58,8 @@ def training(generator: Generator, prompts: list, backward: bool = True) -> int:
     latents, noise, t = torch.randn(b, n, d), torch.randn(b, n, d), torch.rand(b)
 
     def work() -> None:
-        loss = generator(latents, batch, t, noise).mean()
+        with torch.set_grad_enabled(backward):
+            loss = generator(latents, batch, t, noise).mean()
         if backward:
             loss.backward()
 
@@ -101,19 +109,96 @@ def test_text_features_computed_ahead_cost_nothing(make_generator):
     assert reading == len(PROMPTS) * extra
 
 
-@pytest.mark.parametrize("conditioning", ["noisy_latents", "text_embed"])
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_sampling_is_counted_exactly(make_generator, conditioning, guidance_scale):
-    generator = make_generator(conditioning)
-    config = SamplerConfig(num_steps=3, guidance_scale=guidance_scale, precision="fp32")
+def without_captions(generator: Generator, text: int) -> dict[str, Cost]:
+    """What a sample that is not captioned costs."""
+    costs = train_costs(generator, text, has_text_features=False)
+    if generator.captioning is not None:
+        extra = captioning_costs(generator.conditioner, generator.latent_shape[0], text)
+        for part, cost in extra.items():
+            costs[part] += -generator.captioning.share * cost
+    return costs
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_sample_of_every_method_is_counted_exactly(make_generator, method, backward):
+    generator = make_generator(method)
     text = num_tokens(generator)
-    noise = torch.randn(len(PROMPTS), *generator.latent_shape)
+    costs = without_captions(generator, text).values()
+    expected = sum(cost.total if backward else cost.forward for cost in costs)
+    if method == "text_embed":  # read when the batch is made
+        expected -= without_captions(generator, text)[LLM].total
+    assert training(generator, PROMPTS, backward) == pytest.approx(len(PROMPTS) * expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", ["noisy_latents_trained", "transfusion"])
+def test_captioned_samples_are_counted_exactly(make_generator, method):
+    """Both samples of the batch are drawn, one of them is captioned: as many as the share says."""
+    generator = make_generator(method)
+    assert generator.captioning is not None and generator.captioning.share == 0.5
+    b, (n, d) = len(PROMPTS), generator.latent_shape
+    batch = generator.prompt_batch(PROMPTS)
+    captions = generator.caption_batch(PROMPTS, torch.tensor([0.9, 0.1]))
+    inputs = torch.randn(b, n, d), batch, torch.rand(b), torch.randn(b, n, d)
+
+    def work() -> None:
+        losses, said = generator(*inputs, captions)
+        (losses.mean() + said.mean()).backward()
+
+    assert counted(work) == pytest.approx(b * train_flops(generator, num_tokens(generator)), rel=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 3.0},
+        {"guidance_scale": 3.0, "solver": "heun", "guidance_interval": (0.2, 0.9)},
+    ],
+    ids=["plain", "guided", "heun"],
+)
+def test_sampling_is_counted_exactly(make_generator, method, sampler):
+    generator = make_generator(method).requires_grad_(
+        False
+    )  # torch's counter stumbles over a view of queries
+    config = SamplerConfig(num_steps=3, precision="fp32", **sampler)
+    text, num = num_tokens(generator), len(PROMPTS)
+    noise = torch.randn(num, *generator.latent_shape)
     got = counted(lambda: sample(generator, PROMPTS, noise, config))
-    if conditioning == "text_embed" and guidance_scale != 1:
+    if method == "text_embed" and config.guidance_scale != 1:
         # The empty prompt is read once for all.
-        read = sample_costs(generator, text, config)["language model, prompt"] / 2
-        got += (len(PROMPTS) - 1) * read
-    assert got == len(PROMPTS) * sample_flops(generator, text, config)
+        got += (num - 1) * sample_costs(generator, text, config)[LLM] / 2
+    assert got == num * sample_flops(generator, text, config)
+
+
+def test_static_queries_cost_the_language_model_once_and_timestep_queries_at_every_step(make_generator):
+    config = {steps: SamplerConfig(num_steps=steps) for steps in (1, 9)}
+    static, timestep, repfusion = (
+        {steps: sample_costs(make_generator(method), 8, one) for steps, one in config.items()}
+        for method in ("queries", "queries_timestep", "noisy_latents")
+    )
+    assert static[9][LLM] == static[1][LLM] < timestep[9][LLM]
+    assert timestep[1][LLM] == static[1][LLM]
+    assert timestep[9][LLM] == repfusion[9][LLM]
+    assert static[9][DENOISER] == timestep[9][DENOISER] == repfusion[9][DENOISER] == 9 * static[1][DENOISER]
+
+
+def test_transfusion_has_a_head_in_the_place_of_a_dit(make_generator):
+    generator = make_generator("transfusion")
+    width = generator.conditioner.mllm.width
+    n, d = generator.latent_shape
+    assert row_costs(generator, 8).each[DENOISER] == 2 * n * d * width
+
+
+def test_half_of_causal_attention_is_what_the_mask_leaves(base):
+    """By counting the pairs of a query and a key that it may see."""
+    model = base.conditioner.mllm.language_model
+    for queries, keys in ((5, 5), (4, 7)):
+        pairs = sum(keys - queries + 1 + i for i in range(queries))
+        full, half = (language_cost(model, queries, keys, halve).forward for halve in (False, True))
+        layers, width = model.config.num_hidden_layers, model.config.hidden_size
+        assert full - half == layers * attention(width, 1, queries * keys - pairs).forward
 
 
 def test_the_decoder_is_counted_exactly(make_generator):
@@ -126,7 +211,7 @@ def test_the_decoder_is_counted_exactly(make_generator):
 
 
 def test_frozen_weights_count_forward_and_activation_gradient_only(base):
-    cost = train_costs(base, 8)["language model"]
+    cost = train_costs(base, 8)[LLM]
     weights = sum(
         layer.weight.numel()
         for layer in base.conditioner.mllm.language_model.modules()
@@ -144,9 +229,9 @@ def test_the_sizes_are_those_of_the_modules(base):
         p.numel() for module in (base, base.load_decoder()) for p in module.parameters()
     )
     trained = sum(p.numel() for p in base.trainable_state().values())
-    assert found["projector"].num_trainable + found["DiT"].num_trainable == trained
-    assert found["language model"].num_trainable == found["decoder"].num_trainable == 0
-    assert found["DiT"].num_bytes == 4 * found["DiT"].num_parameters
+    assert found[CONDITIONER].num_trainable + found[DENOISER].num_trainable == trained
+    assert found[LLM].num_trainable == found["decoder"].num_trainable == 0
+    assert found[DENOISER].num_bytes == 4 * found[DENOISER].num_parameters
 
 
 def test_a_generator_without_memory_counts_the_same(base):
@@ -161,20 +246,8 @@ def test_bytes_follow_the_precision_of_the_frozen_weights(base):
     half = base.config.model_copy(update={"mllm_dtype": "bfloat16"})
     text = AutoConfig.from_pretrained(base.config.mllm).get_text_config()
     bare = meta_generator(half, text, base.grid, base.latent_shape[1])
-    assert 2 * sizes(bare)["language model"].num_bytes == sizes(base)["language model"].num_bytes
-    assert sizes(bare)["DiT"] == sizes(base)["DiT"]
-
-
-def test_the_published_scale_is_what_it_says():
-    generator, decoder = published()
-    found = sizes(generator, decoder)
-    assert 6.5e9 < found["language model"].num_parameters < 6.8e9
-    assert 1.25e9 < found["DiT"].num_parameters < 1.35e9
-    assert generator.latent_shape == (576, 1024)
-    # 4 per frozen and 6 per trained weight and token, and attention on top.
-    tokens, text = 576, 32
-    rule = 4 * 6.476e9 * (tokens + text) + 6 * 1.3e9 * tokens
-    assert rule < train_flops(generator, text) < 1.1 * rule
+    assert 2 * sizes(bare)[LLM].num_bytes == sizes(base)[LLM].num_bytes
+    assert sizes(bare)[DENOISER] == sizes(base)[DENOISER]
 
 
 @pytest.mark.parametrize(
@@ -203,16 +276,18 @@ def test_a_cpu_has_no_peak():
     assert peak_flops("cpu") is None
 
 
-def run_main(monkeypatch: pytest.MonkeyPatch, capsys, *arguments) -> dict[str, list[str]]:
+def run_main(monkeypatch: pytest.MonkeyPatch, capsys, *arguments) -> tuple[dict[str, list[str]], str]:
+    """The table of parts, and all that was said."""
     monkeypatch.setattr(sys, "argv", ["flops", *map(str, arguments)])
     main()
-    lines = capsys.readouterr().out.splitlines()[1:-1]
-    return {line[:16].strip(): line[16:].split() for line in lines}
+    said = capsys.readouterr().out
+    lines = said.split("\n\n")[1].splitlines()[1:]
+    return {line[:16].strip(): line[16:].split() for line in lines}, said
 
 
 def test_the_command_prints_parts_that_add_up(base, monkeypatch, capsys):
-    rows = run_main(monkeypatch, capsys, "--text-tokens", 8, "--num-steps", 2)
-    parts = [rows[part] for part in ("language model", "projector", "DiT", "decoder")]
+    rows, _ = run_main(monkeypatch, capsys, "--text-tokens", 8, "--num-steps", 2)
+    parts = [rows[part] for part in ("language model", "conditioner", "denoiser", "decoder")]
     totals = [sum(float(row[i].replace(",", "")) for row in parts) for i in (0, 1)]
     assert [float(one.replace(",", "")) for one in rows["all"][:2]] == totals
     assert float(rows["all"][3]) == pytest.approx(train_flops(base, 8) / 1e9, abs=2e-3)
@@ -222,8 +297,11 @@ def test_the_command_reads_a_config(monkeypatch, capsys, tmp_path: Path):
     path = tmp_path / "train.yaml"
     path.write_text("model:\n  dit: {hidden_size: 96, depth: 2}\n")
     assert load_model_config(path).dit.depth == 2
-    small = run_main(monkeypatch, capsys, "--config", path)
-    assert int(small["DiT"][0].replace(",", "")) < 1e6
+    small, _ = run_main(monkeypatch, capsys, "--config", path)
+    assert int(small["denoiser"][0].replace(",", "")) < 1e6
     path.write_text("model:\n  dit: {depht: 2}\n")
     with pytest.raises(SystemExit, match="depht"):
+        run_main(monkeypatch, capsys, "--config", path)
+    path.write_text("model: {mllm: models/nowhere-7b}\n")
+    with pytest.raises(SystemExit, match=r"nowhere-7b.*llava-1\.5-7b"):
         run_main(monkeypatch, capsys, "--config", path)
