@@ -59,7 +59,7 @@ class ScoringConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    final: EvaluationConfig = EvaluationConfig(num_prompts=480, include_new=False)
+    final: EvaluationConfig = EvaluationConfig(num_prompts=480, include_new=False, split="train")
     """Of the last checkpoint. The prompts and their noise are the same for every row and seed."""
     curve_prompts: int = Field(default=120, ge=6)
     """Prompts of the checkpoints before it: the first so many of the same."""
@@ -151,7 +151,14 @@ class LadderConfig(BaseModel):
 
     @property
     def common(self) -> Common:
-        return Common(self.weights, self.dit, self.flow, self.scoring.final.sampler, self.prompt_tokens)
+        return Common(
+            weights=self.weights,
+            dit=self.dit,
+            flow=self.flow,
+            sampler=self.scoring.final.sampler,
+            prompt_tokens=self.prompt_tokens,
+            image_size=self.data.scenes.world.image_size,
+        )
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> LadderConfig:

@@ -51,7 +51,7 @@ def _workflow(config: LadderConfig, space: Space) -> WorkflowConfig:
             "last_stage": "latents",
             "source": {"scenes": config.data.scenes, "shard_size": config.data.shard_size},
             "ingest": {"image_size": size},
-            "curate": {"min_side_px": min(16, size), "max_caption_chars": 200},
+            "curate": {"min_side_px": min(16, size), "max_caption_chars": 200, "duplicates": "keep"},
             "features": {"enabled": False},
             "train": {
                 "model": {"encoder": {"path": config.weights / SPACES[space][0], "image_size": size}},

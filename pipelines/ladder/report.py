@@ -151,7 +151,7 @@ def _all_rows(selection: Selection) -> str:
                 f"{(last.trainable_parameters or 0) / 1e6:.2f}M",
                 f"{(last.flops_per_image or 0) / 1e9:.2f}",
                 f"{sum(rates) / len(rates):.0f}" if rates else "",
-                f"{last.dit['depth']} x {last.dit['hidden_size']}",
+                "none" if row.conditioning["method"] == "transfusion" else dit_of(last),
                 row.note,
             ]
         )
@@ -163,6 +163,10 @@ def _all_rows(selection: Selection) -> str:
         "noise; comparable within RAE or within VAE, not between them. Samples/s are of the machine as it "
         "was, other runs beside it.\n"
     )
+
+
+def dit_of(result: Result) -> str:
+    return f"{result.dit['depth']} x {result.dit['hidden_size']}"
 
 
 def _paper(name: str) -> str:

@@ -91,8 +91,8 @@ ROWS: dict[str, Row] = {
             0.68,
             note="caption loss added; the paper's LLM as conditional encoder",
         ),
-        Row("transfusion_vae", "Transfusion, VAE", "language", "vae", TRANSFUSION, 0.56, note="no DiT"),
-        Row("transfusion_rae", "Transfusion, RAE", "language", "rae", TRANSFUSION, 0.54, note="no DiT"),
+        Row("transfusion_vae", "Transfusion, VAE", "language", "vae", TRANSFUSION, 0.56),
+        Row("transfusion_rae", "Transfusion, RAE", "language", "rae", TRANSFUSION, 0.54),
         Row(
             "transfusion_perception",
             "Transfusion, perception-pretrained LLM",
@@ -100,7 +100,6 @@ ROWS: dict[str, Row] = {
             "rae",
             TRANSFUSION,
             0.62,
-            note="no DiT",
         ),
         Row(
             "transfusion_large",
@@ -109,7 +108,7 @@ ROWS: dict[str, Row] = {
             "rae",
             TRANSFUSION,
             0.64,
-            note="no DiT; the larger LLaVA is perception-pretrained too",
+            note="the larger LLaVA is perception-pretrained too",
         ),
         Row("text_embed_rae", "TextEmbed, RAE", "language", "rae", TEXT),
         Row(
@@ -183,6 +182,7 @@ class Common:
     flow: FlowConfig
     sampler: SamplerConfig
     prompt_tokens: int
+    image_size: int
     widened: dict[str, DiTConfig] = field(default_factory=dict, compare=False)
     """The DiTs matched so far, by row."""
 
@@ -193,7 +193,7 @@ def model_of(row: Row, common: Common) -> ModelConfig:
     model = ModelConfig.model_validate(
         {
             "mllm": common.weights / row.llm,
-            "encoder": EncoderConfig(path=common.weights / encoder),
+            "encoder": EncoderConfig(path=common.weights / encoder, image_size=common.image_size),
             "decoder": common.weights / decoder,
             "conditioning": dict(row.conditioning),
             "dit": common.dit,

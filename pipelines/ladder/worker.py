@@ -1,4 +1,6 @@
-"""One run, in a process of its own: training, scores of each checkpoint, its line of the results."""
+"""One run: training, scores of each checkpoint, its line of the results. Its process ends with it, and so its
+group of ranks, which is not left before.
+"""
 
 import os
 import platform
@@ -36,7 +38,6 @@ def run_task(task: Task) -> str:
 
 
 def _train(task: Task) -> dict[str, Any]:
-    from repfusion.distributed import shut_down
     from repfusion.meters import Report
     from repfusion.train import train
 
@@ -49,7 +50,6 @@ def _train(task: Task) -> dict[str, Any]:
     try:
         return train(task.train, on_report=on_report)
     finally:
-        shut_down()
         path.unlink(missing_ok=True)
 
 

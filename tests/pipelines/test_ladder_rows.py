@@ -21,7 +21,7 @@ SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 
 def common(**changes) -> Common:
     values = {"weights": WEIGHTS, "dit": DIT, "flow": FlowConfig(base_dim=256), "sampler": SamplerConfig()}
-    return Common(**{**values, "prompt_tokens": 10, **changes})
+    return Common(**{**values, "prompt_tokens": 10, "image_size": 32, **changes})
 
 
 @pytest.mark.parametrize(
