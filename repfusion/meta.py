@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 import yaml
+from omegaconf import OmegaConf
 from torch import nn
 
+from repfusion.checkpoint import read_config
 from repfusion.latent_space import Decoder
 from repfusion.mllm import MLLM, Projector
 from repfusion.model import Generator, ModelConfig
@@ -23,6 +25,8 @@ from repfusion.vae import VAEDecoder
 CONFIGS = Path(__file__).parent / "configs"
 """Trainings at the published scale, and the geometry of the models that they name."""
 GEOMETRY = CONFIGS / "geometry"
+TRAINING_FIELDS = {"model", "output_dir", "data", "init_from", "engine", "num_steps"}
+"""By which a training is told from a model alone."""
 
 
 class BareTokenizer:
@@ -125,13 +129,23 @@ def published() -> tuple[Generator, Decoder]:
 
 
 def load_model_config(path: Path) -> ModelConfig:
-    """The `model` of a training's YAML (or of a workflow's `train`), or a YAML of a model alone.
+    """The `model` of a training's YAML (or of a workflow's `train`), or a YAML of a model alone. As in
+    training, fields that are not given are those of `init_from`, where it is there.
 
     Raises:
-        ValueError: an unknown or wrong field.
+        ValueError: an unknown or wrong field; a training that names neither a model nor a checkpoint that is
+            there.
     """
     fields = yaml.safe_load(path.read_text()) or {}
     fields = fields.get("train", fields)
-    if "model" in fields or "output_dir" in fields or "data" in fields:
-        fields = fields.get("model") or {}
-    return ModelConfig.model_validate(fields)
+    if not fields.keys() & TRAINING_FIELDS:
+        return ModelConfig.model_validate(fields)
+    given, start = fields.get("model") or {}, fields.get("init_from")
+    if start is None:
+        return ModelConfig.model_validate(given)
+    if (Path(start) / "config.json").is_file():
+        saved = read_config(Path(start))[0].model_dump(mode="json")
+        given = OmegaConf.to_container(OmegaConf.merge(saved, given))
+    elif not given:
+        raise ValueError(f"{path}: init_from {start} is not there, and no model is given; train it first")
+    return ModelConfig.model_validate(given)

@@ -43,11 +43,12 @@ def numbers(values: Any) -> list[str]:
 
 
 def memory_table(generator: Generator, config: EngineConfig, num_ranks: int) -> str:
-    """GB of one rank under each ZeRO stage."""
+    """Of one rank under each ZeRO stage."""
     trained = sum(size.num_trainable for size in sizes(generator).values())
     parts = ("weights", "masters", "gradients", "moments", "averages", "buckets", "frozen", "gathered")
-    rows = [("GB a rank", *parts, "all", "of it on the host")]
     held = Frozen.of(generator, config)
+    name, unit = ("GB", 1e9) if trained + held.num_elements > 1e8 else ("MB", 1e6)
+    rows = [(f"{name} a rank", *parts, "all", "of it on the host")]
     for stage in range(4):
         for frozen in ("replicated", "sharded") if stage == 3 and held.num_elements else ("replicated",):
             engine = config.model_copy(
@@ -64,7 +65,7 @@ def memory_table(generator: Generator, config: EngineConfig, num_ranks: int) -> 
                 found.device + found.offloaded,
                 found.offloaded,
             ]
-            rows.append((name, *(f"{value / 1e9:,.2f}" for value in values)))
+            rows.append((name, *(f"{value / unit:,.2f}" for value in values)))
     return aligned(rows)
 
 

@@ -154,8 +154,8 @@ def fit_markdown() -> str:
     lines = [f"- **{name}**: {settings.describe()}." for name, settings in zip("ABC", chosen, strict=True)]
     needed = layers_for(TRANSFUSION, chosen[0])
     lines.append(
-        f"- Transfusion's {TRANSFUSION.published} would take {needed:.0f} layers of LLaMA-7B's width in place of "
-        f"{num_layers(TRANSFUSION)} (under A)."
+        f"- Transfusion's {TRANSFUSION.published} would take {needed:.0f} layers of LLaMA-7B's width in "
+        f"place of {num_layers(TRANSFUSION)} (under A)."
     )
     return "\n\n".join((markdown(table), "\n".join(lines)))
 

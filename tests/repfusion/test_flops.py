@@ -30,6 +30,7 @@ from repfusion.flops.count import (
 )
 from repfusion.flops.memory import sizes
 from repfusion.flops.peaks import peak_flops, peak_of
+from repfusion.flow import FlowConfig
 from repfusion.foundation import WEIGHTS
 from repfusion.meta import load_model_config, meta_from_config, meta_generator
 from repfusion.model import Generator
@@ -301,6 +302,14 @@ def test_the_command_reads_a_config(monkeypatch, capsys, tmp_path: Path):
     assert int(small["denoiser"][0].replace(",", "")) < 1e6
     path.write_text("model:\n  dit: {depht: 2}\n")
     with pytest.raises(SystemExit, match="depht"):
+        run_main(monkeypatch, capsys, "--config", path)
+    path.write_text(f"init_from: {WEIGHTS / 'base'}\nmodel: {{dit: {{depth: 2}}}}\n")
+    started, base = load_model_config(path), load_checkpoint(WEIGHTS / "base").config
+    assert (
+        started.dit == base.dit.model_copy(update={"depth": 2}) and started.flow == base.flow != FlowConfig()
+    )
+    path.write_text("init_from: runs/nowhere\nnum_steps: 5\n")
+    with pytest.raises(SystemExit, match="runs/nowhere is not there"):
         run_main(monkeypatch, capsys, "--config", path)
     path.write_text("model: {mllm: models/nowhere-7b}\n")
     with pytest.raises(SystemExit, match=r"nowhere-7b.*llava-1\.5-7b"):
