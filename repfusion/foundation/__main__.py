@@ -23,7 +23,7 @@ from repfusion.foundation.perception import (
 )
 from repfusion.foundation.vae import train_vae
 
-PARTS = ("llava", "decoder", "refine", "polish", "language", "large", "vae", "measure")
+PARTS = ("llava", "decoder", "refine", "polish", "language", "large", "vae", "vae_polish", "measure")
 
 
 def main() -> None:
@@ -54,8 +54,8 @@ def main() -> None:
                 train_decoder(pool, config, args.out, polish=part == "polish")
             case "large":
                 train_large(pool, AutoTokenizer.from_pretrained(args.out / "llava"), config, args.out)
-            case "vae":
-                train_vae(pool, config, args.out)
+            case "vae" | "vae_polish":
+                train_vae(pool, config, args.out, polish=part == "vae_polish")
             case "refine":
                 refine(pool, AutoTokenizer.from_pretrained(args.out / "llava"), config, args.out)
             case "measure":

@@ -92,6 +92,10 @@ class FoundationConfig(BaseModel):
     """Scenes a step of the VAE."""
     vae_noise: float = 0.4
     """Largest noise on the VAE's latents while it is trained, in their standard deviations."""
+    vae_polish_steps: int = 2_500
+    """Steps in which the VAE goes on."""
+    vae_polish_noise: float = 0.2
+    """The noise meanwhile."""
 
     @property
     def num_tokens(self) -> int:

@@ -14,15 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from repfusion.foundation.perception import FoundationConfig, ScenePool, optimise
+from repfusion.vae import load_vae
 
 CHANNELS = (32, 32, 64, 128)
 """Of the stages; the first holds no layers, so the work begins at half the image's side."""
 
 
-def train_vae(pool: ScenePool, config: FoundationConfig, folder: Path) -> None:
-    """From scratch; writes a diffusers folder in half precision."""
-    vae = make_vae(config, seed=5)
-    optimise(list(vae.parameters()), config, config.vae_steps, vae_loss(vae, pool, config), "vae")
+def train_vae(pool: ScenePool, config: FoundationConfig, folder: Path, polish: bool = False) -> None:
+    """From scratch for `vae_steps` or, to `polish`, on from the saved one for `vae_polish_steps` at less
+    noise; writes a diffusers folder in half precision.
+    """
+    if polish:
+        torch.manual_seed(7)
+        vae = load_vae(folder / "vae").train()
+        noise, num_steps = config.vae_polish_noise, config.vae_polish_steps
+    else:
+        vae = make_vae(config, seed=5)
+        noise, num_steps = config.vae_noise, config.vae_steps
+    loss = vae_loss(vae, pool, config.vae_batch_size, noise)
+    optimise(list(vae.parameters()), config, num_steps, loss, "vae polish" if polish else "vae")
     vae.to(torch.float16).save_pretrained(folder / "vae")
 
 
@@ -41,15 +51,15 @@ def make_vae(config: FoundationConfig, seed: int) -> Any:
     )
 
 
-def vae_loss(vae: Any, pool: ScenePool, config: FoundationConfig) -> Callable[[int], Tensor]:
+def vae_loss(vae: Any, pool: ScenePool, batch_size: int, noise: float) -> Callable[[int], Tensor]:
     """L1 and squared error of pixels rebuilt from noised latents."""
 
     def loss_of_step(step: int) -> Tensor:
-        _, pixels = pool.batch(config.vae_batch_size)
+        _, pixels = pool.batch(batch_size)
         target = pixels * 2 - 1
         latents = vae.encode(target).latent.float()
-        scale = latents.detach().std(dim=(0, 2, 3), keepdim=True)
-        sigma = config.vae_noise * torch.rand(len(latents), 1, 1, 1)
+        scale = latents.std(dim=(0, 2, 3), keepdim=True)
+        sigma = noise * torch.rand(len(latents), 1, 1, 1)
         rebuilt = vae.decode(latents + sigma * scale * torch.randn_like(latents)).sample.float()
         return F.l1_loss(rebuilt, target) + F.mse_loss(rebuilt, target)
 

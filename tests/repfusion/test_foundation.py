@@ -54,6 +54,7 @@ TINY = FoundationConfig(
     large_steps=2,
     large_batch_size=6,
     vae_steps=3,
+    vae_polish_steps=2,
     vae_batch_size=6,
     batch_size=6,
 )
@@ -183,6 +184,10 @@ def trained(tmp_path_factory):
     train_decoder(pool, TINY, folder)
     train_large(pool, tokenizer, TINY, folder)
     train_vae(pool, TINY, folder)
+    before = load_file(str(folder / "vae" / "diffusion_pytorch_model.safetensors"))
+    train_vae(pool, TINY, folder, polish=True)
+    after = load_file(str(folder / "vae" / "diffusion_pytorch_model.safetensors"))
+    assert any(not torch.equal(value, after[name]) for name, value in before.items())
     return folder
 
 
@@ -260,9 +265,9 @@ def test_the_vae_is_a_latent_space_of_the_towers_grid(trained):
 
 def test_the_vae_learns_to_rebuild_one_batch():
     """The loss falls: encoder and decoder are both trained, through the noise."""
-    config = TINY.model_copy(update={"num_scenes": 6, "vae_noise": 0.1, "learning_rate": 3e-3})
+    config = TINY.model_copy(update={"num_scenes": 6, "learning_rate": 3e-3})
     vae = make_vae(config, seed=5)
-    loss = vae_loss(vae, ScenePool(config), config)
+    loss = vae_loss(vae, ScenePool(config), 6, noise=0.1)
     before = loss(0).item()
     optimise(list(vae.parameters()), config, 20, loss, "vae")
     assert loss(0).item() < 0.6 * before

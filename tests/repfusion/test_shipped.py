@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from repfusion.checkpoint import load_checkpoint
 from repfusion.foundation import WEIGHTS
 from repfusion.generate import generate
+from repfusion.latent_space import EncoderConfig, load_decoder
 from repfusion.mllm import MLLM
 from repfusion.rae.decoder import RAEDecoder
 from repfusion.rae.encoder import RepresentationEncoder
@@ -35,6 +37,35 @@ def test_the_recorded_quality_is_what_was_asked_for():
     quality = json.loads((WEIGHTS / "foundation.json").read_text())["quality"]
     assert quality["detector_agreement"] >= 0.95
     assert quality["caption_exact_match"] >= 0.9
+
+
+def test_the_larger_llava_sees_by_the_shipped_tower_and_no_worse():
+    tower = load_file(str(WEIGHTS / "vision_tower" / "model.safetensors"))
+    large = load_file(str(WEIGHTS / "llava_large" / "model.safetensors"))
+    for name, weight in tower.items():
+        (found,) = (
+            key for key in large if "vision" in key and key.endswith(name.removeprefix("vision_model."))
+        )
+        assert torch.equal(large[found], weight)
+    small, grown = (MLLM.from_pretrained(WEIGHTS / name) for name in ("llava", "llava_large"))
+    assert (small.width, grown.width) == (128, 256)
+    assert torch.equal(*(mllm.tokenize(["two red circles"])[0] for mllm in (small, grown)))
+    quality = json.loads((WEIGHTS / "foundation.json").read_text())["quality"]
+    for score in ("caption_exact_match", "answer_accuracy"):
+        assert quality[f"large_{score}"] >= quality[score] - 0.01
+
+
+def test_the_vae_rebuilds_as_recorded():
+    world = WorldConfig()
+    pixels = torch.from_numpy(
+        np.stack([render(draw_scene(60_000_000 + i, world, "held_out"), world) for i in range(100)])
+    )
+    space = EncoderConfig(path=WEIGHTS / "vae", image_size=32).load()
+    with torch.no_grad():
+        rebuilt = load_decoder(WEIGHTS / "vae", space.grid)(space(pixels)).clamp(0, 1)
+    psnr = float((-10 * (rebuilt - pixels).square().mean(dim=(1, 2, 3)).log10()).mean())
+    quality = json.loads((WEIGHTS / "foundation.json").read_text())["quality"]
+    assert psnr == pytest.approx(quality["vae_reconstruction_psnr"], abs=1.0)
 
 
 def test_the_twin_has_the_geometry_of_the_llava():
