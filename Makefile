@@ -24,7 +24,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run status plan verify retry gc evaluate export lineage test test-slow lint format foundation base mlflow clean
+.PHONY: help setup demo run status plan verify retry gc evaluate export lineage flops ladder ladder-table test test-slow lint format foundation base mlflow clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,18 @@ export: $(STAMP) ## a folder to generate from anywhere: make export CHECKPOINT=r
 
 lineage: $(STAMP) ## what an image, checkpoint or export was made from: make lineage OF=image.png
 	@$(BIN)/python -m repfusion.lineage $(OF)
+
+flops: $(STAMP) ## FLOPs, parameters and memory: make flops CONFIG=repfusion/configs/repfusion_7b_1.3b.yaml SET="--num-steps 50"
+	@$(BIN)/python -m repfusion.flops $(if $(CONFIG),--config $(CONFIG)) $(SET)
+
+# What has a result is not run again; SET='rows=[repfusion,static_queries] seeds=[0]' does a part now.
+ladder: $(STAMP) ## compare the conditioning methods, rows x seeds, then write docs/ladder.md: make ladder SET="seeds=[0]"
+	@$(BIN)/python -m pipelines.ladder run $(or $(LADDER),pipelines/ladder/configs/ladder.yaml) $(SET)
+	@$(BIN)/python -m pipelines.ladder compute $(or $(LADDER),pipelines/ladder/configs/ladder.yaml) $(SET)
+	@$(BIN)/python -m pipelines.ladder table $(or $(LADDER),pipelines/ladder/configs/ladder.yaml)
+
+ladder-table: $(STAMP) ## docs/ladder.md again, from the result files alone
+	@$(BIN)/python -m pipelines.ladder table $(or $(LADDER),pipelines/ladder/configs/ladder.yaml)
 
 test: $(STAMP) ## the test suite, without the slow and GPU tests
 	$(BIN)/python -m pytest -x -q -m "not slow and not gpu"

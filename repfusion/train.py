@@ -233,8 +233,9 @@ def flops_per_sample(generator: Generator, dataset: Mixture, condition_dropout: 
         text for i in range(min(256, len(first))) for texts in first[i].captions.values() for text in texts
     ]
     _, mask = generator.conditioner.mllm.tokenize(captions)
-    num_tokens = (1 - condition_dropout) * float(mask.sum() / len(mask)) + condition_dropout
-    return train_flops(generator, num_tokens)
+    length = float(mask.sum() / len(mask))
+    num_tokens = (1 - condition_dropout) * length + condition_dropout
+    return train_flops(generator, num_tokens, num_caption_tokens=length)
 
 
 def train(
