@@ -49,7 +49,7 @@ class Step:
 
 
 NOISY = {"method": "noisy_latents"}
-TUNED = {"method": "noisy_latents", "train_llm": True}
+TUNED = {"method": "noisy_latents", "train_llm": True, "bidirectional": True, "captioning": {}}
 TRANSFUSION = {"method": "transfusion"}
 STATIC = {"method": "queries"}
 TIMED = {"method": "queries", "reads_time": True}
