@@ -133,8 +133,9 @@ class LadderConfig(BaseModel):
     """On which prompts, how often."""
     compute: ComputeConfig = ComputeConfig()
     """Test-time compute."""
-    prompt_tokens: int = Field(default=10, ge=1)
-    """Tokens of the prompt for which FLOPs are counted, the begin token included."""
+    prompt_tokens: int = Field(default=6, ge=1)
+    """Tokens of the prompt for which FLOPs are counted, the begin token included.
+    The scenes' prompts have 5.6."""
     resources: ResourcesConfig = ResourcesConfig()
     """Of each run."""
     tracking_uri: str | None = "sqlite:///runs/mlflow.db"
