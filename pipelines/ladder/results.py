@@ -64,8 +64,10 @@ class Result(Line):
     points: tuple[Point, ...] = ()
     """By step; the last one is the result."""
     samples_per_sec: float | None = None
+    """Of a run that was resumed: since then."""
     final_loss: float | None = None
     train_sec: float | None = None
+    """What all steps take at that rate."""
     score_sec: float | None = None
     flops_per_image: float | None = None
     trainable_parameters: int | None = None

@@ -146,7 +146,7 @@ def _result(task: Task, summary: dict[str, Any], points: list[Point], score_sec:
         points=tuple(points),
         samples_per_sec=summary["samples_per_sec"],
         final_loss=summary["final_loss"],
-        train_sec=summary["train_sec"],
+        train_sec=task.train.num_steps * task.train.global_batch_size / summary["samples_per_sec"],
         score_sec=score_sec,
         flops_per_image=sample_flops(generator, task.prompt_tokens, task.final.sampler),
         trainable_parameters=sum(p.numel() for p in generator.trainable_state().values()),
