@@ -13,8 +13,9 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -168,6 +169,20 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, str]]:
     """The model config and the digests of the frozen weights it was trained with."""
     saved = json.loads((folder / "config.json").read_text())
     return ModelConfig.model_validate(portable(saved["model"], WEIGHTS_MARK, str(WEIGHTS))), saved["digests"]
+
+
+def continued_model(folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a model that goes on from a checkpoint: the given ones, else the checkpoint's. Another method
+    of conditioning replaces the checkpoint's whole.
+    """
+    saved, given = read_config(folder)[0].model_dump(mode="json"), dict(given)
+    wanted = given.get("conditioning")
+    method = wanted.get("method") if isinstance(wanted, Mapping) else wanted
+    if method not in (None, saved["conditioning"]["method"]):
+        del saved["conditioning"]
+    elif isinstance(wanted, str):
+        del given["conditioning"]
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(saved, given)))
 
 
 def read_weights(folder: Path, use_ema: bool) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ from repfusion.foundation import WEIGHTS
 from repfusion.lineage import LINEAGE, checkpoint_record, file_digest, read_lineage
 from repfusion.mllm import LANGUAGE_MODELS, MLLM, Projector
 from repfusion.model import Generator, ModelConfig
-from repfusion.rae.geometry import latent_geometry
+from repfusion.rae.geometry import is_vae, latent_geometry
 from repfusion.rae.statistics import LatentStatistics
 
 SCHEMA = 1
@@ -78,7 +78,7 @@ def export(checkpoint: Path, out: Path, use_ema: bool = True) -> Path:
         config, tokenizer = generator.config, generator.conditioner.mllm.tokenizer
         del generator  # at full size there is not always room for its language model twice
         kind = write_language_model(config, tokenizer, working / LANGUAGE_MODEL)
-        write_json(working / INDEX, model_index(kind))
+        write_json(working / INDEX, model_index(kind, is_vae(config.decoder)))
         scores = read_scores(checkpoint)
         (working / CARD).write_text(model_card(lineage, config, scores))
         mode = (working / CARD).stat().st_mode
@@ -177,7 +177,7 @@ def describe_export(generator: Generator, checkpoint: Path, use_ema: bool) -> di
     }
 
 
-def model_index(language_model: str) -> dict[str, Any]:
+def model_index(language_model: str, has_vae: bool) -> dict[str, Any]:
     """In diffusers' manner: the pipeline's class, and library and class of each folder."""
     try:
         release = version("repfusion")
@@ -188,7 +188,7 @@ def model_index(language_model: str) -> dict[str, Any]:
         "_repfusion_version": release,
         LANGUAGE_MODEL: ["transformers", language_model],
         DENOISER: ["repfusion.model", "Generator"],
-        DECODER: ["repfusion.rae.decoder", "RAEDecoder"],
+        DECODER: ["repfusion.vae", "VAEDecoder"] if has_vae else ["repfusion.rae.decoder", "RAEDecoder"],
     }
 
 

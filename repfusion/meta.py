@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 import yaml
-from omegaconf import OmegaConf
 from torch import nn
 
-from repfusion.checkpoint import read_config
+from repfusion.checkpoint import continued_model
 from repfusion.latent_space import Decoder
 from repfusion.mllm import MLLM, Projector
 from repfusion.model import Generator, ModelConfig
@@ -144,8 +143,7 @@ def load_model_config(path: Path) -> ModelConfig:
     if start is None:
         return ModelConfig.model_validate(given)
     if (Path(start) / "config.json").is_file():
-        saved = read_config(Path(start))[0].model_dump(mode="json")
-        given = OmegaConf.to_container(OmegaConf.merge(saved, given))
+        given = continued_model(Path(start), given)
     elif not given:
         raise ValueError(f"{path}: init_from {start} is not there, and no model is given; train it first")
     return ModelConfig.model_validate(given)

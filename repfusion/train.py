@@ -26,11 +26,11 @@ from repfusion.checkpoint import (
     check_complete,
     check_continues,
     checkpoint_folder,
+    continued_model,
     frozen_digests,
     latest_checkpoint,
     load_weights,
     prune,
-    read_config,
     write_json,
 )
 from repfusion.data import DataConfig
@@ -113,11 +113,7 @@ class TrainConfig(BaseModel):
         folder = Path(values["init_from"])
         if not (folder / "config.json").is_file():
             return values
-        saved = read_config(folder)[0].model_dump(mode="json")
-        given = {**(given or {})}
-        if isinstance(given.get("conditioning"), str):
-            given["conditioning"] = {"method": given["conditioning"]}
-        return {**values, "model": OmegaConf.to_container(OmegaConf.merge(saved, given))}
+        return {**values, "model": continued_model(folder, given or {})}
 
 
 class TrainingStopped(RuntimeError):

@@ -12,6 +12,7 @@ from repfusion.checkpoint import (
     begin_checkpoint,
     check_complete,
     complete_checkpoints,
+    continued_model,
     latest_checkpoint,
     load_checkpoint,
     load_weights,
@@ -138,3 +139,23 @@ def test_shipped_weights_are_named_without_this_machine_s_path(saved):
     assert str(WEIGHTS) not in json.dumps(config)
     (folder / "config.json").write_text(json.dumps(config))
     assert read_config(folder)[0] == shipped
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"method": "queries", "num_queries": None, "reads_time": True}),
+        ({"conditioning": "queries"}, {"method": "queries", "reads_time": True}),
+        ({"conditioning": {"connector_depth": 2}}, {"reads_time": True, "connector_depth": 2}),
+        ({"conditioning": {"method": "queries", "reads_time": False}}, {"reads_time": False}),
+        ({"conditioning": "text_embed"}, {"method": "text_embed"}),
+        ({"conditioning": {"method": "transfusion", "captioning": None}}, {"method": "transfusion"}),
+    ],
+)
+def test_a_model_that_goes_on_takes_the_checkpoints_fields(make_generator, tmp_path, given, expected):
+    generator = make_generator("queries_timestep")
+    save_checkpoint(tmp_path / "step_00000001", generator, generator.trainable_state())
+    model = ModelConfig.model_validate(continued_model(tmp_path / "step_00000001", given))
+    assert model.mllm == generator.config.mllm and model.dit == generator.config.dit
+    got = model.conditioning.model_dump()
+    assert {name: got[name] for name in expected} == expected
