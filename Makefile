@@ -98,7 +98,7 @@ format: $(STAMP) ## let ruff sort the imports and lay out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-foundation: $(STAMP) ## train the shipped small models from scratch (weights/): vision tower, LLaVA, its text-only twin, decoder
+foundation: $(STAMP) ## train the shipped small models from scratch (weights/): vision tower, LLaVA, a larger one, the text-only twin, decoder, VAE
 	$(BIN)/python -m repfusion.foundation
 
 base: $(STAMP) ## pre-train the shipped base checkpoint on the foundation (about an hour on 2 cores)

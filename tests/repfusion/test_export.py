@@ -76,6 +76,15 @@ def test_every_method_and_kind_of_language_model(tmp_path, mllm, conditioning):
     assert torch.equal(draw(load_export(out)), draw(load_checkpoint(checkpoint)))
 
 
+def test_a_vae_goes_along(tmp_path):
+    vae = {"path": WEIGHTS / "vae", "image_size": 32}
+    config = ModelConfig(mllm=WEIGHTS / "language", encoder=vae, decoder=WEIGHTS / "vae")
+    checkpoint = trained(config, tmp_path / "step_00000007")
+    out = export(checkpoint, tmp_path / "out")
+    assert json.loads((out / "model_index.json").read_text())["decoder"] == ["repfusion.vae", "VAEDecoder"]
+    assert torch.equal(draw(load_export(out)), draw(load_checkpoint(checkpoint)))
+
+
 def test_a_bfloat16_language_model_is_stored_as_it_is_used(tmp_path):
     config = ModelConfig(mllm_dtype="bfloat16")
     checkpoint = trained(config, tmp_path / "step_00000007")
