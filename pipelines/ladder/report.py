@@ -79,6 +79,9 @@ def _setting(selection: Selection) -> str:
     settings = first.settings
     training, scoring, dit = settings["training"], settings["scoring"], settings["dit"]
     engine, sampler = training["engine"], scoring["final"]["sampler"]
+    shown = {"train": "of combinations that training shows", "held_out": "of held-out combinations"}[
+        scoring["final"]["split"]
+    ]
     machines = sorted({one.hardware for one in selection.results})
     commits = sorted({f"{(one.commit or 'none')[:7]}" for one in selection.results})
     hours = sum((one.train_sec or 0) + (one.score_sec or 0) for one in selection.results) / 3600
@@ -87,7 +90,7 @@ def _setting(selection: Selection) -> str:
         f"{settings['num_samples']:,} scenes, {training['num_steps']:,} steps of "
         f"{training['global_batch_size']}, peak learning rate {engine['lr']:g} ({engine['schedule']}), DiT "
         f"{dit['depth']} x {dit['hidden_size']}, averaged weights ({training['ema_decay']}). Scored on "
-        f"{scoring['final']['num_prompts']} held-out prompts, {sampler['num_steps']} sampling steps, "
+        f"{scoring['final']['num_prompts']} prompts {shown}, {sampler['num_steps']} sampling steps, "
         f"guidance {sampler['guidance_scale']:g}; the same prompts and noise for all. Hardware: "
         f"{'; '.join(machines)}; {hours:.1f} hours of runs in all. Commits: {', '.join(commits)}.\n\n"
         "± is the standard error over seeds, which change initial weights, order and noise of training, not "
