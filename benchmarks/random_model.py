@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from repfusion.batches import Batch
-from repfusion.dit import DiTConfig, rotary_2d
+from repfusion.dit import DiTConfig, rotary_2d, sin_cos_positions
 from repfusion.flow import draw
 from repfusion.latent_space import EncoderConfig
 from repfusion.meta import BareTokenizer, meta_generator
@@ -61,6 +61,7 @@ def fill(generator: Generator, device: torch.device) -> Generator:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     mllm, dit = generator.conditioner.mllm, generator.dit
     # what to_empty lost: buffers that are no weights, and the statistics
+    dit.positions = sin_cos_positions(generator.grid, dit.config.hidden_size).to(device)
     dit.rotary = rotary_2d(generator.grid, dit.config.hidden_size // dit.config.num_heads).to(device)
     rotary = mllm.language_model.rotary_emb
     mllm.language_model.rotary_emb = type(rotary)(rotary.config).to(device)

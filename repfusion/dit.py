@@ -34,6 +34,10 @@ class DiTConfig(BaseModel):
     """
     interface: Interface = "adaln"
     """How the condition enters: per token through AdaLN-Single, or by cross-attention."""
+    absolute_positions: bool = True
+    """Add fixed sine-cosine positions to the embedded latents, as RAE's DiT does. Rotary positions are
+    relative: without these, only a condition that differs from place to place tells where a token stands.
+    """
 
 
 def timestep_embedding(t: Float[Tensor, " b"], dim: int) -> Float[Tensor, "b dim"]:
@@ -70,6 +74,11 @@ def rotary_2d(grid: tuple[int, int], head_dim: int) -> Float[Tensor, "n half 2"]
     rows, cols = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     angles = torch.cat([rows.reshape(-1, 1) * frequencies, cols.reshape(-1, 1) * frequencies], dim=-1)
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def sin_cos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "n dim"]:
+    """Fixed 2-D positions: a quarter of the channels each for sine and cosine of row and column."""
+    return rearrange(rotary_2d(grid, dim), "n half two -> n (half two)")
 
 
 def rotate(x: Float[Tensor, "b h n d"], rotary: Float[Tensor, "n half 2"]) -> Float[Tensor, "b h n d"]:
@@ -202,6 +211,8 @@ class DiT(nn.Module):
         self.final_modulation = nn.Linear(condition_dim, 2 * dim)
         self.out = nn.Linear(dim, latent_dim)
         self.register_buffer("rotary", rotary_2d(grid, dim // heads), persistent=False)
+        positions = sin_cos_positions(grid, dim) if config.absolute_positions else torch.zeros(1, dim)
+        self.register_buffer("positions", positions, persistent=False)
         for layer in (self.modulation, self.final_modulation, self.out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -220,7 +231,7 @@ class DiT(nn.Module):
         context = condition if self.config.interface == "cross_attention" else None
         signal = F.silu(signal if context is not None else condition + signal)
         modulation = rearrange(self.modulation(signal), "b k (s d) -> b k s d", s=6)
-        x = self.embed(z_t)
+        x = self.embed(z_t) + self.positions
         for block in self.blocks:
             x = block(x, modulation, self.rotary, context, mask)
         shift, scale = (

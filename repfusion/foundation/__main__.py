@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from repfusion.foundation import WEIGHTS
 from repfusion.foundation.decoder import train_decoder
 from repfusion.foundation.dialogues import train_tokenizer
+from repfusion.foundation.fluent import train_fluent
 from repfusion.foundation.large import train_large
 from repfusion.foundation.measure import measure
 from repfusion.foundation.perception import (
@@ -23,7 +24,18 @@ from repfusion.foundation.perception import (
 )
 from repfusion.foundation.vae import train_vae
 
-PARTS = ("llava", "decoder", "refine", "polish", "language", "large", "vae", "vae_polish", "measure")
+PARTS = (
+    "llava",
+    "decoder",
+    "refine",
+    "polish",
+    "language",
+    "fluent",
+    "large",
+    "vae",
+    "vae_polish",
+    "measure",
+)
 
 
 def main() -> None:
@@ -52,6 +64,8 @@ def main() -> None:
                 train_language_twin(pool, tokenizer, config, args.out / "language")
             case "decoder" | "polish":
                 train_decoder(pool, config, args.out, polish=part == "polish")
+            case "fluent":
+                train_fluent(pool, AutoTokenizer.from_pretrained(args.out / "llava"), config, args.out)
             case "large":
                 train_large(pool, AutoTokenizer.from_pretrained(args.out / "llava"), config, args.out)
             case "vae" | "vae_polish":

@@ -17,6 +17,7 @@ from repfusion.foundation.perception import (
     FoundationConfig,
     ScenePool,
     llava_config,
+    occasional_text_loss,
     optimise,
     save_mllm,
     spoken_loss,
@@ -93,7 +94,8 @@ def train_large(
         scenes, pixels = pool.batch(config.large_batch_size)
         with torch.no_grad():
             seen = tower(pixel_values=(pixels - PIXEL_MEAN) / PIXEL_STD, output_hidden_states=True)
-        return spoken_loss(large, seen.hidden_states[-2][:, 1:], tokenizer, scenes, pool.rng, step)
+        said = spoken_loss(large, seen.hidden_states[-2][:, 1:], tokenizer, scenes, pool.rng)
+        return said + occasional_text_loss(large, tokenizer, scenes, pool.rng, step)
 
     learned = [parameter for parameter in large.parameters() if parameter.requires_grad]
     config = config.model_copy(update={"learning_rate": config.large_learning_rate})

@@ -20,14 +20,14 @@ FIRST_SEED = 50_000_000
 
 @torch.no_grad()
 def measure(folder: Path, config: FoundationConfig, num_scenes: int = 600) -> dict[str, int | float]:
-    """Over held-out scenes: caption exact match and answer accuracy of both LLaVAs (`large_`), reconstruction
-    PSNR (dB) and detector agreement of both latent spaces (`vae_`).
+    """Over held-out scenes: caption exact match and answer accuracy of each LLaVA (`fluent_`, `large_`),
+    reconstruction PSNR (dB) and detector agreement of both latent spaces (`vae_`).
     """
     world = WorldConfig(image_size=config.image_size)
     scenes = [draw_scene(FIRST_SEED + i, world, "held_out") for i in range(num_scenes)]
     pixels = torch.from_numpy(np.stack([render(scene, world) for scene in scenes]))
     found: dict[str, int | float] = {"held_out_scenes": num_scenes}
-    for prefix, llava in (("", "llava"), ("large_", "llava_large")):
+    for prefix, llava in (("", "llava"), ("fluent_", "llava_fluent"), ("large_", "llava_large")):
         scores = measure_llava(folder / llava, config, scenes, pixels)
         found |= {prefix + name: score for name, score in scores.items()}
     for prefix, encoder, decoder in (("", "vision_tower", "decoder"), ("vae_", "vae", "vae")):

@@ -84,6 +84,12 @@ class FoundationConfig(BaseModel):
     """Its peak: it goes on, and does not begin."""
     large_batch_size: int = 64
     """Its scenes a step."""
+    fluent_steps: int = 1_500
+    """Steps of the LLaVA that goes on with the twin's loss on captions."""
+    fluent_learning_rate: float = 5e-4
+    """Its peak."""
+    fluent_batch_size: int = 64
+    """Its scenes a step."""
     vae_channels: int = 16
     """Channels of the VAE's latents; its grid is the tower's at a factor of 8."""
     vae_steps: int = 2_000
@@ -212,7 +218,8 @@ def joint_loss(
         features = F.layer_norm(hidden.float(), (config.vision_width,))
         sigma = feature_noise * torch.rand(len(features), 1, 1)
         rebuilt = decoder(features + sigma * torch.randn_like(features))
-        said = spoken_loss(llava, hidden, tokenizer, scenes, pool.rng, step)
+        said = spoken_loss(llava, hidden, tokenizer, scenes, pool.rng)
+        said = said + occasional_text_loss(llava, tokenizer, scenes, pool.rng, step)
         return said + pixel_weight * F.l1_loss(rebuilt.float(), pixels)
 
     return loss_of_step
@@ -224,19 +231,28 @@ def spoken_loss(
     tokenizer: PreTrainedTokenizerFast,
     scenes: list[Scene],
     rng: np.random.Generator,
-    step: int,
 ) -> Tensor:
-    """Answers about images of which `hidden` is the tower's state; every 4th step also captions alone."""
+    """Answers about images of which `hidden` is the tower's state."""
     inner = llava.model
     ids, labels = encode_dialogues(tokenizer, [write_dialogue(s, rng) for s in scenes], hidden.shape[1])
     embedded = inner.language_model.embed_tokens(ids)
     visual = inner.multi_modal_projector(hidden).to(embedded.dtype)
     embedded = embedded.masked_scatter((ids == llava.config.image_token_index)[..., None], visual)
     said = inner.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-    loss = answer_loss(llava.lm_head, said, labels)
-    if step % 4 == 0:
-        loss = loss + 0.25 * text_loss(llava.lm_head, inner.language_model, tokenizer, scenes, rng)
-    return loss
+    return answer_loss(llava.lm_head, said, labels)
+
+
+def occasional_text_loss(
+    llava: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    scenes: list[Scene],
+    rng: np.random.Generator,
+    step: int,
+) -> Tensor | float:
+    """Captions alone, in every 4th step at a quarter of the weight."""
+    if step % 4:
+        return 0.0
+    return 0.25 * text_loss(llava.lm_head, llava.model.language_model, tokenizer, scenes, rng)
 
 
 def train_llava(

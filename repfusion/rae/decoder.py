@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from repfusion.dit import Attention, RMSNorm, SwiGLU, rotary_2d
+from repfusion.dit import Attention, RMSNorm, SwiGLU, rotary_2d, sin_cos_positions
 
 
 class RAEDecoderConfig(BaseModel):
@@ -43,12 +43,6 @@ class DecoderBlock(nn.Module):
     def forward(self, x: Float[Tensor, "b n d"], rotary: Float[Tensor, "n half 2"]) -> Float[Tensor, "b n d"]:
         x = x + self.attention(self.attention_norm(x), rotary)
         return x + self.mlp(self.mlp_norm(x))
-
-
-def sin_cos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "n dim"]:
-    """Fixed 2-D positions: a quarter of the channels each for sine and cosine of row and column."""
-    angles = rotary_2d(grid, dim)
-    return rearrange(angles, "n half two -> n (half two)")
 
 
 class RAEDecoder(nn.Module):

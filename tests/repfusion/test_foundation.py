@@ -21,6 +21,7 @@ from repfusion.foundation.dialogues import (
     train_tokenizer,
     write_dialogue,
 )
+from repfusion.foundation.fluent import train_fluent
 from repfusion.foundation.large import grow, train_large
 from repfusion.foundation.measure import measure
 from repfusion.foundation.perception import (
@@ -53,6 +54,8 @@ TINY = FoundationConfig(
     large_layers=3,
     large_steps=2,
     large_batch_size=6,
+    fluent_steps=2,
+    fluent_batch_size=6,
     vae_steps=3,
     vae_polish_steps=2,
     vae_batch_size=6,
@@ -183,6 +186,7 @@ def trained(tmp_path_factory):
     train_language_twin(pool, tokenizer, TINY, folder / "language")
     train_decoder(pool, TINY, folder)
     train_large(pool, tokenizer, TINY, folder)
+    train_fluent(pool, tokenizer, TINY, folder)
     train_vae(pool, TINY, folder)
     before = load_file(str(folder / "vae" / "diffusion_pytorch_model.safetensors"))
     train_vae(pool, TINY, folder, polish=True)
@@ -236,18 +240,20 @@ def test_a_grown_llava_says_what_the_small_one_says_until_it_is_trained(tokenize
         assert layer.self_attn.o_proj.weight.grad.any() and layer.mlp.down_proj.weight.grad.any()
 
 
-def test_the_large_llava_reads_the_very_tower_of_the_small_one(trained):
-    small, large = (load_file(str(trained / name / "model.safetensors")) for name in ("llava", "llava_large"))
-    tower = {name for name in small if "vision" in name}
-    assert tower and all(torch.equal(small[name], large[name]) for name in tower)
-    mllms = [MLLM.from_pretrained(trained / name) for name in ("llava", "llava_large")]
-    assert [mllm.width for mllm in mllms] == [32, 64]
-    assert len(mllms[1].language_model.layers) == 3
+@pytest.mark.parametrize(("name", "width", "depth"), [("llava_large", 64, 3), ("llava_fluent", 32, 1)])
+def test_the_other_llavas_read_the_very_tower_of_the_first(trained, name, width, depth):
+    first, other = (load_file(str(trained / one / "model.safetensors")) for one in ("llava", name))
+    tower = {part for part in first if "vision" in part}
+    assert tower and all(torch.equal(first[part], other[part]) for part in tower)
+    assert any(
+        first[part].shape != other[part].shape or not torch.equal(first[part], other[part])
+        for part in first.keys() - tower
+    )
+    mllms = [MLLM.from_pretrained(trained / one) for one in ("llava", name)]
+    assert (mllms[1].width, len(mllms[1].language_model.layers)) == (width, depth)
     ids = [mllm.tokenize(["two red circles"])[0] for mllm in mllms]
     assert torch.equal(*ids)
-    spaces = [
-        RepresentationEncoder.from_pretrained(trained / name) for name in ("llava_large", "vision_tower")
-    ]
+    spaces = [RepresentationEncoder.from_pretrained(trained / one) for one in (name, "vision_tower")]
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(*(space(pixels) for space in spaces))
 
@@ -276,7 +282,7 @@ def test_the_vae_learns_to_rebuild_one_batch():
 def test_measuring_covers_both_llavas_and_both_latent_spaces(trained):
     found = measure(trained, TINY, num_scenes=3)
     said, drawn = ("caption_exact_match", "answer_accuracy"), ("reconstruction_psnr", "detector_agreement")
-    expected = {prefix + name for prefix in ("", "large_") for name in said}
+    expected = {prefix + name for prefix in ("", "fluent_", "large_") for name in said}
     expected |= {prefix + name for prefix in ("", "vae_") for name in drawn}
     assert found.keys() == expected | {"held_out_scenes"}
     assert 0 < found["vae_reconstruction_psnr"] < 20

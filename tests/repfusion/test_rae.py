@@ -13,10 +13,11 @@ from tiny_training import tiny_model
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 from repfusion.checkpoint import load_checkpoint, save_checkpoint
+from repfusion.dit import sin_cos_positions
 from repfusion.flow import shift_factor
 from repfusion.generate import generate
 from repfusion.model import Generator
-from repfusion.rae.decoder import RAEDecoder, RAEDecoderConfig, sin_cos_positions
+from repfusion.rae.decoder import RAEDecoder, RAEDecoderConfig
 from repfusion.rae.encoder import RepresentationEncoder, weights_digest
 from repfusion.rae.geometry import TowerGeometry, tower_geometry
 from repfusion.rae.statistics import LatentStatistics
