@@ -88,7 +88,7 @@ def test_adaln_single_follows_its_equation():
     signal = F.silu(condition + dit.time.mlp(sinusoids)[:, None])
     parts = dit.modulation(signal).unflatten(-1, (6, 32)) + block.table
     shift, scale, gate = parts[:, :, 3], parts[:, :, 4], parts[:, :, 5]
-    x = dit.embed(z_t)
+    x = dit.embed(z_t) + dit.positions
     gate_in, up = block.mlp.gate_up(rms(x) * (1 + scale) + shift).chunk(2, -1)
     x = x + gate * block.mlp.down(F.silu(gate_in) * up)
     final = dit.final_modulation(signal).unflatten(-1, (2, 32)) + dit.final_table
@@ -210,3 +210,21 @@ def test_bfloat16_autocast_stays_near_float32():
         low = dit(*inputs()).float()
     high = dit(*inputs())
     assert (low - high).norm() / high.norm() < 0.03
+
+
+def test_absolute_positions_tell_where_a_token_stands():
+    """Identical tokens under one condition: rotary positions alone leave their velocities the same."""
+    config = DiTConfig(hidden_size=32, depth=2, num_heads=2, interface="cross_attention")
+    for has_positions in (False, True):
+        torch.manual_seed(0)
+        dit = DiT(
+            config.model_copy(update={"absolute_positions": has_positions}), LATENT, GRID, CONDITION
+        ).double()
+        with torch.no_grad():
+            for parameter in dit.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        dit.time.mlp.register_forward_pre_hook(lambda module, args: (args[0].double(),))
+        one = torch.randn(1, 1, LATENT, dtype=torch.float64).expand(-1, TOKENS, -1)
+        velocity = dit(one, torch.tensor([0.5]).double(), torch.randn(1, 3, CONDITION).double())
+        spread = (velocity - velocity[:, :1]).abs().max()
+        assert spread > 1e-2 if has_positions else spread < 1e-10
