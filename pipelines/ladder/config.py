@@ -120,7 +120,7 @@ class LadderConfig(BaseModel):
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of initial weights, order of samples, noise and dropped conditions. Data and prompts stay."""
     weights: Path = WEIGHTS
-    """Holds llava/, llava_large/, language/, vision_tower/, decoder/, vae/."""
+    """Holds llava_fluent/, llava_large/, language/, vision_tower/, decoder/, vae/."""
     dit: DiTConfig = DiTConfig()
     """The denoiser of every row but those matched in FLOPs."""
     flow: FlowConfig = FlowConfig(base_dim=256)

@@ -16,7 +16,7 @@ from repfusion.model import EncoderConfig, ModelConfig
 from repfusion.sampler import SamplerConfig
 
 Space = Literal["rae", "vae"]
-LLM = Literal["llava", "language", "llava_large"]
+LLM = Literal["llava_fluent", "language", "llava_large"]
 SPACES: dict[Space, tuple[str, str]] = {"rae": ("vision_tower", "decoder"), "vae": ("vae", "vae")}
 """Folders, in that of the weights, of what encodes and what decodes."""
 FLOPS_TOLERANCE = 0.05
@@ -59,12 +59,12 @@ TEXT = {"method": "text_embed"}
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
-        Row("repfusion", "RepFusion", "llava", "rae", NOISY, 0.70),
-        Row("static_queries", "static queries", "llava", "rae", STATIC, 0.55),
+        Row("repfusion", "RepFusion", "llava_fluent", "rae", NOISY, 0.70),
+        Row("static_queries", "static queries", "llava_fluent", "rae", STATIC, 0.55),
         Row(
             "timestep_queries",
             "timestep queries, read again at every step",
-            "llava",
+            "llava_fluent",
             "rae",
             TIMED,
             0.54,
@@ -85,7 +85,7 @@ ROWS: dict[str, Row] = {
         Row(
             "tuned",
             "perception-pretrained LLM, trained",
-            "llava",
+            "llava_fluent",
             "rae",
             TUNED,
             0.68,
@@ -96,7 +96,7 @@ ROWS: dict[str, Row] = {
         Row(
             "transfusion_perception",
             "Transfusion, perception-pretrained LLM",
-            "llava",
+            "llava_fluent",
             "rae",
             TRANSFUSION,
             0.62,
@@ -114,7 +114,7 @@ ROWS: dict[str, Row] = {
         Row(
             "text_embed_rae_wide",
             "TextEmbed, RAE, larger DiT",
-            "llava",
+            "llava_fluent",
             "rae",
             TEXT,
             0.66,
@@ -124,7 +124,7 @@ ROWS: dict[str, Row] = {
         Row(
             "static_queries_wide",
             "static queries, larger DiT",
-            "llava",
+            "llava_fluent",
             "rae",
             STATIC,
             same_flops_as="repfusion",
@@ -133,7 +133,7 @@ ROWS: dict[str, Row] = {
         Row(
             "connected_queries",
             "static queries with a bidirectional connector",
-            "llava",
+            "llava_fluent",
             "rae",
             CONNECTED,
             note="MetaQuery's connector, 2 layers",
@@ -141,7 +141,7 @@ ROWS: dict[str, Row] = {
         Row(
             "repfusion_cross",
             "RepFusion, cross-attention",
-            "llava",
+            "llava_fluent",
             "rae",
             {**NOISY, "interface": "cross_attention"},
             0.69,

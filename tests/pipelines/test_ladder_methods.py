@@ -28,7 +28,8 @@ BLOCKS = {
 def make_weights(folder: Path) -> Path:
     """All folders that the rows name; the language model is the LLaVA's, without vision."""
     make_foundation(folder)
-    shutil.copytree(folder / "llava", folder / "llava_large")
+    for name in ("llava_fluent", "llava_large"):
+        shutil.copytree(folder / "llava", folder / name)
     llava = LlavaForConditionalGeneration.from_pretrained(folder / "llava")
     language = LlamaForCausalLM(llava.config.text_config)
     language.model.load_state_dict(llava.model.language_model.state_dict())

@@ -35,7 +35,7 @@ def result(row: str, seed: int, score: float, budget: str = "b", name: str = "ba
         "model": row * 4,
         "time": "2026-11-21T00:00:00+00:00",
         "settings": SETTINGS,
-        "weights": {"llava": "1"},
+        "weights": {"llava_fluent": "1"},
         "points": points,
         "samples_per_sec": 100.0 + seed,
         "train_sec": 1800.0,
@@ -140,7 +140,7 @@ def test_pairs_in_another_order_than_the_papers_are_named(config: LadderConfig):
 
 
 def test_results_of_another_budget_or_other_weights_stay_out(config: LadderConfig):
-    stale = result("repfusion", 5, 0.99, weights={"llava": "0"})
+    stale = result("repfusion", 5, 0.99, weights={"llava_fluent": "0"})
     other = result("repfusion", 0, 0.11, budget="q", name="quick")
     text = page(config, [stale, other, *LADDER])
     assert row_of(text, "RepFusion", "All rows")[2] == "0.620 ± 0.012"

@@ -115,11 +115,11 @@ def test_a_budget_is_what_decides_scores_and_nothing_else():
 
 def test_a_models_digest_follows_weights_and_fields_not_folders(tmp_path: Path):
     row = ROWS["repfusion"]
-    weights = {"llava": "a", "vision_tower": "b", "decoder": "c"}
+    weights = {"llava_fluent": "a", "vision_tower": "b", "decoder": "c"}
     here, there = model_of(row, common()), model_of(row, common(weights=tmp_path))
     digest = model_digest(row, here, weights)
     assert model_digest(row, there, weights) == digest
-    assert model_digest(row, here, {**weights, "llava": "z"}) != digest
+    assert model_digest(row, here, {**weights, "llava_fluent": "z"}) != digest
     assert model_digest(row, model_of(row, common(dit=DiTConfig())), weights) != digest
 
 

@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray]
 def config(tmp_path: Path) -> LadderConfig:
     docs = tmp_path / "docs"
     make_foundation(tmp_path / "weights")
+    shutil.move(tmp_path / "weights" / "llava", tmp_path / "weights" / "llava_fluent")
     return LadderConfig.model_validate(
         {
             "root": tmp_path / "runs",
@@ -60,7 +61,7 @@ def test_a_ladder_runs_once_goes_on_after_a_failure_and_is_tracked(config: Ladde
     assert [(point.step, point.num_prompts) for point in good.points] == [(2, 6), (4, 12)]
     assert all(point.validation_loss > 0 for point in good.points)
     assert good.trainable_parameters and good.flops_per_image and good.samples_per_sec and good.hardware
-    assert good.weights.keys() == {"llava", "vision_tower", "decoder"}
+    assert good.weights.keys() == {"llava_fluent", "vision_tower", "decoder"}
     (folder,) = (config.root / config.name / "runs").glob("static_queries-0-*")
     # weights of the last checkpoint alone stay
     assert [path.name for path in (folder / "checkpoints").glob("step_*")] == ["step_00000004"]
@@ -72,7 +73,7 @@ def test_a_ladder_runs_once_goes_on_after_a_failure_and_is_tracked(config: Ladde
 
     # mended, only what failed runs again
     shutil.rmtree(broken)
-    shutil.copytree(config.weights / "llava", broken)
+    shutil.copytree(config.weights / "llava_fluent", broken)
     assert run_ladder(config, said.append) == 0
     second = read(config.results, Result)
     assert second[: len(first)] == first
