@@ -111,6 +111,8 @@ def read_traces(traces: Path) -> list[list[RankTrace]]:
         lines = [
             json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")
         ]
+        if not lines:  # a rank that has just begun
+            continue
         reads = tuple(Read(one["step"], one["time"], tuple(one["keys"])) for one in lines[1:])
         found.setdefault(attempt, []).append(RankTrace(attempt, int(rank), **lines[0], reads=reads))
     attempts = [sorted(ranks, key=lambda one: one.rank) for ranks in found.values()]
