@@ -11,38 +11,30 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
-from random_model import fill
+from random_model import fill, llava_of
 
 from repfusion.dit import DiTConfig
 from repfusion.generate import initial_noise
-from repfusion.meta import meta_generator, published
-from repfusion.model import EncoderConfig, Generator, ModelConfig
+from repfusion.meta import published
+from repfusion.model import Generator
 from repfusion.sampler import SamplerConfig, sample
 
 
 def medium() -> Generator:
     """The published model's proportions, 64 latent tokens; no memory."""
-    from transformers import LlamaConfig
-
-    text = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        max_position_embeddings=1024,
-    )
-    config = ModelConfig(
-        mllm=Path("medium"),
-        encoder=EncoderConfig(path=Path("medium")),
-        dit=DiTConfig(hidden_size=128, depth=4, num_heads=2),
-    )
-    return meta_generator(config, text, (8, 8), 64)
+    text = {
+        "vocab_size": 1000,
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 1024,
+    }
+    return llava_of("medium", text, DiTConfig(hidden_size=128, depth=4, num_heads=2), grid=8, latent_dim=64)
 
 
 @contextmanager

@@ -28,25 +28,33 @@ class NumberTokenizer(BareTokenizer):
         return SimpleNamespace(input_ids=[[int(word) for word in prompt.split()] for prompt in prompts])
 
 
-def small() -> Generator:
-    """The published model's classes at a width that a CPU trains in a moment; no memory."""
+def llava_of(
+    name: str, text: dict[str, int], dit: DiTConfig, grid: int, latent_dim: int, mllm_dtype: str = "float32"
+) -> Generator:
+    """The published model's classes at any size, over grid x grid latent tokens; no memory. `text` are fields
+    of LlamaConfig.
+    """
     from transformers import LlamaConfig
 
-    text = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=128,
+    folder = Path(name)  # is not read
+    config = ModelConfig.model_validate(
+        {"mllm": folder, "mllm_dtype": mllm_dtype, "encoder": EncoderConfig(path=folder), "dit": dit}
     )
-    config = ModelConfig(
-        mllm=Path("small"),
-        mllm_dtype="bfloat16",
-        encoder=EncoderConfig(path=Path("small")),
-        dit=DiTConfig(hidden_size=64, depth=2, num_heads=4),
-    )
-    return meta_generator(config, text, (4, 4), 32)
+    return meta_generator(config, LlamaConfig(**text), (grid, grid), latent_dim)
+
+
+def small() -> Generator:
+    """At a width that a CPU trains in a moment."""
+    text = {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    }
+    dit = DiTConfig(hidden_size=64, depth=2, num_heads=4)
+    return llava_of("small", text, dit, grid=4, latent_dim=32, mllm_dtype="bfloat16")
 
 
 @torch.no_grad()
