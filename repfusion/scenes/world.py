@@ -174,9 +174,8 @@ def _place(
 ) -> Thing:
     cells, calm = config.cells, 1 - config.jitter
     size = rng.uniform(0.62 + 0.08 * calm, 0.78 - 0.08 * calm) / cells
-    slack = config.jitter * (
-        (1 / cells - size) / 2 - 0.04 / cells
-    )  # a gap of at least 8% of a cell to neighbours
+    # a gap of at least 8% of a cell between neighbours
+    slack = config.jitter * ((1 / cells - size) / 2 - 0.04 / cells)
     x = (col + 0.5) / cells + rng.uniform(-slack, slack)
     y = (row + 0.5) / cells + rng.uniform(-slack, slack)
     return Thing(shape, colour, float(x), float(y), float(size))
