@@ -33,6 +33,14 @@ class Selection:
         """Final scores by row and seed."""
         return {row: {one.seed: one.score for one in found} for row, found in self.rows.items()}
 
+    @property
+    def losses(self) -> dict[str, Seeds]:
+        """Final validation losses by row and seed."""
+        return {
+            row: {one.seed: one.points[-1].validation_loss for one in found}
+            for row, found in self.rows.items()
+        }
+
 
 def label(line: Line) -> str:
     return f"{line.budget_name} {line.budget[:8]}"

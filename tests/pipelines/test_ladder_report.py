@@ -113,6 +113,17 @@ def test_the_table_holds_means_errors_and_differences_by_seed(config: LadderConf
     assert "+0.110 ± 0.006 | 3 |" in claim and "| 0.12 | 0.05 | holds |" in claim
 
 
+def test_claims_are_compared_by_validation_loss_within_a_latent_space(config: LadderConfig):
+    lines = [*LADDER, *(result(row, 0, 0.5) for row in ("text_embed_rae", "text_embed_vae"))]
+    part = page(config, lines).split("## The same claims by validation loss\n")[1].split("\n## ")[0]
+    # losses 0.40, 0.38, 0.36 against 0.50, 0.49, 0.48
+    tuned = next(line for line in part.splitlines() if "an MLLM prefers to stay frozen" in line)
+    assert tuned.endswith("| -0.110 ± 0.006 | 3 | 0.0014 |")
+    queries = next(line for line in part.splitlines() if "beats static queries |" in line)
+    assert "| +0.100 ± 0.000 | 2 |" in queries
+    assert "RAE beats VAE" not in part and "larger DiT" not in part
+
+
 def test_rows_without_results_say_so_in_the_papers_order(config: LadderConfig):
     text = page(config, LADDER)
     part = text.split("## From TextEmbed\n")[1].split("\n## ")[0]
