@@ -33,6 +33,12 @@ CLAIMS = (
     ),
     Claim(
         "1",
+        "a frozen language-only LLM that reads them beats its own static queries",
+        "greater",
+        ("noisy_rae", "static_queries_language"),
+    ),
+    Claim(
+        "1",
         "queries read again at every step do not help",
         "no_better",
         ("timestep_queries", "static_queries"),

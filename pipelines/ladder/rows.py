@@ -112,6 +112,14 @@ ROWS: dict[str, Row] = {
         ),
         Row("text_embed_rae", "TextEmbed, RAE", "language", "rae", TEXT),
         Row(
+            "static_queries_language",
+            "static queries, language-only LLM",
+            "language",
+            "rae",
+            STATIC,
+            note="with the same LLM reading the noisy latents: claim 1 once more",
+        ),
+        Row(
             "text_embed_rae_wide",
             "TextEmbed, RAE, larger DiT",
             "llava_fluent",
