@@ -44,6 +44,8 @@ def run_ladder(config: LadderConfig, say: Callable[[str], None] = print) -> int:
         session.enter_context(ray_session(config.ray))
         if config.tracking_uri is not None:
             prepare_store(config.tracking_uri, todo[0].train.tracking.experiment)
+        for task in todo:  # what a killed run said of itself is not so any more
+            (Path(task.train.output_dir) / PROGRESS).unlink(missing_ok=True)
         failed, started = 0, time.perf_counter()
         by_key = {task.key: task for task in todo}
         outcomes = run_on_ray(run_task, todo, config.resources, lambda left: say_progress(left, say))
