@@ -70,6 +70,11 @@ def show(values: Sequence[float]) -> str:
     return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
 
 
+def show_change(mean: float, error: float | None) -> str:
+    """With its sign, and the standard error where there is one."""
+    return f"{mean:+.3f}" if error is None else f"{mean:+.3f} ± {error:.3f}"
+
+
 def show_p(p: float | None) -> str:
     return "-" if p is None else f"{p:.2g}" if p >= 0.001 else "< 0.001"
 
@@ -114,8 +119,7 @@ def _ladders(selection: Selection) -> str:
             elif difference is None:
                 shown, agrees = MISSING, ""
             else:
-                error = "" if difference.error is None else f" ± {difference.error:.3f}"
-                shown = f"{difference.mean:+.3f}{error}"
+                shown = show_change(difference.mean, difference.error)
                 same = before is not None and paper is not None and (difference.mean > 0) == (paper > before)
                 agrees = "yes" if same else "no"
             rows.append(
@@ -210,12 +214,11 @@ def _claims(scores: Mapping[str, Seeds]) -> str:
         if difference is None:
             rows.append([claim.number, claim.text, MISSING, *[""] * 6, MISSING])
             continue
-        error = "" if difference.error is None else f" ± {difference.error:.3f}"
         rows.append(
             [
                 claim.number,
                 claim.text,
-                f"{difference.mean:+.3f}{error}",
+                show_change(difference.mean, difference.error),
                 str(difference.num_pairs),
                 show_p(difference.p_paired),
                 show_p(verdict.adjusted),
@@ -248,9 +251,10 @@ def _losses(selection: Selection) -> str:
         difference = compare(second, first)
         if difference is None:
             continue
-        error = "" if difference.error is None else f" ± {difference.error:.3f}"
-        cells = [f"{-difference.mean:+.3f}{error}", str(difference.num_pairs), show_p(difference.p_paired)]
-        rows.append([claim.number, claim.text, *cells])
+        change = show_change(-difference.mean, difference.error)
+        rows.append(
+            [claim.number, claim.text, change, str(difference.num_pairs), show_p(difference.p_paired)]
+        )
     if not rows:
         return ""
     return (
