@@ -1,28 +1,28 @@
-"""The shipped LLaVA -> one that knows the world's texts as well as its language-only twin, over the same
-frozen tower.
+"""The language-only twin -> a LLaVA over the shipped tower, as LLaVA-1.5 is made of a language model: first
+its projector alone, then projector and language model together.
 
-Controlled comparisons of perception pretraining need it: in the paper both language models have read the
-same texts. The shipped LLaVA saw captions alone in every fourth step at a quarter of the weight, the twin in
-every step at full weight, and what it says after a prompt tells colours and pairs apart less well
-(docs/log.md). Here the twin's loss on captions goes on beside the dialogues about images.
+Controlled comparisons of perception pretraining need it: the two language models are then one, before and
+after it has learned to see, and both have read the same texts.
 """
 
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from repfusion.foundation.perception import (
     PIXEL_MEAN,
     PIXEL_STD,
     FoundationConfig,
     ScenePool,
+    llava_config,
     optimise,
     save_mllm,
     spoken_loss,
     text_loss,
 )
+from repfusion.scenes.world import Scene
 
 
 def train_fluent(
@@ -30,17 +30,31 @@ def train_fluent(
 ) -> None:
     """Writes `llava_fluent`; the tower is the shipped one's, bit for bit."""
     torch.manual_seed(8)
-    llava = LlavaForConditionalGeneration.from_pretrained(folder / "llava", dtype=torch.float32)
+    shipped = LlavaForConditionalGeneration.from_pretrained(folder / "llava", dtype=torch.float32)
+    twin = LlamaForCausalLM.from_pretrained(folder / "language", dtype=torch.float32)
+    llava = LlavaForConditionalGeneration(llava_config(config, tokenizer))
+    llava.model.vision_tower.load_state_dict(shipped.model.vision_tower.state_dict())
+    llava.model.language_model.load_state_dict(twin.model.state_dict())
+    llava.lm_head.load_state_dict(twin.lm_head.state_dict())
     tower = llava.model.vision_tower.eval().requires_grad_(False)
 
-    def loss_of_step(step: int) -> Tensor:
-        scenes, pixels = pool.batch(config.fluent_batch_size)
+    def speak(scenes: list[Scene], pixels: Tensor) -> Tensor:
         with torch.no_grad():
             seen = tower(pixel_values=(pixels - PIXEL_MEAN) / PIXEL_STD, output_hidden_states=True)
-        said = spoken_loss(llava, seen.hidden_states[-2][:, 1:], tokenizer, scenes, pool.rng)
+        return spoken_loss(llava, seen.hidden_states[-2][:, 1:], tokenizer, scenes, pool.rng)
+
+    def align(step: int) -> Tensor:
+        return speak(*pool.batch(config.fluent_batch_size))
+
+    def speak_and_read(step: int) -> Tensor:
+        scenes, pixels = pool.batch(config.fluent_batch_size)
+        said = speak(scenes, pixels)
         return said + text_loss(llava.lm_head, llava.model.language_model, tokenizer, scenes, pool.rng)
 
-    learned = [parameter for parameter in llava.parameters() if parameter.requires_grad]
+    projector = list(llava.model.multi_modal_projector.parameters())
+    spoken = nn.ModuleList([llava.model.language_model, llava.lm_head]).requires_grad_(False)
+    optimise(projector, config, config.fluent_align_steps, align, "fluent, projector")
+    spoken.requires_grad_(True)
     config = config.model_copy(update={"learning_rate": config.fluent_learning_rate})
-    optimise(learned, config, config.fluent_steps, loss_of_step, "fluent")
+    optimise([*projector, *spoken.parameters()], config, config.fluent_steps, speak_and_read, "fluent")
     save_mllm(llava, tokenizer, folder / "llava_fluent")

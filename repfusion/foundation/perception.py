@@ -84,10 +84,14 @@ class FoundationConfig(BaseModel):
     """Its peak: it goes on, and does not begin."""
     large_batch_size: int = 64
     """Its scenes a step."""
-    fluent_steps: int = 1_500
-    """Steps of the LLaVA that goes on with the twin's loss on captions."""
-    fluent_learning_rate: float = 5e-4
-    """Its peak."""
+    fluent_align_steps: int = 1_000
+    """Steps in which the twin's LLaVA learns its projector alone."""
+    fluent_steps: int = 4_000
+    """Steps of projector and language model."""
+    fluent_learning_rate: float = 2e-4
+    """Their peak; the projector alone takes `learning_rate`. At 5e-4 new combinations are seen better and
+    prompts read worse (docs/log.md).
+    """
     fluent_batch_size: int = 64
     """Its scenes a step."""
     vae_channels: int = 16

@@ -85,6 +85,18 @@ PAPER = scores(
 )
 
 
+NAMED = {
+    "1 above static_queries": ("repfusion", "static_queries"),
+    "1 timestep": ("timestep_queries", "static_queries"),
+    "2": ("repfusion", "noisy_rae"),
+    "3 language": ("noisy_rae_tuned", "noisy_rae"),
+    "3 tuned": ("repfusion", "tuned"),
+    "3 flip": ("noisy_rae_tuned", "noisy_rae", "tuned", "repfusion"),
+    "4": ("text_embed_rae", "text_embed_vae"),
+}
+"""Claims by what they compare."""
+
+
 def test_scores_as_the_papers_bear_out_every_claim():
     assert {verdict.outcome for verdict in judge(PAPER)} == {"holds"}
 
@@ -92,23 +104,22 @@ def test_scores_as_the_papers_bear_out_every_claim():
 @pytest.mark.parametrize(
     "changed, expected",
     [
-        ({"repfusion": 0.50}, {0: "reversed", 5: "reversed", 7: "reversed"}),
-        ({"timestep_queries": 0.60}, {2: "not shown"}),
-        ({"noisy_rae": 0.70}, {5: "not shown", 6: "reversed"}),
-        ({"text_embed_vae": 0.599}, {9: "not shown"}),
-        ({"tuned": 0.82}, {7: "reversed", 8: "reversed"}),
+        ({"repfusion": 0.50}, {"1 above static_queries": "reversed", "2": "reversed", "3 tuned": "reversed"}),
+        ({"timestep_queries": 0.60}, {"1 timestep": "not shown"}),
+        ({"noisy_rae": 0.70}, {"2": "not shown", "3 language": "reversed"}),
+        ({"text_embed_vae": 0.599}, {"4": "not shown"}),
+        ({"tuned": 0.82}, {"3 tuned": "reversed", "3 flip": "reversed"}),
     ],
 )
-def test_what_is_otherwise_is_said(changed: dict[str, float], expected: dict[int, str]):
-    verdicts = judge(PAPER | scores(**changed))
-    assert {i: verdicts[i].outcome for i in expected} == expected
+def test_what_is_otherwise_is_said(changed: dict[str, float], expected: dict[str, str]):
+    outcomes = {verdict.claim.rows: verdict.outcome for verdict in judge(PAPER | scores(**changed))}
+    assert {name: outcomes[NAMED[name]] for name in expected} == expected
 
 
 def test_a_missing_row_leaves_its_claims_open_and_the_others_their_correction():
     without = {row: own for row, own in PAPER.items() if row != "tuned"}
-    outcomes = [verdict.outcome for verdict in judge(without)]
-    missing = [i for i, claim in enumerate(CLAIMS) if "tuned" in claim.rows]
-    assert [i for i, outcome in enumerate(outcomes) if outcome == "missing"] == missing == [7, 8]
+    missing = {verdict.claim.rows for verdict in judge(without) if verdict.outcome == "missing"}
+    assert missing == {NAMED["3 tuned"], NAMED["3 flip"]}
     assert {row for claim in CLAIMS for row in claim.rows} <= set(ROWS)
 
 

@@ -54,6 +54,7 @@ TINY = FoundationConfig(
     large_layers=3,
     large_steps=2,
     large_batch_size=6,
+    fluent_align_steps=2,
     fluent_steps=2,
     fluent_batch_size=6,
     vae_steps=3,
@@ -238,6 +239,18 @@ def test_a_grown_llava_says_what_the_small_one_says_until_it_is_trained(tokenize
         assert not weight.any()
     for layer in new.layers:  # what writes zeros learns
         assert layer.self_attn.o_proj.weight.grad.any() and layer.mlp.down_proj.weight.grad.any()
+
+
+def test_the_fluent_llava_is_the_twin_that_learned_to_see(trained):
+    """Two steps from the twin's language model, far from the first LLaVA's; its projector is new."""
+    llavas = [load_file(str(trained / one / "model.safetensors")) for one in ("llava", "llava_fluent")]
+    twin = load_file(str(trained / "language" / "model.safetensors"))
+    for name in ("layers.0.mlp.up_proj.weight", "embed_tokens.weight"):
+        first, fluent = (llava[f"language_model.model.{name}"].float() for llava in llavas)
+        moved = (fluent - twin[f"model.{name}"].float()).norm()
+        assert 0 < moved < 0.2 * (fluent - first).norm()
+    name = "multi_modal_projector.linear_1.weight"
+    assert (llavas[0][name].float() - llavas[1][name].float()).norm() > 0.5 * llavas[0][name].float().norm()
 
 
 @pytest.mark.parametrize(("name", "width", "depth"), [("llava_large", 64, 3), ("llava_fluent", 32, 1)])
