@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from repfusion.rae.encoder import weights_digest
+from repfusion.rae.statistics import VARIANCE_EPS, LatentStatistics
 
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3")
 """Causal language models that load by themselves."""
@@ -32,6 +33,19 @@ class Projector(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n v"]) -> Float[Tensor, "b n w"]:
         return self.linear_2(self.act(self.linear_1(x)))
+
+    @torch.no_grad()
+    def take_latents(self, statistics: LatentStatistics) -> None:
+        """Rewrites the first layer, so that it makes of latents what it made of their features.
+
+        It has one weight for all places: this is exact where the statistics are the same at each, and else
+        goes by their average. Without a bias, the mean stays out.
+        """
+        std = (statistics.var.mean(0) + VARIANCE_EPS).sqrt()
+        first = self.linear_1
+        if first.bias is not None:
+            first.bias.add_(first.weight @ statistics.mean.mean(0).to(first.weight))
+        first.weight.mul_(std.to(first.weight))
 
 
 class MLLM(nn.Module):

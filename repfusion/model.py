@@ -134,7 +134,7 @@ class Generator(nn.Module):
     @classmethod
     def build(cls, config: ModelConfig, statistics: LatentStatistics) -> "Generator":
         """Loads the frozen parts named by the config; the trainable ones are fresh, but for the MLLM's
-        projector.
+        projector, which from now on takes latents for features.
 
         Raises:
             ValueError: where a folder is missing or parts do not fit each other.
@@ -148,7 +148,11 @@ class Generator(nn.Module):
                 f"latent statistics are of features {got}, the encoder {config.encoder.path} gives "
                 f"{expected} at {encoder.image_size} px; re-run 'latents'"
             )
-        return cls(config, mllm, statistics, encoder.grid)
+        own = mllm.projector
+        generator = cls(config, mllm, statistics, encoder.grid)
+        if own is not None:  # the conditioner may have taken it over
+            own.take_latents(statistics)
+        return generator
 
     @property
     def prompt_column(self) -> Literal["ids", "features"]:

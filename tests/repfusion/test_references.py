@@ -70,9 +70,13 @@ def llava(config: ModelConfig) -> LlavaForConditionalGeneration:
 
 @pytest.fixture
 def generator(config: ModelConfig) -> Generator:
-    """Untrained: the projector is the LLaVA's own, and the embedding of the noise level is zero."""
+    """Untrained: the projector is the LLaVA's own, latents are features, and the embedding of the noise level
+    is zero.
+    """
     encoder = config.encoder.load()
-    made = Generator.build(config, LatentStatistics.empty(encoder.num_tokens, encoder.feature_dim)).eval()
+    shape = (encoder.num_tokens, encoder.feature_dim)
+    unit = LatentStatistics(1, torch.zeros(shape).double(), torch.ones(shape).double())
+    made = Generator.build(config, unit).eval()
     assert not made.conditioner.time(torch.tensor([0.0, 0.5, 1.0])).any()
     return made
 
