@@ -148,10 +148,10 @@ class Generator(nn.Module):
                 f"latent statistics are of features {got}, the encoder {config.encoder.path} gives "
                 f"{expected} at {encoder.image_size} px; re-run 'latents'"
             )
-        own = mllm.projector
+        has_own = mllm.projector is not None
         generator = cls(config, mllm, statistics, encoder.grid)
-        if own is not None:  # the conditioner may have taken it over
-            own.take_latents(statistics)
+        if has_own and isinstance(generator.conditioner, NoisyLatentConditioner):
+            generator.conditioner.projector.take_latents(statistics)
         return generator
 
     @property
