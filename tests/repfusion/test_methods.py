@@ -177,7 +177,7 @@ def test_caption_loss_is_the_language_models_own(make_generator, latents, founda
         tokenizer = AutoTokenizer.from_pretrained(foundation / "llava")
         for row, prompt in enumerate(PROMPTS):
             ids = torch.tensor([[*tokenizer(prompt, add_special_tokens=False).input_ids, 2]])
-            visual = llava.model.multi_modal_projector(latents[row : row + 1])
+            visual = generator.conditioner.projector(latents[row : row + 1])
             rows = torch.cat([embed(torch.tensor([[1]])), visual, embed(ids)], dim=1)
             labels = torch.cat([torch.full((1, 5), -100), ids], dim=1)
             language = LlamaForCausalLM(llava.config.text_config).eval()
