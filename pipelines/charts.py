@@ -98,7 +98,7 @@ def chart(
         x, _ = place(value, y_low)
         parts.append(f'<text x="{x:.1f}" y="{height - BOTTOM + 16}" text-anchor="middle">{value:g}</text>')
     if x_title:
-        parts.append(f'<text x="{width - RIGHT}" y="{height - 1}" text-anchor="end">{escape(x_title)}</text>')
+        parts.append(f'<text x="{width - RIGHT}" y="{height - 4}" text-anchor="end">{escape(x_title)}</text>')
     for line in finite:
         if line.points:
             parts += _curve(line, [place(*point) for point in line.points])
