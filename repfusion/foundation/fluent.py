@@ -5,24 +5,21 @@ Controlled comparisons of perception pretraining need it: the two language model
 after it has learned to see, and both have read the same texts.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from repfusion.foundation.perception import (
-    PIXEL_MEAN,
-    PIXEL_STD,
     FoundationConfig,
     ScenePool,
+    frozen_tower_loss,
     llava_config,
     optimise,
     save_mllm,
-    spoken_loss,
-    text_loss,
 )
-from repfusion.scenes.world import Scene
 
 
 def train_fluent(
@@ -36,25 +33,12 @@ def train_fluent(
     llava.model.vision_tower.load_state_dict(shipped.model.vision_tower.state_dict())
     llava.model.language_model.load_state_dict(twin.model.state_dict())
     llava.lm_head.load_state_dict(twin.lm_head.state_dict())
-    tower = llava.model.vision_tower.eval().requires_grad_(False)
-
-    def speak(scenes: list[Scene], pixels: Tensor) -> Tensor:
-        with torch.no_grad():
-            seen = tower(pixel_values=(pixels - PIXEL_MEAN) / PIXEL_STD, output_hidden_states=True)
-        return spoken_loss(llava, seen.hidden_states[-2][:, 1:], tokenizer, scenes, pool.rng)
-
-    def align(step: int) -> Tensor:
-        return speak(*pool.batch(config.fluent_batch_size))
-
-    def speak_and_read(step: int) -> Tensor:
-        scenes, pixels = pool.batch(config.fluent_batch_size)
-        said = speak(scenes, pixels)
-        return said + text_loss(llava.lm_head, llava.model.language_model, tokenizer, scenes, pool.rng)
-
+    loss_of = partial(frozen_tower_loss, llava, tokenizer, pool, config.fluent_batch_size)
     projector = list(llava.model.multi_modal_projector.parameters())
     spoken = nn.ModuleList([llava.model.language_model, llava.lm_head]).requires_grad_(False)
-    optimise(projector, config, config.fluent_align_steps, align, "fluent, projector")
+    optimise(projector, config, config.fluent_align_steps, loss_of(captions=False), "fluent, projector")
     spoken.requires_grad_(True)
     config = config.model_copy(update={"learning_rate": config.fluent_learning_rate})
-    optimise([*projector, *spoken.parameters()], config, config.fluent_steps, speak_and_read, "fluent")
+    learned = [*projector, *spoken.parameters()]
+    optimise(learned, config, config.fluent_steps, loss_of(captions=True), "fluent")
     save_mllm(llava, tokenizer, folder / "llava_fluent")

@@ -1,26 +1,23 @@
-"""The shipped LLaVA -> a larger one over the same frozen tower, so both read and speak of one latent space.
+"""`llava_fluent` -> a larger one over the same frozen tower, so both read and speak of one latent space.
 
 It starts as the small one, grown to its size so that it says exactly the same (after Net2Net, arXiv
 1511.05641; here new channels, heads, units and layers read at random and write zeros), and goes on with the
-same dialogues.
+same dialogues and captions.
 """
 
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from repfusion.foundation.perception import (
-    PIXEL_MEAN,
-    PIXEL_STD,
     FoundationConfig,
     ScenePool,
+    frozen_tower_loss,
     llava_config,
-    occasional_text_loss,
     optimise,
     save_mllm,
-    spoken_loss,
 )
 
 
@@ -84,20 +81,12 @@ def train_large(
 ) -> None:
     """Writes `llava_large`; the tower is the small one's, bit for bit."""
     torch.manual_seed(6)
-    small = LlavaForConditionalGeneration.from_pretrained(folder / "llava", dtype=torch.float32)
+    small = LlavaForConditionalGeneration.from_pretrained(folder / "llava_fluent", dtype=torch.float32)
     size = {"text_width": config.large_width, "text_layers": config.large_layers}
     large = LlavaForConditionalGeneration(llava_config(config.model_copy(update=size), tokenizer))
     grow(small, large)
-    tower = large.model.vision_tower.eval().requires_grad_(False)
-
-    def loss_of_step(step: int) -> Tensor:
-        scenes, pixels = pool.batch(config.large_batch_size)
-        with torch.no_grad():
-            seen = tower(pixel_values=(pixels - PIXEL_MEAN) / PIXEL_STD, output_hidden_states=True)
-        said = spoken_loss(large, seen.hidden_states[-2][:, 1:], tokenizer, scenes, pool.rng)
-        return said + occasional_text_loss(large, tokenizer, scenes, pool.rng, step)
-
+    loss = frozen_tower_loss(large, tokenizer, pool, config.large_batch_size, captions=True)
     learned = [parameter for parameter in large.parameters() if parameter.requires_grad]
     config = config.model_copy(update={"learning_rate": config.large_learning_rate})
-    optimise(learned, config, config.large_steps, loss_of_step, "large")
+    optimise(learned, config, config.large_steps, loss, "large")
     save_mllm(large, tokenizer, folder / "llava_large")

@@ -78,9 +78,9 @@ class FoundationConfig(BaseModel):
     """Width of the larger LLaVA's language model."""
     large_layers: int = 6
     """Its layers."""
-    large_steps: int = 500
+    large_steps: int = 800
     """Its steps, from the small one's weights grown to its size."""
-    large_learning_rate: float = 5e-4
+    large_learning_rate: float = 3e-4
     """Its peak: it goes on, and does not begin."""
     large_batch_size: int = 64
     """Its scenes a step."""
@@ -244,6 +244,28 @@ def spoken_loss(
     embedded = embedded.masked_scatter((ids == llava.config.image_token_index)[..., None], visual)
     said = inner.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
     return answer_loss(llava.lm_head, said, labels)
+
+
+def frozen_tower_loss(
+    llava: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    pool: ScenePool,
+    batch_size: int,
+    captions: bool,
+) -> Callable[[int], Tensor]:
+    """Answers about images, and captions alone beside them if asked for; the tower does not learn."""
+    tower = llava.model.vision_tower.eval().requires_grad_(False)
+
+    def loss_of_step(step: int) -> Tensor:
+        scenes, pixels = pool.batch(batch_size)
+        with torch.no_grad():
+            seen = tower(pixel_values=(pixels - PIXEL_MEAN) / PIXEL_STD, output_hidden_states=True)
+        loss = spoken_loss(llava, seen.hidden_states[-2][:, 1:], tokenizer, scenes, pool.rng)
+        if captions:
+            loss = loss + text_loss(llava.lm_head, llava.model.language_model, tokenizer, scenes, pool.rng)
+        return loss
+
+    return loss_of_step
 
 
 def occasional_text_loss(

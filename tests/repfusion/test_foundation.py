@@ -27,6 +27,7 @@ from repfusion.foundation.measure import measure
 from repfusion.foundation.perception import (
     FoundationConfig,
     ScenePool,
+    frozen_tower_loss,
     llava_config,
     optimise,
     train_language_twin,
@@ -186,8 +187,8 @@ def trained(tmp_path_factory):
     train_llava(pool, tokenizer, TINY, folder)
     train_language_twin(pool, tokenizer, TINY, folder / "language")
     train_decoder(pool, TINY, folder)
-    train_large(pool, tokenizer, TINY, folder)
     train_fluent(pool, tokenizer, TINY, folder)
+    train_large(pool, tokenizer, TINY, folder)
     train_vae(pool, TINY, folder)
     before = load_file(str(folder / "vae" / "diffusion_pytorch_model.safetensors"))
     train_vae(pool, TINY, folder, polish=True)
@@ -251,6 +252,29 @@ def test_the_fluent_llava_is_the_twin_that_learned_to_see(trained):
         assert 0 < moved < 0.2 * (fluent - first).norm()
     name = "multi_modal_projector.linear_1.weight"
     assert (llavas[0][name].float() - llavas[1][name].float()).norm() > 0.5 * llavas[0][name].float().norm()
+
+
+def test_the_larger_llava_is_the_fluent_one_grown(trained):
+    """After its two steps the old channels of its embedding are still the fluent one's, not the first's."""
+    embeddings = []
+    for one in ("llava", "llava_fluent", "llava_large"):
+        weights = load_file(str(trained / one / "model.safetensors"))
+        embeddings.append(weights["language_model.model.embed_tokens.weight"].float())
+    first, fluent, large = embeddings
+    width = fluent.shape[1]
+    moved = (large[:, :width] - fluent).norm()
+    assert 0 < moved < 0.2 * (large[:, :width] - first).norm()
+
+
+@pytest.mark.parametrize("captions", [False, True])
+def test_over_a_frozen_tower_captions_teach_the_language_model_alone(tokenizer, captions):
+    torch.manual_seed(0)
+    llava = LlavaForConditionalGeneration(llava_config(TINY, tokenizer))
+    losses = [frozen_tower_loss(llava, tokenizer, ScenePool(TINY), 8, x)(0) for x in (False, captions)]
+    assert bool(losses[1] > losses[0] + 1) is captions  # an untrained model's, of about log(vocabulary) each
+    losses[1].backward()
+    learned = {name.split(".")[1] for name, p in llava.named_parameters() if p.grad is not None}
+    assert learned == {"language_model", "multi_modal_projector", "weight"}
 
 
 @pytest.mark.parametrize(("name", "width", "depth"), [("llava_large", 64, 3), ("llava_fluent", 32, 1)])
