@@ -11,6 +11,7 @@ from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.report import write_report
 from pipelines.ladder.results import ComputePoint, Result, read
 from pipelines.ladder.schedule import run_ladder
+from pipelines.ladder.worker import PROGRESS
 from repfusion.tracking import metric_history
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -45,7 +46,9 @@ def config(tmp_path: Path) -> LadderConfig:
     )
 
 
-def test_a_ladder_runs_once_goes_on_after_a_failure_and_is_tracked(config: LadderConfig, tmp_path: Path):
+def test_a_ladder_runs_once_goes_on_after_a_failure_and_is_tracked(
+    config: LadderConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     # a language model that cannot be read: the row fails in its own process
     broken = config.weights / "language"
     broken.mkdir()
@@ -70,6 +73,14 @@ def test_a_ladder_runs_once_goes_on_after_a_failure_and_is_tracked(config: Ladde
     losses = metric_history(config.tracking_uri, good.run_id, "ladder/validation_loss")
     assert losses == [(point.step, point.validation_loss) for point in good.points]
     assert len(metric_history(config.tracking_uri, good.run_id, "eval/overall")) == 2
+
+    # what a killed attempt last said of itself is not believed, before anything runs
+    (left,) = (config.root / config.name / "runs").glob("noisy_rae-0-*")
+    (left / PROGRESS).write_text('{"step": 3, "samples_per_sec": 1.0}')
+    with monkeypatch.context() as patched:
+        patched.setattr("pipelines.ladder.schedule.run_on_ray", lambda *_: iter(()))
+        assert run_ladder(config, said.append) == 0
+    assert not (left / PROGRESS).exists()
 
     # mended, only what failed runs again
     shutil.rmtree(broken)

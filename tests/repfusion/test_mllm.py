@@ -14,7 +14,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from repfusion.mllm import MLLM
+from repfusion.mllm import MLLM, Projector
+from repfusion.rae.statistics import VARIANCE_EPS, LatentStatistics
 
 
 @pytest.fixture
@@ -139,3 +140,21 @@ def test_a_llava_that_reads_several_layers_is_refused(foundation, tmp_path):
     LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"reads layers \[-2, -1\] of its tower; expected a single layer"):
         MLLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_projector_takes_latents_for_the_features_they_are_of(bias):
+    """Statistics alike at all places. Without a bias the mean stays out."""
+    torch.manual_seed(0)
+    places, width = 3, 4
+    seen = 2 + 5 * torch.randn(50, 1, width).expand(-1, places, -1)
+    statistics = LatentStatistics.empty(places, width)
+    statistics.update(seen)
+    mean, std = statistics.mean.float(), (statistics.var + VARIANCE_EPS).sqrt().float()
+    projector = Projector(width, 6, bias=bias)
+    features = torch.randn(2, places, width)
+    with torch.no_grad():
+        before = projector(features if bias else features - mean)
+        projector.take_latents(statistics)
+        after = projector((features - mean) / std)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
