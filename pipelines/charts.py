@@ -36,6 +36,7 @@ svg text { font: 11.5px system-ui, sans-serif; fill: #6d6d74; }
 """
 
 LEFT, RIGHT, TOP, BOTTOM = 44, 14, 26, 30
+LEGEND_ROW = 18
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,13 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten from `low` to `high`, both above 0."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    return [value for value in found if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
+
+
 def chart(
     lines: Sequence[Line],
     width: int,
@@ -66,8 +74,11 @@ def chart(
     x_title: str = "",
     title: str = "",
     y_range: tuple[float, float] | None = None,
+    x_log: bool = False,
 ) -> str:
-    """An SVG of curves over a common x; empty without points. `y_range` None spans the finite values."""
+    """An SVG of curves over a common x; empty without points. `y_range` None spans the finite values. With
+    `x_log` every x is above 0.
+    """
     finite = [
         Line(line.name, [p for p in line.points if math.isfinite(p[1])], line.colour, line.dashed)
         for line in lines
@@ -80,11 +91,14 @@ def chart(
     if y_range is None:
         margin = 0.06 * (y_high - y_low) or 0.5
         y_low, y_high = y_low - margin, y_high + margin
-    inner_width, inner_height = width - LEFT - RIGHT, height - TOP - BOTTOM
+    legend, rows = _legend([line for line in finite if line.name and len(finite) > 1], title, width)
+    top = TOP + LEGEND_ROW * (rows - 1)
+    inner_width, inner_height = width - LEFT - RIGHT, height - top - BOTTOM
+    scale = math.log10 if x_log else float
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_low) / (x_high - x_low) if x_high > x_low else 0.5
-        return LEFT + across * inner_width, TOP + (y_high - y) / (y_high - y_low) * inner_height
+        across = (scale(x) - scale(x_low)) / (scale(x_high) - scale(x_low)) if x_high > x_low else 0.5
+        return LEFT + across * inner_width, top + (y_high - y) / (y_high - y_low) * inner_height
 
     parts = [
         f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" '
@@ -94,7 +108,8 @@ def chart(
         _, y = place(x_low, value)
         parts.append(f'<line x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e3e2dd"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for value in ticks(x_low, x_high, max(2, inner_width // 110)):
+    marks = log_ticks(x_low, x_high) if x_log else ticks(x_low, x_high, max(2, inner_width // 110))
+    for value in marks:
         x, _ = place(value, y_low)
         parts.append(f'<text x="{x:.1f}" y="{height - BOTTOM + 16}" text-anchor="middle">{value:g}</text>')
     if x_title:
@@ -102,8 +117,7 @@ def chart(
     for line in finite:
         if line.points:
             parts += _curve(line, [place(*point) for point in line.points])
-    parts.append(_legend([line for line in finite if line.name and len(finite) > 1], title))
-    return "".join(parts) + "</svg>"
+    return "".join([*parts, *legend]) + "</svg>"
 
 
 def _curve(line: Line, places: list[tuple[float, float]]) -> list[str]:
@@ -116,14 +130,18 @@ def _curve(line: Line, places: list[tuple[float, float]]) -> list[str]:
     return parts
 
 
-def _legend(lines: Sequence[Line], title: str) -> str:
+def _legend(lines: Sequence[Line], title: str, width: int) -> tuple[list[str], int]:
+    """Title and names, in as many rows as the width asks for, and how many these are."""
     parts = [f'<text x="{LEFT}" y="14" style="fill:{INK}">{escape(title)}</text>'] if title else []
-    x = LEFT + (9 * len(title) if title else 0)
+    x, row = LEFT + 9 * len(title), 0
     for line in lines:
+        end = x + 26 + 7 * len(line.name)
+        if end > width - RIGHT and x > LEFT:
+            x, row, end = LEFT, row + 1, LEFT + 26 + 7 * len(line.name)
+        y = 14 + LEGEND_ROW * row
         dash = ' stroke-dasharray="5 4"' if line.dashed else ""
-        parts.append(
-            f'<line x1="{x}" x2="{x + 20}" y1="10" y2="10" stroke="{line.colour}" stroke-width="2"{dash}/>'
-        )
-        parts.append(f'<text x="{x + 26}" y="14">{escape(line.name)}</text>')
-        x += 46 + 7 * len(line.name)
-    return "".join(parts)
+        style = f'stroke="{line.colour}" stroke-width="2"{dash}'
+        parts.append(f'<line x1="{x}" x2="{x + 20}" y1="{y - 4}" y2="{y - 4}" {style}/>')
+        parts.append(f'<text x="{x + 26}" y="{y}">{escape(line.name)}</text>')
+        x = end + 20
+    return parts, row + 1

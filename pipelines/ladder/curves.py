@@ -61,8 +61,8 @@ def _against_compute(points: Sequence[ComputePoint]) -> str:
     for row in ROWS:
         curve: dict[float, list[float]] = defaultdict(list)
         for point in points:
-            if point.row == row and point.overall is not None:
-                curve[(point.flops_per_image or 0.0) / 1e9].append(point.overall)
+            if point.row == row and point.overall is not None and point.flops_per_image:
+                curve[point.flops_per_image / 1e9].append(point.overall)
         if curve:
             curves[row] = curve
-    return chart(_lines(curves), WIDTH, HEIGHT, "GFLOPs an image", "Test-time compute")
+    return chart(_lines(curves), WIDTH, HEIGHT, "GFLOPs an image", "Test-time compute", x_log=True)

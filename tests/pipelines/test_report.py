@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.charts import Line, chart, ticks
+from pipelines.charts import Line, chart, log_ticks, ticks
 from pipelines.manifest import Manifest, ShardTable, write_output
 from pipelines.report import read_workflow, write_report
 from pipelines.storage import Folder
@@ -187,6 +187,27 @@ def test_an_empty_folder_is_refused(tmp_path):
 )
 def test_ticks_are_round(low, high, expected):
     assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_logarithmic_ticks_are_one_two_and_five_of_each_power():
+    assert log_ticks(0.1, 20) == pytest.approx([0.1, 0.2, 0.5, 1, 2, 5, 10, 20])
+    assert log_ticks(3, 4) == []
+
+
+def test_a_logarithmic_axis_gives_each_power_the_same_room():
+    svg = chart([Line("", [(0.1, 0.0), (1.0, 1.0), (10.0, 2.0)], "black")], 300, 120, x_log=True)
+    first, middle, last = (float(dot.get("cx", "")) for dot in ET.fromstring(svg).iter("circle"))
+    assert middle - first == pytest.approx(last - middle, abs=0.11)
+
+
+def test_a_legend_that_is_too_long_goes_on_in_a_row_of_its_own_above_the_curves():
+    names = [f"a rather long name {i}" for i in range(6)]
+    drawn = ET.fromstring(chart([Line(n, [(0.0, 0.0), (1.0, 1.0)], "black") for n in names], 500, 200))
+    texts = {text.text: text for text in drawn.iter("text")}
+    assert all(float(texts[n].get("x", "")) + 7 * len(n) <= 500 for n in names)
+    rows = {float(texts[n].get("y", "")) for n in names}
+    assert len(rows) > 1
+    assert all(float(dot.get("cy", "")) > max(rows) for dot in drawn.iter("circle"))
 
 
 def test_a_chart_survives_single_points_constants_and_nan():
