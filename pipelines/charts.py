@@ -35,7 +35,7 @@ svg text { font: 11.5px system-ui, sans-serif; fill: #6d6d74; }
   gap: 10px 16px; margin: 14px 0 18px; }
 """
 
-LEFT, RIGHT, TOP, BOTTOM = 44, 14, 26, 30
+LEFT, RIGHT, TOP, BOTTOM = 44, 14, 26, 36
 LEGEND_ROW = 18
 
 
@@ -135,13 +135,13 @@ def _legend(lines: Sequence[Line], title: str, width: int) -> tuple[list[str], i
     parts = [f'<text x="{LEFT}" y="14" style="fill:{INK}">{escape(title)}</text>'] if title else []
     x, row = LEFT + 9 * len(title), 0
     for line in lines:
-        end = x + 26 + 7 * len(line.name)
-        if end > width - RIGHT and x > LEFT:
-            x, row, end = LEFT, row + 1, LEFT + 26 + 7 * len(line.name)
+        room = 26 + 7 * len(line.name)
+        if x + room > width - RIGHT and x > LEFT:
+            x, row = LEFT, row + 1
         y = 14 + LEGEND_ROW * row
         dash = ' stroke-dasharray="5 4"' if line.dashed else ""
         style = f'stroke="{line.colour}" stroke-width="2"{dash}'
         parts.append(f'<line x1="{x}" x2="{x + 20}" y1="{y - 4}" y2="{y - 4}" {style}/>')
         parts.append(f'<text x="{x + 26}" y="{y}">{escape(line.name)}</text>')
-        x = end + 20
+        x += room + 20
     return parts, row + 1

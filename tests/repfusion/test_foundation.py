@@ -267,7 +267,7 @@ def test_the_larger_llava_is_the_fluent_one_grown(trained):
 
 
 @pytest.mark.parametrize("captions", [False, True])
-def test_over_a_frozen_tower_captions_teach_the_language_model_alone(tokenizer, captions):
+def test_the_loss_over_a_frozen_tower_teaches_everything_else(tokenizer, captions):
     torch.manual_seed(0)
     llava = LlavaForConditionalGeneration(llava_config(TINY, tokenizer))
     losses = [frozen_tower_loss(llava, tokenizer, ScenePool(TINY), 8, x)(0) for x in (False, captions)]
