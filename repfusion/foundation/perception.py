@@ -212,7 +212,9 @@ def joint_loss(
     feature_noise: float,
     pixel_weight: float,
 ) -> Callable[[int], Tensor]:
-    """Answers about the image, captions alone, and pixels rebuilt from noised features."""
+    """Answers about the image, captions alone (in every 4th step at a quarter of the weight), and pixels
+    rebuilt from noised features.
+    """
 
     def loss_of_step(step: int) -> Tensor:
         scenes, pixels = pool.batch(config.batch_size)
@@ -223,7 +225,9 @@ def joint_loss(
         sigma = feature_noise * torch.rand(len(features), 1, 1)
         rebuilt = decoder(features + sigma * torch.randn_like(features))
         said = spoken_loss(llava, hidden, tokenizer, scenes, pool.rng)
-        said = said + occasional_text_loss(llava, tokenizer, scenes, pool.rng, step)
+        if step % 4 == 0:
+            head, language_model = llava.lm_head, llava.model.language_model
+            said = said + 0.25 * text_loss(head, language_model, tokenizer, scenes, pool.rng)
         return said + pixel_weight * F.l1_loss(rebuilt.float(), pixels)
 
     return loss_of_step
@@ -266,19 +270,6 @@ def frozen_tower_loss(
         return loss
 
     return loss_of_step
-
-
-def occasional_text_loss(
-    llava: LlavaForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
-    scenes: list[Scene],
-    rng: np.random.Generator,
-    step: int,
-) -> Tensor | float:
-    """Captions alone, in every 4th step at a quarter of the weight."""
-    if step % 4:
-        return 0.0
-    return 0.25 * text_loss(llava.lm_head, llava.model.language_model, tokenizer, scenes, rng)
 
 
 def train_llava(
