@@ -41,7 +41,7 @@ $(STAMP): requirements.lock pyproject.toml
 
 setup: $(STAMP) ## create .venv with the locked versions (the other targets do this themselves)
 
-demo: $(STAMP) ## the whole pipeline on the embedded world: data -> training -> images, 7 to 12 minutes on 2 cores
+demo: $(STAMP) ## the whole pipeline on the embedded world: data -> training -> images, 7 to 14 minutes on 2 cores
 	@$(BIN)/python -m pipelines run $(DEMO)
 
 run: $(STAMP) ## bring a workflow up to date: make run W=workflow.yaml SET="key.path=value ..."; so do the next five

@@ -18,7 +18,9 @@ START = '<svg xmlns="http://www.w3.org/2000/svg" font-family="system-ui, sans-se
 
 
 def write_charts(selection: Selection, points: Sequence[ComputePoint], folder: Path) -> list[str]:
-    """Names of the files written; a chart without points is removed where it lies."""
+    """Names of the files written; a chart without points, or of a ladder of which one row has run, is removed
+    where it lies.
+    """
     rows_of = {name: [step.row for step in steps] for name, steps in LADDERS.items()}
     charts = {
         f"{name.lower().replace(' ', '_')}.svg": _against_step(selection, rows, name)
@@ -52,7 +54,7 @@ def _against_step(selection: Selection, rows: Sequence[str], title: str) -> str:
                 curve[point.step].append(point.overall)
         if curve:
             curves[row] = curve
-    return chart(_lines(curves), WIDTH, HEIGHT, "training step", title)
+    return chart(_lines(curves), WIDTH, HEIGHT, "training step", title) if len(curves) > 1 else ""
 
 
 def _against_compute(points: Sequence[ComputePoint]) -> str:

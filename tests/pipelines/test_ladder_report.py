@@ -194,6 +194,17 @@ def test_charts_are_svg_files_of_their_own(config: LadderConfig):
     assert "ladder/compute.svg" not in text
 
 
+def test_a_ladder_of_which_one_row_has_run_has_no_chart(config: LadderConfig):
+    folder = config.report.with_suffix("")
+    folder.mkdir(parents=True)
+    (folder / "from_transfusion.svg").write_text("of an earlier budget")
+    text = page(config, [line for line in LADDER if line.row != "tuned"])
+    assert re.findall(r"!\[(\w+)\]", text) == ["static_conditions"]
+    assert [path.name for path in folder.glob("*.svg")] == ["static_conditions.svg"]
+    text = page(config, [result("transfusion_rae", 0, 0.5)])
+    assert "ladder/from_transfusion.svg" in text
+
+
 def test_compute_is_shown_for_the_checkpoints_of_the_table(config: LadderConfig):
     def point(seed: int, num_steps: int, overall: float, **changes) -> ComputePoint:
         identity = LADDER[0].model_dump(include={"row", "budget_name", "budget", "model", "time"})
