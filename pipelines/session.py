@@ -2,9 +2,10 @@
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 PATIENCE_SEC = 5.0
 """Between two looks at the cluster while nothing comes of it."""
+CONNECT_SEC = 5.0
+"""To wait for a cluster's head to take a connection."""
 
 
 class RayConfig(BaseModel):
@@ -20,8 +23,8 @@ class RayConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     address: str | None = None
-    """A running cluster's address; None takes RAY_ADDRESS from the environment or starts a local one for
-    this run.
+    """A running cluster's address, "auto" or host:port; None takes RAY_ADDRESS from the environment or starts
+    a local one for this run.
     """
     num_cpus: int | None = Field(default=None, ge=1)
     """Logical CPUs of a local cluster; None counts the machine's. More than it has lets evaluation run
@@ -41,6 +44,9 @@ class StageError(RuntimeError):
 def ray_session(config: RayConfig) -> Iterator[None]:
     """Connects to a cluster, or starts a local one on loopback and stops it in the end. Within a session,
     does nothing.
+
+    Raises:
+        StageError: nothing answers at the cluster's address, or what does lets nobody in.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -57,7 +63,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     }
     inherited: dict[str, str] = {}
     if address:
-        settings["address"] = address
+        settings["address"] = _answering(address)
     else:
         settings |= {
             "address": "local",
@@ -74,12 +80,41 @@ def ray_session(config: RayConfig) -> Iterator[None]:
             "PYTHONPATH": path,
             "NO_ALBUMENTATIONS_UPDATE": "1",
         }
-    with _environment(inherited), _signal_kept(), nullcontext() if address else _loopback_kept():
-        ray.init(**settings)
+    with _environment(inherited), _signal_kept(), _loopback_kept():
+        try:
+            ray.init(**settings)
+        except ConnectionError as error:
+            raise StageError(
+                f"cannot join the Ray cluster at {address}: {brief(error)}. Does it ask for a token? "
+                "`ray start` does where a token lies in ~/.ray, as any local run leaves one: set "
+                "RAY_AUTH_MODE=token here too"
+            ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _answering(address: str) -> str:
+    """A head's host:port as it can be reached; "auto" and the like as they are. Where a head does not listen
+    on loopback, the machine's own address takes its place.
+    """
+    from ray._private import services
+
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        return address
+    problem = None
+    for candidate in dict.fromkeys([host, services.resolve_ip_for_localhost(host)]):
+        try:
+            socket.create_connection((candidate.strip("[]"), int(port)), CONNECT_SEC).close()
+            return f"{candidate}:{port}"
+        except OSError as error:
+            problem = error
+    raise StageError(
+        f"no Ray cluster answers at {address}: {problem}. Take the address that `ray start --head` prints, "
+        "or unset RAY_ADDRESS and `ray.address` to run on this machine alone"
+    )
 
 
 def in_worker(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -132,7 +167,9 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _loopback_kept() -> Iterator[None]:
-    """Ray puts the machine's address in the place of 127.0.0.1, and then listens on every interface."""
+    """Ray puts the machine's address in the place of 127.0.0.1; then a head of ours listens on every
+    interface, and one that listens on loopback alone is not found.
+    """
     from ray._private import services
 
     before = services.resolve_ip_for_localhost

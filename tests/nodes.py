@@ -27,6 +27,7 @@ class Nodes:
     def add(self, num_cpus: int) -> str:
         """Returns the node's id."""
         node = self.cluster.add_node(
+            node_ip_address="127.0.0.1",
             num_cpus=num_cpus,
             object_store_memory=80 << 20,
             temp_dir=self.ray_folder,
