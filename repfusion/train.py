@@ -413,8 +413,11 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
-    args = parser.parse_args()
-    config = load_config(args.config, args.overrides)
+    args = parser.parse_intermixed_args()
+    try:
+        config = load_config(args.config, args.overrides)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {args.config}: {error}")
     if args.dry_run:
         print(config.model_dump_json(indent=2))
         return

@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("command", choices=["run", "compute", "table", "plan"])
     parser.add_argument("arguments", nargs="*", metavar="CONFIG.yaml | key.path=value")
     parser.add_argument("--budget", help="of `table`: a name or digest; the one with the most results")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     paths = [Path(text) for text in args.arguments if "=" not in text]
     overrides = [text for text in args.arguments if "=" in text]
     if len(paths) > 1:

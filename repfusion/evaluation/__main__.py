@@ -1,6 +1,7 @@
 """`python -m repfusion.evaluation CHECKPOINT`: scores a checkpoint on held-out prompts."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import yaml
@@ -19,10 +20,13 @@ def main() -> None:
         metavar="KEY=VALUE",
         help="fields of EvaluationConfig, such as sampler.num_steps=50",
     )
-    args = parser.parse_args()
-    config = EvaluationConfig(**yaml.safe_load(OmegaConf.to_yaml(OmegaConf.from_dotlist(args.overrides))))
+    args = parser.parse_intermixed_args()
     out = args.out or args.checkpoint.resolve().parent.parent / "evaluate" / args.checkpoint.resolve().name
-    evaluation = evaluate_checkpoint(args.checkpoint, out, config)
+    try:
+        config = EvaluationConfig(**yaml.safe_load(OmegaConf.to_yaml(OmegaConf.from_dotlist(args.overrides))))
+        evaluation = evaluate_checkpoint(args.checkpoint, out, config)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     scores = evaluation.scores
     for task, value in scores.per_task.items():
         print(f"{task:20} {value:.3f}  ({scores.counts[task].correct}/{scores.counts[task].total})")
