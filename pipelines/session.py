@@ -55,7 +55,9 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = config.address
+    if address in (None, "auto"):
+        address = os.environ.get("RAY_ADDRESS") or address
     settings: dict[str, Any] = {
         "namespace": "repfusion",
         "log_to_driver": config.log_to_driver,

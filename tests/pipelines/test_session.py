@@ -50,15 +50,16 @@ def outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
 
 
-@pytest.mark.parametrize("from_environment", [False, True])
+@pytest.mark.parametrize("configured", [None, "auto", "no head"])
 def test_no_head_is_said_at_once(
-    outside, no_head: str, monkeypatch: pytest.MonkeyPatch, from_environment: bool
+    outside, no_head: str, monkeypatch: pytest.MonkeyPatch, configured: str | None
 ):
-    if from_environment:
-        monkeypatch.setenv("RAY_ADDRESS", no_head)
+    """The environment names the cluster where the configuration leaves it open."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1" if configured == "no head" else no_head)
+    address = no_head if configured == "no head" else configured
     with (
         pytest.raises(StageError, match=f"no Ray cluster answers at {no_head}.*ray start --head"),
-        ray_session(RayConfig(address=None if from_environment else no_head)),
+        ray_session(RayConfig(address=address)),
     ):
         pass
 
