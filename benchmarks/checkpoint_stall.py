@@ -17,18 +17,18 @@ from statistics import median
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from tiny_training import make_columns, make_foundation, tiny_model
 
-from repfusion.checkpoint import frozen_digests
-from repfusion.data import DataConfig
-from repfusion.distributed import shut_down
-from repfusion.dit import DiTConfig
-from repfusion.ema import EMA
-from repfusion.engine import Engine, EngineConfig
-from repfusion.mixture import Mixture
-from repfusion.snapshot import snapshot
+from repfusion.data.dataset import DataConfig
+from repfusion.data.mixture import Mixture
+from repfusion.model.dit import DiTConfig
+from repfusion.runs.checkpoint import frozen_digests
 from repfusion.train import TrainConfig, build_generator, loop_state
+from repfusion.training.distributed import shut_down
+from repfusion.training.ema import EMA
+from repfusion.training.engine import Engine, EngineConfig
+from repfusion.training.snapshot import snapshot
 
 
 def main() -> None:

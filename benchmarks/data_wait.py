@@ -19,14 +19,14 @@ from statistics import median
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from tiny_training import make_columns
 
-from repfusion.batches import batches
-from repfusion.data import FEATURES, DataConfig
-from repfusion.flow import draw
-from repfusion.mixture import Mixture
-from repfusion.order import sample_seed
+from repfusion.data.batches import batches
+from repfusion.data.dataset import FEATURES, DataConfig
+from repfusion.data.mixture import Mixture
+from repfusion.data.order import sample_seed
+from repfusion.diffusion.flow import draw
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.curate import CurateConfig
-from pipelines.duplicates import DIGEST_BYTES, DUPLICATES, find_duplicates
-from pipelines.manifest import ShardTable
-from pipelines.storage import Folder
-from pipelines.store import ShardCommit, Sidecar
+from pipelines.duplicates.find import DIGEST_BYTES, DUPLICATES, find_duplicates
+from pipelines.shards.manifest import ShardTable
+from pipelines.shards.storage import Folder
+from pipelines.shards.store import ShardCommit, Sidecar
+from pipelines.stages.curate import CurateConfig
 
 
 def write_verdicts(folder: Folder, num_samples: int, shard_size: int) -> ShardTable:

@@ -19,17 +19,17 @@ from typing import Any
 import mlflow
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from tiny_training import make_columns, make_foundation, tiny_model
 
-from pipelines.evaluate import EvaluateConfig, EvaluationScheduler
-from pipelines.session import RayConfig, ray_session
-from pipelines.train import launch
-from repfusion.data import DataConfig
-from repfusion.dit import DiTConfig
-from repfusion.engine import EngineConfig
+from pipelines.runtime.session import RayConfig, ray_session
+from pipelines.stages.evaluate import EvaluateConfig, EvaluationScheduler
+from pipelines.stages.train import launch
+from repfusion.data.dataset import DataConfig
+from repfusion.model.dit import DiTConfig
 from repfusion.tracking import TrackingConfig, metric_history, prepare_store
 from repfusion.train import TrainConfig
+from repfusion.training.engine import EngineConfig
 
 EVALUATE: dict[str, dict[str, Any]] = {
     "none": {"beside_training": False},

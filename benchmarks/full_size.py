@@ -24,17 +24,17 @@ import torch
 from kernel_shares import kernel_shares
 from random_model import CONDITION_DROPOUT, captions, fill, make_batches, small
 
-from repfusion.data import DataConfig
-from repfusion.distributed import shut_down
-from repfusion.ema import EMA
-from repfusion.engine import Engine, EngineConfig
+from repfusion.data.dataset import DataConfig
+from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.flops import peak_flops, sample_flops, train_flops
 from repfusion.generate import initial_noise
-from repfusion.meta import published
-from repfusion.meters import memory_bytes
-from repfusion.model import Generator
-from repfusion.sampler import SamplerConfig, sample
+from repfusion.model.meta import published
+from repfusion.model.text_to_image import Generator
 from repfusion.train import TrainConfig, inputs_of
+from repfusion.training.distributed import shut_down
+from repfusion.training.ema import EMA
+from repfusion.training.engine import Engine, EngineConfig
+from repfusion.training.meters import memory_bytes
 
 OUT_OF_MEMORY = 3
 """Exit status of a probe that does not fit."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from killing import Round, reference, run_round
 
 DEMO = Path(__file__).parents[1] / "pipelines" / "configs" / "demo.yaml"

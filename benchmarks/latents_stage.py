@@ -25,15 +25,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipelines.latents import LatentsConfig, LatentsWorker, decoded_batches, keep_freed_memory
-from pipelines.pool import ActorPool, ActorsConfig, ShardJob, run_shards
-from pipelines.session import RayConfig, ray_session
+from pipelines.runtime.pool import ActorPool, ActorsConfig, ShardJob, run_shards
+from pipelines.runtime.session import RayConfig, ray_session
+from pipelines.shards.storage import Folder
+from pipelines.shards.store import ShardCommit
+from pipelines.shards.tars import tar_shard
 from pipelines.sources.scenes import to_uint8
-from pipelines.storage import Folder
-from pipelines.store import ShardCommit
-from pipelines.tars import tar_shard
-from repfusion.latent_space import EncoderConfig
-from repfusion.rae.encoder import RepresentationEncoder
+from pipelines.stages.image_features import LatentsConfig, LatentsWorker, decoded_batches, keep_freed_memory
+from repfusion.latents.load import EncoderConfig
+from repfusion.latents.tower import RepresentationEncoder
 from repfusion.scenes.world import WorldConfig, draw_scene, render
 
 GEOMETRIES = ("shipped", "vit-b-32")

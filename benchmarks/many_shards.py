@@ -19,13 +19,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from pipelines.config import WorkflowConfig, load_config, to_yaml
-from pipelines.duplicates import DUPLICATES
-from pipelines.inspection import STAGE
-from pipelines.manifest import ShardTable, StageOutput
-from pipelines.stage import ShardStage
-from pipelines.stages import STATISTICS, data_stages
-from pipelines.store import SCHEMA, Sidecar, SideFile, json_bytes
-from pipelines.workflow import complete
+from pipelines.dag import ShardStage
+from pipelines.duplicates.find import DUPLICATES
+from pipelines.shards.manifest import ShardTable, StageOutput
+from pipelines.shards.store import SCHEMA, Sidecar, SideFile, json_bytes
+from pipelines.stages.build import STATISTICS, data_stages
+from pipelines.workflow.inspection import STAGE
+from pipelines.workflow.run import complete
 
 SHARD_SIZE = 1000
 SIDE_FILES = {"source": "{}.images.tar", "latents": "{}.statistics.safetensors"}

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from random_model import fill, llava_of
 
-from repfusion.dit import DiTConfig
+from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.generate import initial_noise
-from repfusion.meta import published
-from repfusion.model import Generator
-from repfusion.sampler import SamplerConfig, sample
+from repfusion.model.dit import DiTConfig
+from repfusion.model.meta import published
+from repfusion.model.text_to_image import Generator
 
 
 def medium() -> Generator:

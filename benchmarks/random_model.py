@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from repfusion.batches import Batch
-from repfusion.dit import DiTConfig, rotary_2d, sin_cos_positions
-from repfusion.flow import draw
-from repfusion.latent_space import EncoderConfig
-from repfusion.meta import BareTokenizer, meta_generator
-from repfusion.model import Generator, ModelConfig
-from repfusion.rae.statistics import LatentStatistics
+from repfusion.data.batches import Batch
+from repfusion.diffusion.flow import draw
+from repfusion.latents.load import EncoderConfig
+from repfusion.latents.statistics import LatentStatistics
+from repfusion.model.dit import DiTConfig, rotary_2d, sin_cos_positions
+from repfusion.model.meta import BareTokenizer, meta_generator
+from repfusion.model.text_to_image import Generator, ModelConfig
 
 CONDITION_DROPOUT = 0.1
 NUM_BATCHES = 8

@@ -28,11 +28,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.latents_stage import GEOMETRIES, make_encoder, stage_seconds, write_images
-from pipelines.latents import LatentsConfig
-from pipelines.pool import ActorPool, ActorsConfig, ShardJob
-from pipelines.session import RayConfig, ray_session
-from pipelines.storage import Folder
-from repfusion.latent_space import EncoderConfig
+from pipelines.runtime.pool import ActorPool, ActorsConfig, ShardJob
+from pipelines.runtime.session import RayConfig, ray_session
+from pipelines.shards.storage import Folder
+from pipelines.stages.image_features import LatentsConfig
+from repfusion.latents.load import EncoderConfig
 
 Place = Literal["read", "actor"]
 

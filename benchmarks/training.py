@@ -18,18 +18,18 @@ from statistics import median
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from tiny_training import make_columns, make_foundation, tiny_model
 
-from repfusion.batches import batches
-from repfusion.data import DataConfig
-from repfusion.distributed import num_cores, shut_down
-from repfusion.dit import DiTConfig
-from repfusion.ema import EMA
-from repfusion.engine import Engine, EngineConfig
-from repfusion.meters import Meters
-from repfusion.mixture import Mixture
+from repfusion.data.batches import batches
+from repfusion.data.dataset import DataConfig
+from repfusion.data.mixture import Mixture
+from repfusion.model.dit import DiTConfig
 from repfusion.train import TrainConfig, build_generator, inputs_of
+from repfusion.training.distributed import num_cores, shut_down
+from repfusion.training.ema import EMA
+from repfusion.training.engine import Engine, EngineConfig
+from repfusion.training.meters import Meters
 
 
 class BareLoop:

@@ -11,15 +11,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from ranks import Job, rank_server
 from tiny_training import make_columns, make_foundation, tiny_model
 
-from repfusion.data import DataConfig
-from repfusion.dit import DiTConfig
-from repfusion.engine import EngineConfig
+from repfusion.data.dataset import DataConfig
+from repfusion.model.dit import DiTConfig
 from repfusion.tracking import metric_history
 from repfusion.train import TrainConfig
+from repfusion.training.engine import EngineConfig
 
 SETTINGS = {
     "0": {"zero_stage": 0},

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from pipelines.config import WorkflowConfig, load_config, to_yaml
-from pipelines.inspection import describe, states
-from pipelines.intake import source_entries
-from pipelines.session import StageError
-from pipelines.stages import build_stages, data_stages, probe_stages
-from pipelines.storage import Folder, is_store_error
-from pipelines.summary import write_summary
-from pipelines.workflow import run
+from pipelines.runtime.session import StageError
+from pipelines.shards.storage import Folder, is_store_error
+from pipelines.sources.build import source_entries
+from pipelines.stages.build import build_stages, data_stages, probe_stages
+from pipelines.workflow.inspection import describe, states
+from pipelines.workflow.run import run
+from pipelines.workflow.summary import write_summary
 
 
 def run_workflow(config: WorkflowConfig, started: float) -> None:
@@ -57,7 +57,7 @@ def print_status(config: WorkflowConfig) -> None:
 
 def print_plan(config: WorkflowConfig, num_samples: int, rates: Sequence[str]) -> None:
     """The table of the data stages."""
-    from pipelines.plan import plan, table
+    from pipelines.workflow.plan import plan, table
 
     given: dict[str, float] = {}
     stages = data_stages(config)
@@ -75,7 +75,7 @@ def print_plan(config: WorkflowConfig, num_samples: int, rates: Sequence[str]) -
 
 def verify_data(config: WorkflowConfig, repair: bool) -> int:
     """Exit status 1 where something is broken and stays so."""
-    from pipelines.verify import verify
+    from pipelines.workflow.verify import verify
 
     broken = verify(data_stages(config), config.root, config.ray, repair)
     return 1 if broken and not repair else 0
@@ -85,8 +85,8 @@ def collect_garbage(configs: Sequence[WorkflowConfig], delete: bool) -> None:
     """Lists, and deletes if asked, under the locks of all roots."""
     from contextlib import ExitStack
 
-    from pipelines.collect import find_garbage
-    from pipelines.workflow import locked
+    from pipelines.workflow.collect import find_garbage
+    from pipelines.workflow.run import locked
 
     with ExitStack() as locks:
         for root in {config.root for config in configs}:
@@ -156,7 +156,7 @@ def main() -> int:
     config: WorkflowConfig | None = None
     try:
         if args.command == "evaluate" and not args.dry_run:
-            from pipelines.evaluate import evaluate_now
+            from pipelines.stages.evaluate import evaluate_now
 
             evaluate_now(args.config, args.step, args.overrides, args.urgent)
             return 0
@@ -174,7 +174,7 @@ def main() -> int:
             case "verify":
                 return verify_data(config, repair=not args.report_only)
             case "retry":
-                from pipelines.retry import retry
+                from pipelines.workflow.retry import retry
 
                 retry(data_stages(config), config.root, config.ray, args.reason)
             case "gc":

@@ -10,22 +10,22 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipelines.captions import CaptionsConfig
-from pipelines.curate import CurateConfig
-from pipelines.evaluate import EvaluateConfig
-from pipelines.features import FeaturesConfig
-from pipelines.ingest import IngestConfig
-from pipelines.latents import LatentsConfig
-from pipelines.pool import ActorsConfig
-from pipelines.session import RayConfig
+from pipelines.runtime.pool import ActorsConfig
+from pipelines.runtime.session import RayConfig
+from pipelines.shards.storage import Folder
 from pipelines.sources.folder import FolderConfig
 from pipelines.sources.parquet import ParquetConfig
 from pipelines.sources.scenes import ScenesConfig
 from pipelines.sources.tars import TarsConfig
 from pipelines.sources.urls import UrlsConfig
-from pipelines.storage import Folder
-from repfusion.engine import grad_accum_steps
+from pipelines.stages.captions import CaptionsConfig
+from pipelines.stages.curate import CurateConfig
+from pipelines.stages.evaluate import EvaluateConfig
+from pipelines.stages.image_features import LatentsConfig
+from pipelines.stages.ingest import IngestConfig
+from pipelines.stages.prompt_features import FeaturesConfig
 from repfusion.train import TrainConfig
+from repfusion.training.engine import grad_accum_steps
 
 StageName = Literal[
     "source", "ingest", "judge", "curate", "captions", "latents", "features", "train", "evaluate", "report"

@@ -22,7 +22,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from repfusion.checkpoint import (
+from repfusion.conditioning.noisy_latents import NoisyLatentConditioner
+from repfusion.latents.geometry import is_vae, latent_geometry
+from repfusion.latents.statistics import LatentStatistics
+from repfusion.lineage.describe import LINEAGE, checkpoint_record, file_digest, read_lineage
+from repfusion.llm.mllm import LANGUAGE_MODELS, MLLM, Projector
+from repfusion.model.text_to_image import Generator, ModelConfig
+from repfusion.runs.checkpoint import (
     WEIGHTS_MARK,
     check_complete,
     load_checkpoint,
@@ -30,13 +36,7 @@ from repfusion.checkpoint import (
     read_weights,
     write_json,
 )
-from repfusion.conditioning.noisy_latents import NoisyLatentConditioner
-from repfusion.foundation import WEIGHTS
-from repfusion.lineage import LINEAGE, checkpoint_record, file_digest, read_lineage
-from repfusion.mllm import LANGUAGE_MODELS, MLLM, Projector
-from repfusion.model import Generator, ModelConfig
-from repfusion.rae.geometry import is_vae, latent_geometry
-from repfusion.rae.statistics import LatentStatistics
+from repfusion.weights import WEIGHTS
 
 SCHEMA = 1
 MARK = "export.json"
@@ -187,8 +187,10 @@ def model_index(language_model: str, has_vae: bool) -> dict[str, Any]:
         "_class_name": "RepFusionPipeline",
         "_repfusion_version": release,
         LANGUAGE_MODEL: ["transformers", language_model],
-        DENOISER: ["repfusion.model", "Generator"],
-        DECODER: ["repfusion.vae", "VAEDecoder"] if has_vae else ["repfusion.rae.decoder", "RAEDecoder"],
+        DENOISER: ["repfusion.model.text_to_image", "Generator"],
+        DECODER: ["repfusion.latents.vae", "VAEDecoder"]
+        if has_vae
+        else ["repfusion.latents.rae_decoder", "RAEDecoder"],
     }
 
 

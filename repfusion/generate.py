@@ -14,12 +14,12 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.export import MARK, is_export, load_any
-from repfusion.foundation import WEIGHTS
-from repfusion.latent_space import Decoder
-from repfusion.lineage import checkpoint_record, folder_record, png_info, read_lineage
-from repfusion.model import Generator
-from repfusion.sampler import SamplerConfig, sample
+from repfusion.latents.load import Decoder
+from repfusion.lineage.describe import checkpoint_record, folder_record, png_info, read_lineage
+from repfusion.model.text_to_image import Generator
+from repfusion.weights import WEIGHTS
 
 
 def initial_noise(seeds: Iterable[int], shape: tuple[int, int]) -> Float[Tensor, "b n d"]:

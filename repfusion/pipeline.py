@@ -14,12 +14,12 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from repfusion.checkpoint import load_checkpoint
+from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.export import is_export, load_export
 from repfusion.generate import decode, to_uint8
-from repfusion.latent_space import Decoder
-from repfusion.model import Generator
-from repfusion.sampler import SamplerConfig, sample
+from repfusion.latents.load import Decoder
+from repfusion.model.text_to_image import Generator
+from repfusion.runs.checkpoint import load_checkpoint
 
 Noise = torch.Generator | list[torch.Generator] | None
 StepEnd = Callable[["RepFusionPipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | None]

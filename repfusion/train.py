@@ -21,8 +21,14 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tqdm import tqdm
 
-from repfusion.batches import Batch, batches
-from repfusion.checkpoint import (
+from repfusion.data.batches import Batch, batches
+from repfusion.data.dataset import DataConfig
+from repfusion.data.mixture import Mixture
+from repfusion.flops import peak_flops, train_flops
+from repfusion.latents.statistics import LatentStatistics
+from repfusion.lineage.describe import describe
+from repfusion.model.text_to_image import Generator, ModelConfig
+from repfusion.runs.checkpoint import (
     check_complete,
     check_continues,
     checkpoint_folder,
@@ -33,8 +39,8 @@ from repfusion.checkpoint import (
     prune,
     write_json,
 )
-from repfusion.data import DataConfig
-from repfusion.distributed import (
+from repfusion.tracking import StoreError, Tracker, TrackingConfig, without_password
+from repfusion.training.distributed import (
     broadcast_object,
     failures,
     init_process_group,
@@ -42,16 +48,10 @@ from repfusion.distributed import (
     prepare_environment,
     shut_down,
 )
-from repfusion.ema import EMA
-from repfusion.engine import Engine, EngineConfig
-from repfusion.flops import peak_flops, train_flops
-from repfusion.lineage import describe
-from repfusion.meters import Meters, Report
-from repfusion.mixture import Mixture
-from repfusion.model import Generator, ModelConfig
-from repfusion.rae.statistics import LatentStatistics
-from repfusion.snapshot import check_resumes, resume, snapshot
-from repfusion.tracking import StoreError, Tracker, TrackingConfig, without_password
+from repfusion.training.ema import EMA
+from repfusion.training.engine import Engine, EngineConfig
+from repfusion.training.meters import Meters, Report
+from repfusion.training.snapshot import check_resumes, resume, snapshot
 
 log = logging.getLogger(__name__)
 FINAL_LOSS_STEPS = 100

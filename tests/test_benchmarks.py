@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.flops import sample_flops, train_flops
-from repfusion.sampler import SamplerConfig
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 

@@ -12,10 +12,10 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*ROOT.glob("repfusion/**/*.py"), *ROOT.glob("pipelines/**/*.py")])
 HEAVY = {
-    "deepspeed": {"repfusion/engine.py"},
+    "deepspeed": {"repfusion/training/engine.py"},
     "mlflow": {f"repfusion/tracking/{name}.py" for name in ("store", "source", "system")},
-    "img2dataset": {"pipelines/ingest.py"},
-    "diffusers": {"repfusion/vae.py", "repfusion/foundation/vae.py"},
+    "img2dataset": {"pipelines/stages/ingest.py"},
+    "diffusers": {"repfusion/latents/vae.py", "repfusion/foundation/vae.py"},
 }
 """Libraries that are each imported in few places."""
 

@@ -15,8 +15,8 @@ from typing import IO, Any, Literal
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.process import RUN_FILE, Evaluator, report_failure, report_missed
 from pipelines.evaluation.records import Record, finished, hold, read_record, write_record
-from pipelines.session import PATIENCE_SEC, StageError, brief, check_ray_lives
-from repfusion.checkpoint import step_of
+from pipelines.runtime.session import PATIENCE_SEC, StageError, brief, check_ray_lives
+from repfusion.runs.checkpoint import step_of
 from repfusion.train import TrainConfig
 
 NO_ROOM_SEC = 600.0

@@ -91,9 +91,9 @@ class Evaluator:
         import torch
 
         from pipelines.evaluation.records import LOGGED, finished
-        from pipelines.store import write_json
-        from repfusion.checkpoint import step_of
+        from pipelines.shards.store import write_json
         from repfusion.evaluation import EvaluationConfig, evaluate_checkpoint
+        from repfusion.runs.checkpoint import step_of
 
         torch.set_num_threads(task["num_threads"])
         checkpoint, out = Path(task["checkpoint"]), Path(task["out"])

@@ -20,7 +20,7 @@ from typing import IO, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipelines.store import digest_of, write_json
+from pipelines.shards.store import digest_of, write_json
 from repfusion.evaluation.checkpoints import Evaluation, EvaluationConfig, read_evaluation
 
 ATTEMPTS, LOGGED = "attempts.json", "logged.json"

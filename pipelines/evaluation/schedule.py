@@ -21,10 +21,10 @@ from pipelines.evaluation.records import (
     unpin,
     write_record,
 )
-from pipelines.session import StageError, brief
-from pipelines.store import write_json
-from repfusion.checkpoint import STEP_FOLDER, checkpoint_folder, complete_checkpoints, step_of
+from pipelines.runtime.session import StageError, brief
+from pipelines.shards.store import write_json
 from repfusion.evaluation import Evaluation
+from repfusion.runs.checkpoint import STEP_FOLDER, checkpoint_folder, complete_checkpoints, step_of
 from repfusion.train import TrainConfig
 
 POLL_SEC = 1.0

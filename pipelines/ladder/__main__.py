@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pipelines.ladder.config import CONFIGS, LadderConfig, load_config
-from pipelines.session import StageError
+from pipelines.runtime.session import StageError
 
 DEFAULT = CONFIGS / "ladder.yaml"
 

@@ -12,8 +12,8 @@ from pipelines.ladder.rows import ROWS
 from pipelines.ladder.schedule import run_on_ray
 from pipelines.ladder.task import Task, tasks_of
 from pipelines.ladder.worker import hardware, now
-from pipelines.session import brief, ray_session
-from pipelines.workflow import locked
+from pipelines.runtime.session import brief, ray_session
+from pipelines.workflow.run import locked
 from repfusion.evaluation import EvaluationConfig
 
 
@@ -26,7 +26,7 @@ class Sampling:
 
     @property
     def checkpoint(self) -> Path:
-        from repfusion.checkpoint import checkpoint_folder
+        from repfusion.runs.checkpoint import checkpoint_folder
 
         return checkpoint_folder(self.task.train.output_dir / "checkpoints", self.task.train.num_steps)
 
@@ -43,7 +43,7 @@ def run_sampling(sampling: Sampling) -> str:
 
     from repfusion.evaluation import evaluate_checkpoint
     from repfusion.flops import sample_flops
-    from repfusion.meta import meta_from_config
+    from repfusion.model.meta import meta_from_config
 
     task, config = sampling.task, sampling.evaluation
     os.chdir(task.directory)

@@ -9,13 +9,13 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipelines.ladder.rows import ROWS, Common
-from pipelines.session import RayConfig
+from pipelines.runtime.session import RayConfig
 from pipelines.sources.scenes import ScenesConfig
-from repfusion.dit import DiTConfig
-from repfusion.engine import EngineConfig
+from repfusion.diffusion.flow import FlowConfig
 from repfusion.evaluation import EvaluationConfig
-from repfusion.flow import FlowConfig
-from repfusion.foundation import WEIGHTS
+from repfusion.model.dit import DiTConfig
+from repfusion.training.engine import EngineConfig
+from repfusion.weights import WEIGHTS
 
 CONFIGS = Path(__file__).parent / "configs"
 

@@ -4,11 +4,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.charts import Line, chart
 from pipelines.ladder.results import ComputePoint
 from pipelines.ladder.rows import LADDERS, ROWS
 from pipelines.ladder.selection import Selection
-from pipelines.storage import atomic_path
+from pipelines.reporting.charts import Line, chart
+from pipelines.shards.storage import atomic_path
 
 COLOURS = ("#1f2a44", "#c8553d", "#3a7d44", "#8e6c8a", "#d9a441", "#4a90a4", "#7f7f7f")
 WIDTH, HEIGHT = 900, 320

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipelines.config import WorkflowConfig
+from pipelines.dag import Stage
 from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.rows import SPACES, Space
-from pipelines.stage import Stage
-from pipelines.stages import build_stages
-from pipelines.storage import Folder
-from pipelines.workflow import run
+from pipelines.shards.storage import Folder
+from pipelines.stages.build import build_stages
+from pipelines.workflow.run import run
 
 COLUMNS: dict[Space, str] = {"rae": "latents", "vae": "latents_vae"}
 

@@ -12,7 +12,7 @@ from pipelines.ladder.results import ComputePoint, Result, read
 from pipelines.ladder.rows import LADDERS, ROWS
 from pipelines.ladder.selection import Selection, select, select_points
 from pipelines.ladder.statistics import Seeds, compare, mean_and_error
-from pipelines.storage import atomic_path
+from pipelines.shards.storage import atomic_path
 from repfusion.scenes.captions import TASKS
 
 MISSING = "missing"

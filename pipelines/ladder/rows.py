@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from repfusion.dit import DiTConfig
+from repfusion.diffusion.flow import FlowConfig
+from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.flops import sample_flops
-from repfusion.flow import FlowConfig
-from repfusion.meta import meta_from_config
-from repfusion.model import EncoderConfig, ModelConfig
-from repfusion.sampler import SamplerConfig
+from repfusion.model.dit import DiTConfig
+from repfusion.model.meta import meta_from_config
+from repfusion.model.text_to_image import EncoderConfig, ModelConfig
 
 Space = Literal["rae", "vae"]
 LLM = Literal["llava_fluent", "language", "llava_large"]

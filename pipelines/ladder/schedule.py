@@ -13,8 +13,8 @@ from pipelines.ladder.results import Result, append, finished, read
 from pipelines.ladder.rows import ROWS
 from pipelines.ladder.task import Task, tasks_of
 from pipelines.ladder.worker import PROGRESS, now, run_task
-from pipelines.session import PATIENCE_SEC, brief, check_ray_lives, ray_session
-from pipelines.workflow import locked
+from pipelines.runtime.session import PATIENCE_SEC, brief, check_ray_lives, ray_session
+from pipelines.workflow.run import locked
 from repfusion.tracking import prepare_store
 
 T = TypeVar("T")

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.digests import Digests
 from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.data import Columns
 from pipelines.ladder.rows import LADDERS, ROWS, SPACES, Row, model_of
-from pipelines.stages import ROUNDING
-from pipelines.store import digest_of
+from pipelines.shards.store import digest_of
+from pipelines.stages.build import ROUNDING
+from pipelines.workflow.digests import Digests
 from repfusion.evaluation import EvaluationConfig
-from repfusion.model import ModelConfig
+from repfusion.model.text_to_image import ModelConfig
 from repfusion.tracking import TrackingConfig
 from repfusion.train import TrainConfig
 

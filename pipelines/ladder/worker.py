@@ -11,7 +11,7 @@ from typing import Any
 
 from pipelines.ladder.results import Point, Result
 from pipelines.ladder.task import Task, ladders_of
-from pipelines.store import write_json
+from pipelines.shards.store import write_json
 
 RECORD = "result.json"
 """In the run's folder, written when all is done: what was appended to the results, or should have been."""
@@ -38,8 +38,8 @@ def run_task(task: Task) -> str:
 
 
 def _train(task: Task) -> dict[str, Any]:
-    from repfusion.meters import Report
     from repfusion.train import train
+    from repfusion.training.meters import Report
 
     path = task.train.output_dir / PROGRESS
     task.train.output_dir.mkdir(parents=True, exist_ok=True)
@@ -58,8 +58,8 @@ def _score(task: Task) -> list[Point]:
     import torch
 
     from pipelines.evaluation.records import finished
-    from repfusion.checkpoint import complete_checkpoints, prune, step_of
     from repfusion.evaluation import evaluate_checkpoint
+    from repfusion.runs.checkpoint import complete_checkpoints, prune, step_of
 
     if not torch.cuda.is_available():
         torch.set_num_threads(task.train.engine.num_threads or 1)
@@ -92,8 +92,8 @@ def validation_loss(checkpoint: Path, num_scenes: int, world: dict[str, Any]) ->
     import numpy as np
     import torch
 
-    from repfusion.checkpoint import load_checkpoint
-    from repfusion.flow import draw, interpolate, velocity
+    from repfusion.diffusion.flow import draw, interpolate, velocity
+    from repfusion.runs.checkpoint import load_checkpoint
     from repfusion.scenes.captions import caption_scene
     from repfusion.scenes.world import WorldConfig, draw_scene, render
 
@@ -133,9 +133,9 @@ def hardware() -> str:
 
 
 def _result(task: Task, summary: dict[str, Any], points: list[Point], score_sec: float) -> Result:
-    from repfusion import environment
     from repfusion.flops import sample_flops
-    from repfusion.meta import meta_from_config
+    from repfusion.lineage import environment
+    from repfusion.model.meta import meta_from_config
 
     generator = meta_from_config(task.train.model)
     return Result(

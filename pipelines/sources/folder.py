@@ -13,8 +13,10 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from pipelines.ingest import IngestConfig, image_fields
-from pipelines.pool import ShardJob
+from pipelines.runtime.pool import ShardJob
+from pipelines.shards.storage import Folder
+from pipelines.shards.store import ShardCommit, ShardError, Sidecar, canonical_json, sample_key, shard_name
+from pipelines.shards.tars import tar_shard
 from pipelines.sources.inputs import list_folder
 from pipelines.sources.raw_samples import (
     IMAGE_ENDINGS,
@@ -25,9 +27,7 @@ from pipelines.sources.raw_samples import (
     free_names,
     printable,
 )
-from pipelines.storage import Folder
-from pipelines.store import ShardCommit, ShardError, Sidecar, canonical_json, sample_key, shard_name
-from pipelines.tars import tar_shard
+from pipelines.stages.ingest import IngestConfig, image_fields
 
 CAPTION_ENDING = ".txt"
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from pipelines.ingest import IngestConfig, image_fields
-from pipelines.pool import ShardJob
+from pipelines.runtime.pool import ShardJob
+from pipelines.shards.storage import Folder
+from pipelines.shards.store import ShardCommit, ShardError, Sidecar, sample_key, shard_name
+from pipelines.shards.tars import tar_shard
 from pipelines.sources.inputs import InputFile, find_inputs
 from pipelines.sources.raw_samples import OWN_FIELDS, PACKAGES, BadEntry, SampleMaker, free_names
-from pipelines.storage import Folder
-from pipelines.store import ShardCommit, ShardError, Sidecar, sample_key, shard_name
-from pipelines.tars import tar_shard
+from pipelines.stages.ingest import IngestConfig, image_fields
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -19,10 +19,10 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipelines.pool import ShardJob
-from pipelines.storage import Folder
-from pipelines.store import ShardCommit, Sidecar, sample_key
-from pipelines.tars import TarSamples
+from pipelines.runtime.pool import ShardJob
+from pipelines.shards.storage import Folder
+from pipelines.shards.store import ShardCommit, Sidecar, sample_key
+from pipelines.shards.tars import TarSamples
 from repfusion.scenes.captions import caption_scene
 from repfusion.scenes.world import WorldConfig, draw_scene, render
 

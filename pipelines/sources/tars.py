@@ -11,8 +11,10 @@ from typing import Any, ClassVar, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict
 
-from pipelines.ingest import IngestConfig, image_fields
-from pipelines.pool import ShardJob
+from pipelines.runtime.pool import ShardJob
+from pipelines.shards.storage import Folder
+from pipelines.shards.store import ShardCommit, ShardError, Sidecar, shard_name
+from pipelines.shards.tars import TarSamples, read_samples, tar_shard
 from pipelines.sources.inputs import InputFile, find_inputs
 from pipelines.sources.raw_samples import (
     IMAGE_ENDINGS,
@@ -22,9 +24,7 @@ from pipelines.sources.raw_samples import (
     SampleMaker,
     printable,
 )
-from pipelines.storage import Folder
-from pipelines.store import ShardCommit, ShardError, Sidecar, shard_name
-from pipelines.tars import TarSamples, read_samples, tar_shard
+from pipelines.stages.ingest import IngestConfig, image_fields
 
 POSITION_DIGITS = 6
 NUM_COUNTED_TARS = 8

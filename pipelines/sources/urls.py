@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
 
 from pydantic import BaseModel, ConfigDict
 
-from pipelines.pool import ShardJob
+from pipelines.runtime.pool import ShardJob
+from pipelines.shards.storage import Folder
+from pipelines.shards.store import ShardCommit, Sidecar, sample_key
 from pipelines.sources.raw_samples import free_names
-from pipelines.storage import Folder
-from pipelines.store import ShardCommit, Sidecar, sample_key
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from repfusion.conditioning.prefix import see_each_other
-from repfusion.mllm import MLLM
+from repfusion.llm.mllm import MLLM
+from repfusion.llm.prefix import see_each_other
 
 
 class CaptioningConfig(BaseModel):

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from repfusion.conditioning import Condition
 from repfusion.conditioning.captioning import CaptionBatch, CaptioningConfig, caption_losses
-from repfusion.conditioning.prefix import Prefix, leave_room, read_on, read_prompts
-from repfusion.dit import Interface, TimestepEmbedder
-from repfusion.mllm import MLLM, Projector
+from repfusion.llm.mllm import MLLM, Projector
+from repfusion.llm.prefix import Prefix, leave_room, read_on, read_prompts
+from repfusion.model.dit import Interface, TimestepEmbedder
 
 
 class NoisyLatentsConfig(BaseModel):

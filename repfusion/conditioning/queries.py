@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from repfusion.conditioning import Condition
-from repfusion.conditioning.prefix import Prefix, leave_room, read_on, read_prompts
-from repfusion.dit import Attention, Interface, RMSNorm, SwiGLU, TimestepEmbedder
-from repfusion.mllm import MLLM
+from repfusion.llm.mllm import MLLM
+from repfusion.llm.prefix import Prefix, leave_room, read_on, read_prompts
+from repfusion.model.dit import Attention, Interface, RMSNorm, SwiGLU, TimestepEmbedder
 
 CONNECTOR_HEAD_WIDTH = 64
 

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from repfusion.conditioning import Condition
-from repfusion.dit import Interface, RMSNorm
-from repfusion.mllm import MLLM
+from repfusion.llm.mllm import MLLM
+from repfusion.model.dit import Interface, RMSNorm
 
 
 class TextEmbedConfig(BaseModel):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from repfusion.conditioning.captioning import CaptioningConfig
 from repfusion.conditioning.noisy_latents import NoisyLatentsConfig
-from repfusion.dit import RMSNorm
+from repfusion.model.dit import RMSNorm
 
 
 class TransfusionConfig(BaseModel):

@@ -16,13 +16,13 @@ from jaxtyping import Float
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from repfusion.checkpoint import check_complete, load_checkpoint
+from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.evaluation.gallery import gallery
 from repfusion.evaluation.scores import ScoredImages, Scores, score_images
 from repfusion.generate import generate
-from repfusion.latent_space import Decoder
-from repfusion.model import Generator
-from repfusion.sampler import SamplerConfig
+from repfusion.latents.load import Decoder
+from repfusion.model.text_to_image import Generator
+from repfusion.runs.checkpoint import check_complete, load_checkpoint
 from repfusion.scenes.captions import TASKS, Prompt, Task, draw_prompts
 from repfusion.scenes.world import Split
 

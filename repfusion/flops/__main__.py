@@ -9,17 +9,17 @@ from typing import Any
 
 import yaml
 
-from repfusion.checkpoint import read_config
-from repfusion.engine import EngineConfig
+from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.flops.count import Cost, sample_costs, train_costs
 from repfusion.flops.memory import Frozen, column_bytes, rank_memory, sizes
 from repfusion.flops.paper import paper_markdown
 from repfusion.flops.tables import aligned
-from repfusion.foundation import WEIGHTS
-from repfusion.latent_space import Decoder
-from repfusion.meta import GEOMETRY, absent_folders, load_model_config, meta_decoder, meta_from_config
-from repfusion.model import Generator, ModelConfig
-from repfusion.sampler import SamplerConfig
+from repfusion.latents.load import Decoder
+from repfusion.model.meta import GEOMETRY, absent_folders, load_model_config, meta_decoder, meta_from_config
+from repfusion.model.text_to_image import Generator, ModelConfig
+from repfusion.runs.checkpoint import read_config
+from repfusion.training.engine import EngineConfig
+from repfusion.weights import WEIGHTS
 
 
 def parts_table(

@@ -17,11 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from repfusion.conditioning.captioning import CaptioningConfig
 from repfusion.conditioning.noisy_latents import NoisyLatentConditioner
 from repfusion.conditioning.queries import QueriesConditioner
-from repfusion.dit import DiT, TimestepEmbedder
-from repfusion.latent_space import Decoder
-from repfusion.model import Generator
-from repfusion.rae.decoder import RAEDecoder
-from repfusion.sampler import SamplerConfig, num_evaluations
+from repfusion.diffusion.sampler import SamplerConfig, num_evaluations
+from repfusion.latents.load import Decoder
+from repfusion.latents.rae_decoder import RAEDecoder
+from repfusion.model.dit import DiT, TimestepEmbedder
+from repfusion.model.text_to_image import Generator
 
 Number = int | float
 

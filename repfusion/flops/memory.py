@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from repfusion.engine import EngineConfig, deepspeed_config, stage_to_run
 from repfusion.flops.count import CONDITIONER, DECODER, DENOISER, LLM, Number
-from repfusion.latent_space import Decoder
-from repfusion.model import Generator
+from repfusion.latents.load import Decoder
+from repfusion.model.text_to_image import Generator
+from repfusion.training.engine import EngineConfig, deepspeed_config, stage_to_run
 
 FLOAT32, FLOAT16 = 4, 2
 """Bytes."""

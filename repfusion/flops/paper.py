@@ -12,7 +12,7 @@ from itertools import product
 
 import yaml
 
-from repfusion.engine import EngineConfig
+from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.flops.count import (
     DENOISER,
     attention,
@@ -24,9 +24,9 @@ from repfusion.flops.count import (
 )
 from repfusion.flops.memory import Frozen, rank_memory, sizes
 from repfusion.flops.tables import markdown
-from repfusion.meta import CONFIGS, load_model_config, meta_decoder, meta_from_config
-from repfusion.model import Generator
-from repfusion.sampler import SamplerConfig
+from repfusion.model.meta import CONFIGS, load_model_config, meta_decoder, meta_from_config
+from repfusion.model.text_to_image import Generator
+from repfusion.training.engine import EngineConfig
 
 TERA = 1e12
 EVALUATIONS = range(24, 41)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from repfusion.foundation import WEIGHTS
 from repfusion.foundation.decoder import train_decoder
 from repfusion.foundation.dialogues import train_tokenizer
 from repfusion.foundation.fluent import train_fluent
@@ -23,6 +22,7 @@ from repfusion.foundation.perception import (
     train_llava,
 )
 from repfusion.foundation.vae import train_vae
+from repfusion.weights import WEIGHTS
 
 PARTS = (
     "llava",

@@ -16,12 +16,12 @@ import webdataset as wds
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from repfusion.checkpoint import begin_checkpoint, finish_checkpoint, latest_checkpoint, load_checkpoint
-from repfusion.foundation import WEIGHTS
-from repfusion.rae.encoder import RepresentationEncoder
-from repfusion.rae.statistics import LatentStatistics
+from repfusion.latents.statistics import LatentStatistics
+from repfusion.latents.tower import RepresentationEncoder
+from repfusion.runs.checkpoint import begin_checkpoint, finish_checkpoint, latest_checkpoint, load_checkpoint
 from repfusion.scenes.captions import caption_scene
 from repfusion.scenes.world import BASE_COLOURS, BASE_SHAPES, WorldConfig, draw_scene, render
+from repfusion.weights import WEIGHTS
 
 SHARD_SAMPLES = 5_000
 CAPTIONS_PER_SCENE = 6

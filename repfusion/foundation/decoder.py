@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from repfusion.foundation.perception import FoundationConfig, ScenePool, optimise
-from repfusion.rae.decoder import RAEDecoder, RAEDecoderConfig
-from repfusion.rae.encoder import RepresentationEncoder
+from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
+from repfusion.latents.tower import RepresentationEncoder
 
 
 def train_decoder(pool: ScenePool, config: FoundationConfig, folder: Path, polish: bool = False) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from repfusion.foundation.dialogues import DESCRIBE
 from repfusion.foundation.perception import PIXEL_MEAN, PIXEL_STD, FoundationConfig
-from repfusion.latent_space import EncoderConfig, load_decoder
+from repfusion.latents.load import EncoderConfig, load_decoder
 from repfusion.scenes.captions import ask, describe, possible_tasks, write_prompt
 from repfusion.scenes.detector import score_image
 from repfusion.scenes.world import Scene, WorldConfig, draw_scene, render

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from repfusion.foundation.dialogues import IGNORED, encode_captions, encode_dialogues, write_dialogue
-from repfusion.rae.decoder import RAEDecoder, RAEDecoderConfig
+from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
 from repfusion.scenes.captions import caption_scene
 from repfusion.scenes.world import Scene, WorldConfig, draw_scene, render
 

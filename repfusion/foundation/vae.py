@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from repfusion.foundation.perception import FoundationConfig, ScenePool, optimise
-from repfusion.vae import load_vae
+from repfusion.latents.vae import load_vae
 
 CHANNELS = (32, 32, 64, 128)
 """Of the stages; the first holds no layers, so the work begins at half the image's side."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from repfusion.lineage import file_digest
+from repfusion.lineage.describe import file_digest
 from repfusion.tracking.store import Point, send_output, send_points
 
 MODEL_TYPE = "checkpoint"

@@ -9,8 +9,8 @@ from typing import Any
 from mlflow.data.dataset_source import DatasetSource
 from mlflow.data.dataset_source_registry import get_registered_sources, register_dataset_source
 
-from repfusion.columns import manifest_digest
-from repfusion.lineage import describe_column
+from repfusion.data.columns import manifest_digest
+from repfusion.lineage.describe import describe_column
 
 
 class WebDatasetSource(DatasetSource):

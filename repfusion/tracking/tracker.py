@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from repfusion import environment
+from repfusion.lineage import environment
 from repfusion.tracking import store
 from repfusion.tracking.checkpoints import Checkpoints
 from repfusion.tracking.config import TrackingConfig, flatten, readable, without_password

@@ -12,9 +12,9 @@ from nodes import Nodes, cluster_of_nodes
 from running import run_all
 
 from pipelines.config import WorkflowConfig, validate
-from pipelines.pool import ActorPool
-from pipelines.session import RayConfig, ray_session
-from pipelines.storage import Folder
+from pipelines.runtime.pool import ActorPool
+from pipelines.runtime.session import RayConfig, ray_session
+from pipelines.shards.storage import Folder
 
 WORDS = (
     "a photo of picture an image drawing there is are draw one two three four and left right above below "

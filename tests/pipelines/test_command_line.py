@@ -6,7 +6,7 @@ import pytest
 
 from pipelines.commands import main
 from pipelines.config import load_config, to_yaml
-from pipelines.storage import Folder
+from pipelines.shards.storage import Folder
 
 pytestmark = pytest.mark.ray
 

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from pipelines.config import ConfigError, load_config, to_yaml, validate
-from pipelines.stages import build_stages
-from repfusion.columns import MANIFEST
+from pipelines.stages.build import build_stages
+from repfusion.data.columns import MANIFEST
 
 CONFIGS = sorted((Path(__file__).parents[2] / "pipelines" / "configs").glob("*.yaml"))
 FINETUNE = CONFIGS[0].with_name("finetune.yaml")

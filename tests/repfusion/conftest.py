@@ -18,11 +18,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from repfusion.dit import DiTConfig
-from repfusion.latent_space import EncoderConfig
-from repfusion.model import Generator, ModelConfig
-from repfusion.rae.decoder import RAEDecoder, RAEDecoderConfig
-from repfusion.rae.statistics import LatentStatistics
+from repfusion.latents.load import EncoderConfig
+from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
+from repfusion.latents.statistics import LatentStatistics
+from repfusion.model.dit import DiTConfig
+from repfusion.model.text_to_image import Generator, ModelConfig
 from repfusion.scenes.captions import caption_scene
 from repfusion.scenes.world import draw_scene
 

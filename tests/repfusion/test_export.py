@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from repfusion.checkpoint import load_checkpoint, save_checkpoint
+from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.export import MARK, check_export, export, load_export, main
-from repfusion.foundation import WEIGHTS
 from repfusion.generate import generate
-from repfusion.mllm import MLLM
-from repfusion.model import Generator, ModelConfig
-from repfusion.rae.statistics import LatentStatistics
-from repfusion.sampler import SamplerConfig
+from repfusion.latents.statistics import LatentStatistics
+from repfusion.llm.mllm import MLLM
+from repfusion.model.text_to_image import Generator, ModelConfig
+from repfusion.runs.checkpoint import load_checkpoint, save_checkpoint
+from repfusion.weights import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["a red circle", "two blue squares", ""]
@@ -81,7 +81,10 @@ def test_a_vae_goes_along(tmp_path):
     config = ModelConfig(mllm=WEIGHTS / "language", encoder=vae, decoder=WEIGHTS / "vae")
     checkpoint = trained(config, tmp_path / "step_00000007")
     out = export(checkpoint, tmp_path / "out")
-    assert json.loads((out / "model_index.json").read_text())["decoder"] == ["repfusion.vae", "VAEDecoder"]
+    assert json.loads((out / "model_index.json").read_text())["decoder"] == [
+        "repfusion.latents.vae",
+        "VAEDecoder",
+    ]
     assert torch.equal(draw(load_export(out)), draw(load_checkpoint(checkpoint)))
 
 
@@ -105,7 +108,7 @@ def test_it_generates_where_nothing_else_is_at_hand(base, tmp_path):
         "repfusion.foundation.WEIGHTS = Path('/nowhere')\n"
         "from repfusion.export import load_export\n"
         "from repfusion.generate import generate\n"
-        "from repfusion.sampler import SamplerConfig\n"
+        "from repfusion.diffusion.sampler import SamplerConfig\n"
         "generator = load_export(sys.argv[1])\n"
         "decoder, config = generator.load_decoder(), SamplerConfig(num_steps=3)\n"
         f"images = generate(generator, decoder, {PROMPTS!r}, 5, config)\n"

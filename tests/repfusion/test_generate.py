@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from repfusion.checkpoint import save_checkpoint
+from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.generate import generate, image_record, initial_noise, main, to_uint8
-from repfusion.lineage import file_digest, read_png
-from repfusion.sampler import SamplerConfig, sample
+from repfusion.lineage.describe import file_digest, read_png
+from repfusion.runs.checkpoint import save_checkpoint
 
 PROMPTS = ["a red circle", "two blue square", "a green circle left of a blue square", "a red circle", ""]
 CONFIG = SamplerConfig(num_steps=3, guidance_scale=2, precision="fp32")
@@ -162,7 +162,7 @@ def test_other_formats_are_written_without_a_record(checkpoint, tmp_path, monkey
 
 
 def test_a_record_of_shipped_weights_names_no_machine():
-    from repfusion.foundation import WEIGHTS
+    from repfusion.weights import WEIGHTS
 
     record = image_record(WEIGHTS / "base", "a", 0, CONFIG)
     assert record["checkpoint"]["path"] == "{weights}/base" and record["checkpoint"]["step"] == 20000

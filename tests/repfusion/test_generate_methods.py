@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from tiny_training import METHODS
 
-from repfusion.checkpoint import read_config, save_checkpoint
+from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.evaluation import EvaluationConfig, evaluate_checkpoint
 from repfusion.export import export
 from repfusion.generate import generate, main, to_uint8
-from repfusion.model import Generator
+from repfusion.model.text_to_image import Generator
 from repfusion.pipeline import RepFusionPipeline
-from repfusion.sampler import SamplerConfig
+from repfusion.runs.checkpoint import read_config, save_checkpoint
 from repfusion.scenes.captions import draw_prompts
 
 PROMPT = "a red circle left of two blue square"

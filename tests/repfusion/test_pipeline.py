@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from repfusion.checkpoint import load_checkpoint
+from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.export import export
-from repfusion.foundation import WEIGHTS
 from repfusion.generate import generate, main, to_uint8
 from repfusion.pipeline import RepFusionPipeline
-from repfusion.sampler import SamplerConfig
+from repfusion.runs.checkpoint import load_checkpoint
+from repfusion.weights import WEIGHTS
 
 PROMPT = "a red circle left of a blue square"
 STEPS = 4

@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.ingest import IngestConfig
+from pipelines.shards.storage import Folder
+from pipelines.shards.store import ShardError, Sidecar
+from pipelines.shards.tars import read_samples
 from pipelines.sources import parquet as parquet_source
 from pipelines.sources.parquet import ParquetConfig, ParquetWorker, jobs
-from pipelines.storage import Folder
-from pipelines.store import ShardError, Sidecar
-from pipelines.tars import read_samples
+from pipelines.stages.ingest import IngestConfig
 
 AS_IS = IngestConfig(image_size=None, max_drop_fraction=1)
 

@@ -10,7 +10,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.pool import ShardJob
+from pipelines.runtime.pool import ShardJob
+from pipelines.shards.storage import Folder
+from pipelines.shards.store import Sidecar
+from pipelines.shards.tars import read_samples
 from pipelines.sources.scenes import (
     DefectsConfig,
     ScenesConfig,
@@ -19,9 +22,6 @@ from pipelines.sources.scenes import (
     serve,
     to_uint8,
 )
-from pipelines.storage import Folder
-from pipelines.store import Sidecar
-from pipelines.tars import read_samples
 
 DEFECTS = DefectsConfig(missing=1, undecodable=1, empty_caption=1)
 

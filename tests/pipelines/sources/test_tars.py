@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.ingest import IngestConfig
+from pipelines.shards.storage import Folder
+from pipelines.shards.store import ShardError, Sidecar
+from pipelines.shards.tars import read_samples
 from pipelines.sources import tars as tar_source
 from pipelines.sources.inputs import find_inputs
 from pipelines.sources.tars import TarsConfig, TarWorker, jobs
-from pipelines.storage import Folder
-from pipelines.store import ShardError, Sidecar
-from pipelines.tars import read_samples
+from pipelines.stages.ingest import IngestConfig
 
 
 def picture(kind: str = "JPEG", size: tuple[int, int] = (40, 48), colour: str = "red") -> bytes:
@@ -279,7 +279,7 @@ def test_two_actors_give_the_same_bytes(tmp_path, pool, kind):
     """Every source that needs no download, as the pool runs it."""
     import pyarrow as pa
 
-    from pipelines.pool import ActorsConfig, run_shards
+    from pipelines.runtime.pool import ActorsConfig, run_shards
     from pipelines.sources import folder as folder_source
     from pipelines.sources import parquet as parquet_source
     from pipelines.sources.folder import FolderConfig, FolderWorker

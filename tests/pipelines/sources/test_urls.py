@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.pool import ShardJob
+from pipelines.runtime.pool import ShardJob
+from pipelines.shards.storage import Folder
 from pipelines.sources.urls import UrlList, UrlListWorker, UrlsConfig, find_files, num_rows
-from pipelines.storage import Folder
 
 ROWS = 1000
 

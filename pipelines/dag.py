@@ -1,0 +1,111 @@
+"""What a stage is: a pure function of its configuration and of the stages above, with a fingerprint."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipelines.runtime.pool import ActorsConfig, ShardJob
+from pipelines.shards.manifest import ShardTable, Upstream
+from pipelines.shards.storage import Folder
+from pipelines.shards.store import SCHEMA, canonical_json, digest_of
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`fields` are the configuration that decides the bytes, under flat dotted names; `folder` is where they
+    go.
+    """
+
+    name: str
+    fields: dict[str, Any]
+    folder: Folder
+    upstream: tuple["Stage", ...] = ()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of all that decides this stage's output."""
+        above = {stage.name: stage.fingerprint for stage in self.upstream}
+        return digest_of({"schema": SCHEMA, "stage": self.name, "fields": self.fields, "upstream": above})
+
+    @cached_property
+    def lineage(self) -> dict[str, dict[str, Any]]:
+        """The fields of every stage above, by stage."""
+        fields: dict[str, dict[str, Any]] = {}
+        for stage in self.upstream:
+            fields |= stage.lineage | {stage.name: stage.fields}
+        return fields
+
+
+@dataclass(frozen=True)
+class ShardStage(Stage):
+    """A stage of independent shards, named as those of its first upstream stage unless `first_jobs` lists
+    them.
+    """
+
+    worker: type = object
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Of the worker's constructor, beside `folder`."""
+    actors: ActorsConfig = field(default_factory=ActorsConfig)
+    first_jobs: tuple[ShardJob, ...] = ()
+    """The jobs of a stage without upstream, with the identity of what they read as `inputs`."""
+    reaches_out: bool = False
+    """Whether it asks servers of others for its input: then nothing is asked twice without need."""
+    stage_files: tuple[tuple[str, str], ...] = ()
+    """Files of upstream stages as a whole that every shard depends on: (stage, file)."""
+    surround: Callable[[], AbstractContextManager[dict[str, Any]]] = lambda: nullcontext({})
+    """Held while the shards run; yields further arguments of the worker (the address of a server)."""
+    finish: Callable[[Folder, ShardTable], list[str]] = lambda folder, shards: []
+    """Makes the files of the stage as a whole; returns their names in the stage's folder."""
+
+    def shard_names(self, above: Upstream) -> list[str]:
+        """In order. `above` has to hold the upstream stages."""
+        if not self.upstream:
+            return [job.name for job in self.first_jobs]
+        return above[self.upstream[0].name].shards.names
+
+    def shard_inputs(self, above: Upstream) -> list[str]:
+        """What each shard is made from, as canonical JSON: sha256 of the upstream shards and stage files."""
+        if not self.upstream:
+            return [canonical_json(job.inputs) if job.inputs else "{}" for job in self.first_jobs]
+        columns: dict[str, list[str]] = {}
+        names = self.shard_names(above)
+        for stage in self.upstream:
+            shards = above[stage.name].shards
+            assert shards.names == names, f"{stage.name} has other shards than {self.upstream[0].name}"
+            columns[stage.name] = shards.column("sha256")
+        for stage_name, file in self.stage_files:
+            digest = above[stage_name].manifest.files[file].sha256
+            columns[f"{stage_name}/{file}"] = [digest] * len(names)
+        # the JSON of a dict a shard, but without making the dicts: there may be 100,000 shards
+        pattern = ",".join(f'"{name}":"%s"' for name in sorted(columns))
+        rows = zip(*(columns[name] for name in sorted(columns)), strict=True)
+        return ["{" + pattern % row + "}" for row in rows]
+
+    def jobs(
+        self, above: Upstream, wanted: set[str], extra: Mapping[str, dict[str, Any]]
+    ) -> Iterator[ShardJob]:
+        """The jobs of some shards, in order; `extra` arguments by shard."""
+        import json
+
+        first = {job.name: job for job in self.first_jobs}
+        for name, inputs in zip(self.shard_names(above), self.shard_inputs(above), strict=True):
+            if name in wanted:
+                arguments = first[name].arguments if first else {}
+                more = extra.get(name, {})
+                yield ShardJob(name, self.fingerprint, json.loads(inputs), {**arguments, **more})
+
+
+@dataclass(frozen=True)
+class WholeStage(Stage):
+    """A stage that does its own work in its own local folder, and resumes there: training, evaluation, the
+    report.
+    """
+
+    execute: Callable[[Upstream], dict[str, Any]] = lambda above: {}
+    """Given the stages before it, returns what its manifest keeps under `extra`."""
+    outputs: tuple[Path, ...] = ()
+    """Files that have to exist for the stage to be fresh."""
+    needs_ray: bool = True

@@ -1,0 +1,1 @@
+"""Which images repeat an earlier one, over all shards: exact bytes and perceptual hashes."""

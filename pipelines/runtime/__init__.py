@@ -1,0 +1,1 @@
+"""Ray: the session, and the pool of actors over shards."""

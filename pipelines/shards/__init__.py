@@ -1,0 +1,1 @@
+"""Folders on local disk or behind a URL, and the shards, sidecars and manifests in them."""

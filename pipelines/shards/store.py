@@ -1,0 +1,218 @@
+"""Shards and their sidecars: what a worker commits, whole or not at all, and what marks it complete last.
+
+A shard is `NAME.tar` (or `NAME.parquet`) with `NAME.json`, its sidecar, beside it. The same inputs give the
+same bytes.
+"""
+
+import hashlib
+import json
+import time
+from collections import Counter
+from contextlib import ExitStack, suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from pipelines.shards.storage import Folder, atomic_path
+
+SCHEMA = 1
+"""Raised when a stage's code changes the bytes it writes; part of every fingerprint."""
+
+BLOCK_BYTES = 1 << 20
+
+
+class ShardError(ValueError):
+    """A shard on disk that is not what its sidecar or the tar format says; the message names it."""
+
+
+class SideFile(BaseModel):
+    """A file that belongs to a shard or a stage: a list of drops, statistics."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: int
+    sha256: str
+
+
+class Sidecar(BaseModel):
+    """What a complete shard holds and where it came from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: str
+    """The shard's name without extension, such as `00042`."""
+    file: str
+    """Its data file in the stage's folder."""
+    fingerprint: str
+    """Of the stage that wrote it."""
+    inputs: dict[str, str]
+    """sha256 of the upstream shards it was made from, by stage."""
+    samples: int
+    bytes: int
+    sha256: str
+    drops: dict[str, int]
+    """Samples left out, by reason."""
+    files: dict[str, SideFile]
+    """Further files of the shard, by name."""
+    seconds: float
+    versions: dict[str, str]
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces; raises ValueError for NaN and infinities."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of a value's canonical JSON, hex."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def side_file(path: Path) -> SideFile:
+    return SideFile(bytes=path.stat().st_size, sha256=file_sha256(path))
+
+
+def sample_key(index: int) -> str:
+    """The key of the sample at a position of the source: nine digits, unique over all shards."""
+    return f"{index:09d}"
+
+
+def shard_name(index: int) -> str:
+    return f"{index:05d}"
+
+
+@cache
+def library_versions(*packages: str) -> dict[str, str]:
+    """Versions of installed packages; one that is not installed is left out."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON, keys in the given order, written atomically to a local path."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Indented JSON, keys in the given order."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def read_sidecar(folder: Folder, name: str) -> Sidecar | None:
+    """The sidecar of a shard, or None where there is none or it is not readable as one."""
+    try:
+        return Sidecar.model_validate_json(folder.read(f"{name}.json"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+class ShardCommit:
+    """Collects one shard's output; `commit` puts it in place, its sidecar last. Leaving the block without one
+    discards it.
+
+    The block's files live in `staging`, a local folder, so that a killed worker leaves either the whole shard
+    or none of it.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        name: str,
+        fingerprint: str,
+        inputs: dict[str, str],
+        packages: tuple[str, ...] = (),
+    ):
+        self.folder, self.name, self.fingerprint, self.inputs, self.packages = (
+            folder,
+            name,
+            fingerprint,
+            inputs,
+            packages,
+        )
+        self.samples = 0
+        self.drops: list[tuple[str, str, str]] = []
+        self._start = time.perf_counter()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        self.staging = self._stack.enter_context(self.folder.staging(self.name))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def drop(self, key: str, reason: str, detail: str = "") -> None:
+        """Records a sample that is left out; `reason` is counted, `detail` is for people."""
+        self.drops.append((key, reason, detail))
+
+    def check_drops(self, max_fraction: float) -> None:
+        """Raises ShardError, with a table of reasons, where more than a share of the samples was dropped."""
+        total = self.samples + len(self.drops)
+        if len(self.drops) <= max_fraction * total:
+            return
+        counts = Counter(reason for _, reason, _ in self.drops).most_common()
+        reasons = ", ".join(f"{reason} {count}" for reason, count in counts)
+        _, _, detail = self.drops[0]
+        raise ShardError(
+            f"shard {self.name}: {len(self.drops)} of {total} samples dropped, "
+            f"more than max_drop_fraction {max_fraction}: {reasons}; "
+            f"the first: {detail}"
+        )
+
+    def write_drops(self) -> None:
+        """Lists every drop in `NAME.drops.parquet`: key, reason, detail. No drops, no file."""
+        if not self.drops:
+            return
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns = [pa.array(column, pa.string()) for column in zip(*sorted(self.drops), strict=True)]
+        table = pa.table(columns, names=["key", "reason", "detail"])
+        pq.write_table(table, self.staging / f"{self.name}.drops.parquet")
+
+    def commit(self, file: str) -> Sidecar:
+        """Moves the staged files into the stage's folder and writes the sidecar; `file` is the one that
+        holds the samples.
+        """
+        staged = sorted(path.name for path in self.staging.iterdir())
+        described = {name: side_file(self.staging / name) for name in staged}
+        main = described.pop(file)
+        sidecar = Sidecar(
+            name=self.name,
+            file=file,
+            fingerprint=self.fingerprint,
+            inputs=self.inputs,
+            samples=self.samples,
+            bytes=main.bytes,
+            sha256=main.sha256,
+            drops=dict(sorted(Counter(reason for _, reason, _ in self.drops).items())),
+            files=described,
+            seconds=round(time.perf_counter() - self._start, 3),
+            versions=library_versions("repfusion", *self.packages),
+        )
+        old = read_sidecar(self.folder, self.name)
+        if old is not None:
+            # while there is a sidecar to name them: killed here, the shard is incomplete, and made again
+            self.folder.remove(*({old.file, *old.files} - set(staged)))
+        # an old sidecar must not vouch for the new files, were we killed between the two
+        self.folder.remove(f"{self.name}.json")
+        for name in staged:
+            self.folder.put(name, self.staging / name)
+        self.folder.write(f"{self.name}.json", json_bytes(sidecar.model_dump(mode="json")))
+        return sidecar

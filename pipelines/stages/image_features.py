@@ -1,0 +1,278 @@
+"""Image shards -> a column of encoder features (`KEY.features.npy`, float16) and their exact statistics.
+
+Statistics are taken of the rounded values that training will read. Each shard's are stored beside it and
+merged in the order of the shards, so the result has the same bits for any number of actors.
+"""
+
+import ctypes
+import io
+import itertools
+import struct
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from jaxtyping import UInt8
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipelines.runtime.pool import ActorsConfig, ShardJob
+from pipelines.shards.storage import Folder
+from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
+from pipelines.shards.tars import TarSamples, read_samples, tar_shard
+from pipelines.stages.judge import IMAGE_EXTENSIONS
+
+if TYPE_CHECKING:
+    import torch
+
+    from repfusion.latents.load import EncoderConfig
+    from repfusion.latents.statistics import LatentStatistics
+
+Batch = tuple[list[str], UInt8[np.ndarray, "b h w 3"]]
+
+PNG_START = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR"
+MALLOC_OPTIONS = {-1: 1 << 30, -3: 1 << 30, -8: 1}
+"""glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in bytes, and M_ARENA_MAX."""
+STATISTICS_AT_ONCE = 16
+"""Shards' statistics in memory at a time: at 576 x 1024 each takes 9 MiB."""
+
+
+class LatentsConfig(BaseModel):
+    """Encodes images."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    batch_size: int = Field(default=64, ge=1)
+    """Images encoded at once. Counts as changing no bytes: what it does change is below float16's rounding,
+    almost always.
+    """
+    actors: ActorsConfig = ActorsConfig()
+    """Its pool. Changes no bytes."""
+
+
+def fingerprint_fields(encoder: "EncoderConfig", digest: str) -> dict[str, Any]:
+    """What decides the bytes: the encoder's folder (its digest, not its place), layer and image size; a VAE
+    has no layer. Raises ValueError where its folder has no such tower or size.
+    """
+    from repfusion.latents.geometry import is_vae, latent_geometry
+
+    return {
+        "train.model.encoder.path": digest,
+        "train.model.encoder.layer": None if is_vae(encoder.path) else encoder.layer,
+        "train.model.encoder.image_size": latent_geometry(encoder.path, encoder.image_size).image_size,
+        "latents.dtype": "float16",
+    }
+
+
+@lru_cache(maxsize=1024)
+def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """What an npy file of an array in C order begins with."""
+    stream = io.BytesIO()
+    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, fields)
+    return stream.getvalue()
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """An npy file's bytes, in C order."""
+    return npy_header(array.shape, array.dtype) + array.tobytes()
+
+
+@lru_cache(maxsize=16)
+def plain_png_start(size: int) -> bytes:
+    """How a png of 8-bit RGB, not interlaced, of `size` x `size` px begins."""
+    return PNG_START + struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0)
+
+
+def decode_plain_png(data: bytes, size: int) -> UInt8[np.ndarray, "h w 3"] | None:
+    """PIL's pixels in a quarter of its time, by OpenCV; None for all but the plainest png, which libraries
+    may read differently (alpha, palettes, 16 bits, animations).
+    """
+    if not data.startswith(plain_png_start(size)) or data[37:41] != b"IDAT":
+        return None
+    import cv2
+
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+
+
+def decode_image(members: dict[str, bytes], size: int, place: str) -> UInt8[np.ndarray, "h w 3"]:
+    """A sample's image, `size` x `size` px. One of another shape is brought there by its shorter side
+    (bicubic, antialiased) and a centre crop.
+
+    Raises:
+        ShardError: for an image with a side shorter than `size`.
+    """
+    data = next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members)
+    if (plain := decode_plain_png(data, size)) is not None:
+        return plain
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(data)) as image:
+        if min(image.size) < size:
+            raise ShardError(
+                f"{place}: image is {image.width} x {image.height} px, smaller than the {size} x {size} "
+                f"that the encoder takes; set ingest.image_size={size}"
+            )
+        rgb = image.convert("RGB")
+    if rgb.size != (size, size):
+        rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(rgb)
+
+
+def decoded_batches(
+    folder: Folder, name: str, sidecar: Sidecar | None, size: int, batch_size: int
+) -> Iterator[Batch]:
+    """A shard's images in batches, the last one shorter: which images share a batch never depends on other
+    shards.
+
+    Raises:
+        ShardError: where the shard is missing or broken (the last of it when all was read), or an image is
+            too small.
+    """
+    samples = read_samples(folder, f"{name}.tar", sidecar, IMAGE_EXTENSIONS)
+    while part := list(itertools.islice(samples, batch_size)):
+        images = np.empty((len(part), size, size, 3), np.uint8)
+        for row, (key, members) in enumerate(part):
+            images[row] = decode_image(members, size, f"shard {folder / name}.tar, key {key}")
+        yield [key for key, _ in part], images
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what one batch frees for the next, for threads started from now on: giving it back to
+    the system and touching it anew takes 10 to 20% of a tower's time on a CPU. Without glibc, does nothing.
+    """
+    with suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in MALLOC_OPTIONS.items():
+            mallopt(option, value)
+
+
+class LatentsWorker:
+    """Makes `NAME.tar` of features and `NAME.statistics.safetensors`; the encoder is loaded once.
+
+    Args:
+        folder: of the stage.
+        source: folder of the image shards.
+        config: the stage's.
+        encoder: the vision tower or VAE, the tower's layer, the image size.
+    """
+
+    concurrency: ClassVar[int] = 2
+    """While one shard is encoded, another is read, decoded, written and committed."""
+
+    def __init__(self, folder: Folder, source: Folder, config: LatentsConfig, encoder: "EncoderConfig"):
+        import torch
+
+        from repfusion.latents.geometry import is_vae
+
+        keep_freed_memory()
+        num_threads = max(1, int(config.actors.num_cpus))
+        torch.set_num_threads(num_threads)
+        self.folder, self.source, self.config = folder, source, config
+        self.libraries = ("torch", "diffusers" if is_vae(encoder.path) else "transformers")
+        self.encoder = encoder.load().to("cuda" if config.actors.num_gpus else "cpu")
+        # all encoding happens in one thread; the shards' own threads decode, write and commit
+        self._encoding = ThreadPoolExecutor(1, "encode", torch.set_num_threads, (num_threads,))
+        self._streams = itertools.cycle(
+            [torch.cuda.Stream(), torch.cuda.Stream()] if config.actors.num_gpus else [None]
+        )
+        if config.actors.num_gpus:
+            torch.cuda.synchronize()  # the weights lie there before other streams read them
+
+    def __call__(self, job: ShardJob) -> Sidecar:
+        from repfusion.latents.statistics import LatentStatistics
+
+        statistics = LatentStatistics.empty(self.encoder.num_tokens, self.encoder.feature_dim)
+        sidecar = read_sidecar(self.source, job.name)
+        batches = decoded_batches(
+            self.source, job.name, sidecar, self.encoder.image_size, self.config.batch_size
+        )
+        with ShardCommit(self.folder, job.name, job.fingerprint, job.inputs, self.libraries) as commit:
+            with tar_shard(commit) as samples:
+                for keys, features in self._encode(batches):
+                    write_features(keys, features, samples, statistics)
+            statistics.save(commit.staging / f"{job.name}.statistics.safetensors")
+            return commit.commit(f"{job.name}.tar")
+
+    def _encode(self, batches: Iterator[Batch]) -> Iterator[tuple[list[str], "torch.Tensor"]]:
+        """Float16 features on the CPU; while a batch is encoded, the next one is read and the last one
+        written.
+        """
+        ahead: tuple[list[str], Future[Encoded]] | None = None
+        for keys, images in batches:
+            following = keys, self._encoding.submit(self._launch, images)
+            if ahead is not None:
+                yield ahead[0], ahead[1].result().wait()
+            ahead = following
+        if ahead is not None:
+            yield ahead[0], ahead[1].result().wait()
+
+    def _launch(self, images: UInt8[np.ndarray, "b h w 3"]) -> "Encoded":
+        """Encodes a batch; on a GPU, only queues that: two streams take turns, so that one batch is copied
+        while the other is encoded.
+        """
+        import torch
+
+        stream = next(self._streams)
+        if stream is None:
+            return Encoded(self.encoder.encode_images(torch.from_numpy(images)).half(), None)
+        with torch.cuda.stream(stream):
+            # from and to pinned memory, or the copies would hold up this thread
+            on_device = torch.from_numpy(images).pin_memory().to(stream.device, non_blocking=True)
+            half = self.encoder.encode_images(on_device).half()
+            features = torch.empty(half.shape, dtype=half.dtype, pin_memory=True)
+            features.copy_(half, non_blocking=True)
+            return Encoded(features, stream.record_event())
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Features on the CPU, there once `done` has happened."""
+
+    features: "torch.Tensor"
+    done: "torch.cuda.Event | None"
+
+    def wait(self) -> "torch.Tensor":
+        if self.done is not None:
+            self.done.synchronize()
+        return self.features
+
+
+def write_features(
+    keys: list[str], features: "torch.Tensor", samples: TarSamples, statistics: "LatentStatistics"
+) -> None:
+    """Adds a batch to a shard and its statistics. Raises ShardError for features beyond float16."""
+    statistics.update(features)
+    if not statistics.mean.isfinite().all():
+        finite = features.isfinite().flatten(1).all(1)
+        key = keys[int(finite.logical_not().nonzero()[0])]
+        raise ShardError(f"key {key}: the encoder gives features that are not finite in float16")
+    for key, row in zip(keys, features.numpy(), strict=True):
+        samples.write(key, {"features.npy": npy_bytes(row)})
+
+
+def merge_statistics(folder: Folder, names: Iterable[str], file: str) -> None:
+    """Statistics of the shards of these names, merged in this order, written to `file` in the stage's
+    folder.
+    """
+    from repfusion.latents.statistics import LatentStatistics
+
+    merged: LatentStatistics | None = None
+    files = [f"{name}.statistics.safetensors" for name in names]
+    for start in range(0, len(files), STATISTICS_AT_ONCE):
+        block = files[start : start + STATISTICS_AT_ONCE]
+        found = dict(folder.read_many(block))
+        for part_file in block:
+            if part_file not in found:
+                raise ShardError(f"{folder / part_file}: no such file; run 'verify', which makes it again")
+            part = LatentStatistics.parse(found[part_file], str(folder / part_file))
+            merged = LatentStatistics.empty(*part.mean.shape) if merged is None else merged
+            merged.merge(part)
+    assert merged is not None, "a stage has at least one shard"
+    with folder.staging(file) as staging:
+        merged.save(staging / file)
+        folder.put(file, staging / file)

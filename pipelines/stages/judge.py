@@ -1,0 +1,170 @@
+"""A raw shard -> one row for each sample: why it is dropped, if so, and what its image is recognised by."""
+
+import hashlib
+import io
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipelines.duplicates.find import DIGEST_BYTES
+from pipelines.runtime.pool import ShardJob
+from pipelines.shards.storage import Folder
+from pipelines.shards.store import ShardCommit, Sidecar, read_sidecar
+from pipelines.shards.tars import read_samples
+from pipelines.stages.curate import CurateConfig
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""What Pillow may take a file for. Its rarer decoders are no place for bytes from the web."""
+
+HASH_SIDE = 8
+THUMBNAIL_PX = 32
+COSINES = np.rint(
+    4096
+    * np.cos(np.pi / (2 * THUMBNAIL_PX) * np.outer(np.arange(HASH_SIDE), 2 * np.arange(THUMBNAIL_PX) + 1))
+)
+"""The lowest frequencies of the DCT-II as whole numbers: sums of their products with bytes stay below 2^53,
+so that float64 holds them exactly and every machine finds the same bits.
+"""
+
+
+@dataclass
+class Verdict:
+    """A row of `NAME.parquet`, without the key."""
+
+    reason: str | None = None
+    """None for a sample that stays, as far as it alone decides."""
+    detail: str = ""
+    digest: bytes | None = None
+    """The first 16 bytes of the image member's sha256; None without an image."""
+    hash: int | None = None
+    """`perceptual_hash`; None where the image cannot be decoded, and unless near duplicates are asked for: it
+    takes longer than to decode.
+    """
+    width: int | None = None
+    """Pixels, before ingest resized it where that is known; None where neither is."""
+    height: int | None = None
+
+
+def perceptual_hash(image: "Image") -> int:
+    """64 bits: which of the 8 x 8 lowest frequencies of the image, in grey and at 32 x 32, lie above their
+    median.
+
+    The bits, first to last, are those of `phash` in the imagehash library, rounding apart. An image of one
+    colour has the hash 2^63, whichever the colour, and black 0.
+    """
+    from PIL.Image import Resampling
+
+    if image.mode == "P":
+        image = image.convert("RGBA")
+    grey = image.convert("L").resize((THUMBNAIL_PX, THUMBNAIL_PX), Resampling.LANCZOS)
+    low = (COSINES @ np.asarray(grey, np.float64) @ COSINES.T).ravel()
+    middle = low.size // 2
+    below, above = np.partition(low, (middle - 1, middle))[middle - 1 : middle + 1]
+    return int.from_bytes(np.packbits(2 * low > below + above).tobytes(), "big")
+
+
+def judge(members: dict[str, bytes], config: CurateConfig) -> Verdict:
+    """Looks at one sample alone. The one place where an exception means a bad sample."""
+    from PIL import Image
+
+    verdict = Verdict()
+    extension = next((extension for extension in IMAGE_EXTENSIONS if extension in members), None)
+    if extension is not None:
+        verdict.digest = hashlib.sha256(members[extension]).digest()[:DIGEST_BYTES]
+    if extension is None or "txt" not in members:
+        verdict.reason = "no_image" if extension is None else "no_caption"
+        verdict.detail = f"members: {', '.join(sorted(members))}"
+        return verdict
+    try:
+        with Image.open(io.BytesIO(members[extension]), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > config.max_pixels:
+                verdict.reason = "too_many_pixels"
+                verdict.detail = f"{width} x {height}, at most {config.max_pixels} pixels"
+                return verdict
+            image.load()
+            if config.duplicates == "near":
+                verdict.hash = perceptual_hash(image)
+    except Image.DecompressionBombError as error:
+        verdict.reason, verdict.detail = "too_many_pixels", str(error)
+        return verdict
+    except Exception as error:  # noqa: BLE001  decoders raise anything on hostile bytes
+        verdict.reason, verdict.detail = "undecodable_image", _describe(error)
+        return verdict
+    verdict.width, verdict.height = width, height
+    verdict.reason, verdict.detail = _judge_text(members, verdict, config) or (None, "")
+    return verdict
+
+
+def _describe(error: Exception) -> str:
+    """Pillow names the stream it read by its address, which is another in each process."""
+    return f"{type(error).__name__}: {re.sub(r' <_io.BytesIO object at 0x[0-9a-f]+>', '', str(error))}"
+
+
+def _judge_text(members: dict[str, bytes], verdict: Verdict, config: CurateConfig) -> tuple[str, str] | None:
+    """The (reason, detail) that caption and metadata give, or None; enters the original size."""
+    try:
+        caption = members["txt"].decode().strip()
+    except UnicodeDecodeError as error:
+        return "undecodable_caption", str(error)
+    try:
+        metadata = json.loads(members.get("json", b"{}"))
+    except ValueError as error:
+        return "undecodable_metadata", str(error)
+    if not isinstance(metadata, dict):
+        return "undecodable_metadata", f"a JSON {type(metadata).__name__}, an object is expected"
+    original = [metadata.get(name) for name in ("original_width", "original_height")]
+    if all(isinstance(side, int) and side > 0 for side in original):
+        verdict.width, verdict.height = original
+    assert verdict.width is not None and verdict.height is not None
+    shorter, longer = sorted((verdict.width, verdict.height))
+    if shorter < config.min_side_px:
+        return "image_too_small", f"shortest side {shorter} px, at least {config.min_side_px}"
+    if config.max_aspect is not None and longer > config.max_aspect * shorter:
+        return "bad_aspect", f"{verdict.width} x {verdict.height}, at most {config.max_aspect:g} to 1"
+    if not caption:
+        return "empty_caption", ""
+    if len(caption) < config.min_caption_chars:
+        return "caption_too_short", f"{len(caption)} characters, at least {config.min_caption_chars}"
+    if len(caption) > config.max_caption_chars:
+        return "caption_too_long", f"{len(caption)} characters, at most {config.max_caption_chars}"
+    return None
+
+
+class JudgeWorker:
+    """Reads `NAME.tar` of `source`, decodes every image, and writes `NAME.parquet`: key, and the fields of
+    `Verdict`.
+    """
+
+    def __init__(self, folder: Folder, source: Folder, config: CurateConfig):
+        self.folder, self.source, self.config = folder, source, config
+
+    def __call__(self, job: ShardJob) -> Sidecar:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        kinds: dict[str, Any] = {
+            "key": pa.string(),
+            "reason": pa.string(),
+            "detail": pa.string(),
+            "digest": pa.binary(DIGEST_BYTES),
+            "hash": pa.uint64(),
+            "width": pa.int32(),
+            "height": pa.int32(),
+        }
+        rows: list[dict[str, Any]] = []
+        with ShardCommit(self.folder, job.name, job.fingerprint, job.inputs, ("pillow", "pyarrow")) as commit:
+            sidecar = read_sidecar(self.source, job.name)
+            for key, members in read_samples(self.source, f"{job.name}.tar", sidecar):
+                rows.append({"key": key, **vars(judge(members, self.config))})
+            commit.samples = len(rows)
+            table = pa.Table.from_pylist(rows, pa.schema(list(kinds.items())))
+            pq.write_table(table, commit.staging / f"{job.name}.parquet")
+            return commit.commit(f"{job.name}.parquet")

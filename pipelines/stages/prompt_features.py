@@ -1,0 +1,190 @@
+"""Image shards and their alternative captions -> a column of prompt features (unpadded [m, d]) for the
+text-only baseline.
+
+`KEY.text.npy` belongs to the main caption, `KEY.long.text.npy` to the column `long`. Each distinct caption of
+a shard is encoded and stored once; where it returns, `KEY.text.ref` holds the name of the member that stores
+it.
+"""
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from threading import Lock
+from typing import IO, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipelines.runtime.pool import ActorsConfig, ShardJob
+from pipelines.shards.storage import Folder
+from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
+from pipelines.shards.tars import read_samples, tar_shard
+from pipelines.stages.image_features import npy_bytes
+
+PROMPT_TEMPLATE = "{bos}{caption}"
+
+
+class FeaturesConfig(BaseModel):
+    """Encodes captions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    enabled: bool = True
+    """Whether to make the column; only the text-only baseline feeds on it."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """In which the features are stored. A value beyond float16's range is an error."""
+    batch_size: int = Field(default=64, ge=1)
+    """Captions encoded at once. Counts as changing no bytes: what it does change is below float16's rounding,
+    almost always, and in float32's last digits.
+    """
+    actors: ActorsConfig = ActorsConfig()
+    """Its pool. Changes no bytes."""
+
+
+def fingerprint_fields(
+    mllm_digest: str, mllm_dtype: str, config: FeaturesConfig, names: Iterable[str]
+) -> dict[str, Any]:
+    """What decides the bytes: the MLLM's weights, not their place, and the columns of captions encoded."""
+    return {
+        "train.model.mllm": mllm_digest,
+        "train.model.mllm_dtype": mllm_dtype,
+        "features.dtype": config.dtype,
+        "features.captions": sorted(names),
+        "features.prompt_template": PROMPT_TEMPLATE,
+    }
+
+
+class FeaturesWorker:
+    """Makes `NAME.tar` of prompt features; the MLLM is loaded once.
+
+    Args:
+        folder: of the stage.
+        source: folder of the image shards, whose captions are read.
+        config: the stage's.
+        mllm: folder of the frozen MLLM.
+        mllm_dtype: precision in which it computes.
+        captions: folder of the column of alternative captions, if there is one.
+        names: which of them to encode, as the `captions` stage calls them.
+    """
+
+    concurrency: ClassVar[int] = 2
+
+    def __init__(
+        self,
+        folder: Folder,
+        source: Folder,
+        config: FeaturesConfig,
+        mllm: Path,
+        mllm_dtype: Literal["float32", "bfloat16"],
+        captions: Folder | None = None,
+        names: tuple[str, ...] = (),
+    ):
+        import torch
+
+        from repfusion.llm.mllm import MLLM
+
+        if names and captions is None:
+            raise ValueError(
+                f"features: captions {', '.join(names)} are asked for, but there is no folder of captions"
+            )
+        torch.set_num_threads(max(1, int(config.actors.num_cpus)))
+        self.folder, self.source, self.config = folder, source, config
+        self.captions, self.names = captions, names
+        device = "cuda" if config.actors.num_gpus else "cpu"
+        self.mllm = MLLM.from_pretrained(mllm, getattr(torch, mllm_dtype)).to(device)
+        self._computing = Lock()
+
+    def __call__(self, job: ShardJob) -> Sidecar:
+        captions = self._read(job.name)
+        distinct = {caption for own in captions.values() for caption in own.values()}
+        with (
+            ShardCommit(
+                self.folder, job.name, job.fingerprint, job.inputs, ("torch", "transformers")
+            ) as commit,
+            tempfile.TemporaryFile(dir=commit.staging) as scratch,
+        ):
+            with self._computing:
+                places = self._encode(distinct, scratch, job.name)
+            self._write(captions, places, scratch, commit)
+            return commit.commit(f"{job.name}.tar")
+
+    def _read(self, name: str) -> dict[str, dict[str, str]]:
+        """Captions of each key, by the member that will hold their features."""
+        from repfusion.data.dataset import CAPTION, text_member
+
+        captions = {
+            key: {text_member(CAPTION): members[CAPTION].decode().strip()}
+            for key, members in self._samples(self.source, name, [CAPTION])
+        }
+        if self.captions is None or not self.names:
+            return captions
+        for key, members in self._samples(self.captions, name, [f"{name}.{CAPTION}" for name in self.names]):
+            if key not in captions:
+                raise ShardError(
+                    f"shard {self.captions / name}.tar, key {key}: not among the keys of "
+                    f"{self.source / name}.tar; re-run the stage 'captions'"
+                )
+            captions[key] |= {text_member(member): data.decode().strip() for member, data in members.items()}
+        return captions
+
+    def _samples(
+        self, folder: Folder, name: str, wanted: list[str]
+    ) -> Iterable[tuple[str, dict[str, bytes]]]:
+        return read_samples(folder, f"{name}.tar", read_sidecar(folder, name), wanted)
+
+    def _encode(self, captions: set[str], scratch: IO[bytes], name: str) -> dict[str, tuple[int, int]]:
+        """Writes each caption's npy bytes to `scratch`: a shard's features may not fit into memory. Returns
+        where they lie, as (offset, size). Captions of like length share a batch, so that little is padded.
+        """
+        places: dict[str, tuple[int, int]] = {}
+        ordered = sorted(captions, key=lambda caption: (len(caption), caption))
+        for start in range(0, len(ordered), self.config.batch_size):
+            batch = ordered[start : start + self.config.batch_size]
+            for caption, data in zip(batch, self._encode_batch(batch, name), strict=True):
+                places[caption] = (scratch.tell(), len(data))
+                scratch.write(data)
+        return places
+
+    def _encode_batch(self, captions: list[str], name: str) -> Iterable[bytes]:
+        import torch
+
+        from repfusion.conditioning.text_embed import encode_text
+
+        try:
+            rows = encode_text(self.mllm, captions)
+        except ValueError as error:
+            raise ShardError(
+                f"shard {self.source / name}.tar: a caption does not fit the MLLM: {error} "
+                "(lower curate.max_caption_chars, or its column's max_chars in captions, so that it is "
+                "left out and counted)"
+            ) from error
+        # one transfer from the device for all of them
+        stored = torch.cat(rows).to(getattr(torch, self.config.dtype)).cpu().split([len(row) for row in rows])
+        for caption, row in zip(captions, stored, strict=True):
+            if not row.isfinite().all():
+                raise ShardError(
+                    f"shard {self.source / name}.tar: prompt features of {caption!r} are not finite in "
+                    f"{self.config.dtype}"
+                    + ("; set features.dtype=float32" if self.config.dtype == "float16" else "")
+                )
+        return (npy_bytes(row.numpy()) for row in stored)
+
+    @staticmethod
+    def _write(
+        captions: dict[str, dict[str, str]],
+        places: dict[str, tuple[int, int]],
+        scratch: IO[bytes],
+        commit: ShardCommit,
+    ) -> None:
+        homes: dict[str, str] = {}
+        with tar_shard(commit) as samples:
+            for key, own in captions.items():
+                members: dict[str, bytes] = {}
+                for member, caption in sorted(own.items()):
+                    if (home := homes.get(caption)) is not None:
+                        members[f"{member.removesuffix('.npy')}.ref"] = home.encode()
+                        continue
+                    homes[caption] = f"{key}.{member}"
+                    offset, size = places[caption]
+                    scratch.seek(offset)
+                    members[member] = scratch.read(size)
+                samples.write(key, members)

@@ -1,0 +1,239 @@
+"""A DAG of stages brought up to date: each shard once, whatever was interrupted, and nothing that is fresh
+again.
+
+A stage's state is plain files: `stage.json` (what was asked for, written at the start), shards with sidecars,
+`shards.parquet` and `manifest.json` (written when all is complete).
+"""
+
+import fcntl
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.dag import ShardStage, Stage, WholeStage
+from pipelines.runtime.pool import ActorPool, run_shards
+from pipelines.runtime.session import RayConfig, StageError, ray_session
+from pipelines.shards.manifest import (
+    MANIFEST,
+    SHARDS,
+    Manifest,
+    ShardTable,
+    StageOutput,
+    Upstream,
+    write_output,
+)
+from pipelines.shards.storage import Folder
+from pipelines.shards.store import SCHEMA, Sidecar, SideFile, file_sha256, json_bytes, read_sidecar
+from pipelines.workflow.inspection import STAGE, State, describe, inspect, read_asked, states, wrong_files
+
+Redo = Mapping[str, Mapping[str, dict[str, Any]]]
+"""Shards to make again though they are complete: by stage and shard, further arguments of their jobs."""
+NUM_PASSES = 3
+"""How often the shards of a stage are tried that were gone from disk when the stage ended."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One line of the summary."""
+
+    name: str
+    skipped: bool
+    output: StageOutput
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.output.manifest
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Keeps a second run out of the same root; the lock goes with the process, however it ends."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{root}: another run is at work here; wait for it, or give root=another/folder"
+            ) from error
+        yield
+
+
+def run(
+    stages: Sequence[Stage],
+    root: Path,
+    ray: RayConfig,
+    say: Callable[[str], None] = print,
+    pool: ActorPool | None = None,
+    redo: Redo = {},  # noqa: B006  never written to
+) -> list[StageResult]:
+    """Brings every stage up to date, in order; Ray starts only when there is something to do for it. A `pool`
+    that is given is kept warm for the next run.
+
+    Raises:
+        StageError: where shards failed; the stage's other shards are complete.
+        ValueError: where another run holds the root.
+    """
+    results: list[StageResult] = []
+    above: dict[str, StageOutput] = {}
+    owns_pool = pool is None
+    with locked(root), ExitStack() as session:
+        pool = pool or ActorPool()
+        before = states(stages)
+        for stage in stages:
+            nothing_ran = all(result.skipped for result in results)
+            state = before[stage.name] if nothing_ran else inspect(stage, above)
+            again = redo.get(stage.name, {})
+            if state.status == "fresh" and not again:
+                assert state.output is not None
+                output = state.output
+                say(f"{stage.name}: fresh, skipped ({describe(output.manifest)})")
+            else:
+                if state.reason and state.status != "missing":
+                    say(f"{stage.name}: {state.status}: {state.reason}")
+                if not isinstance(stage, WholeStage) or stage.needs_ray:
+                    session.enter_context(ray_session(ray))
+                    if owns_pool:
+                        session.callback(pool.close)
+                if isinstance(stage, WholeStage):
+                    # its own workers need the CPUs
+                    pool.close()
+                output = _bring_up_to_date(stage, state, above, pool, again)
+                say(f"{stage.name}: {describe(output.manifest)} in {output.manifest.seconds:.1f} s")
+            above[stage.name] = output
+            results.append(StageResult(stage.name, state.status == "fresh" and not again, output))
+    return results
+
+
+def _bring_up_to_date(
+    stage: Stage, state: State, above: Upstream, pool: ActorPool, redo: Mapping[str, dict[str, Any]]
+) -> StageOutput:
+    start = time.perf_counter()
+    # read before its manifest goes; without one nobody downstream mistakes a stage at work for a complete one
+    is_whole = isinstance(stage, WholeStage)
+    kept = state.kept if is_whole or state.output is None else tuple(state.output.shards)
+    stage.folder.remove(MANIFEST)
+    if is_whole:
+        if state.status == "stale" and stage.folder.path.is_dir():
+            _set_aside(stage.folder.path)
+        stage.folder.path.mkdir(parents=True, exist_ok=True)
+    stage.folder.remove_temporaries()
+    stage.folder.write(STAGE, json_bytes(_asked(stage)))
+    shards, names = ShardTable.of([]), []
+    extra: dict[str, Any] = {}
+    match stage:
+        case ShardStage():
+            shards = _run_shards(stage, state, kept, above, pool, redo)
+            names = stage.finish(stage.folder, shards)
+        case WholeStage():
+            extra = stage.execute(above)
+            extra |= {
+                "upstream_digests": {one.name: above[one.name].manifest.digest for one in stage.upstream}
+            }
+    return complete(stage, shards, names, above, time.perf_counter() - start, extra)
+
+
+def complete(
+    stage: Stage,
+    shards: ShardTable,
+    names: Sequence[str],
+    above: Upstream,
+    seconds: float,
+    extra: dict[str, Any] = {},  # noqa: B006  never written to
+) -> StageOutput:
+    """Writes the manifest of a stage whose shards and files (`names`) are in place."""
+    files = {name: _side_file(stage.folder, name) for name in names}
+    manifest = Manifest(
+        stage=stage.name,
+        fingerprint=stage.fingerprint,
+        fields=stage.fields,
+        upstream={one.name: one.fingerprint for one in stage.upstream},
+        lineage=stage.lineage,
+        num_shards=len(shards),
+        samples=shards.samples,
+        bytes=shards.bytes + sum(file.bytes for file in files.values()),
+        shards_digest=shards.digest,
+        drops=shards.drops,
+        seconds=round(seconds, 3),
+        shard_seconds=round(sum(shards.column("seconds")), 3),
+        files=files,
+        extra=extra,
+    )
+    return write_output(stage.folder, manifest, shards)
+
+
+def _asked(stage: Stage) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "fingerprint": stage.fingerprint,
+        "fields": stage.fields,
+        "lineage": stage.lineage,
+    }
+
+
+def _side_file(folder: Folder, name: str) -> SideFile:
+    with folder.local_copy(name) as path:
+        return SideFile(bytes=path.stat().st_size, sha256=file_sha256(path))
+
+
+def _run_shards(
+    stage: ShardStage,
+    state: State,
+    kept: Sequence[Sidecar],
+    above: Upstream,
+    pool: ActorPool,
+    redo: Mapping[str, dict[str, Any]],
+) -> ShardTable:
+    names = stage.shard_names(above)
+    todo = set(names) if state.todo is None else set(state.todo) | set(redo)
+    complete: dict[str, Sidecar] = {sidecar.name: sidecar for sidecar in kept if sidecar.name not in todo}
+    for _ in range(NUM_PASSES):
+        if not todo:
+            break
+        with stage.surround() as more:
+            arguments = {"folder": stage.folder, **stage.arguments, **more}
+            jobs = stage.jobs(above, todo, redo)
+            complete |= run_shards(
+                pool, stage.name, stage.worker, arguments, jobs, stage.actors, len(complete)
+            )
+        # an actor of a driver that was killed may live on for a moment and commit after ours did
+        sizes = stage.folder.sizes()
+        todo = {
+            name
+            for name, sidecar in complete.items()
+            if f"{name}.json" not in sizes or wrong_files(sidecar, sizes)
+        }
+    if todo:
+        raise StageError(
+            f"stage {stage.name}: {', '.join(sorted(todo)[:5])} vanished from {stage.folder} while the stage "
+            "ran; is something else writing there?"
+        )
+    _remove_strangers(stage.folder, set(names))
+    # of actors that were killed
+    stage.folder.remove_temporaries()
+    return ShardTable.of(complete[name] for name in names)
+
+
+def _remove_strangers(folder: Folder, names: set[str]) -> None:
+    """Removes the shards of an earlier configuration that had more of them."""
+    for file in folder.names():
+        stem, _, extension = file.rpartition(".")
+        if extension == "json" and stem not in names and (sidecar := read_sidecar(folder, stem)):
+            folder.remove(file, sidecar.file, *sidecar.files)
+    if not names:
+        folder.remove(SHARDS)
+
+
+def _set_aside(folder: Path) -> None:
+    """Keeps what a stale training made, under another name: it took long, and must not be continued under
+    another configuration.
+    """
+    asked = read_asked(Folder(str(folder))) or {}
+    target = folder.with_name(f"{folder.name}.stale-{asked.get('fingerprint', 'unknown')[:8]}")
+    if target.exists():
+        shutil.rmtree(target)
+    folder.rename(target)

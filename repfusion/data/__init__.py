@@ -1,0 +1,3 @@
+"""Columns of WebDataset tars -> batches: what lies where, which sample each position reads, and reading
+ahead.
+"""

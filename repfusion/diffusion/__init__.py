@@ -1,0 +1,1 @@
+"""Rectified flow: noise levels, interpolation and the sampler."""

@@ -1,0 +1,120 @@
+"""Noise and prompts -> latents: Euler or Heun steps down the shifted noise levels, with classifier-free
+guidance in an interval of them.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from repfusion.diffusion.flow import shift_noise_level
+from repfusion.model.text_to_image import Generator
+
+
+class SamplerConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_steps: int = Field(default=30, ge=1)
+    """Steps from noise to data, the last one ending at t = 0. Euler evaluates the velocity once a step, Heun
+    twice, but for the last: 2 * num_steps - 1 (see `num_evaluations`).
+    """
+    solver: Literal["euler", "heun"] = "euler"
+    """`heun` averages the velocities at both ends of a step: second order."""
+    guidance_scale: float = Field(default=4.0, ge=1)
+    """v = v_empty + scale * (v_prompt - v_empty); 1 turns guidance off and saves half the work."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Noise levels low < t <= high at which to guide (arXiv 2404.07724); elsewhere the prompt alone is
+    evaluated, at half the work.
+    """
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Of the velocity; bf16 is autocast. The latents are integrated in float32 in both."""
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _in_order(cls, interval: tuple[float, float]) -> tuple[float, float]:
+        low, high = interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"({low:g}, {high:g}): expected noise levels 0 <= low <= high <= 1")
+        return interval
+
+    def guides(self, level: float) -> bool:
+        """Whether the velocity at this noise level is guided."""
+        low, high = self.guidance_interval
+        return self.guidance_scale != 1 and low < level <= high
+
+
+def noise_levels(num_steps: int, shift: float) -> Float[Tensor, " steps"]:
+    """num_steps + 1 levels from 1 to 0, both exact, spaced evenly before the shift; float64."""
+    return shift_noise_level(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift)
+
+
+def num_evaluations(config: SamplerConfig, shift: float) -> tuple[int, int]:
+    """How often the velocity of an image is evaluated with guidance (two rows each: prompt and empty prompt)
+    and without it (one row). Where the first is 0, the empty prompt is not even read.
+    """
+    levels = noise_levels(config.num_steps, shift).tolist()[:-1]
+    if config.solver == "heun":
+        levels += levels[1:]
+    guided = sum(config.guides(level) for level in levels)
+    return guided, len(levels) - guided
+
+
+@torch.no_grad()
+def sample(
+    generator: Generator,
+    prompts: list[str],
+    noise: Float[Tensor, "b n d"],
+    config: SamplerConfig,
+    on_step: Callable[[int, float, Tensor], Tensor] | None = None,
+) -> Float[Tensor, "b n d"]:
+    """Latents of the prompts, float32. The prompts are read once; the noisy latents at every step.
+
+    Heun's method is that of EDM (arXiv 2206.00364, algorithm 1), its last step Euler's: the velocity is
+    (z - E[latents | z, t]) / t, which at t = 0 is 0/0. It has a limit there only where the data have a
+    density (then it is -z and says nothing of the noise left in z), no sample is ever trained at t = 0, and
+    few are near it where the shift is large. Euler's last step ends at the network's estimate of the clean
+    latents.
+
+    `on_step` is called after each step with its number from 0, the noise level it began at and the latents
+    it ended with; what it returns takes their place.
+
+    Raises:
+        ValueError: where noise and prompts differ in number or the noise has another shape than the model's
+        latents.
+    """
+    num = len(prompts)
+    if num != len(noise) or tuple(noise.shape[1:]) != generator.latent_shape:
+        raise ValueError(
+            f"noise is {tuple(noise.shape)}, expected {(num, *generator.latent_shape)} for {num} prompts"
+        )
+    device = generator.device
+    guided, unguided = num_evaluations(config, generator.shift)
+    # The CPU's flash attention is slow on short sequences; the plain one is faster.
+    attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    with attention, torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        both = generator.prompt_batch([*prompts, *[""] * num] if guided else prompts, reuse=True)
+        prompted_only = both.first(num) if guided and unguided else both
+
+        def velocity(z: Float[Tensor, "b n d"], level: float) -> Float[Tensor, "b n d"]:
+            t = torch.full((num,), level, device=device)
+            if not config.guides(level):
+                return generator.velocity(z, t, prompted_only).float()
+            prompted, empty = generator.velocity(torch.cat([z, z]), torch.cat([t, t]), both).float().chunk(2)
+            return empty + config.guidance_scale * (prompted - empty)
+
+        levels = noise_levels(config.num_steps, generator.shift).tolist()
+        z = noise.to(device, torch.float32)
+        for step, (level, next_level) in enumerate(pairwise(levels)):
+            v = velocity(z, level)
+            if config.solver == "heun" and next_level > 0:
+                v = (v + velocity(z + (next_level - level) * v, next_level)) / 2
+            z = z + (next_level - level) * v
+            if on_step is not None:
+                z = on_step(step, level, z)
+    return z

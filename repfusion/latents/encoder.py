@@ -1,0 +1,54 @@
+"""Pixels -> features, whatever the encoder: its sizes, and what it refuses."""
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from repfusion.latents.geometry import LatentGeometry
+
+
+class PixelEncoder(nn.Module):
+    """Frozen. A subclass says in `_features` what it makes of pixels.
+
+    Args: geometry: side of the images it takes in px, grid of its tokens, channels of a token. digest: names
+    its weights.
+    """
+
+    def __init__(self, geometry: LatentGeometry, digest: str):
+        super().__init__()
+        self.image_size, self.grid, self.feature_dim = geometry
+        self.digest = digest
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def forward(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
+        """Features, float32.
+
+        Raises:
+            ValueError: for another image size than the encoder's, or values outside [0, 1].
+        """
+        if pixels.shape[-2:] != (self.image_size, self.image_size):
+            expected = f"{self.image_size} x {self.image_size}"
+            raise ValueError(
+                f"pixels are {pixels.shape[-2]} x {pixels.shape[-1]}, the encoder takes {expected}; "
+                "resize in 'ingest'"
+            )
+        low, high = pixels.aminmax()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"pixels are in [{low:g}, {high:g}], expected [0, 1]; divide 8-bit values by 255"
+            )
+        with torch.no_grad():
+            return self._features(pixels)
+
+    @torch.no_grad()
+    def encode_images(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b n d"]:
+        """As `forward`, of 8-bit images of the encoder's size; nothing here waits for a GPU to have
+        finished.
+        """
+        return self._features(images.permute(0, 3, 1, 2).float().div(255))
+
+    def _features(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
+        raise NotImplementedError

@@ -1,0 +1,95 @@
+"""Pixels <-> the latent image of a VAE as tokens: a KL VAE (arXiv 2112.10752) or a DC-AE (arXiv 2410.10733)
+of diffusers.
+
+Features are the posterior's mean (KL) or the code itself (DC-AE), as the network gives them: the folder's
+`scaling_factor` and `shift_factor` are not applied, the statistics of the data set normalise each position
+and channel anyway. Token r * columns + c is the latent pixel in row r, column c.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from repfusion.latents.encoder import PixelEncoder
+from repfusion.latents.geometry import LatentGeometry, latent_geometry, vae_config
+from repfusion.latents.tower import weights_digest
+
+
+class VAEEncoder(PixelEncoder):
+    """The encoder's half of a VAE; arguments as of PixelEncoder."""
+
+    def __init__(self, vae: nn.Module, geometry: LatentGeometry, digest: str):
+        super().__init__(geometry, digest)
+        vae.decoder = nn.Identity()
+        self.vae = vae.eval().requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype = torch.float32, image_size: int | None = None
+    ) -> "VAEEncoder":
+        """Raises ValueError where the folder is missing or holds something else, or has no such size."""
+        geometry = latent_geometry(folder, image_size)
+        return cls(load_vae(folder, dtype), geometry, weights_digest(folder))
+
+    def _features(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
+        encoded = self.vae.encode((pixels * 2 - 1).to(self.vae.dtype))
+        latent = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
+        return rearrange(latent.float(), "b d r c -> b (r c) d")
+
+
+class VAEDecoder(nn.Module):
+    """The decoder's half of a VAE.
+
+    Args: vae: changed in place. grid: rows and columns of the tokens; any will do, it is convolutional.
+    """
+
+    def __init__(self, vae: nn.Module, grid: tuple[int, int]):
+        super().__init__()
+        vae.encoder = nn.Identity()
+        self.vae = vae.eval().requires_grad_(False)
+        self.grid = grid
+        self.feature_dim: int = vae.config.latent_channels
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, grid: tuple[int, int] | None = None, dtype: torch.dtype = torch.float32
+    ) -> "VAEDecoder":
+        """None is the grid at the VAE's own size. Raises ValueError where the folder holds something else, or
+        where it names no size and no grid is given.
+        """
+        return cls(load_vae(folder, dtype), grid or latent_geometry(folder).grid)
+
+    def forward(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b 3 h w"]:
+        """Pixels, about [0, 1] and not clamped."""
+        rows, columns = self.grid
+        latent = rearrange(features, "b (r c) d -> b d r c", r=rows, c=columns)
+        return self.vae.decode(latent.to(self.vae.dtype)).sample.float() / 2 + 0.5
+
+
+def load_vae(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Diffusers' own module; strictly, every weight is there and none is left over.
+
+    Raises:
+        ValueError: where the folder lacks a file or its weights do not fit config.json.
+    """
+    import diffusers
+
+    name = vae_config(folder)["_class_name"]
+    try:
+        vae, report = getattr(diffusers, name).from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            low_cpu_mem_usage=False,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"VAE folder {folder}: cannot be loaded: {error}") from error
+    if wrong := {what: keys for what, keys in report.items() if keys}:
+        raise ValueError(f"VAE folder {folder}: weights do not fit config.json: {wrong}")
+    return vae

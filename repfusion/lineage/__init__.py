@@ -1,0 +1,1 @@
+"""What checkpoints, exports and images were made from, and whether this machine still agrees."""

@@ -1,0 +1,127 @@
+"""What checkpoints and images were made from, written into them; `trace.py` follows it back.
+
+A checkpoint and an export hold `lineage.json`; a PNG holds the text chunk `repfusion`.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from repfusion.data.columns import MANIFEST, manifest_digest
+from repfusion.lineage.environment import git_commit, has_local_changes, lock_digest
+from repfusion.weights import WEIGHTS
+
+LINEAGE = "lineage.json"
+CHUNK = "repfusion"
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@cache
+def code_version() -> str | None:
+    """The commit of this code, `-dirty` where tracked files differ from it; None where it lies in no
+    checkout. Asked once a process: ask before the code can change.
+    """
+    commit = git_commit()
+    return f"{commit}-dirty" if commit is not None and has_local_changes() else commit
+
+
+def describe_column(folder: Path) -> dict[str, str | None]:
+    """Where a column lies, which data its manifest names, and the fingerprint of the stage that wrote it."""
+    manifest = folder / MANIFEST
+    fingerprint = json.loads(manifest.read_bytes()).get("fingerprint") if manifest.is_file() else None
+    return {
+        "folder": str(folder.resolve()),
+        "manifest_digest": manifest_digest(folder),
+        "fingerprint": fingerprint,
+    }
+
+
+def describe(
+    *,
+    step: int,
+    datasets: Mapping[str, Mapping[str, Path]],
+    digests: Mapping[str, str],
+    run_id: str | None = None,
+    tracking_uri: str | None = None,
+    init_from: Path | None = None,
+) -> dict[str, Any]:
+    """What a checkpoint's lineage.json holds.
+
+    Args:
+        step: completed steps.
+        datasets: folders of the columns that are read, by data set and column (`Mixture.folders`).
+        digests: sha256 of the frozen weights (`checkpoint.frozen_digests`).
+        run_id, tracking_uri: of the MLflow run; None where nothing is tracked.
+        init_from: the checkpoint that the training started from; None where it started from scratch.
+    """
+    return {
+        "run_id": run_id,
+        "tracking_uri": tracking_uri,
+        "git_commit": code_version(),
+        "lock_digest": lock_digest(),
+        "step": step,
+        "init_from": None if init_from is None else checkpoint_record(init_from),
+        "datasets": {
+            name: {column: describe_column(Path(folder)) for column, folder in columns.items()}
+            for name, columns in datasets.items()
+        },
+        "digests": dict(digests),
+    }
+
+
+def read_lineage(folder: Path) -> dict[str, Any] | None:
+    """lineage.json of a checkpoint or an export; None where it has none."""
+    path = folder / LINEAGE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def folder_record(folder: Path, mark: str) -> dict[str, Any]:
+    """A finished folder's place and name: the sha256 of the file that marks it complete. Shipped weights keep
+    a place that means the same on every machine.
+    """
+    from repfusion.runs.checkpoint import WEIGHTS_MARK, portable  # checkpoint.py may use this module
+
+    path = portable(str(folder.resolve()), str(WEIGHTS.resolve()), WEIGHTS_MARK)
+    return {"path": path, "digest": file_digest(folder / mark)}
+
+
+def checkpoint_record(folder: Path) -> dict[str, Any]:
+    """Path, digest and step of a checkpoint."""
+    from repfusion.runs.checkpoint import COMPLETE
+
+    step = json.loads((folder / COMPLETE).read_text()).get("step")
+    return {**folder_record(folder, COMPLETE), "step": step}
+
+
+def png_info(record: Mapping[str, Any]) -> PngInfo:
+    """For `Image.save(path, pnginfo=...)`: the record as JSON in the chunk `repfusion`."""
+    info = PngInfo()
+    info.add_text(CHUNK, json.dumps(record))
+    return info
+
+
+def read_png(path: Path) -> dict[str, Any]:
+    """The record that `png_info` wrote. ValueError where the file is no image or holds none."""
+    try:
+        with Image.open(path) as image:
+            image.load()  # the chunk may come after the pixels
+            text = image.info.get(CHUNK)
+    except OSError as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from error
+    if not isinstance(text, str):
+        raise ValueError(
+            f"{path}: no text chunk {CHUNK!r}; only PNG files written by repfusion.generate have one, "
+            "and many programs drop it when they save an image anew"
+        )
+    return json.loads(text)

@@ -1,0 +1,1 @@
+"""Language models, with or without eyes: a Hugging Face folder -> tokens, hidden states, reading on."""

@@ -1,0 +1,1 @@
+"""Denoisers, and the text-to-image model that holds everything of one training."""

@@ -1,0 +1,149 @@
+"""A configuration -> a generator of that size whose weights have shapes and no memory (torch's meta
+device).
+
+Where a folder that a configuration names is absent, its geometry comes from `configs/geometry/`: the
+config.json of published models, under the folder's own name.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from repfusion.latents.geometry import is_vae, latent_geometry
+from repfusion.latents.load import Decoder
+from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
+from repfusion.latents.statistics import LatentStatistics
+from repfusion.latents.vae import VAEDecoder
+from repfusion.llm.mllm import MLLM, Projector
+from repfusion.model.text_to_image import Generator, ModelConfig
+from repfusion.runs.checkpoint import continued_model
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+"""Trainings at the published scale, and the geometry of the models that they name."""
+GEOMETRY = CONFIGS / "geometry"
+TRAINING_FIELDS = {"model", "output_dir", "data", "init_from", "engine", "num_steps"}
+"""By which a training is told from a model alone."""
+
+
+class BareTokenizer:
+    """What MLLM asks of a tokenizer, for a model that will never read a prompt."""
+
+    eos_token_id = pad_token_id = None
+    bos_token_id = 1
+
+    def __init__(self, model_max_length: int):
+        self.model_max_length = model_max_length
+
+
+def geometry_folder(folder: Path) -> Path:
+    """The folder itself, or the one of its name in `configs/geometry/`.
+
+    Raises:
+        ValueError: where neither has a config.json.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    if (kept := GEOMETRY / folder.name / "config.json").is_file():
+        return kept.parent
+    known = ", ".join(sorted(path.parent.name for path in GEOMETRY.glob("*/config.json")))
+    raise ValueError(
+        f"{folder}: no config.json there, and no geometry of that name; expected a model's folder, or one "
+        f"named as in {GEOMETRY}: {known}"
+    )
+
+
+def absent_folders(config: ModelConfig) -> list[Path]:
+    """The folders of a config whose geometry comes from `configs/geometry/`."""
+    folders = dict.fromkeys((config.mllm, config.encoder.path, config.decoder))
+    return [folder for folder in folders if geometry_folder(folder) != folder]
+
+
+def meta_generator(
+    config: ModelConfig, text_config: Any, grid: tuple[int, int], latent_dim: int, **projector: Any
+) -> Generator:
+    """A generator of any size without memory: its weights have shapes only.
+
+    Args:
+        config: of the model; its folders are not read.
+        text_config: transformers' config of the language model.
+        grid: rows and columns of latent tokens.
+        latent_dim: channels of a latent token.
+        projector: activation and bias of the MLLM's own, where they are not LLaVA-1.5's.
+    """
+    from transformers import AutoModel
+
+    dtype = getattr(torch, config.mllm_dtype)
+    width = text_config.hidden_size
+    with torch.device("meta"):
+        language_model = AutoModel.from_config(text_config, dtype=dtype)
+        head = (
+            nn.Linear(width, text_config.vocab_size, bias=False, dtype=dtype) if config.captioning else None
+        )
+        if head is not None and text_config.tie_word_embeddings:
+            head.weight = language_model.get_input_embeddings().weight
+        tokenizer = BareTokenizer(text_config.max_position_embeddings)
+        own = Projector(latent_dim, width, **projector)
+        mllm = MLLM(language_model, own, tokenizer, config.mllm, "none", head)
+        return Generator(config, mllm, LatentStatistics.empty(grid[0] * grid[1], latent_dim), grid)
+
+
+def meta_from_config(config: ModelConfig) -> Generator:
+    """From the config.json of the folders that a config names; no weights are read."""
+    from transformers import AutoConfig
+
+    geometry = latent_geometry(geometry_folder(config.encoder.path), config.encoder.image_size)
+    source = AutoConfig.from_pretrained(geometry_folder(config.mllm))
+    projector = {
+        "activation": getattr(source, "projector_hidden_act", "gelu"),
+        "bias": getattr(source, "multimodal_projector_bias", True),
+    }
+    return meta_generator(config, source.get_text_config(), geometry.grid, geometry.feature_dim, **projector)
+
+
+def meta_decoder(config: ModelConfig, grid: tuple[int, int]) -> Decoder | None:
+    """The decoder that a config names, for latents of `grid` tokens; None for a VAE whose weights are not
+    there.
+    """
+    folder = geometry_folder(config.decoder)
+    if is_vae(folder):
+        has_weights = any(folder.glob("*.safetensors"))
+        return VAEDecoder.from_pretrained(folder, grid).to("meta") if has_weights else None
+    saved = RAEDecoderConfig.model_validate_json((folder / "config.json").read_text())
+    with torch.device("meta"):
+        return RAEDecoder(saved).requires_grad_(False)
+
+
+def published() -> tuple[Generator, Decoder]:
+    """RepFusion's scale (`configs/repfusion_7b_1.3b.yaml`): LLaVA-1.5-7B's language model, 24 x 24 tokens of
+    width 1024, a DiT of 1.3B, RAE's ViT-XL decoder; no memory.
+    """
+    config = load_model_config(CONFIGS / "repfusion_7b_1.3b.yaml")
+    generator = meta_from_config(config)
+    decoder = meta_decoder(config, generator.grid)
+    assert decoder is not None
+    return generator, decoder
+
+
+def load_model_config(path: Path) -> ModelConfig:
+    """The `model` of a training's YAML (or of a workflow's `train`), or a YAML of a model alone. As in
+    training, fields that are not given are those of `init_from`, where it is there.
+
+    Raises:
+        ValueError: an unknown or wrong field; a training that names neither a model nor a checkpoint that is
+            there.
+    """
+    fields = yaml.safe_load(path.read_text()) or {}
+    fields = fields.get("train", fields)
+    if not fields.keys() & TRAINING_FIELDS:
+        return ModelConfig.model_validate(fields)
+    given, start = fields.get("model") or {}, fields.get("init_from")
+    if start is None:
+        return ModelConfig.model_validate(given)
+    if (Path(start) / "config.json").is_file():
+        given = continued_model(Path(start), given)
+    elif not given:
+        raise ValueError(f"{path}: init_from {start} is not there, and no model is given; train it first")
+    return ModelConfig.model_validate(given)

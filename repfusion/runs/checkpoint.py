@@ -1,0 +1,316 @@
+"""A generator <-> a folder of safetensors and JSON. A folder without `complete.json` was cut short and is
+never read.
+
+step_00000500/  config.json  model.safetensors  ema.safetensors  statistics.safetensors  resume/
+complete.json
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from repfusion.latents.geometry import latent_geometry
+from repfusion.latents.statistics import LatentStatistics
+from repfusion.latents.tower import weights_digest
+from repfusion.model.text_to_image import Generator, ModelConfig
+from repfusion.weights import WEIGHTS
+
+log = logging.getLogger(__name__)
+SCHEMA = 1
+COMPLETE = "complete.json"
+PIN_SEC = 24 * 3600.0
+STEP_FOLDER = re.compile(r"step_(\d+)")
+# Stands for the folder of shipped weights in a saved config, so that a checkpoint can move to another
+# machine.
+WEIGHTS_MARK = "{weights}"
+
+
+def checkpoint_folder(root: Path, step: int) -> Path:
+    return root / f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    match = STEP_FOLDER.fullmatch(folder.name)
+    if match is None:
+        raise ValueError(f"{folder}: not a checkpoint folder (expected a name like step_00000500)")
+    return int(match[1])
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """Checkpoints under `root` that were written to the end, by step."""
+    folders = [
+        path
+        for path in root.glob("step_*")
+        if STEP_FOLDER.fullmatch(path.name) and (path / COMPLETE).exists()
+    ]
+    return sorted(folders, key=step_of)
+
+
+def latest_checkpoint(root: Path, resumable: bool = False) -> Path | None:
+    """The one of the highest step, or None; with `resumable`, the last that still holds its optimizer
+    state.
+    """
+    folders = [
+        path
+        for path in complete_checkpoints(root)
+        if not resumable or (path / "resume" / "loop.json").exists()
+    ]
+    return folders[-1] if folders else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic: the file is the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def portable(config: Any, old: str = str(WEIGHTS), new: str = WEIGHTS_MARK) -> Any:
+    """The dumped config with the folder of shipped weights replaced by a mark (or back)."""
+    match config:
+        case dict():
+            return {key: portable(value, old, new) for key, value in config.items()}
+        case str() if config == old or config.startswith(f"{old}/"):
+            return new + config[len(old) :]
+        case _:
+            return config
+
+
+def frozen_digests(generator: Generator) -> dict[str, str]:
+    """sha256 of the frozen weights that a checkpoint relies on and does not hold."""
+    return {
+        "encoder": weights_digest(generator.config.encoder.path),
+        "mllm": generator.conditioner.mllm.digest,
+    }
+
+
+def working_folder(folder: Path) -> Path:
+    """Where a checkpoint is written before it has its name."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def begin_checkpoint(folder: Path) -> Path:
+    """An empty working folder beside `folder`, which takes its name in `finish_checkpoint`."""
+    working = working_folder(folder)
+    shutil.rmtree(working, ignore_errors=True)
+    working.mkdir(parents=True)
+    return working
+
+
+def finish_checkpoint(working: Path, folder: Path, info: Mapping[str, Any]) -> None:
+    """Writes `complete.json` with the size of every file, then gives the folder its name."""
+    files = {path.name: path.stat().st_size for path in sorted(working.iterdir()) if path.is_file()}
+    write_json(working / COMPLETE, {"schema": SCHEMA, **info, "files": files})
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(working, folder)
+
+
+def write_model(
+    folder: Path,
+    generator: Generator,
+    weights: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor],
+    digests: Mapping[str, str],
+) -> None:
+    """Weights, averaged weights, statistics and config; all that generating needs."""
+    config = portable(generator.config.model_dump(mode="json"))
+    write_json(folder / "config.json", {"schema": SCHEMA, "model": config, "digests": dict(digests)})
+    for name, tensors in (("model", weights), ("ema", ema)):
+        values = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        save_file(values, str(folder / f"{name}.safetensors"))
+    generator.statistics.save(folder / "statistics.safetensors")
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)  # safetensors lets nobody else read what it writes
+
+
+def save_checkpoint(folder: Path, generator: Generator, ema: Mapping[str, Tensor], **info: Any) -> None:
+    """A checkpoint to generate or start from, without the state that resuming needs. `info` goes to
+    `complete.json`.
+    """
+    working = begin_checkpoint(folder)
+    write_model(working, generator, generator.trainable_state(), ema, frozen_digests(generator))
+    finish_checkpoint(working, folder, info)
+
+
+def check_complete(folder: Path) -> dict[str, Any]:
+    """What `complete.json` says. ValueError where the checkpoint is missing, was cut short, or lost a
+    file since.
+    """
+    if not (folder / COMPLETE).exists():
+        what = "has no complete.json: it was cut short" if folder.is_dir() else "does not exist"
+        raise ValueError(f"checkpoint {folder} {what}; choose another checkpoint")
+    info = json.loads((folder / COMPLETE).read_text())
+    if info["schema"] != SCHEMA:
+        raise ValueError(f"checkpoint {folder} has schema {info['schema']}, this code reads {SCHEMA}")
+    for name, num_bytes in info["files"].items():
+        path = folder / name
+        got = path.stat().st_size if path.exists() else None
+        if got != num_bytes:
+            found = "missing" if got is None else f"{got} bytes long (truncated?)"
+            raise ValueError(
+                f"checkpoint {folder}: {name} is {found}, expected {num_bytes} bytes; copy it again"
+            )
+    return info
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, dict[str, str]]:
+    """The model config and the digests of the frozen weights it was trained with."""
+    saved = json.loads((folder / "config.json").read_text())
+    return ModelConfig.model_validate(portable(saved["model"], WEIGHTS_MARK, str(WEIGHTS))), saved["digests"]
+
+
+def continued_model(folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a model that goes on from a checkpoint: the given ones, else the checkpoint's. Another method
+    of conditioning replaces the checkpoint's whole.
+    """
+    saved, given = read_config(folder)[0].model_dump(mode="json"), dict(given)
+    wanted = given.get("conditioning")
+    method = wanted.get("method") if isinstance(wanted, Mapping) else wanted
+    if method not in (None, saved["conditioning"]["method"]):
+        del saved["conditioning"]
+    elif isinstance(wanted, str):
+        del given["conditioning"]
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(saved, given)))
+
+
+def read_weights(folder: Path, use_ema: bool) -> dict[str, Tensor]:
+    path = folder / ("ema.safetensors" if use_ema else "model.safetensors")
+    try:
+        return load_file(str(path))
+    except SafetensorError as error:
+        raise ValueError(
+            f"checkpoint {folder}: {path.name} is not readable ({error}); copy it again"
+        ) from error
+
+
+def differences(got: Any, expected: Any, prefix: str = "") -> list[str]:
+    if isinstance(got, dict) and isinstance(expected, dict):
+        fields = [*got, *(field for field in expected if field not in got)]
+        return [
+            line
+            for f in fields
+            for line in differences(got.get(f), expected.get(f), f"{prefix}.{f}" if prefix else f)
+        ]
+    return [] if got == expected else [f"{prefix} {got!r}, expected {expected!r}"]
+
+
+def load_weights(generator: Generator, folder: Path, use_ema: bool = True) -> None:
+    """Weights of a checkpoint into a generator that was built already.
+
+    Raises:
+        ValueError: of another geometry, naming the first tensors, and the config fields in which the two
+            models differ.
+    """
+    check_complete(folder)
+    try:
+        generator.load_trainable_state(read_weights(folder, use_ema))
+    except ValueError as error:
+        saved, _ = read_config(folder)
+        fields = differences(saved.model_dump(mode="json"), generator.config.model_dump(mode="json"))
+        hint = f"; config fields that differ: {'; '.join(fields)}" if fields else ""
+        raise ValueError(f"checkpoint {folder} does not fit the model: {error}{hint}") from error
+
+
+def load_checkpoint(folder: str | Path, use_ema: bool = True) -> Generator:
+    """The generator of a checkpoint, on the CPU, in eval mode.
+
+    Raises:
+        ValueError: an incomplete checkpoint, or frozen weights on this machine that are not those it was
+            trained with.
+    """
+    folder = Path(folder)
+    check_complete(folder)
+    config, digests = read_config(folder)
+    generator = Generator.build(config, LatentStatistics.load(folder / "statistics.safetensors"))
+    check_digests(folder, digests, frozen_digests(generator))
+    load_weights(generator, folder, use_ema)
+    return generator.eval()
+
+
+def check_digests(folder: Path, saved: Mapping[str, str], present: Mapping[str, str]) -> None:
+    for part, digest in saved.items():
+        if present[part] != digest:
+            raise ValueError(
+                f"checkpoint {folder} was trained with {part} weights {digest[:12]}, "
+                f"the folder its config names holds {present[part][:12]}; put the right {part} there"
+            )
+
+
+def check_continues(generator: Generator, folder: Path) -> None:
+    """A run that continues from a checkpoint must keep its encoder and noise levels, which no tensor's
+    shape tells apart.
+
+    Another MLLM of the same geometry is a legitimate experiment: that is only said.
+    """
+    saved, digests = read_config(folder)
+    present = frozen_digests(generator)
+    check_digests(folder, {"encoder": digests["encoder"]}, present)
+    if digests["mllm"] != present["mllm"]:
+        log.warning("continuing from %s with another MLLM than it was trained with", folder)
+    before, now = (_encoder_view(one, generator) for one in (saved, generator.config))
+    if before != now:
+        raise ValueError(
+            f"checkpoint {folder} was trained on the encoder's (layer, image_size) {before}, "
+            f"the run has {now}; "
+            "leave model out of the config to take the checkpoint's"
+        )
+    if saved.flow != generator.config.flow:
+        raise ValueError(
+            f"checkpoint {folder} was trained with model.flow {saved.flow}, "
+            f"the run has {generator.config.flow}; "
+            "leave model out of the config to take the checkpoint's"
+        )
+
+
+def _encoder_view(config: ModelConfig, generator: Generator) -> tuple[int, int]:
+    """Layer and image size by which the features are taken; the weights are known to be the generator's."""
+    encoder = config.encoder
+    return encoder.layer, latent_geometry(generator.config.encoder.path, encoder.image_size).image_size
+
+
+def is_pinned(folder: Path) -> bool:
+    """Whether somebody still needs the checkpoint: it holds a file pins/NAME that is younger than a day, or
+    pins/best.
+    """
+    pins = list((folder / "pins").glob("*"))
+    oldest = time.time() - PIN_SEC
+    return any(pin.name == "best" or pin.stat().st_mtime > oldest for pin in pins if pin.exists())
+
+
+def prune(
+    root: Path, keep_resume: int, keep_last: int | None = None, keep_every_steps: int | None = None
+) -> list[int]:
+    """Drops the optimizer state of all but the last `keep_resume` checkpoints: it is twice the size of the
+    weights. Removes whole checkpoints but the last `keep_last`, those at multiples of `keep_every_steps`, the
+    base (step 0), and pinned ones; returns their steps.
+    """
+    found, removed = complete_checkpoints(root), []
+    if keep_last is not None:
+        for folder in found[:-keep_last]:
+            step = step_of(folder)
+            is_milestone = step == 0 or (keep_every_steps is not None and step % keep_every_steps == 0)
+            if not is_milestone and not is_pinned(folder):
+                # Out of sight first: half a checkpoint is none.
+                doomed = working_folder(folder)
+                shutil.rmtree(doomed, ignore_errors=True)
+                os.replace(folder, doomed)
+                shutil.rmtree(doomed)
+                removed.append(step)
+    resumable = [path for path in complete_checkpoints(root) if (path / "resume").exists()]
+    for folder in resumable[: max(0, len(resumable) - keep_resume)]:
+        doomed = working_folder(folder / "resume")
+        os.replace(folder / "resume", doomed)
+        shutil.rmtree(doomed)
+    return removed

@@ -1,0 +1,1 @@
+"""What a training loop stands on: DeepSpeed, averaged weights, exact resume, meters, ranks."""

@@ -1,0 +1,388 @@
+"""DeepSpeed around a module: micro-batch losses -> one optimizer update. The only file that imports
+deepspeed.
+
+Master weights are float32 throughout; "bf16" is autocast around the forward pass. DeepSpeed's own bf16 mode
+would cast the weights and keep masters beside them. What resuming needs is read and written by `partition`,
+in place of DeepSpeed's checkpoints: those are pickles, hold the weights again, and want a conversion before
+another number of ranks can read them.
+"""
+
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, model_validator
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from repfusion.training.distributed import init_process_group, num_cores, prepare_environment
+from repfusion.training.partition import Partition
+
+
+class EngineConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What ZeRO shards over ranks: 0 nothing, 1 optimizer state and averaged weights, 2 gradients too, 3 the
+    trained weights too. On a single rank there is nothing to share out and 1 and 2 run as 0.
+    """
+    frozen: Literal["replicated", "sharded"] = "replicated"
+    """Where the frozen MLLM lies under stage 3: whole on every rank, or shared out like the trained weights
+    and gathered layer by layer in every pass.
+    """
+    offload_optimizer: bool = False
+    """Keep optimizer state and master weights in the host's memory and update them there. Needs stage 1 to 3.
+    """
+    activation_checkpointing: bool = False
+    """Compute the activations of each block of the DiT and of the MLLM again in the backward pass instead of
+    keeping them: about a third more work for a fraction of the memory.
+    """
+    compile: bool = False
+    """torch.compile the blocks of the DiT and the layers of the MLLM. Not with stage 3."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    weight_decay: float = 0.1
+    """Applied to matrices; vectors (biases, norms) are left alone."""
+    warmup_steps: int = 100
+    """Linear warm-up from 0."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """After the warm-up: a cosine to min_lr_ratio * lr at the last step, constant, or
+    warm-up-stable-decay: constant with a linear end.
+
+    The latter does not depend on num_steps before its end, so a run may be prolonged or cut short from any
+    checkpoint.
+    """
+    decay_steps: int = 0
+    """Length of the linear end of wsd, from lr to min_lr_ratio * lr."""
+    min_lr_ratio: float = 0.1
+    """Final over peak learning rate of cosine and wsd."""
+    grad_clip: float | None = 1.0
+    """Largest norm of the gradient; None leaves it."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Of the forward and backward pass. Weights, optimizer and EMA are float32 in both."""
+    micro_batch_size: int = 32
+    """Samples per forward pass on one rank; gradient accumulation makes up the rest of the global batch."""
+    attention: Literal["auto", "math", "torch"] = "auto"
+    """SDPA backend. auto: math on CPU (1.5x there: the flash backward is slow on short sequences),
+    torch's choice on GPU.
+    """
+    num_threads: int | None = None
+    """Threads per worker on CPU; None divides the cores among the local workers."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "EngineConfig":
+        if self.frozen == "sharded" and self.zero_stage != 3:
+            raise ValueError(f"frozen: sharded needs zero_stage 3, it is {self.zero_stage}")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3; it is 0")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "compile cannot be combined with zero_stage 3, which gathers weights between modules; use 2"
+            )
+        return self
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is not finite. Raised before the update, so the weights are those of the last
+    good step.
+    """
+
+
+@dataclass(frozen=True)
+class StepStats:
+    loss: float
+    """Mean over the global batch, without the auxiliary one."""
+    auxiliary_loss: float
+    """Mean over the global batch; 0 where there is none."""
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    stop: bool
+    """Whether any rank was asked to stop."""
+
+
+def grad_accum_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Micro-batches per step on each rank. ValueError where the sizes do not divide."""
+    per_pass = micro_batch_size * world_size
+    if global_batch_size % per_pass:
+        raise ValueError(
+            f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} "
+            f"x {world_size} ranks = {per_pass}; change global_batch_size or engine.micro_batch_size"
+        )
+    return global_batch_size // per_pass
+
+
+def learning_rate(config: EngineConfig, step: int, num_steps: int) -> float:
+    """Learning rate of the update that follows `step` completed ones. A function of the step alone:
+    nothing to save.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "wsd":
+        left = min(1.0, (num_steps - step) / max(1, config.decay_steps))
+        return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
+    progress = min(1.0, (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps))
+    return config.lr * (
+        config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    )
+
+
+def deepspeed_config(
+    config: EngineConfig, stage: int, global_batch_size: int, world_size: int, num_trainable: int
+) -> dict[str, Any]:
+    """The JSON that DeepSpeed wants, for the ZeRO stage that is run."""
+    # Buckets are allocated whole and several times over: DeepSpeed's default of 5e8 elements takes 2 GB each
+    # however small the model is. It wants them even.
+    bucket = min(num_trainable + num_trainable % 2, 100_000_000)
+    offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_batch_size": global_batch_size,
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": grad_accum_steps(
+            global_batch_size, config.micro_batch_size, world_size
+        ),
+        # Without ZeRO the engine clips, by the norm that it needs anyhow.
+        "gradient_clipping": config.grad_clip or 0.0 if stage else 0.0,
+        "steps_per_print": None,
+        # It would synchronise with the GPU at every pass and step.
+        "timers": {"throughput": {"enabled": False}},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "overlap_comm": torch.cuda.is_available(),
+            **({"offload_optimizer": offload} if config.offload_optimizer else {}),
+        },
+    }
+
+
+def stage_to_run(config: EngineConfig, world_size: int) -> int:
+    """ZeRO's stage: on one rank 1 and 2 would copy every gradient into buckets for nobody."""
+    is_idle = world_size == 1 and config.zero_stage in (1, 2) and not config.offload_optimizer
+    return 0 if is_idle else config.zero_stage
+
+
+@contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """DeepSpeed prints while it builds and loads its operator."""
+    stdout = sys.stdout
+    with open(os.devnull, "w") as sys.stdout:
+        try:
+            yield
+        finally:
+            sys.stdout = stdout
+
+
+class Forward(nn.Module):
+    """The module as DeepSpeed calls it. Autocast is entered in here, since DeepSpeed's engine turns off
+    any entered outside.
+    """
+
+    def __init__(self, module: nn.Module, precision: str, device: torch.device):
+        super().__init__()
+        self.module = module
+        self.precision, self.device_type = precision, device.type
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.module(*args, **kwargs)
+
+
+def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def take_out(module: nn.Module, parts: Sequence[nn.Module]) -> None:
+    """Makes `parts` plain attributes of their parents: nothing that walks through the modules of `module`, as
+    DeepSpeed does at every pass, meets them.
+    """
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if any(child is part for part in parts):
+                del parent._modules[name]
+                parent.__dict__[name] = child
+
+
+class Engine:
+    """A module under DeepSpeed: `accumulate` micro-batches, then `update`.
+
+    The module returns one loss per sample, or two: the second is an auxiliary one. The step's loss is their
+    mean over the global batch, so N micro-batches equal one batch; the auxiliary one's is added to what is
+    minimised and reported apart.
+
+    Args:
+        module: trains its parameters that require gradients, from the values they have now; the others stay
+            as they are (stored as bfloat16 on a GPU).
+        num_steps: length of the run, for the learning-rate schedule.
+        frozen: parts without trained parameters. Unless `config.frozen` is sharded they are taken out of the
+            module: DeepSpeed leaves them alone.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: EngineConfig,
+        global_batch_size: int,
+        num_steps: int,
+        frozen: Sequence[nn.Module] = (),
+    ):
+        prepare_environment()
+        init_process_group()
+        self.config, self.num_steps = config, num_steps
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        local_rank = int(os.environ["LOCAL_RANK"])
+        self.device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        else:
+            workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            torch.set_num_threads(config.num_threads or max(1, num_cores() // workers))
+        self.grad_accum_steps = grad_accum_steps(global_batch_size, config.micro_batch_size, self.world_size)
+        self.module = module
+        self.parameters = trainable_parameters(module)
+        if not self.parameters:
+            raise ValueError("the module has no parameter that requires a gradient")
+        if self.device.type == "cuda" and config.precision == "bf16":
+            for parameter in module.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+        self.math_attention = config.attention == "math" or (
+            config.attention == "auto" and self.device.type == "cpu"
+        )
+        self.stage = stage_to_run(config, self.world_size)
+        forward = Forward(module, config.precision, self.device)
+        replicated = [] if config.frozen == "sharded" else frozen
+        for part in replicated:
+            part.to(self.device)
+        take_out(forward, replicated)
+        self.deepspeed = self._initialize(forward, global_batch_size)
+        # One rank has nobody to average with.
+        self.deepspeed.enable_backward_allreduce = self.stage > 0 or self.world_size > 1
+        self.partition = Partition(self.parameters, self.deepspeed.optimizer, self.stage)
+        self.losses: list[Tensor] = []
+        self.auxiliary: list[Tensor] = []
+        self.keys: list[str] = []
+
+    def _initialize(self, forward: Forward, global_batch_size: int) -> Any:
+        with quiet_stdout(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import deepspeed
+            import deepspeed.ops
+
+            # On CPU, DeepSpeed would compile a shared-memory operator on first use: a minute,
+            # and a C++ compiler needed.
+            # Only its inference all-reduce calls it; training goes through gloo.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            parameters = self.parameters.values()
+            groups = [
+                {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.config.weight_decay},
+                {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            ]
+            optimizer = torch.optim.AdamW(
+                [group for group in groups if group["params"]],
+                lr=self.config.lr,
+                betas=self.config.betas,
+                fused=True,
+            )
+            num_trainable = sum(p.numel() for p in parameters)
+            settings = deepspeed_config(
+                self.config, self.stage, global_batch_size, self.world_size, num_trainable
+            )
+            return deepspeed.initialize(model=forward, optimizer=optimizer, config=settings)[0]
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """The trained weights on rank 0, there on the CPU; None elsewhere. Called by all ranks."""
+        if self.stage == 3:
+            return self.partition.gather(self.partition.masters)
+        return None if self.rank else {name: p.detach().cpu() for name, p in self.parameters.items()}
+
+    def accumulate(self, keys: list[str], **inputs: Any) -> Float[Tensor, " b"]:
+        """Forward and backward of one micro-batch; returns its loss per sample, without the auxiliary one.
+        `keys` name the samples should one go wrong.
+        """
+        # around the backward pass too: activations that are computed again must be the same
+        with sdpa_kernel(SDPBackend.MATH) if self.math_attention else nullcontext():
+            output = self.deepspeed(**inputs)
+            losses, auxiliary = output if isinstance(output, tuple) else (output, None)
+            losses = losses.float()
+            objective = losses.mean()
+            if auxiliary is not None:
+                objective = objective + auxiliary.float().mean()
+                self.auxiliary.append(auxiliary.detach().float())
+            self.deepspeed.backward(objective)
+        self.losses.append(losses.detach())
+        self.keys.extend(keys)
+        if len(self.losses) < self.grad_accum_steps:
+            self.deepspeed.step()  # counts the micro-batch; the update comes with the last one
+        return losses.detach()
+
+    def update(self, step: int, stop: bool = False) -> StepStats:
+        """Clip and apply the gradient of the accumulated micro-batches. `stop` tells all ranks that this one
+        was asked to stop; the update is made all the same.
+
+        Raises:
+            NonFiniteError: on every rank, before the weights change, with the step and the keys of the batch.
+        """
+        assert len(self.losses) == self.grad_accum_steps
+        losses = torch.cat(self.losses)
+        auxiliary = torch.cat(self.auxiliary) if self.auxiliary else torch.zeros_like(losses)
+        keys, self.losses, self.auxiliary, self.keys = self.keys, [], [], []
+        # Every rank must take the same branch, or the others would wait for it in the next collective.
+        totals = torch.stack([losses.mean(), auxiliary.mean(), losses.new_tensor(float(stop))])
+        if self.world_size > 1:
+            dist.all_reduce(totals)
+        total, total_auxiliary, num_stops = totals.tolist()
+        loss, auxiliary_loss = total / self.world_size, total_auxiliary / self.world_size
+        if not math.isfinite(loss + auxiliary_loss):
+            is_bad = ~(losses + auxiliary).isfinite()
+            self._stop("loss", step, [k for k, bad in zip(keys, is_bad, strict=True) if bad])
+        lr = learning_rate(self.config, step, self.num_steps)
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        if self.stage == 0:
+            norm = self._clip(step, keys)
+            self.deepspeed.step()
+        else:
+            # ZeRO checks the norm first, on all ranks alike, and skips the update where it is not finite.
+            self.deepspeed.step()
+            if self.deepspeed.optimizer.overflow:
+                self._stop("gradient", step, keys)
+            norm = float(self.deepspeed.get_global_grad_norm())
+        return StepStats(loss, auxiliary_loss, norm, lr, num_stops > 0)
+
+    def _clip(self, step: int, keys: list[str]) -> float:
+        """Without ZeRO, DeepSpeed would take the norm again, and apply a gradient that is not finite."""
+        parameters = [p for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not math.isfinite(value := float(norm)):
+            self._stop("gradient", step, keys)
+        if self.config.grad_clip is not None and value > self.config.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
+        return value
+
+    def _stop(self, what: str, step: int, keys: list[str]) -> None:
+        gathered: list[list[str]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(gathered, keys)
+        names = [key for part in gathered for key in part]
+        shown = ", ".join(names[:16]) + (f" and {len(names) - 16} more" if len(names) > 16 else "")
+        raise NonFiniteError(
+            f"step {step}: the {what} is not finite; the weights are unchanged. Samples: {shown}. Look at "
+            "these samples, or lower engine.lr or engine.grad_clip, and resume from the last checkpoint"
+        )
+
+
+# DeepSpeed 0.19.8 calls names that torch 2.13 deprecates; nothing here can change that.
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)

@@ -1,0 +1,124 @@
+"""The state of a training <-> a checkpoint that it resumes from, exactly, on any number of ranks.
+
+step_00000500/resume/  loop.json  optimizer_RANK_of_RANKS.safetensors  rng_RANK_of_RANKS.safetensors
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from repfusion.model.text_to_image import Generator
+from repfusion.runs.checkpoint import (
+    begin_checkpoint,
+    checkpoint_folder,
+    finish_checkpoint,
+    latest_checkpoint,
+    working_folder,
+    write_json,
+    write_model,
+)
+from repfusion.training.distributed import failures
+from repfusion.training.ema import EMA
+from repfusion.training.engine import Engine
+from repfusion.training.rng import load_rng, rng_path, save_rng, seed_rng
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written. Nothing of it remains; the ones before are as they were."""
+
+
+def snapshot(
+    root: Path,
+    step: int,
+    generator: Generator,
+    ema: EMA,
+    engine: Engine,
+    digests: Mapping[str, str],
+    state: Mapping[str, Any],
+    lineage: Mapping[str, Any],
+) -> Path:
+    """Writes the checkpoint of `step` completed steps; called by all ranks.
+
+    Raises:
+        CheckpointError: on every rank, where one of them could not write.
+    """
+    folder, working = checkpoint_folder(root, step), working_folder(checkpoint_folder(root, step))
+    weights, averages = engine.weights(), engine.partition.gather(ema.averages)
+    position = step * state["global_batch_size"]
+
+    def begin() -> None:
+        if engine.rank == 0:
+            begin_checkpoint(folder)
+            (working / "resume").mkdir()
+
+    def write() -> None:
+        engine.partition.save(working / "resume")
+        save_rng(rng_path(working / "resume", engine.rank, engine.world_size))
+        if weights is not None and averages is not None:
+            write_model(working, generator, weights, averages, digests)
+            write_json(working / "lineage.json", {**lineage, "step": step})
+            write_json(working / "resume" / "loop.json", {"step": step, "position": position, **state})
+
+    def finish() -> None:
+        if engine.rank == 0:
+            finish_checkpoint(working, folder, {"step": step, "position": position})
+
+    for act in (begin, write, finish):
+        error = None
+        try:
+            act()
+        except (OSError, SafetensorError) as caught:
+            error = caught
+        if found := failures(error):
+            if engine.rank == 0:
+                shutil.rmtree(working, ignore_errors=True)
+            raise CheckpointError(_explain(root, step, found))
+    return folder
+
+
+def _explain(root: Path, step: int, found: Mapping[int, str]) -> str:
+    rank, text = min(found.items())
+    last = latest_checkpoint(root, resumable=True)
+    kept = "there is none before it" if last is None else f"the last good one is {last.name}"
+    return (
+        f"{root}: the checkpoint of step {step} could not be written: rank {rank}: {text}; {kept}. Free "
+        "space, or see that every rank has this folder, and run again"
+    )
+
+
+def check_resumes(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """What loop.json says. ValueError where this rank does not see it, or the run differs in what decides its
+    samples.
+    """
+    path = folder / "resume" / "loop.json"
+    if not path.is_file():
+        raise ValueError(
+            f"cannot resume: {path} is not here; output_dir has to be a folder that all ranks see"
+        )
+    state = json.loads(path.read_text())
+    for field, value in expected.items():
+        if field in state and state[field] != value:
+            raise ValueError(
+                f"cannot resume from {folder}: {field} was {state[field]!r}, is {value!r}; restore it, "
+                f"or start a new output_dir with init_from={folder}"
+            )
+    return state
+
+
+def resume(folder: Path, state: Mapping[str, Any], engine: Engine, ema: EMA) -> int:
+    """Optimizer, averages and random generators of a checkpoint whose weights the module holds already;
+    returns the number of completed steps. Called by all ranks.
+    """
+    step = state["step"]
+    engine.partition.load(folder / "resume", step)
+    engine.partition.read(folder / "ema.safetensors", ema.averages)
+    path = rng_path(folder / "resume", engine.rank, engine.world_size)
+    if path.exists():
+        load_rng(path)
+    else:
+        seed_rng(state["seed"], step, engine.rank)
+    return step

@@ -1,0 +1,218 @@
+"""The page of a workflow holds its numbers and pictures, and needs nothing outside itself."""
+
+import json
+import math
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.reporting.charts import Line, chart, log_ticks, ticks
+from pipelines.reporting.report import read_workflow, write_report
+from pipelines.shards.manifest import Manifest, ShardTable, write_output
+from pipelines.shards.storage import Folder
+from pipelines.shards.store import Sidecar
+from repfusion.data.columns import manifest_digest
+from repfusion.evaluation import Evaluation, EvaluationConfig, gallery, score_images
+from repfusion.evaluation.checkpoints import ScoredPrompt
+from repfusion.scenes.captions import draw_prompts
+from repfusion.tracking import Tracker, TrackingConfig
+
+
+def write_stage(
+    root: Path, stage: str, upstream: dict[str, str], samples: int, drops: dict[str, int]
+) -> None:
+    shard = Sidecar(
+        name="00000",
+        file="00000.tar",
+        fingerprint="f" * 64,
+        inputs={},
+        samples=samples,
+        bytes=123_456,
+        sha256="a" * 64,
+        drops=drops,
+        files={},
+        seconds=1.5,
+        versions={},
+    )
+    shards = ShardTable.of([shard])
+    manifest = Manifest(
+        stage=stage,
+        fingerprint=stage * 8,
+        fields={f"{stage}.<odd> & name": 3},
+        upstream=upstream,
+        lineage={},
+        num_shards=1,
+        samples=samples,
+        bytes=shards.bytes,
+        shards_digest=shards.digest,
+        drops=drops,
+        seconds=61.5,
+        shard_seconds=1.5,
+        files={},
+        extra={},
+    )
+    write_output(Folder.at(root / stage), manifest, shards)
+
+
+def write_evaluation(folder, step: int, num_right: int) -> None:
+    prompts = draw_prompts(12)
+    pixels = np.full((12, 3, 32, 32), 0.1, np.float32)
+    scores = score_images(pixels, prompts).scores.model_copy(update={"overall": num_right / 12})
+    folder.mkdir(parents=True)
+    gallery(pixels, [p.text for p in prompts], [i < num_right for i in range(12)]).save(
+        folder / "gallery.png"
+    )
+    evaluation = Evaluation(
+        checkpoint="c",
+        step=step,
+        config=EvaluationConfig(),
+        scores=scores,
+        seconds=1,
+        samples=[ScoredPrompt(prompt="p", task="colours", is_new=False, correct=False, reason="no")],
+    )
+    (folder / "scores.json").write_text(evaluation.model_dump_json())
+
+
+@pytest.fixture(scope="module")
+def workflow(tmp_path_factory):
+    """A finished workflow with a tracked training, two evaluations and a stage that is not complete."""
+    tmp_path = tmp_path_factory.mktemp("workflow")
+    write_stage(tmp_path, "latents", {"curate": "x"}, 3_955, {})
+    write_stage(tmp_path, "ingest", {}, 4_000, {"http_404": 7})
+    write_stage(tmp_path, "curate", {"ingest": "x"}, 3_960, {"caption <empty>": 3, "undecodable": 37})
+    (tmp_path / "features").mkdir()
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    tracker = Tracker(TrackingConfig(uri=uri))
+    for step in (10, 20, 30):
+        tracker.log_metrics({"train/loss": 1 / step}, step)
+    tracker.finish()
+    checkpoint = tmp_path / "train" / "checkpoints" / "step_00000030"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "complete.json").write_text("{}")
+    (checkpoint / "config.json").write_text(json.dumps({"digests": {"encoder": "e" * 64, "mllm": "d" * 64}}))
+    (tmp_path / "train" / "config.json").write_text(json.dumps({"init_from": "weights/base"}))
+    (tmp_path / "train" / "train.json").write_text(
+        json.dumps(
+            {
+                "steps": 30,
+                "samples_per_sec": 55.5,
+                "final_loss": 0.0432,
+                "train_sec": 130.0,
+                "world_size": 2,
+                "tracking_uri": uri,
+                "run_id": tracker.run_id,
+                "checkpoint": str(checkpoint),
+            }
+        )
+    )
+    write_evaluation(tmp_path / "evaluate" / "step_00000000", 0, 3)
+    write_evaluation(tmp_path / "evaluate" / "step_00000030", 30, 9)
+    return tmp_path
+
+
+def test_holds_stages_drops_curve_scores_pictures_and_lineage(workflow):
+    path = write_report(workflow)
+    page = path.read_text()
+    assert path == workflow / "report.html"
+    assert page.index("<b>ingest</b>") < page.index("<b>curate</b>") < page.index("<b>latents</b>")
+    for text in (
+        "3,960",
+        "http_404 7",
+        "caption &lt;empty&gt; 3, undecodable 37",
+        "2 min 10 s",
+        "0.0432",
+        "eeeeeeeeeeee</code>",
+        "weights/base",
+    ):
+        assert text in page
+    assert page.count("<img") == 2
+    assert re.search(r'<details open=""><summary>step 30</summary>', page)
+    assert page.count("<svg") == 2 + 6  # loss, scores, one per task
+    assert "--share:0.750" in page and "--share:0.250" in page
+
+
+def test_is_self_contained_and_well_formed(workflow):
+    page = write_report(workflow).read_text()
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    assert "<script" not in page and "url(" not in page and "@import" not in page
+    body = page[page.index("<body>") : page.index("</body>") + 7]
+    body = re.sub(r"(<img[^>]*)>", r"\1/>", body)
+    for entity, text in {"&rarr;": "-", "&ndash;": "-"}.items():
+        body = body.replace(entity, text)
+    ET.fromstring(body)
+
+
+def test_the_last_gallery_becomes_the_workflows(workflow):
+    write_report(workflow)
+    last = workflow / "evaluate" / "step_00000030" / "gallery.png"
+    assert (workflow / "gallery.png").read_bytes() == last.read_bytes()
+    assert Image.open(workflow / "gallery.png").mode == "RGB"
+
+
+def test_the_curve_comes_from_the_tracked_run(workflow):
+    assert read_workflow(workflow).losses == [(10, 0.1), (20, 0.05), (30, pytest.approx(1 / 30))]
+
+
+def test_names_the_data_as_the_tracked_run_does(workflow):
+    page = write_report(workflow).read_text()
+    for stage in ("ingest", "curate", "latents"):
+        assert f'title="{manifest_digest(workflow / stage)}"' in page
+
+
+def test_data_alone_is_a_report_too(tmp_path):
+    write_stage(tmp_path, "ingest", {}, 10, {})
+    page = write_report(tmp_path).read_text()
+    assert "<b>ingest</b>" in page
+    assert "<h2>Scores" not in page and "<h2>Training" not in page
+    assert not (tmp_path / "gallery.png").exists()
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no complete stage"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0, 600, [0, 200, 400, 600]),
+        (0.031, 0.038, [0.032, 0.034, 0.036, 0.038]),
+    ],
+)
+def test_ticks_are_round(low, high, expected):
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_logarithmic_ticks_are_one_two_and_five_of_each_power():
+    assert log_ticks(0.1, 20) == pytest.approx([0.1, 0.2, 0.5, 1, 2, 5, 10, 20])
+    assert log_ticks(3, 4) == []
+
+
+def test_a_logarithmic_axis_gives_each_power_the_same_room():
+    svg = chart([Line("", [(0.1, 0.0), (1.0, 1.0), (10.0, 2.0)], "black")], 300, 120, x_log=True)
+    first, middle, last = (float(dot.get("cx", "")) for dot in ET.fromstring(svg).iter("circle"))
+    assert middle - first == pytest.approx(last - middle, abs=0.11)
+
+
+def test_a_legend_that_is_too_long_goes_on_in_a_row_of_its_own_above_the_curves():
+    names = [f"a rather long name {i}" for i in range(6)]
+    drawn = ET.fromstring(chart([Line(n, [(0.0, 0.0), (1.0, 1.0)], "black") for n in names], 500, 200))
+    texts = {text.text: text for text in drawn.iter("text")}
+    assert all(float(texts[n].get("x", "")) + 7 * len(n) <= 500 for n in names)
+    rows = {float(texts[n].get("y", "")) for n in names}
+    assert len(rows) > 1
+    assert all(float(dot.get("cy", "")) > max(rows) for dot in drawn.iter("circle"))
+
+
+def test_a_chart_survives_single_points_constants_and_nan():
+    for points in ([(5.0, 0.3)], [(0.0, 1.0), (1.0, 1.0)], [(0.0, 0.5), (1.0, math.nan), (2.0, 0.7)]):
+        svg = chart([Line("loss", points, "black")], 300, 120)
+        ET.fromstring(svg)
+        assert "nan" not in svg
+    assert chart([Line("loss", [], "black")], 300, 120) == ""

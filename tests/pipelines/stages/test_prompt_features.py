@@ -1,0 +1,200 @@
+"""Prompt features: what the model gives, each caption once, the same bytes in any order, readable by the
+loader.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.runtime.pool import ShardJob
+from pipelines.shards.storage import Folder
+from pipelines.shards.store import ShardCommit, ShardError, Sidecar
+from pipelines.shards.tars import read_samples, tar_shard
+from pipelines.stages.prompt_features import FeaturesConfig, FeaturesWorker, fingerprint_fields
+from repfusion.data.dataset import ColumnDataset
+
+Captions = dict[str, dict[str, str]]
+
+FIRST: Captions = {
+    "000000000": {"txt": "a red circle", "long.txt": "a photo of a red circle"},
+    "000000001": {"txt": "a blue square"},
+    "000000002": {"txt": "a red circle\n", "long.txt": "there is a red circle"},
+    "000000003": {"txt": "a photo of a red circle", "long.txt": "a photo of a red circle"},
+    "000000004": {"txt": "two green diamonds below a purple cross", "long.txt": "a red circle"},
+}
+SECOND: Captions = {"000000005": {"txt": "a red circle", "long.txt": "an image of one circle"}}
+
+
+def write_captions(root: Path, shards: dict[str, Captions]) -> None:
+    """`curate` and `captions` under `root`."""
+    for stage, wanted in (("curate", lambda name: name == "txt"), ("captions", lambda name: name != "txt")):
+        for name, captions in shards.items():
+            with ShardCommit(Folder.at(root / stage), name, "f", {}) as commit:
+                with tar_shard(commit) as samples:
+                    for key, own in captions.items():
+                        samples.write(
+                            key, {member: text.encode() for member, text in own.items() if wanted(member)}
+                        )
+                commit.commit(f"{name}.tar")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_captions(tmp_path, {"00000": FIRST, "00001": SECOND})
+    return tmp_path
+
+
+def make_worker(root: Path, llava: Path, to: str = "features", names: tuple[str, ...] = ("long",), **fields):
+    config = FeaturesConfig(**{"batch_size": 3, **fields})
+    captions = Folder.at(root / "captions") if names else None
+    folders = Folder.at(root / to), Folder.at(root / "curate")
+    return FeaturesWorker(*folders, config, llava, "float32", captions, names)
+
+
+def make(worker: FeaturesWorker, *names: str) -> list[Sidecar]:
+    return [worker(ShardJob(name, "f", {"curate": "a"})) for name in names]
+
+
+def members(root: Path, name: str = "00000", stage: str = "features") -> dict[str, bytes]:
+    samples = read_samples(Folder.at(root / stage), f"{name}.tar")
+    return {f"{key}.{extension}": data for key, own in samples for extension, data in own.items()}
+
+
+def test_each_distinct_caption_is_stored_once(root, models):
+    sidecar, _ = make(make_worker(root, models["llava"]), "00000", "00001")
+    assert sidecar.samples == 5 and not sidecar.drops
+    found = members(root)
+    assert {name: data.decode() for name, data in found.items() if name.endswith(".ref")} == {
+        "000000002.text.ref": "000000000.text.npy",
+        "000000003.long.text.ref": "000000000.long.text.npy",
+        "000000003.text.ref": "000000000.long.text.npy",
+        "000000004.long.text.ref": "000000000.text.npy",
+    }
+    stored = [name for name in found if name.endswith(".npy")]
+    assert stored == [
+        "000000000.long.text.npy",
+        "000000000.text.npy",
+        "000000001.text.npy",
+        "000000002.long.text.npy",
+        "000000004.text.npy",
+    ]
+    # the second shard stores again what the first one holds: a shard never depends on others
+    assert sorted(members(root, "00001")) == ["000000005.long.text.npy", "000000005.text.npy"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_features_are_the_models_and_unpadded(root, models, dtype):
+    from repfusion.conditioning.text_embed import encode_text
+    from repfusion.llm.mllm import MLLM
+
+    make(make_worker(root, models["llava"], dtype=dtype), "00000")
+    mllm, found = MLLM.from_pretrained(models["llava"]), members(root)
+    for key, own in FIRST.items():
+        for member, caption in own.items():
+            stem = f"{key}.{member.removesuffix('txt')}text"
+            data = found.get(f"{stem}.npy") or found[found[f"{stem}.ref"].decode()]
+            array = np.load(io.BytesIO(data))
+            expected = encode_text(mllm, [caption.strip()])[0].numpy()
+            assert array.dtype == dtype and array.shape == expected.shape
+            assert np.abs(array - expected).max() < (5e-3 if dtype == "float16" else 1e-5)
+
+
+def test_bytes_depend_on_nothing_but_the_shard(root, models):
+    make(make_worker(root, models["llava"], "a"), "00000", "00001")
+    make(make_worker(root, models["llava"], "b"), "00001", "00000", "00000")
+    alone = make_worker(root, models["llava"], "c")
+    make(alone, "00001")
+    for name in ("00000.tar", "00001.tar"):
+        assert (root / "a" / name).read_bytes() == (root / "b" / name).read_bytes()
+    assert (root / "a" / "00001.tar").read_bytes() == (root / "c" / "00001.tar").read_bytes()
+
+
+def test_two_shards_at_once_have_the_bytes_of_one_after_the_other(root, models):
+    from concurrent.futures import ThreadPoolExecutor
+
+    shards = {f"{i:05d}": {f"{i}{key[1:]}": own for key, own in FIRST.items()} for i in range(2, 8)}
+    write_captions(root, shards)
+    make(make_worker(root, models["llava"], "a"), *shards)
+    worker = make_worker(root, models["llava"], "b")
+    with ThreadPoolExecutor(worker.concurrency) as threads:
+        list(threads.map(lambda name: make(worker, name), shards))
+    for name in shards:
+        assert (root / "a" / f"{name}.tar").read_bytes() == (root / "b" / f"{name}.tar").read_bytes()
+
+
+def test_the_loader_follows_the_references(root, models):
+    make(make_worker(root, models["llava"]), "00000", "00001")
+    for name, captions in {"00000": FIRST, "00001": SECOND}.items():
+        with ShardCommit(Folder.at(root / "latents"), name, "f", {}) as commit:
+            with tar_shard(commit) as samples:
+                for key in captions:
+                    array = io.BytesIO()
+                    np.save(array, np.zeros((4, 8), np.float16))
+                    samples.write(key, {"features.npy": array.getvalue()})
+            commit.commit(f"{name}.tar")
+    weights = {"txt": 1.0, "long.txt": 1.0}
+    dataset = ColumnDataset(
+        root / "curate",
+        root / "latents",
+        root / "features",
+        captions=root / "captions",
+        caption_weights=weights,
+    )
+    arrays: dict[str, np.ndarray] = {}
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        assert sample.text is not None and sample.text.keys() == sample.captions.keys()
+        for member, (caption,) in sample.captions.items():
+            np.testing.assert_allclose(
+                sample.text[member], arrays.setdefault(caption, sample.text[member]), atol=1e-2
+            )
+    assert len(arrays) == 6 and len(dataset) == 6
+
+
+def test_without_alternatives_only_the_main_caption_is_encoded(root, models):
+    make(make_worker(root, models["llava"], names=()), "00000")
+    assert {name.split(".", 1)[1] for name in members(root)} == {"text.npy", "text.ref"}
+    with pytest.raises(ValueError, match="captions long are asked for, but there is no folder"):
+        FeaturesWorker(
+            Folder.at(root), Folder.at(root), FeaturesConfig(), models["llava"], "float32", None, ("long",)
+        )
+
+
+def test_a_caption_that_does_not_fit_is_an_error_with_advice(root, models):
+    write_captions(root, {"00002": {"000000009": {"txt": "red " * 80}}})
+    with pytest.raises(
+        ShardError, match=r"00002\.tar: a caption does not fit the MLLM.*curate\.max_caption_chars"
+    ):
+        make(make_worker(root, models["llava"]), "00002")
+    assert not list((root / "features").glob("*00002*"))
+
+
+def test_values_beyond_float16_name_the_caption(root, models):
+    worker = make_worker(root, models["llava"])
+    with torch.no_grad():
+        worker.mllm.language_model.norm.weight.fill_(1e6)
+    with pytest.raises(
+        ShardError, match=r"prompt features of '.*' are not finite in float16; set features\.dtype="
+    ):
+        make(worker, "00000")
+
+
+def test_captions_of_other_keys_are_refused(root, models):
+    write_captions(root, {"00003": {"000000030": {"long.txt": "a red circle"}}})
+    write_captions(root / "other", {"00003": {"000000031": {"txt": "a red circle"}}})
+    (root / "other" / "curate" / "00003.tar").replace(root / "curate" / "00003.tar")
+    (root / "curate" / "00003.json").unlink()
+    with pytest.raises(
+        ShardError, match=r"captions/00003\.tar, key 000000030: not among the keys of .*curate/00003"
+    ):
+        make(make_worker(root, models["llava"]), "00003")
+
+
+def test_what_decides_the_bytes():
+    base = fingerprint_fields("digest", "float32", FeaturesConfig(), ["short", "long"])
+    assert base["features.captions"] == ["long", "short"]
+    assert fingerprint_fields("digest", "float32", FeaturesConfig(batch_size=1), ["long", "short"]) == base
+    assert fingerprint_fields("digest", "float32", FeaturesConfig(dtype="float32"), ["long", "short"]) != base

@@ -1,0 +1,122 @@
+"""Garbage is what no workflow refers to, and nothing else: it is listed, and deleted only when asked."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from running import statuses
+
+from pipelines.commands import collect_garbage
+from pipelines.config import WorkflowConfig
+from pipelines.shards.storage import Folder
+from pipelines.stages.build import build_stages
+from pipelines.workflow.collect import find_garbage
+
+pytestmark = pytest.mark.ray
+
+
+def garbage(*configs: WorkflowConfig) -> dict[str, str]:
+    """Why each thing can go, by its path under the first root."""
+    found = find_garbage([build_stages(config) for config in configs], [config.root for config in configs])
+    place = Folder.at(configs[0].root).url + "/"
+    names = [(one.folder if one.name is None else one.folder / one.name).url for one in found]
+    return {name.removeprefix(place): one.why for name, one in zip(names, found, strict=True)}
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def litter(root: Path) -> dict[str, str]:
+    """One of each kind, and things that are not ours."""
+    shutil.copytree(root / "latents", root / "rewrites")
+    shutil.copytree(root / "latents", root / "train.stale-12345678")
+    (root / "curate" / "quarantine").mkdir()
+    (root / "curate" / "quarantine" / "00001.tar").write_bytes(b"broken")
+    (root / "latents" / ".00001.abc.tmp").mkdir()
+    (root / "latents" / ".00001.abc.tmp" / "00001.tar").write_bytes(b"half")
+    (root / "latents" / ".manifest.json.x.tmp").write_bytes(b"half")
+    shutil.copy(root / "features" / "00003.tar", root / "features" / "00004.tar")
+    (root / "notes").mkdir()
+    (root / "notes" / "todo.txt").write_text("mine")
+    (root / "readme.txt").write_text("mine")
+    return {
+        "rewrites": "no workflow given has this stage",
+        "train.stale-12345678": "set aside",
+        "curate/quarantine": "quarantined by verify",
+        "latents/.00001.abc.tmp": "half-written",
+        "latents/.manifest.json.x.tmp": "half-written",
+        "features/00004.tar": "no manifest lists it",
+    }
+
+
+def test_a_complete_workflow_has_no_garbage(complete_run):
+    assert garbage(complete_run) == {}
+
+
+def test_it_is_listed_first_and_deleted_when_asked(run_copy, capsys):
+    clean = files(run_copy.root)
+    expected = litter(run_copy.root)
+    littered = files(run_copy.root)
+    assert garbage(run_copy) == expected
+    collect_garbage([run_copy], delete=False)
+    assert "6 items" in capsys.readouterr().out and files(run_copy.root) == littered
+    collect_garbage([run_copy], delete=True)
+    assert "removed 6 items" in capsys.readouterr().out
+    mine = {"notes/todo.txt": b"mine", "readme.txt": b"mine", ".lock": b""}
+    assert files(run_copy.root) == clean | mine
+    assert set(statuses(run_copy).values()) == {"fresh"} and garbage(run_copy) == {}
+
+
+def test_sizes_are_of_all_files_below(run_copy):
+    litter(run_copy.root)
+    found = find_garbage([build_stages(run_copy)], [run_copy.root])
+    sizes = {one.folder.name: one.bytes for one in found if one.name is None}
+    assert sizes["quarantine"] == 6
+    assert sizes["rewrites"] == sum(path.stat().st_size for path in (run_copy.root / "latents").glob("[!.]*"))
+
+
+def test_an_earlier_stop_leaves_later_stages_to_whoever_has_them(run_copy, configure):
+    short = configure(run_copy.root, last_stage="latents")
+    assert garbage(short) == {"features": "no workflow given has this stage"}
+    assert garbage(short, run_copy) == {} == garbage(run_copy, short)
+
+
+def test_what_is_stale_or_at_work_stays(run_copy, configure):
+    changed = configure(run_copy.root, curate={"max_caption_chars": 50})
+    assert garbage(changed) == {}
+    (run_copy.root / "latents" / "manifest.json").unlink()
+    (run_copy.root / "latents" / "00009.tar").write_bytes(b"of a run that goes on")
+    assert garbage(run_copy) == {}
+
+
+def test_workflows_that_share_their_data(run_copy, tmp_path, configure):
+    """Each under its own root, the data of both at one address, written in different ways."""
+    here = str(run_copy.root)
+    one = configure(tmp_path / "one", data_url=here)
+    two = configure(tmp_path / "two", data_url=f"file://{here}/", last_stage="latents")
+    assert set(statuses(one).values()) == {"fresh"}
+    assert garbage(two) == {f"{here}/features": "no workflow given has this stage"}
+    assert garbage(two, one) == {} == garbage(one, two)
+
+
+@pytest.mark.parametrize("spelling", ["relative", "linked", "dotted"])
+def test_another_spelling_of_a_path_is_the_same_place(run_copy, tmp_path, configure, monkeypatch, spelling):
+    """Else the stages of one workflow would be garbage to another that names their folder differently."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(run_copy.root, target_is_directory=True)
+    place = {"relative": "run", "linked": str(tmp_path / "link"), "dotted": f"{tmp_path}/other/../run"}[
+        spelling
+    ]
+    (tmp_path / "other").mkdir()
+    short = configure(tmp_path / "other", data_url=place, last_stage="latents")
+    assert garbage(run_copy, short) == {} == garbage(short, run_copy)
+    short = configure(Path(place), last_stage="latents")
+    assert garbage(run_copy, short) == {} == garbage(short, run_copy)
+
+
+def test_a_run_at_work_keeps_the_collector_out(run_copy):
+    from pipelines.workflow.run import locked
+
+    with locked(run_copy.root), pytest.raises(ValueError, match="another run is at work"):
+        collect_garbage([run_copy], delete=True)

@@ -1,0 +1,285 @@
+"""From an image back to checkpoint, run, data and frozen weights: every link checked, every break named."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_training import make_columns, tiny_model
+
+from repfusion.data.columns import manifest_digest
+from repfusion.export import export
+from repfusion.generate import main as generate_main
+from repfusion.latents.statistics import LatentStatistics
+from repfusion.lineage.__main__ import main
+from repfusion.lineage.describe import (
+    code_version,
+    describe,
+    file_digest,
+    lock_digest,
+    png_info,
+    read_png,
+)
+from repfusion.lineage.trace import trace
+from repfusion.model.text_to_image import Generator
+from repfusion.runs.checkpoint import frozen_digests, save_checkpoint, write_json
+from repfusion.weights import WEIGHTS
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def write_manifest(folder: Path, fingerprint: str, samples: int = 20) -> None:
+    fields = {"schema": 1, "stage": folder.name, "fingerprint": fingerprint, "samples": samples}
+    (folder / "manifest.json").write_text(json.dumps({**fields, "seconds": 1.5, "shard_seconds": 1.0}))
+
+
+class World:
+    """A training's leavings: foundation, columns with manifests, a checkpoint with lineage.json."""
+
+    def __init__(self, root: Path, foundation: Path):
+        self.foundation = shutil.copytree(foundation, root / "foundation")
+        self.columns = make_columns(root / "data", num_samples=8)
+        for stage in ("curate", "latents"):
+            write_manifest(self.columns / stage, f"{stage}-fingerprint")
+        self.data = {"images": self.columns / "curate", "features": self.columns / "latents"}
+        statistics = LatentStatistics.load(self.columns / "latents" / "statistics.safetensors")
+        torch.manual_seed(0)
+        generator = Generator.build(tiny_model(self.foundation), statistics)
+        self.checkpoint = root / "train" / "checkpoints" / "step_00000042"
+        save_checkpoint(self.checkpoint, generator, generator.trainable_state(), step=42)
+        self.lineage = describe(
+            step=42,
+            datasets={"main": self.data},
+            digests=frozen_digests(generator),
+            run_id="0123abcd",
+            tracking_uri="sqlite:///runs/mlflow.db",
+        )
+        write_json(self.checkpoint / "lineage.json", self.lineage)
+        self.image = root / "x.png"
+
+    def draw(self, monkeypatch: pytest.MonkeyPatch, source: Path | None = None) -> None:
+        arguments = ["--checkpoint", source or self.checkpoint, "--prompt", "a red circle", "--seed", 5]
+        arguments += ["--out", self.image, "--num-steps", 1, "--device", "cpu", "--num-images", 2]
+        monkeypatch.setattr(sys, "argv", ["generate", *map(str, arguments)])
+        generate_main()
+
+
+@pytest.fixture
+def world(tmp_path, foundation) -> World:
+    return World(tmp_path, foundation)
+
+
+def states(subject: Path) -> dict[str, str]:
+    return {link.name: link.state for link in trace(subject)}
+
+
+def broken(subject: Path) -> dict[str, str]:
+    return {link.name: link.note for link in trace(subject) if link.state in ("differs", "missing")}
+
+
+def test_describe_holds_what_the_run_stood_on(world):
+    latents = world.columns / "latents"
+    assert world.lineage["datasets"]["main"]["features"] == {
+        "folder": str(latents),
+        "manifest_digest": manifest_digest(latents),
+        "fingerprint": "latents-fingerprint",
+    }
+    assert world.lineage["datasets"]["main"].keys() == {"images", "features"}
+    assert world.lineage["lock_digest"] == file_digest(ROOT / "requirements.lock") == lock_digest()
+    assert world.lineage.keys() == {
+        *("run_id", "tracking_uri", "git_commit", "lock_digest", "step", "init_from", "datasets", "digests")
+    }
+    assert world.lineage["digests"].keys() == {"encoder", "mllm"}
+
+
+def test_the_code_is_the_commit_and_says_when_it_was_changed():
+    code_version.cache_clear()
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    is_dirty = git("status", "--porcelain", "--untracked-files=no") != ""
+    assert code_version() == git("rev-parse", "HEAD") + ("-dirty" if is_dirty else "")
+
+
+def test_a_column_without_a_manifest_is_described_as_such(world):
+    (world.columns / "latents" / "manifest.json").unlink()
+    found = describe(step=0, datasets={"main": world.data}, digests={})
+    column = found["datasets"]["main"]["features"]
+    assert column["manifest_digest"] is None and column["fingerprint"] is None and found["run_id"] is None
+
+
+def test_an_image_leads_back_to_everything(world, monkeypatch):
+    world.draw(monkeypatch)
+    links = {link.name: link for link in trace(world.image)}
+    assert list(links) == [
+        *("image", "prompt", "seed", "sampler", "checkpoint", "step", "run", "code"),
+        *("data main/images", "data main/features", "config", "encoder", "mllm"),
+    ]
+    checked = ("checkpoint", "data main/images", "data main/features", "encoder", "mllm")
+    assert {links[name].state for name in checked} == {"agrees"}
+    assert links["prompt"].value == "a red circle" and links["seed"].value == "5 to 6"
+    assert links["checkpoint"].value == str(world.checkpoint) and links["step"].value == "42"
+    assert links["run"].value == "0123abcd" and "sqlite:///runs/mlflow.db" in links["run"].note
+    assert "fingerprint latents-fing" in links["data main/features"].note
+    assert links["encoder"].value == str(world.foundation / "vision_tower")
+    assert not broken(world.image)
+
+
+def change_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "note"),
+    [
+        (lambda w: write_manifest(w.columns / "latents", "other"), "data main/features", "holds manifest"),
+        (lambda w: shutil.rmtree(w.columns / "curate"), "data main/images", "no such folder"),
+        (lambda w: (w.columns / "curate" / "manifest.json").unlink(), "data main/images", "manifest none"),
+        (lambda w: change_weights(w.foundation / "llava"), "mllm", "trained with"),
+        (lambda w: shutil.rmtree(w.foundation / "vision_tower"), "encoder", "no weights there"),
+        (lambda w: (w.checkpoint / "ema.safetensors").unlink(), "checkpoint", "ema.safetensors is missing"),
+    ],
+)
+def test_what_no_longer_agrees_is_named(world, monkeypatch, capsys, damage, name, note):
+    world.draw(monkeypatch)
+    damage(world)
+    for subject in (world.image, world.checkpoint):
+        found = broken(subject)
+        assert list(found) == [name] and note in found[name]
+    monkeypatch.setattr(sys, "argv", ["lineage", str(world.image)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert str(stopped.value.code).startswith("error: 1 of ") and name in str(stopped.value.code)
+    assert "0123abcd" in capsys.readouterr().out
+
+
+def test_an_image_of_another_checkpoint_of_the_same_name(world, monkeypatch):
+    world.draw(monkeypatch)
+    complete = world.checkpoint / "complete.json"
+    complete.write_text(complete.read_text().replace("42", "43"))
+    found = broken(world.image)
+    assert list(found) == ["checkpoint"] and "recorded" in found["checkpoint"]
+
+
+def test_an_image_remembers_the_training_of_a_checkpoint_that_is_gone(world, monkeypatch):
+    world.draw(monkeypatch)
+    shutil.rmtree(world.checkpoint)
+    links = {link.name: link for link in trace(world.image)}
+    assert links["checkpoint"].state == "missing" and "no complete.json there" in links["checkpoint"].note
+    assert links["run"].value == "0123abcd" and links["step"].value == "42"
+    assert links["data main/features"].state == "agrees"
+
+
+def test_a_fine_tuned_checkpoint_names_the_one_it_started_from(world):
+    parent = world.checkpoint.parent / "step_00000007"
+    shutil.copytree(world.checkpoint, parent)
+    (parent / "complete.json").write_text((parent / "complete.json").read_text().replace("42", "7"))
+    lineage = describe(step=42, datasets={"main": world.data}, digests={}, init_from=parent)
+    write_json(world.checkpoint / "lineage.json", lineage)
+    links = {link.name: link for link in trace(world.checkpoint)}
+    assert links["init from"].value == str(parent) and links["init from"].state == "agrees"
+    shutil.rmtree(parent)
+    assert list(broken(world.checkpoint)) == ["init from"]
+
+
+def test_every_data_set_of_a_mix_is_checked(world):
+    lineage = describe(step=42, datasets={"main": world.data, "photos": world.data}, digests={})
+    write_json(world.checkpoint / "lineage.json", lineage)
+    write_manifest(world.columns / "latents", "other")
+    assert list(broken(world.checkpoint)) == ["data main/features", "data photos/features"]
+
+
+def test_an_export_stands_for_itself(world, tmp_path, monkeypatch):
+    out = export(world.checkpoint, tmp_path / "out")
+    assert states(out)["checkpoint"] == states(out)["encoder"] == states(out)["data main/images"] == "agrees"
+    moved = shutil.move(out, tmp_path / "moved")
+    for folder in (world.checkpoint, world.foundation, world.columns):
+        shutil.rmtree(folder)
+    world.draw(monkeypatch, moved)
+    for subject in (moved, world.image):
+        found = states(subject)
+        assert found["export"] == "agrees" and found["checkpoint"] == "elsewhere"
+        assert found["encoder"] == found["mllm"] == found["data main/features"] == "elsewhere"
+        assert not broken(subject)
+    assert {link.name: link.value for link in trace(world.image)}["run"] == "0123abcd"
+    change_weights(moved / "denoiser")
+    assert "denoiser/model.safetensors" in broken(moved)["export"]
+    shutil.rmtree(moved)
+    found = {link.name: link for link in trace(world.image)}
+    assert found["export"].state == "missing" and found["checkpoint"].state == "elsewhere"
+    assert found["run"].value == "0123abcd"
+
+
+def test_the_shipped_base_tells_what_is_known(tmp_path):
+    links = {link.name: link for link in trace(WEIGHTS / "base")}
+    assert links["checkpoint"].state == links["encoder"].state == links["mllm"].state == "agrees"
+    assert links["step"].value == "20000" and "DiT 6 x 192" in links["config"].note
+    assert links["run"].state == links["data"].state == "unknown" and "no lineage.json" in links["run"].note
+
+
+def test_a_checkpoint_without_lineage_is_helped_by_its_training(world):
+    (world.checkpoint / "lineage.json").unlink()
+    output_dir = world.checkpoint.parent.parent
+    write_json(output_dir / "mlflow_run.json", {"uri": "sqlite:///m.db", "run_id": "beef"})
+    write_json(
+        output_dir / "config.json", {"data": {name: str(folder) for name, folder in world.data.items()}}
+    )
+    links = {link.name: link for link in trace(world.checkpoint)}
+    assert links["run"].value == "beef"
+    assert links["data main/features"].state == "unknown"
+    assert links["data main/features"].value == str(world.columns / "latents")
+    assert not broken(world.checkpoint)
+
+
+def test_the_command_prints_a_table(world, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lineage", str(world.checkpoint)])
+    main()
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == len(trace(world.checkpoint))
+    name_width, state_width = len("data main/features"), len("recorded")
+    for row, link in zip(rows, trace(world.checkpoint), strict=True):
+        assert row[:name_width].rstrip() == link.name
+        assert row[name_width + 2 :][:state_width].rstrip() == link.state
+        assert row[name_width + state_width + 4 :] == f"{link.value}  {link.note}".rstrip()
+
+
+def test_the_command_tells_scripts_by_its_exit_status_and_json(world):
+    write_manifest(world.columns / "latents", "other")
+    command = [sys.executable, "-m", "repfusion.lineage.describe", str(world.checkpoint), "--json"]
+    told = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert told.returncode == 1 and "data main/features" in told.stderr
+    shown = json.loads(told.stdout)
+    assert not shown["agrees"]
+    assert [one["name"] for one in shown["links"] if one["state"] == "differs"] == ["data main/features"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "does not exist"),
+        (lambda path: path.mkdir(), "neither a checkpoint nor an export"),
+        (lambda path: path.write_text("hello"), "not a readable image"),
+    ],
+)
+def test_what_has_no_lineage_is_refused(tmp_path, monkeypatch, make, message):
+    subject = tmp_path / "x.png"
+    make(subject)
+    monkeypatch.setattr(sys, "argv", ["lineage", str(subject)])
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        main()
+
+
+def test_a_png_of_another_program_is_refused(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="no text chunk 'repfusion'"):
+        read_png(tmp_path / "x.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png", pnginfo=png_info({"prompt": "é \U0001f600"}))
+    assert read_png(tmp_path / "x.png") == {"prompt": "é \U0001f600"}

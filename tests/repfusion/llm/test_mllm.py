@@ -1,0 +1,160 @@
+"""Folders as save_pretrained writes them -> a frozen language model, a projector, left-padded prompts."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionModel,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from repfusion.latents.statistics import VARIANCE_EPS, LatentStatistics
+from repfusion.llm.mllm import MLLM, Projector
+
+
+@pytest.fixture
+def mllm(foundation) -> MLLM:
+    return MLLM.from_pretrained(foundation / "llava")
+
+
+def test_prompts_are_padded_on_the_left_and_begin_with_the_begin_token(mllm):
+    ids, mask = mllm.tokenize(["a red circle", "", "blue"])
+    word = mllm.tokenizer.convert_tokens_to_ids
+    begin, pad = word("<s>"), word("<pad>")
+    assert ids.tolist() == [
+        [begin, word("a"), word("red"), word("circle")],
+        [pad, pad, pad, begin],
+        [pad, pad, begin, word("blue")],
+    ]
+    assert mask.tolist() == [[True] * 4, [False] * 3 + [True], [False] * 2 + [True] * 2]
+
+
+def test_a_prompt_longer_than_the_context_is_refused(mllm):
+    fits = " ".join(["red"] * 47)
+    assert mllm.tokenize([fits])[0].shape == (1, 48)
+    with pytest.raises(ValueError, match=r"prompt 'red red .*'\.\.\. has 49 tokens; the context takes 48"):
+        mllm.tokenize(["a", fits + " red"])
+
+
+def test_everything_is_frozen_in_eval_mode_and_the_vision_tower_is_left_out(mllm, foundation):
+    assert not any(p.requires_grad for p in mllm.language_model.parameters())
+    assert not mllm.language_model.training
+    assert not any(isinstance(module, CLIPVisionModel) for module in mllm.modules())
+    whole = LlavaForConditionalGeneration.from_pretrained(foundation / "llava")
+    assert sum(p.numel() for p in mllm.parameters()) < sum(p.numel() for p in whole.parameters())
+
+
+def test_weights_are_those_of_the_folder(mllm, foundation):
+    whole = LlavaForConditionalGeneration.from_pretrained(foundation / "llava")
+    for name, value in whole.model.language_model.state_dict().items():
+        assert torch.equal(mllm.language_model.state_dict()[name], value)
+    features = torch.randn(2, 4, 16)
+    torch.testing.assert_close(mllm.projector(features), whole.model.multi_modal_projector(features))
+
+
+def test_a_llava_made_elsewhere_loads_with_its_own_tokenizer(elsewhere):
+    mllm = MLLM.from_pretrained(elsewhere.mllm)
+    whole = LlavaForConditionalGeneration.from_pretrained(elsewhere.mllm)
+    width = whole.config.vision_config.hidden_size
+    features = torch.randn(2, 3, width)
+    torch.testing.assert_close(mllm.projector(features), whole.model.multi_modal_projector(features))
+    assert mllm.width == 64
+    assert mllm.max_text_tokens == 96  # the tokenizer names no limit, the language model does
+
+    ids, mask = mllm.tokenize(["a red circle", "", "a photo of a blue square and a green cross"])
+    tokenizer = AutoTokenizer.from_pretrained(elsewhere.mllm)
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    firsts = [row[keep][0].item() for row, keep in zip(ids, mask, strict=True)]
+    assert firsts == [begin] * 3
+    assert mask[1].tolist() == [False] * (ids.shape[1] - 1) + [True]
+    assert bool(mask[:, -1].all())  # on the left, though the tokenizer itself pads on the right
+    said = tokenizer.decode(ids[2][mask[2]][1:]).strip()
+    assert said == "a photo of a blue square and a green cross"
+
+
+def test_a_tokenizer_without_begin_and_end_token_is_refused(foundation, tmp_path):
+    folder = shutil.copytree(foundation / "llava", tmp_path / "llava")
+    path = folder / "tokenizer_config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in fields.items() if k not in ("bos_token", "eos_token")}))
+    with pytest.raises(ValueError, match="begin"):
+        MLLM.from_pretrained(folder)
+
+
+def test_the_language_only_twin_loads_without_a_projector(foundation, tmp_path):
+    llava = LlavaForConditionalGeneration.from_pretrained(foundation / "llava")
+    LlamaForCausalLM(llava.config.text_config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(foundation / "llava").save_pretrained(tmp_path)
+    twin = MLLM.from_pretrained(tmp_path)
+    assert twin.projector is None
+    assert twin.width == 32
+    assert twin.digest != MLLM.from_pretrained(foundation / "llava").digest
+
+
+def test_another_causal_language_model_loads(foundation, tmp_path):
+    config = Qwen2Config(
+        vocab_size=15,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=30,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(foundation / "llava").save_pretrained(tmp_path)
+    mllm = MLLM.from_pretrained(tmp_path)
+    assert (mllm.width, mllm.max_text_tokens) == (24, 30)
+
+
+def test_weights_can_be_held_in_bfloat16(foundation):
+    mllm = MLLM.from_pretrained(foundation / "llava", torch.bfloat16)
+    assert {p.dtype for p in mllm.language_model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in mllm.projector.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, r"no config.json; expected a folder written by save_pretrained"),
+        ({"model_type": "bert"}, r"model_type 'bert'; expected 'llava' or a causal language model"),
+    ],
+)
+def test_other_folders_are_refused(tmp_path, config, message):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        MLLM.from_pretrained(tmp_path)
+
+
+def test_a_llava_that_reads_several_layers_is_refused(foundation, tmp_path):
+    llava = LlavaForConditionalGeneration.from_pretrained(foundation / "llava")
+    config = llava.config
+    config.vision_feature_layer = [-2, -1]
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"reads layers \[-2, -1\] of its tower; expected a single layer"):
+        MLLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_projector_takes_latents_for_the_features_they_are_of(bias):
+    """Statistics alike at all places. Without a bias the mean stays out."""
+    torch.manual_seed(0)
+    places, width = 3, 4
+    seen = 2 + 5 * torch.randn(50, 1, width).expand(-1, places, -1)
+    statistics = LatentStatistics.empty(places, width)
+    statistics.update(seen)
+    mean, std = statistics.mean.float(), (statistics.var + VARIANCE_EPS).sqrt().float()
+    projector = Projector(width, 6, bias=bias)
+    features = torch.randn(2, places, width)
+    with torch.no_grad():
+        before = projector(features if bias else features - mean)
+        projector.take_latents(statistics)
+        after = projector((features - mean) / std)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)

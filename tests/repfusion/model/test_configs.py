@@ -1,0 +1,160 @@
+"""The configurations at the published scale: they parse, build without memory, and have the paper's sizes."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from repfusion.diffusion.sampler import SamplerConfig
+from repfusion.flops.__main__ import main
+from repfusion.flops.count import decoder_cost, language_cost, sample_flops
+from repfusion.flops.paper import (
+    COMPARED,
+    FITTED,
+    Settings,
+    best_settings,
+    difference,
+    generator_of,
+    image_flops,
+    paper_markdown,
+)
+from repfusion.model.meta import CONFIGS, GEOMETRY, absent_folders, geometry_folder, published
+from repfusion.model.text_to_image import ModelConfig
+from repfusion.train import TrainConfig, load_config
+from repfusion.training.engine import learning_rate
+
+ROOT = Path(__file__).parents[3]
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+PUBLISHED = {
+    "repfusion_7b_1.3b": (1.3e9, 1.3e9),
+    "repfusion_7b_1.3b_sft": (1.3e9, 1.3e9),
+    "queries_static_7b_1.3b": (1.3e9, 1.3e9),
+    "queries_timestep_7b_1.3b": (1.3e9, 1.3e9),
+    "repfusion_7b_3.2b": (3.2e9, 3.2e9),
+    "repfusion_7b_3.2b_sft": (3.2e9, 3.2e9),
+    "repfusion_3b_5.5b": (5.5e9, 5.5e9),
+    "repfusion_1b_7.3b": (7.3e9, 7.3e9),
+    "text_embed_7b_8b": (8.0e9, 8.0e9),
+    "transfusion_7b": (None, 6.8e9),
+    "repfusion_7b_1.3b_trained_llm": (1.3e9, None),
+}
+"""The paper's parameters, as the denoiser's and as all that is trained; None where it does not say."""
+
+
+def config_of(name: str) -> TrainConfig:
+    return load_config(CONFIGS / f"{name}.yaml", [])
+
+
+def test_every_configuration_has_its_published_size():
+    assert set(NAMES) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_are_within_two_percent_of_the_papers(name):
+    generator = generator_of(name)
+    denoiser, trained = PUBLISHED[name]
+    assert {p.device.type for p in generator.parameters()} == {"meta"}
+    if denoiser is not None:
+        assert sum(p.numel() for p in generator.dit.parameters()) == pytest.approx(denoiser, rel=0.02)
+    if trained is not None:
+        assert sum(p.numel() for p in generator.trainable_state().values()) == pytest.approx(
+            trained, rel=0.02
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_recipes_are_the_papers(name):
+    config = config_of(name)
+    engine = config.engine
+    assert (config.global_batch_size, engine.betas, engine.weight_decay) == (2048, (0.9, 0.95), 0.1)
+    assert config.model.mllm_dtype == ("float32" if config.model.trains_llm else "bfloat16")
+    if name.endswith("_sft"):
+        assert config.num_steps == 64 * 200_000 // 2048 and engine.lr == 1e-4
+        base = config_of(name.removesuffix("_sft"))
+        assert config.model == base.model
+        assert config.init_from == base.output_dir / f"checkpoints/step_{base.num_steps:08d}"
+    else:
+        assert config.num_steps == 160_000
+        rates = [learning_rate(engine, step, config.num_steps) for step in (9_999, 85_000, 160_000)]
+        assert rates == pytest.approx([3e-4, 1.5e-4, 0])
+        shares = {name: one.weight for name, one in config.data.datasets.items()}
+        assert shares == {"main": 27, "short": 4}
+
+
+def test_the_published_scale_is_what_it_says():
+    generator, decoder = published()
+    assert generator.latent_shape == (576, 1024) and generator.shift == 12
+    assert (decoder.grid, decoder.feature_dim) == (generator.grid, 1024)
+    assert decoder.config.patch_size * 24 == 576
+    language_model = sum(p.numel() for p in generator.conditioner.mllm.language_model.parameters())
+    # of the 6,738,415,616 parameters of LLaMA-7B, without its head; LLaVA adds 64 tokens
+    assert language_model == 6_738_415_616 - 32_000 * 4096 + 64 * 4096
+
+
+def test_language_models_have_their_published_sizes():
+    """Parameters of the published checkpoints, whose head is the embedding."""
+    for name, num in (("repfusion_1b_7.3b", 1_235_814_400), ("repfusion_3b_5.5b", 3_212_749_824)):
+        assert sum(p.numel() for p in generator_of(name).conditioner.mllm.parameters()) == num
+
+
+def test_a_folder_that_is_there_gives_its_own_geometry(tmp_path: Path):
+    absent = Path("models/llava-1.5-7b")
+    assert geometry_folder(absent) == GEOMETRY / absent.name
+    there = tmp_path / absent.name
+    there.mkdir()
+    assert geometry_folder(there) == GEOMETRY / absent.name
+    (there / "config.json").write_text("{}")
+    assert geometry_folder(there) == there
+    assert absent_folders(ModelConfig()) == []
+    with pytest.raises(ValueError, match=r"models/mine: no config.json.*clip-vit-large-patch14-336"):
+        geometry_folder(Path("models/mine"))
+
+
+def test_the_command_says_where_the_geometry_comes_from(monkeypatch, capsys):
+    path = CONFIGS / "transfusion_7b.yaml"
+    monkeypatch.setattr(sys, "argv", ["flops", "--config", str(path), "--ranks", "128"])
+    main()
+    said = capsys.readouterr().out
+    assert f"geometry from {GEOMETRY}, in place of models/llava-1.5-7b," in said
+    assert "training: 327,680,000 samples" in said and "transfusion, no DiT" in said
+    assert "bytes a sample: latents 1,179,648" in said
+
+
+def test_docs_hold_the_table_of_the_papers_figures():
+    assert paper_markdown() in (ROOT / "docs" / "flops.md").read_text()
+
+
+def largest(rows, settings) -> float:
+    return max(abs(difference(row, settings)) for row in rows)
+
+
+def test_the_fits_are_as_good_as_docs_say():
+    """And A is the best of those that were looked at."""
+    a, b, c = best_settings(FITTED), best_settings(FITTED[:3]), best_settings(FITTED[:2])
+    assert largest(FITTED, a) < 0.035
+    for other in (b, c, best_settings(FITTED, [30]), replace(a, with_decoder=True)):
+        assert largest(FITTED, other) >= largest(FITTED, a)
+    dense, transfusion, *smaller = COMPARED
+    assert largest([*FITTED[:3], dense], b) < 0.01
+    assert largest(FITTED[:2], c) < 0.001 and difference(FITTED[2], c) < -0.04
+    for settings in (a, b, c):
+        assert difference(transfusion, settings) < -0.15
+        assert all(difference(row, settings) > 0.05 for row in smaller)
+
+
+def test_the_settings_count_what_they_say():
+    plain = Settings(30, 64, halve_causal=False, with_decoder=False, rereads_prompt=False)
+    repfusion, timestep, static, text_embed = FITTED
+    config = SamplerConfig(num_steps=30)
+    for row in FITTED:
+        assert image_flops(row, plain) == pytest.approx(sample_flops(generator_of(row.config), 64, config))
+    decoder = decoder_cost(published()[1]).forward
+    assert image_flops(static, replace(plain, with_decoder=True)) - image_flops(
+        static, plain
+    ) == pytest.approx(decoder)
+    again = replace(plain, rereads_prompt=True)
+    prompt = language_cost(generator_of(timestep.config).conditioner.mllm.language_model, 64, 64).forward
+    assert image_flops(timestep, again) - image_flops(timestep, plain) == pytest.approx(2 * 29 * prompt)
+    assert image_flops(repfusion, again) == image_flops(repfusion, plain)
+    assert image_flops(COMPARED[0], plain) > image_flops(text_embed, plain)

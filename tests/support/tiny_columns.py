@@ -1,0 +1,93 @@
+"""Data sets of tiny columns, opened and read through."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tiny_training import npy, write_tar
+
+from repfusion.data.batches import batches
+from repfusion.data.columns import scan_tar
+from repfusion.data.dataset import MAIN, ColumnDataset, DatasetConfig
+from repfusion.data.mixture import Mixture
+
+LONG = {f"{i:06d}": f"a long caption of {i}" for i in range(0, 20, 2)}
+"""Every second sample of `add_captions` has one."""
+
+
+def open_columns(root: Path, **changes) -> ColumnDataset:
+    return ColumnDataset(**{"images": root / "curate", "features": root / "latents", **changes})
+
+
+def add_captions(columns: Path) -> Path:
+    """Gives every second sample an alternative caption `long.txt`, and its text features."""
+    rng = np.random.default_rng(9)
+    for name in ("00000.tar", "00001.tar", "00002.tar"):
+        keys = [member.split(".")[0] for member in scan_tar(columns / "features" / name)]
+        long = [(key, {"long.txt": LONG[key].encode()} if key in LONG else {}) for key in keys]
+        write_tar(columns / "captions" / name, long)
+        text = []
+        for index, key in enumerate(keys):
+            members = {"text.npy": npy(rng.standard_normal((4, 32)).astype(np.float16))}
+            if index == 3:
+                members = {"text.ref": f"{keys[0]}.long.text.npy".encode()}
+            if key in LONG:
+                members["long.text.npy"] = npy(rng.standard_normal((9, 32)).astype(np.float16))
+            text.append((key, members))
+        write_tar(columns / "features" / name, text)
+    return columns
+
+
+def open_captioned(root: Path, weights: dict[str, float], **changes) -> ColumnDataset:
+    folders = {"images": root / "curate", "features": root / "latents", "captions": root / "captions"}
+    return ColumnDataset.open(DatasetConfig(**{**folders, "caption_weights": weights, **changes}))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sample as a batch holds it."""
+
+    position: int
+    dataset: str
+    epoch: int
+    key: str
+    caption: str
+    features: list
+    t: float
+    noise: list
+    dropped: bool
+
+    @property
+    def randomness(self) -> tuple:
+        return self.caption, self.t, self.noise, self.dropped
+
+
+def iter_rows(mixture: Mixture, first_step: int, num_steps: int, **layout: int) -> Iterator[Row]:
+    settings = {"seed": 1, "global_batch_size": 8, "micro_batch_size": 8, **layout}
+    for parts in batches(
+        mixture, shift=2.0, condition_dropout=0.3, first_step=first_step, num_steps=num_steps, **settings
+    ):
+        for batch in parts:
+            draws = batch.draws
+            columns = [batch.positions, batch.datasets, batch.epochs, batch.keys, batch.captions]
+            columns += [
+                batch.features.tolist(),
+                draws.t.tolist(),
+                draws.noise.tolist(),
+                draws.dropped.tolist(),
+            ]
+            yield from (Row(*fields) for fields in zip(*columns, strict=True))
+
+
+def read_rows(
+    source: Mixture | ColumnDataset, first_step: int, num_steps: int, world_size: int = 1, **layout: int
+) -> list[Row]:
+    """Of all ranks, in the order of positions."""
+    mixture = Mixture({MAIN: source}) if isinstance(source, ColumnDataset) else source
+    rows = [
+        row
+        for rank in range(world_size)
+        for row in iter_rows(mixture, first_step, num_steps, rank=rank, world_size=world_size, **layout)
+    ]
+    return sorted(rows, key=lambda row: row.position)
