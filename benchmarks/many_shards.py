@@ -18,14 +18,16 @@ import time
 from multiprocessing import get_context
 from pathlib import Path
 
-from pipelines.config import WorkflowConfig, load_config, to_yaml
+from pipelines.config import WorkflowConfig
 from pipelines.dag import ShardStage
 from pipelines.duplicates.find import DUPLICATES
 from pipelines.shards.manifest import ShardTable, StageOutput
-from pipelines.shards.store import SCHEMA, Sidecar, SideFile, json_bytes
+from pipelines.shards.store import SCHEMA, Sidecar, SideFile
 from pipelines.stages.build import STATISTICS, data_stages
 from pipelines.workflow.inspection import STAGE
 from pipelines.workflow.run import complete
+from repfusion.config import load_config, to_yaml
+from repfusion.files import json_bytes
 
 SHARD_SIZE = 1000
 SIDE_FILES = {"source": "{}.images.tar", "latents": "{}.statistics.safetensors"}
@@ -87,7 +89,9 @@ def write_workflow(root: Path, num_shards: int) -> Path:
         "source.scenes.num_samples": num_shards * SHARD_SIZE,
     }
     demo = Path(__file__).parents[1] / "pipelines" / "configs" / "demo.yaml"
-    config: WorkflowConfig = load_config(demo, [f"{key}={value}" for key, value in values.items()])
+    config: WorkflowConfig = load_config(
+        WorkflowConfig, demo, [f"{key}={value}" for key, value in values.items()]
+    )
     root.mkdir(parents=True)
     above: dict[str, StageOutput] = {}
     for stage in data_stages(config):

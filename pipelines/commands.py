@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from pipelines.config import WorkflowConfig, load_config, to_yaml
+from pipelines.config import WorkflowConfig
 from pipelines.runtime.session import StageError
 from pipelines.shards.storage import Folder, is_store_error
 from pipelines.sources.build import source_entries
@@ -26,6 +26,7 @@ from pipelines.stages.build import build_stages, data_stages, probe_stages
 from pipelines.workflow.inspection import describe, states
 from pipelines.workflow.run import run
 from pipelines.workflow.summary import write_summary
+from repfusion.config import load_config, to_yaml
 
 
 def run_workflow(config: WorkflowConfig, started: float) -> None:
@@ -160,7 +161,7 @@ def main() -> int:
 
             evaluate_now(args.config, args.step, args.overrides, args.urgent)
             return 0
-        config = load_config(args.config, args.overrides)
+        config = load_config(WorkflowConfig, args.config, args.overrides)
         if args.dry_run:
             print(to_yaml(config), end="")
             return 0
@@ -178,7 +179,8 @@ def main() -> int:
 
                 retry(data_stages(config), config.root, config.ray, args.reason)
             case "gc":
-                collect_garbage([config, *(load_config(path) for path in args.others)], args.delete)
+                others = [load_config(WorkflowConfig, path) for path in args.others]
+                collect_garbage([config, *others], args.delete)
     except (ValueError, StageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,14 +1,9 @@
-"""YAML file and `key.path=value` overrides -> one validated, frozen configuration of a whole workflow."""
+"""The configuration of a whole workflow."""
 
-import difflib
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from pipelines.runtime.pool import ActorsConfig
 from pipelines.runtime.session import RayConfig
@@ -24,6 +19,7 @@ from pipelines.stages.evaluate import EvaluateConfig
 from pipelines.stages.image_features import LatentsConfig
 from pipelines.stages.ingest import IngestConfig
 from pipelines.stages.prompt_features import FeaturesConfig
+from repfusion.config import Config
 from repfusion.train import TrainConfig
 from repfusion.training.engine import grad_accum_steps
 
@@ -32,14 +28,8 @@ StageName = Literal[
 ]
 
 
-class ConfigError(ValueError):
-    """A configuration that does not hold; the message names every bad key."""
-
-
-class SourceConfig(BaseModel):
+class SourceConfig(Config):
     """Where image addresses and captions come from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kind: Literal["scenes", "urls", "tars", "folder", "parquet"] = "scenes"
     """The embedded world, rendered and served on loopback; a list of addresses; WebDataset tars; a folder of
@@ -75,10 +65,8 @@ class SourceConfig(BaseModel):
         return self.kind in ("scenes", "urls")
 
 
-class WorkflowConfig(BaseModel):
+class WorkflowConfig(Config):
     """A workflow. Stage folders, checkpoints and outputs lie under `root`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     root: Path
     """Local folder of everything that the workflow writes, the data stages excepted where `data_url` is
@@ -171,69 +159,3 @@ def column_root(root: Path, data_url: str | None) -> Path:
     """Where training finds the columns: beside each other on local disk, or copied there from a URL."""
     data = Folder.at(data_url or root)
     return data.path if data.is_local else root / "columns"
-
-
-def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted key that the configuration takes."""
-    for name, info in model.model_fields.items():
-        yield prefix + name
-        for kind in (info.annotation, *get_args(info.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from known_keys(kind, f"{prefix}{name}.")
-
-
-def nearest_key(key: str) -> str | None:
-    """The known key that looks most like a mistaken one: same section first, then the same last word
-    anywhere.
-    """
-    known = list(known_keys(WorkflowConfig))
-    if close := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
-        return close[0]
-    last = key.rpartition(".")[2]
-    same = [other for other in known if other.rpartition(".")[2] == last]
-    if same:
-        return max(same, key=lambda other: difflib.SequenceMatcher(None, key, other).ratio())
-    return next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.5)), None)
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> WorkflowConfig:
-    """Defaults < YAML < overrides.
-
-    Raises:
-        ConfigError: a missing or unreadable file, a malformed override, an unknown key (with the nearest
-        known one), a bad value.
-    """
-    if not path.is_file():
-        raise ConfigError(
-            f"{path}: no such config file; shipped ones are in {Path(__file__).parent / 'configs'}"
-        )
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"override {override!r}: expected key.path=value")
-    try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return validate(values, str(path))
-
-
-def validate(values: Any, place: str = "config") -> WorkflowConfig:
-    """Raises ConfigError, one line for each bad key."""
-    try:
-        return WorkflowConfig.model_validate(values)
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors(include_url=False):
-            key = ".".join(map(str, problem["loc"])) or "source"
-            if problem["type"] == "extra_forbidden":
-                near = nearest_key(key)
-                lines.append(f"unknown key '{key}'" + (f"; did you mean '{near}'?" if near else ""))
-            else:
-                lines.append(f"{key}: {problem['msg']} (got {problem['input']!r})")
-        raise ConfigError("\n".join(f"{place}: {line}" for line in lines)) from error
-
-
-def to_yaml(config: WorkflowConfig) -> str:
-    """The resolved configuration; loading it again gives the same one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -10,7 +10,8 @@ from typing import Any
 from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.manifest import ShardTable, Upstream
 from pipelines.shards.storage import Folder
-from pipelines.shards.store import SCHEMA, canonical_json, digest_of
+from pipelines.shards.store import SCHEMA
+from repfusion.files import canonical_json, digest_of
 
 
 @dataclass(frozen=True)

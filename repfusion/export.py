@@ -23,19 +23,13 @@ import torch
 from safetensors.torch import save_file
 
 from repfusion.conditioning.noisy_latents import NoisyLatentConditioner
+from repfusion.files import file_sha256, write_json
 from repfusion.latents.geometry import is_vae, latent_geometry
 from repfusion.latents.statistics import LatentStatistics
-from repfusion.lineage.describe import LINEAGE, checkpoint_record, file_digest, read_lineage
+from repfusion.lineage.describe import LINEAGE, checkpoint_record, read_lineage
 from repfusion.llm.mllm import LANGUAGE_MODELS, MLLM, Projector
 from repfusion.model.text_to_image import Generator, ModelConfig
-from repfusion.runs.checkpoint import (
-    WEIGHTS_MARK,
-    check_complete,
-    load_checkpoint,
-    portable,
-    read_weights,
-    write_json,
-)
+from repfusion.runs.checkpoint import WEIGHTS_MARK, check_complete, load_checkpoint, portable, read_weights
 from repfusion.weights import WEIGHTS
 
 SCHEMA = 1
@@ -85,7 +79,7 @@ def export(checkpoint: Path, out: Path, use_ema: bool = True) -> Path:
         for path in working.rglob("*.safetensors"):
             path.chmod(mode)  # safetensors lets nobody else read what it writes
         files = {
-            str(path.relative_to(working)): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+            str(path.relative_to(working)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
             for path in sorted(working.rglob("*"))
             if path.is_file() and path.name != CARD
         }
@@ -257,7 +251,7 @@ def check_export(folder: Path) -> dict[str, Any]:
                 f"export {folder}: {name} is {got} bytes long (truncated?), expected {expected['bytes']}; "
                 "copy it again"
             )
-        if (digest := file_digest(path)) != expected["sha256"]:
+        if (digest := file_sha256(path)) != expected["sha256"]:
             raise ValueError(
                 f"export {folder}: {name} has sha256 {digest[:12]}, expected {expected['sha256'][:12]}: its "
                 "content was changed or damaged; copy it again"

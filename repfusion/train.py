@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from tqdm import tqdm
 
+from repfusion.config import Config, load_config
 from repfusion.data.batches import Batch, batches
 from repfusion.data.dataset import DataConfig
 from repfusion.data.mixture import Mixture
+from repfusion.files import write_json
 from repfusion.flops import peak_flops, train_flops
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.lineage.describe import describe
@@ -37,7 +38,6 @@ from repfusion.runs.checkpoint import (
     latest_checkpoint,
     load_weights,
     prune,
-    write_json,
 )
 from repfusion.tracking import StoreError, Tracker, TrackingConfig, without_password
 from repfusion.training.distributed import (
@@ -59,9 +59,7 @@ RUN = "mlflow_run.json"
 """Remembers the MLflow run of an output folder."""
 
 
-class TrainConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class TrainConfig(Config):
     output_dir: Path
     """Folder of this training: checkpoints/, config.json, train.json. All ranks have to see it."""
     data: DataConfig
@@ -402,12 +400,6 @@ def summarise(
     }
 
 
-def load_config(path: Path, overrides: list[str]) -> TrainConfig:
-    """Defaults < YAML file < `key.path=value`. pydantic's error names a key that does not exist."""
-    merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
-    return TrainConfig.model_validate(OmegaConf.to_container(merged, resolve=True))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path)
@@ -415,9 +407,9 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
     args = parser.parse_intermixed_args()
     try:
-        config = load_config(args.config, args.overrides)
+        config = load_config(TrainConfig, args.config, args.overrides)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {args.config}: {error}")
+        sys.exit(f"error: {error}")
     if args.dry_run:
         print(config.model_dump_json(indent=2))
         return

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipelines.config import WorkflowConfig
+from repfusion.config import load_config
+from repfusion.train import TrainConfig
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*ROOT.glob("repfusion/**/*.py"), *ROOT.glob("pipelines/**/*.py")])
 HEAVY = {
@@ -55,28 +59,25 @@ def test_the_library_loads_without_what_it_may_not_import():
 CONFIGS = sorted([*ROOT.glob("pipelines/configs/*.yaml"), *ROOT.glob("repfusion/**/*.yaml")])
 
 
+def kind_of(path: Path) -> type:
+    """The class of a shipped configuration, by where it lies."""
+    return WorkflowConfig if path.is_relative_to(ROOT / "pipelines") else TrainConfig
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_shipped_config_parses(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    if path.is_relative_to(ROOT / "pipelines"):
-        from pipelines.config import load_config
-    else:
-        from repfusion.train import load_config
-    config = load_config(path, [])
-    assert config.model_dump(mode="json") == load_config(path, []).model_dump(mode="json")
+    config = load_config(kind_of(path), path)
+    assert config.model_dump(mode="json") == load_config(kind_of(path), path).model_dump(mode="json")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_typo_in_a_config_is_named(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    if path.is_relative_to(ROOT / "pipelines"):
-        from pipelines.config import load_config
-    else:
-        from repfusion.train import load_config
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "num_stepz": 3}))
     with pytest.raises(ValueError, match="num_stepz"):
-        load_config(wrong, [])
+        load_config(kind_of(path), wrong)
 
 
 def test_every_target_is_explained_and_help_lists_it():

@@ -91,8 +91,8 @@ class Evaluator:
         import torch
 
         from pipelines.evaluation.records import LOGGED, finished
-        from pipelines.shards.store import write_json
         from repfusion.evaluation import EvaluationConfig, evaluate_checkpoint
+        from repfusion.files import write_json
         from repfusion.runs.checkpoint import step_of
 
         torch.set_num_threads(task["num_threads"])

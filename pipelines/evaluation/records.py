@@ -18,10 +18,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from pipelines.shards.store import digest_of, write_json
+from repfusion.config import Strict
 from repfusion.evaluation.checkpoints import Evaluation, EvaluationConfig, read_evaluation
+from repfusion.files import digest_of, write_json
 
 ATTEMPTS, LOGGED = "attempts.json", "logged.json"
 PIN, BEST = "evaluate", "best"
@@ -29,9 +30,7 @@ PIN_AGAIN_SEC = 3600.0
 """A pin's date is renewed this often: retention takes one that is a day old for forgotten."""
 
 
-class Attempt(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
+class Attempt(Strict):
     number: int
     """From 1."""
     status: Literal["running", "finished", "failed", "cut_short"]
@@ -43,10 +42,8 @@ class Attempt(BaseModel):
     """Class and first line."""
 
 
-class Record(BaseModel):
+class Record(Strict):
     """The attempts at one checkpoint."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     config: str
     """Digest of the scoring configuration; attempts with another one are forgotten."""

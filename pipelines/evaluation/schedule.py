@@ -22,8 +22,8 @@ from pipelines.evaluation.records import (
     write_record,
 )
 from pipelines.runtime.session import StageError, brief
-from pipelines.shards.store import write_json
 from repfusion.evaluation import Evaluation
+from repfusion.files import write_json
 from repfusion.runs.checkpoint import STEP_FOLDER, checkpoint_folder, complete_checkpoints, step_of
 from repfusion.train import TrainConfig
 

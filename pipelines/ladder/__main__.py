@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from pipelines.ladder.config import CONFIGS, LadderConfig, load_config
+from pipelines.ladder.config import CONFIGS, LadderConfig
 from pipelines.runtime.session import StageError
+from repfusion.config import load_config
 
 DEFAULT = CONFIGS / "ladder.yaml"
 
@@ -57,7 +58,7 @@ def main() -> int:
     if len(paths) > 1:
         parser.error(f"one config file, got {', '.join(map(str, paths))}; overrides are key.path=value")
     try:
-        config = load_config(paths[0] if paths else DEFAULT, overrides)
+        config = load_config(LadderConfig, paths[0] if paths else DEFAULT, overrides)
         match args.command:
             case "run":
                 from pipelines.ladder.schedule import run_ladder

@@ -1,16 +1,13 @@
 """YAML file and `key.path=value` -> one ladder: what runs, on what data, for how long, how it is scored."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from pipelines.ladder.rows import ROWS, Common
 from pipelines.runtime.session import RayConfig
 from pipelines.sources.scenes import ScenesConfig
+from repfusion.config import Config
 from repfusion.diffusion.flow import FlowConfig
 from repfusion.evaluation import EvaluationConfig
 from repfusion.model.dit import DiTConfig
@@ -20,14 +17,8 @@ from repfusion.weights import WEIGHTS
 CONFIGS = Path(__file__).parent / "configs"
 
 
-class LadderError(ValueError):
-    """A configuration that does not hold; the message names every bad key."""
-
-
-class DataConfig(BaseModel):
+class DataConfig(Config):
     """Scenes, encoded once in each latent space."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     scenes: ScenesConfig = ScenesConfig()
     """What is drawn. Held-out combinations are in none of it."""
@@ -37,10 +28,8 @@ class DataConfig(BaseModel):
     """Held-out scenes on which the velocity loss is taken, each at one fixed noise level and noise."""
 
 
-class TrainingConfig(BaseModel):
+class TrainingConfig(Config):
     """What every row trains with."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     num_steps: int = Field(default=4000, ge=1)
     """Updates."""
@@ -54,10 +43,8 @@ class TrainingConfig(BaseModel):
     """Fraction of samples trained on the empty prompt."""
 
 
-class ScoringConfig(BaseModel):
+class ScoringConfig(Config):
     """How checkpoints are scored."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     final: EvaluationConfig = EvaluationConfig(num_prompts=480, include_new=False, split="train")
     """Of the last checkpoint. The prompts and their noise are the same for every row and seed."""
@@ -67,10 +54,8 @@ class ScoringConfig(BaseModel):
     """Checkpoints, evenly spaced, the last one included."""
 
 
-class ResourcesConfig(BaseModel):
+class ResourcesConfig(Config):
     """What each run takes. Changes no result but its speed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     num_cpus: float = Field(default=1, gt=0)
     """Cores; each run computes on one thread unless `training.engine.num_threads` says otherwise."""
@@ -78,10 +63,8 @@ class ResourcesConfig(BaseModel):
     """Share of a GPU. None: a twelfth where the cluster has GPUs, else nothing."""
 
 
-class ComputeConfig(BaseModel):
+class ComputeConfig(Config):
     """Test-time compute: the final checkpoints of some rows, sampled with more or fewer steps."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     rows: tuple[str, ...] = (
         "repfusion",
@@ -98,12 +81,10 @@ class ComputeConfig(BaseModel):
     """Prompts for each."""
 
 
-class LadderConfig(BaseModel):
+class LadderConfig(Config):
     """One ladder. `name`, `data`, `training`, `scoring`, the DiT and the noise levels are its budget:
     results of another budget never share a table.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str = Field(default="base", pattern=r"^[\w-]+$")
     """In tables, in MLflow, and of the folder under `root`."""
@@ -160,27 +141,3 @@ class LadderConfig(BaseModel):
             prompt_tokens=self.prompt_tokens,
             image_size=self.data.scenes.world.image_size,
         )
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> LadderConfig:
-    """Defaults < YAML < overrides.
-
-    Raises:
-        LadderError: a missing file, a malformed override, an unknown key, a bad value.
-    """
-    if not path.is_file():
-        raise LadderError(f"{path}: no such config file; shipped ones are in {CONFIGS}")
-    for override in overrides:
-        if "=" not in override:
-            raise LadderError(f"override {override!r}: expected key.path=value, such as 'seeds=[0]'")
-    try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        return LadderConfig.model_validate(OmegaConf.to_container(merged, resolve=True))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise LadderError(f"{path}: {error}") from error
-    except ValidationError as error:
-        lines = [
-            f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']} (got {problem['input']!r})"
-            for problem in error.errors(include_url=False)
-        ]
-        raise LadderError("\n".join(lines)) from error

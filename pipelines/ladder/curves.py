@@ -8,7 +8,7 @@ from pipelines.ladder.results import ComputePoint
 from pipelines.ladder.rows import LADDERS, ROWS
 from pipelines.ladder.selection import Selection
 from pipelines.reporting.charts import Line, chart
-from pipelines.shards.storage import atomic_path
+from repfusion.files import write_text
 
 COLOURS = ("#1f2a44", "#c8553d", "#3a7d44", "#8e6c8a", "#d9a441", "#4a90a4", "#7f7f7f")
 WIDTH, HEIGHT = 900, 320
@@ -29,8 +29,7 @@ def write_charts(selection: Selection, points: Sequence[ComputePoint], folder: P
     charts["compute.svg"] = _against_compute(points)
     for name, svg in charts.items():
         if svg:
-            with atomic_path(folder / name) as temporary:
-                temporary.write_text(svg.replace("<svg ", START, 1) + "\n")
+            write_text(folder / name, svg.replace("<svg ", START, 1) + "\n")
         else:
             (folder / name).unlink(missing_ok=True)
     return [name for name, svg in charts.items() if svg]

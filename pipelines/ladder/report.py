@@ -12,7 +12,7 @@ from pipelines.ladder.results import ComputePoint, Result, read
 from pipelines.ladder.rows import LADDERS, ROWS
 from pipelines.ladder.selection import Selection, select, select_points
 from pipelines.ladder.statistics import Seeds, compare, mean_and_error
-from pipelines.shards.storage import atomic_path
+from repfusion.files import write_text
 from repfusion.scenes.captions import TASKS
 
 MISSING = "missing"
@@ -33,8 +33,7 @@ def write_report(config: LadderConfig, budget: str | None = None) -> Path:
     text = render(selection, points, [f"{charts.name}/{name}" for name in names])
     if notes.exists():
         text += f"\n## Notes\n\n{notes.read_text().strip()}\n"
-    with atomic_path(config.report) as temporary:
-        temporary.write_text(text)
+    write_text(config.report, text)
     return config.report
 
 

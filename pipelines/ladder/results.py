@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
+
+from repfusion.config import Strict
+from repfusion.files import atomic_path
 
 
-class Line(BaseModel):
+class Line(Strict):
     """What identifies a result. Two of the same `key` are the same experiment."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     row: str
     seed: int
@@ -38,10 +39,8 @@ class Line(BaseModel):
         return self.run
 
 
-class Point(BaseModel):
+class Point(Strict):
     """Scores of one checkpoint."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     step: int
     overall: float
@@ -136,12 +135,8 @@ def append(path: Path, line: Line) -> None:
     """The file holds the line whole or is as it was, whoever appends beside and whenever the machine dies."""
     with _locked(path):
         before = path.read_bytes() if path.exists() else b""
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as stream:
-            stream.write(before + line.model_dump_json().encode() + b"\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(before + line.model_dump_json().encode() + b"\n")
 
 
 def finished(lines: Sequence[Line]) -> set[tuple[Any, ...]]:

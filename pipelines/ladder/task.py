@@ -8,10 +8,10 @@ from typing import Any
 from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.data import Columns
 from pipelines.ladder.rows import LADDERS, ROWS, SPACES, Row, model_of
-from pipelines.shards.store import digest_of
 from pipelines.stages.build import ROUNDING
 from pipelines.workflow.digests import Digests
 from repfusion.evaluation import EvaluationConfig
+from repfusion.files import digest_of
 from repfusion.model.text_to_image import ModelConfig
 from repfusion.tracking import TrackingConfig
 from repfusion.train import TrainConfig

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipelines.ladder.results import Point, Result
 from pipelines.ladder.task import Task, ladders_of
-from pipelines.shards.store import write_json
+from repfusion.files import write_json
 
 RECORD = "result.json"
 """In the run's folder, written when all is done: what was appended to the results, or should have been."""

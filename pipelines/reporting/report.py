@@ -12,8 +12,9 @@ from typing import Any
 
 from pipelines.reporting.charts import INK, STYLE, Line, chart
 from pipelines.shards.manifest import Manifest, read_output
-from pipelines.shards.storage import Folder, atomic_path
+from pipelines.shards.storage import Folder
 from repfusion.evaluation import Evaluation, read_evaluation
+from repfusion.files import atomic_path, write_text
 from repfusion.runs.checkpoint import COMPLETE, STEP_FOLDER
 from repfusion.scenes.captions import TASKS
 from repfusion.tracking import metric_history
@@ -262,6 +263,5 @@ def write_report(root: Path, data: Folder | None = None) -> Path:
         f"<body><main><h1>{name}</h1>{body}</main></body></html>\n"
     )
     path = root / "report.html"
-    with atomic_path(path) as temporary:
-        temporary.write_text(page)
+    write_text(path, page)
     return path

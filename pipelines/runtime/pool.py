@@ -14,10 +14,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from tqdm import tqdm
 
 from pipelines.runtime.session import PATIENCE_SEC, StageError, brief, check_ray_lives
+from repfusion.config import Config
 
 TRANSIENT_ERRORS = (
     "ConnectionError",
@@ -44,10 +45,8 @@ NO_ACTOR_SEC = 600.0
 """How long a stage waits for its first actor to start, before it gives up."""
 
 
-class ActorsConfig(BaseModel):
+class ActorsConfig(Config):
     """Size and patience of a stage's actor pool. Changes no bytes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     num_actors: int | None = Field(default=None, ge=1)
     """Workers of the stage; None takes as many as the cluster has CPUs (or GPUs) for."""

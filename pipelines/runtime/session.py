@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from repfusion.config import Config
 
 PATIENCE_SEC = 5.0
 """Between two looks at the cluster while nothing comes of it."""
@@ -17,10 +19,8 @@ CONNECT_SEC = 5.0
 """To wait for a cluster's head to take a connection."""
 
 
-class RayConfig(BaseModel):
+class RayConfig(Config):
     """How to reach or start Ray. Changes no bytes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     address: str | None = None
     """A running cluster's address, "auto" or host:port; None takes RAY_ADDRESS from the environment or starts

@@ -12,18 +12,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from pipelines.shards.storage import Folder
-from pipelines.shards.store import (
-    SCHEMA,
-    ShardError,
-    Sidecar,
-    SideFile,
-    canonical_json,
-    digest_of,
-    json_bytes,
-)
+from pipelines.shards.store import SCHEMA, ShardError, Sidecar, SideFile
+from repfusion.config import Strict
+from repfusion.files import canonical_json, digest_of, json_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,12 +26,10 @@ MANIFEST = "manifest.json"
 SHARDS = "shards.parquet"
 
 
-class Manifest(BaseModel):
+class Manifest(Strict):
     """A complete stage: what decided its bytes (`fields`, `upstream`), and what it holds in all."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True
-    )
+    model_config = ConfigDict(populate_by_name=True)
 
     schema_version: int = Field(default=SCHEMA, alias="schema")
     stage: str

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pipelines.shards.manifest import MANIFEST, SHARDS, StageOutput, read_output
 from pipelines.shards.storage import Folder
-from pipelines.shards.store import ShardError, SideFile, file_sha256
+from pipelines.shards.store import ShardError, SideFile
+from repfusion.files import file_sha256
 
 BLOCK_BYTES = 4 << 20
 """Read from the source at once."""

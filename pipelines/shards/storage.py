@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-TEMPORARY = ".tmp"
-"""Ends the names of files and folders that are being written."""
+from repfusion.files import TEMPORARY, atomic_path, flush
+
 READ_AT_ONCE = 1000
 """Files in flight, where many are read over a network."""
 STORE_CLIENTS = {"botocore", "aiohttp", "gcsfs", "azure"}
@@ -168,7 +168,7 @@ class Folder:
             self._files.put_file(str(source), self._at(name))
             source.unlink()
             return
-        _flush(source)
+        flush(source)
         os.replace(source, self.path / name)
 
     def remove(self, *names: str) -> None:
@@ -237,29 +237,3 @@ def is_store_error(error: BaseException) -> bool:
     base class.
     """
     return any(one.__module__.partition(".")[0] in STORE_CLIENTS for one in type(error).__mro__)
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside a local `path`, renamed to it when the block succeeds and removed when it
-    fails.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        _flush(temporary)
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    """A rename is only as good as the data below it: unflushed, a power cut can leave an empty file of the
-    right name.
-    """
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())

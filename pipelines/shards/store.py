@@ -4,43 +4,35 @@ A shard is `NAME.tar` (or `NAME.parquet`) with `NAME.json`, its sidecar, beside 
 same bytes.
 """
 
-import hashlib
-import json
 import time
 from collections import Counter
 from contextlib import ExitStack, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict
-
-from pipelines.shards.storage import Folder, atomic_path
+from pipelines.shards.storage import Folder
+from repfusion.config import Strict
+from repfusion.files import file_sha256, json_bytes
 
 SCHEMA = 1
 """Raised when a stage's code changes the bytes it writes; part of every fingerprint."""
-
-BLOCK_BYTES = 1 << 20
 
 
 class ShardError(ValueError):
     """A shard on disk that is not what its sidecar or the tar format says; the message names it."""
 
 
-class SideFile(BaseModel):
+class SideFile(Strict):
     """A file that belongs to a shard or a stage: a list of drops, statistics."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     bytes: int
     sha256: str
 
 
-class Sidecar(BaseModel):
+class Sidecar(Strict):
     """What a complete shard holds and where it came from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str
     """The shard's name without extension, such as `00042`."""
@@ -59,25 +51,6 @@ class Sidecar(BaseModel):
     """Further files of the shard, by name."""
     seconds: float
     versions: dict[str, str]
-
-
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces; raises ValueError for NaN and infinities."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def digest_of(value: Any) -> str:
-    """sha256 of a value's canonical JSON, hex."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def side_file(path: Path) -> SideFile:
@@ -101,17 +74,6 @@ def library_versions(*packages: str) -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON, keys in the given order, written atomically to a local path."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(json_bytes(value))
-
-
-def json_bytes(value: Any) -> bytes:
-    """Indented JSON, keys in the given order."""
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def read_sidecar(folder: Folder, name: str) -> Sidecar | None:

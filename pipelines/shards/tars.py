@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 from pipelines.shards.storage import Folder
-from pipelines.shards.store import BLOCK_BYTES, ShardCommit, ShardError, Sidecar
+from pipelines.shards.store import ShardCommit, ShardError, Sidecar
 
 TAR_BUFFER_BYTES = 1 << 14
 """tarfile copies what is left of its buffer at every read: a large one costs more than it saves."""
 
+BLOCK_BYTES = 1 << 20
+"""Read at once of what is only counted."""
 END_BYTES = 1024
 """A tar ends in two blocks of zeros."""
 

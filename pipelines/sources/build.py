@@ -10,13 +10,14 @@ from typing import Any
 from pipelines.config import WorkflowConfig
 from pipelines.dag import ShardStage, Stage
 from pipelines.runtime.pool import ShardJob
-from pipelines.shards.store import digest_of, shard_name
+from pipelines.shards.store import shard_name
 from pipelines.sources import folder as image_folder
 from pipelines.sources import parquet, scenes, tars, urls
 from pipelines.sources.downloads import MAX_WAIT_SEC
 from pipelines.stages import ingest
 from pipelines.workflow.digests import Digests, flatten
 from pipelines.workflow.plan import Entries
+from repfusion.files import digest_of
 
 
 def source_stage(config: WorkflowConfig, digests: Digests) -> ShardStage:

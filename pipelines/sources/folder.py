@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
-
 from pipelines.runtime.pool import ShardJob
 from pipelines.shards.storage import Folder
-from pipelines.shards.store import ShardCommit, ShardError, Sidecar, canonical_json, sample_key, shard_name
+from pipelines.shards.store import ShardCommit, ShardError, Sidecar, sample_key, shard_name
 from pipelines.shards.tars import tar_shard
 from pipelines.sources.inputs import list_folder
 from pipelines.sources.raw_samples import (
@@ -28,14 +26,14 @@ from pipelines.sources.raw_samples import (
     printable,
 )
 from pipelines.stages.ingest import IngestConfig, image_fields
+from repfusion.config import Config
+from repfusion.files import digest_of
 
 CAPTION_ENDING = ".txt"
 
 
-class FolderConfig(BaseModel):
+class FolderConfig(Config):
     """Image files to take in."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     path: str
     """The folder; local or any fsspec URL. Folders in it count, hidden files do not."""
@@ -250,7 +248,7 @@ class _Captions:
         for batch in self._table.slice(start).to_batches(max_chunksize=1000):
             for path, caption, *extra in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 named = dict(zip(self._extra, extra, strict=True))
-                version = hashlib.sha256(canonical_json([caption, named]).encode()).hexdigest()
+                version = digest_of([caption, named])
                 yield Row(path, version, caption, named)
 
 

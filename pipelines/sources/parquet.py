@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
-
 from pipelines.runtime.pool import ShardJob
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, sample_key, shard_name
@@ -21,6 +19,7 @@ from pipelines.shards.tars import tar_shard
 from pipelines.sources.inputs import InputFile, find_inputs
 from pipelines.sources.raw_samples import OWN_FIELDS, PACKAGES, BadEntry, SampleMaker, free_names
 from pipelines.stages.ingest import IngestConfig, image_fields
+from repfusion.config import Config
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,10 +29,8 @@ BUFFER_BYTES = 1 << 20
 RESERVED = OWN_FIELDS | {"source_row", "source_path"}
 
 
-class ParquetConfig(BaseModel):
+class ParquetConfig(Config):
     """Parquet files with images in them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     path: str
     """A .parquet file, a folder of them or a pattern such as `data/train-*.parquet`; local or any fsspec URL.

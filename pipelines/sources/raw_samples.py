@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import AfterValidator
 
-from pipelines.shards.store import canonical_json
 from pipelines.stages.ingest import SIZES, BadImage, ImageFitter, IngestConfig
+from repfusion.files import canonical_json
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """What counts as an image by its name."""

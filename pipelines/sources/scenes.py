@@ -17,12 +17,13 @@ from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from pipelines.runtime.pool import ShardJob
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, Sidecar, sample_key
 from pipelines.shards.tars import TarSamples
+from repfusion.config import Config
 from repfusion.scenes.captions import caption_scene
 from repfusion.scenes.world import WorldConfig, draw_scene, render
 
@@ -32,10 +33,8 @@ OPEN_ARCHIVES = 8
 """Archives the server keeps: open where they are local, in memory where they are remote."""
 
 
-class DefectsConfig(BaseModel):
+class DefectsConfig(Config):
     """Entries spoilt on purpose, so that a run shows how drops are counted. They replace healthy entries."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     missing: int = Field(default=0, ge=0)
     """URLs that answer with HTTP 404."""
@@ -45,10 +44,8 @@ class DefectsConfig(BaseModel):
     """Captions without text."""
 
 
-class ScenesConfig(BaseModel):
+class ScenesConfig(Config):
     """What the embedded world draws."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     num_samples: int = Field(default=4000, ge=1)
     """Entries of the url list, defects included."""

@@ -9,8 +9,6 @@ import json
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict
-
 from pipelines.runtime.pool import ShardJob
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, shard_name
@@ -25,6 +23,7 @@ from pipelines.sources.raw_samples import (
     printable,
 )
 from pipelines.stages.ingest import IngestConfig, image_fields
+from repfusion.config import Config
 
 POSITION_DIGITS = 6
 NUM_COUNTED_TARS = 8
@@ -32,10 +31,8 @@ NUM_COUNTED_SAMPLES = 500
 """How much is read to estimate the samples in all tars: the first so many of so many tars."""
 
 
-class TarsConfig(BaseModel):
+class TarsConfig(Config):
     """WebDataset tars to take in."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     path: str
     """A .tar file, a folder of them or a pattern such as `data/*/*.tar`; local or any fsspec URL. Shards are

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
 
-from pydantic import BaseModel, ConfigDict
-
 from pipelines.runtime.pool import ShardJob
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, Sidecar, sample_key
 from pipelines.sources.raw_samples import free_names
+from repfusion.config import Config
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,10 +25,8 @@ BATCH_ROWS = 1 << 14
 CSV_BLOCK_BYTES = 1 << 20
 
 
-class UrlsConfig(BaseModel):
+class UrlsConfig(Config):
     """A list of addresses to download."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     path: str
     """A .parquet or .csv file, a folder of them or a pattern such as `lists/part-*.parquet`; local or any

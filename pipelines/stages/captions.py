@@ -11,22 +11,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.manifest import ShardTable
 from pipelines.shards.storage import Folder
-from pipelines.shards.store import (
-    ShardCommit,
-    ShardError,
-    Sidecar,
-    canonical_json,
-    digest_of,
-    json_bytes,
-    read_sidecar,
-)
+from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
 from pipelines.shards.tars import read_samples, tar_shard
 from pipelines.sources.inputs import InputFile, find_inputs
+from repfusion.config import Config, Strict
+from repfusion.files import canonical_json, digest_of, json_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,10 +31,8 @@ MISSING_MEMBER = "missing.json"
 BATCH_ROWS = 1 << 14
 
 
-class CaptionColumn(BaseModel):
+class CaptionColumn(Strict):
     """Where one alternative caption comes from: a field of each sample's json, or a table."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     field: str | None = None
     """Field of the json, such as a further column of the source."""
@@ -78,10 +70,8 @@ class CaptionColumn(BaseModel):
         return self
 
 
-class CaptionsConfig(BaseModel):
+class CaptionsConfig(Config):
     """Alternative captions, which training draws by `train.data.caption_weights`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     columns: dict[str, CaptionColumn] = {}
     """By name: the column `long` becomes the member `long.txt`. Without any, there is no such stage."""

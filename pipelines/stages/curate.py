@@ -4,19 +4,18 @@ counted reason.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from pipelines.duplicates.find import DuplicateList, read_verdicts
 from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
 from pipelines.shards.tars import read_samples, tar_shard
+from repfusion.config import Config
 
 
-class CurateConfig(BaseModel):
+class CurateConfig(Config):
     """Which samples stay: the stages `judge` and `curate`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     min_side_px: int = Field(default=16, ge=1)
     """Shortest side an image may have, before ingest resized it where that is known."""

@@ -11,17 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict
-
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.records import best_checkpoint, config_digest, finished
 from pipelines.evaluation.schedule import CONFIG, EvaluationScheduler
 from pipelines.runtime.session import RayConfig, StageError, ray_session
-from pipelines.shards.storage import atomic_path
+from repfusion.config import Config, load_config
 from repfusion.evaluation import Evaluation
+from repfusion.files import atomic_path
 from repfusion.runs.checkpoint import COMPLETE, complete_checkpoints, step_of
 from repfusion.train import TrainConfig
 
@@ -77,10 +73,8 @@ def run_evaluate(config: "WorkflowConfig") -> dict[str, Any]:
     return {"evaluations": evaluations, "missed": sorted(scheduler.missed), "waited_sec": waited_sec}
 
 
-class _Means(BaseModel):
+class _Means(Config):
     """What a training folder does not say, and `key.path=value` may."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     evaluate: EvaluateConfig = EvaluateConfig()
     ray: RayConfig = RayConfig()
@@ -102,7 +96,7 @@ def find_target(path: Path, overrides: Sequence[str] = ()) -> Target:
     Raises:
         ValueError: it is none of these; ConfigError: an override that does not hold.
     """
-    from pipelines.config import load_config
+    from pipelines.config import WorkflowConfig
 
     path = Path(path)
     checkpoint = path if (path / COMPLETE).is_file() else None
@@ -110,7 +104,7 @@ def find_target(path: Path, overrides: Sequence[str] = ()) -> Target:
         step_of(checkpoint)
     workflow = path / "config.yaml" if (path / "config.yaml").is_file() else path
     if not workflow.is_dir():
-        config = load_config(workflow, overrides)
+        config = load_config(WorkflowConfig, workflow, overrides)
         return Target(config.train, config.evaluate, config.ray, None)
     folder = path if checkpoint is None else checkpoint.parent.parent
     if not (folder / "config.json").is_file() and (folder / "train" / "config.json").is_file():
@@ -130,11 +124,7 @@ def _means(folder: Path, overrides: Sequence[str]) -> _Means:
     """Those of the training's own schedule, where it has one, with overrides."""
     path = folder / "evaluations" / CONFIG
     saved = {"evaluate": json.loads(path.read_text())} if path.is_file() else {}
-    try:
-        merged = OmegaConf.merge(saved, OmegaConf.from_dotlist(list(overrides)))
-        return _Means.model_validate(OmegaConf.to_container(merged, resolve=True))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ValueError(f"{' '.join(overrides)}: {error}") from error
+    return load_config(_Means, saved, overrides)
 
 
 def choose(target: Target, step: str) -> list[Path]:

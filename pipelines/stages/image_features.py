@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from jaxtyping import UInt8
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
 from pipelines.shards.tars import TarSamples, read_samples, tar_shard
 from pipelines.stages.judge import IMAGE_EXTENSIONS
+from repfusion.config import Config
 
 if TYPE_CHECKING:
     import torch
@@ -40,10 +41,8 @@ STATISTICS_AT_ONCE = 16
 """Shards' statistics in memory at a time: at 576 x 1024 each takes 9 MiB."""
 
 
-class LatentsConfig(BaseModel):
+class LatentsConfig(Config):
     """Encodes images."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     batch_size: int = Field(default=64, ge=1)
     """Images encoded at once. Counts as changing no bytes: what it does change is below float16's rounding,

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, Self
 from urllib.parse import urljoin, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.storage import Folder
-from pipelines.shards.store import ShardCommit, ShardError, Sidecar, canonical_json, read_sidecar
+from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
 from pipelines.shards.tars import read_samples, tar_shard
 from pipelines.sources.downloads import DownloadLimits, Downloads, is_transient
+from repfusion.config import Config
+from repfusion.files import canonical_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,10 +38,8 @@ once would leave them there.
 """
 
 
-class IngestConfig(BaseModel):
+class IngestConfig(Config):
     """Downloads and resizes images."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     image_size: int | None = Field(default=32, ge=1)
     """Side in pixels that images are brought to; None keeps their size."""

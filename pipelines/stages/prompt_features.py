@@ -12,21 +12,20 @@ from pathlib import Path
 from threading import Lock
 from typing import IO, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
 from pipelines.shards.tars import read_samples, tar_shard
 from pipelines.stages.image_features import npy_bytes
+from repfusion.config import Config
 
 PROMPT_TEMPLATE = "{bos}{caption}"
 
 
-class FeaturesConfig(BaseModel):
+class FeaturesConfig(Config):
     """Encodes captions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     enabled: bool = True
     """Whether to make the column; only the text-only baseline feeds on it."""

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from pipelines.runtime.session import PATIENCE_SEC, StageError, brief, check_ray_lives, ray_session
 from pipelines.shards.mirror import mirror
 from pipelines.shards.storage import Folder
-from pipelines.shards.store import write_json
 from pipelines.stages.evaluate import EvaluationScheduler
+from repfusion.files import write_json
 from repfusion.runs.checkpoint import latest_checkpoint, step_of
 from repfusion.tracking import prepare_store
 from repfusion.train import TrainConfig, TrainingStopped

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from pipelines.dag import ShardStage, Stage
 from pipelines.shards.manifest import MANIFEST, SHARDS, read_output
-from pipelines.shards.storage import TEMPORARY, Folder
+from pipelines.shards.storage import Folder
 from pipelines.workflow.inspection import STAGE, read_asked
 from pipelines.workflow.verify import QUARANTINE
+from repfusion.files import TEMPORARY
 
 
 @dataclass(frozen=True)

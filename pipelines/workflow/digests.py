@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.shards.store import digest_of, file_sha256, write_json
+from repfusion.files import digest_of, file_sha256, write_json
 
 REMEDY = "give one written by save_pretrained, or run 'make foundation'"
 REMEDIES = {

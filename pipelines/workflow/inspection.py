@@ -10,7 +10,8 @@ from typing import Any, Literal
 from pipelines.dag import ShardStage, Stage, WholeStage
 from pipelines.shards.manifest import Manifest, ShardTable, StageOutput, Upstream, read_output
 from pipelines.shards.storage import Folder
-from pipelines.shards.store import SCHEMA, ShardError, Sidecar, canonical_json
+from pipelines.shards.store import SCHEMA, ShardError, Sidecar
+from repfusion.files import canonical_json
 
 Status = Literal["fresh", "partial", "stale", "missing"]
 MIX = "train.data.mix."

@@ -27,8 +27,9 @@ from pipelines.shards.manifest import (
     write_output,
 )
 from pipelines.shards.storage import Folder
-from pipelines.shards.store import SCHEMA, Sidecar, SideFile, file_sha256, json_bytes, read_sidecar
+from pipelines.shards.store import SCHEMA, Sidecar, SideFile, read_sidecar
 from pipelines.workflow.inspection import STAGE, State, describe, inspect, read_asked, states, wrong_files
+from repfusion.files import file_sha256, json_bytes
 
 Redo = Mapping[str, Mapping[str, dict[str, Any]]]
 """Shards to make again though they are complete: by stage and shard, further arguments of their jobs."""

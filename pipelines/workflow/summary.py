@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.shards.manifest import Manifest
-from pipelines.shards.store import write_json
+from repfusion.files import write_json
 
 STAGE_EXTRA = ("upstream_digests", "evaluations")
 

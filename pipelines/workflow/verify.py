@@ -10,10 +10,11 @@ from pipelines.runtime.pool import ActorPool, ActorsConfig, ShardJob, run_shards
 from pipelines.runtime.session import RayConfig, ray_session
 from pipelines.shards.manifest import MANIFEST, SHARDS
 from pipelines.shards.storage import Folder
-from pipelines.shards.store import ShardError, Sidecar, file_sha256, read_sidecar
+from pipelines.shards.store import ShardError, Sidecar, read_sidecar
 from pipelines.shards.tars import read_samples
 from pipelines.workflow.inspection import State, read_sidecars, states
 from pipelines.workflow.run import locked, run
+from repfusion.files import file_sha256
 
 QUARANTINE = "quarantine"
 """Folder of a stage to which broken shards are moved, for whoever wants to know what happened to them."""

@@ -10,16 +10,15 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
+from repfusion.config import Config
 from repfusion.llm.mllm import MLLM
 from repfusion.llm.prefix import see_each_other
 
 
-class CaptioningConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class CaptioningConfig(Config):
     weight: float = Field(default=0.2, gt=0)
     """Of the caption loss beside the velocity's (Transfusion weighs diffusion 5 times the text)."""
     share: float = Field(default=0.25, gt=0, le=1)

@@ -10,19 +10,18 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from repfusion.conditioning import Condition
 from repfusion.conditioning.captioning import CaptionBatch, CaptioningConfig, caption_losses
+from repfusion.config import Config
 from repfusion.llm.mllm import MLLM, Projector
 from repfusion.llm.prefix import Prefix, leave_room, read_on, read_prompts
 from repfusion.model.dit import Interface, TimestepEmbedder
 
 
-class NoisyLatentsConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class NoisyLatentsConfig(Config):
     method: Literal["noisy_latents"] = "noisy_latents"
     """The MLLM reads prompt and noisy latents at every step: RepFusion."""
     interface: Interface = "adaln"

@@ -10,10 +10,11 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from repfusion.conditioning import Condition
+from repfusion.config import Config
 from repfusion.llm.mllm import MLLM
 from repfusion.llm.prefix import Prefix, leave_room, read_on, read_prompts
 from repfusion.model.dit import Attention, Interface, RMSNorm, SwiGLU, TimestepEmbedder
@@ -21,9 +22,7 @@ from repfusion.model.dit import Attention, Interface, RMSNorm, SwiGLU, TimestepE
 CONNECTOR_HEAD_WIDTH = 64
 
 
-class QueriesConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class QueriesConfig(Config):
     method: Literal["queries"] = "queries"
     """Learned tokens take the place of the noisy latents."""
     interface: Interface = "adaln"

@@ -9,17 +9,15 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from repfusion.conditioning import Condition
+from repfusion.config import Config
 from repfusion.llm.mllm import MLLM
 from repfusion.model.dit import Interface, RMSNorm
 
 
-class TextEmbedConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class TextEmbedConfig(Config):
     method: Literal["text_embed"] = "text_embed"
     """The prompt's last-layer states, the same at every step."""
 

@@ -6,17 +6,15 @@ LLM is trained, on captions of clean latents as well.
 from typing import Literal
 
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from repfusion.conditioning.captioning import CaptioningConfig
 from repfusion.conditioning.noisy_latents import NoisyLatentsConfig
+from repfusion.config import Config
 from repfusion.model.dit import RMSNorm
 
 
-class TransfusionConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class TransfusionConfig(Config):
     method: Literal["transfusion"] = "transfusion"
     """The LLM itself denoises."""
     captioning: CaptioningConfig | None = CaptioningConfig()

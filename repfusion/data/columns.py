@@ -3,7 +3,6 @@
 Headers are read once; members are then read by offset.
 """
 
-import hashlib
 import io
 import json
 import math
@@ -13,6 +12,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+
+from repfusion.files import digest_of
 
 BLOCK_BYTES = 512
 MANIFEST = "manifest.json"
@@ -92,8 +93,7 @@ def manifest_digest(folder: Path) -> str | None:
     if not path.exists():
         return None
     content = {key: value for key, value in json.loads(path.read_bytes()).items() if key not in TIMES}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest_of(content)
 
 
 class Column:

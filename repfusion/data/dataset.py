@@ -14,8 +14,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from repfusion.config import Config
 from repfusion.data.columns import Column, rebuild_hint, scan_tar, shard_names
 from repfusion.data.order import shares_of
 
@@ -60,10 +61,8 @@ def check_weights(weights: Mapping[str, float], captions: Path | None) -> dict[s
     return positive
 
 
-class DatasetConfig(BaseModel):
+class DatasetConfig(Config):
     """One data set: the folders of its columns."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     images: Path
     """Folder of image shards; training reads only the captions from it."""

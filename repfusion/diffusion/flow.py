@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
+from repfusion.config import Config
 
-class FlowConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
+class FlowConfig(Config):
     base_dim: int = Field(default=4096, gt=0)
     """Latent dimension at which noise levels are not shifted (RAE, section 4.2; RepFusion)."""
 

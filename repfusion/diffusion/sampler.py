@@ -9,17 +9,16 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from repfusion.config import Config
 from repfusion.diffusion.flow import shift_noise_level
 from repfusion.model.text_to_image import Generator
 
 
-class SamplerConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class SamplerConfig(Config):
     num_steps: int = Field(default=30, ge=1)
     """Steps from noise to data, the last one ending at t = 0. Euler evaluates the velocity once a step, Heun
     twice, but for the last: 2 * num_steps - 1 (see `num_evaluations`).

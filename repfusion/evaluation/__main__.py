@@ -4,9 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import yaml
-from omegaconf import OmegaConf
-
+from repfusion.config import load_config
 from repfusion.evaluation.checkpoints import EvaluationConfig, evaluate_checkpoint
 
 
@@ -23,7 +21,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     out = args.out or args.checkpoint.resolve().parent.parent / "evaluate" / args.checkpoint.resolve().name
     try:
-        config = EvaluationConfig(**yaml.safe_load(OmegaConf.to_yaml(OmegaConf.from_dotlist(args.overrides))))
+        config = load_config(EvaluationConfig, {}, args.overrides)
         evaluation = evaluate_checkpoint(args.checkpoint, out, config)
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -3,7 +3,6 @@
 step_00000500/  gallery.png  scores.json (written last: it marks the evaluation complete)
 """
 
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,11 +13,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from repfusion.config import Config, Strict
 from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.evaluation.gallery import gallery
 from repfusion.evaluation.scores import ScoredImages, Scores, score_images
+from repfusion.files import atomic_path, write_json
 from repfusion.generate import generate
 from repfusion.latents.load import Decoder
 from repfusion.model.text_to_image import Generator
@@ -29,9 +30,7 @@ from repfusion.scenes.world import Split
 GALLERY_COLUMNS = 6
 
 
-class EvaluationConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
+class EvaluationConfig(Config):
     num_prompts: int = Field(default=240, ge=1)
     """The six tasks in turn."""
     split: Split = "held_out"
@@ -50,9 +49,7 @@ class EvaluationConfig(BaseModel):
     """Torch device; None takes CUDA where there is one."""
 
 
-class ScoredPrompt(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class ScoredPrompt(Strict):
     prompt: str
     task: Task
     is_new: bool
@@ -60,10 +57,8 @@ class ScoredPrompt(BaseModel):
     reason: str
 
 
-class Evaluation(BaseModel):
+class Evaluation(Strict):
     """What `scores.json` holds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     checkpoint: str
     step: int | None
@@ -73,13 +68,6 @@ class Evaluation(BaseModel):
     seconds: float
     """Loading, sampling and scoring."""
     samples: list[ScoredPrompt]
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes under a temporary name of the same extension, then renames."""
-    temporary = path.with_name(f".tmp.{path.name}")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def _gallery_rows(prompts: list[Prompt]) -> tuple[list[int], list[str]]:
@@ -146,7 +134,8 @@ def evaluate_checkpoint(
     picture = run(partial(_picture, pixels, prompts, scored))
 
     out.mkdir(parents=True, exist_ok=True)
-    _replace(out / "gallery.png", picture.save)
+    with atomic_path(out / "gallery.png") as temporary:
+        picture.save(temporary, "PNG")
     evaluation = Evaluation(
         checkpoint=str(checkpoint),
         step=info.get("step"),
@@ -158,8 +147,7 @@ def evaluate_checkpoint(
             for p, v in zip(prompts, scored.verdicts, strict=True)
         ],
     )
-    text = evaluation.model_dump_json(indent=1) + "\n"
-    _replace(out / "scores.json", lambda path: path.write_text(text))
+    write_json(out / "scores.json", evaluation.model_dump(mode="json"))
     return evaluation
 
 

@@ -4,16 +4,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict
 
+from repfusion.config import Strict
 from repfusion.scenes.captions import TASKS, Prompt, Task
 from repfusion.scenes.detector import Verdict, detect, judge
 from repfusion.scenes.world import INVERSE
 
 
-class Count(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class Count(Strict):
     correct: int
     total: int
 
@@ -22,10 +20,8 @@ class Count(BaseModel):
         return self.correct / self.total if self.total else None
 
 
-class Scores(BaseModel):
+class Scores(Strict):
     """Shares of images that show what their prompt states, in [0, 1]."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     overall: float
     """Mean over the tasks' accuracies (as GenEval), not over the prompts."""

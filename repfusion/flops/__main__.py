@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from repfusion.config import read_values, validate
 from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.flops.count import Cost, sample_costs, train_costs
 from repfusion.flops.memory import Frozen, column_bytes, rank_memory, sizes
@@ -71,10 +70,10 @@ def memory_table(generator: Generator, config: EngineConfig, num_ranks: int) -> 
 
 def training_of(path: Path | None) -> tuple[EngineConfig, int | None]:
     """The engine of a training's YAML (or of a workflow's `train`), and the samples that it sees in all."""
-    fields = {} if path is None else yaml.safe_load(path.read_text()) or {}
+    fields = {} if path is None else read_values(path)
     fields = fields.get("train", fields)
     steps, batch = fields.get("num_steps"), fields.get("global_batch_size")
-    return EngineConfig.model_validate(fields.get("engine") or {}), steps and batch and steps * batch
+    return validate(EngineConfig, fields.get("engine") or {}, str(path)), steps and batch and steps * batch
 
 
 def say(config: ModelConfig, path: Path | None, args: argparse.Namespace) -> None:

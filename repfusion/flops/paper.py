@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
-import yaml
-
+from repfusion.config import read_values
 from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.flops.count import (
     DENOISER,
@@ -172,7 +171,7 @@ def sizes_markdown() -> str:
     )
     rows = [(*heading, "a rank, ZeRO 2, GB", "a rank, ZeRO 3, GB")]
     for path in sorted(CONFIGS.glob("*.yaml")):
-        generator, fields = generator_of(path.stem), yaml.safe_load(path.read_text())
+        generator, fields = generator_of(path.stem), read_values(path)
         flops = train_flops(generator, TEXT, has_text_features=False)
         found = sizes(generator)
         trained = sum(size.num_trainable for size in found.values())

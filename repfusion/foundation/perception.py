@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -25,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from repfusion.config import Config
 from repfusion.foundation.dialogues import IGNORED, encode_captions, encode_dialogues, write_dialogue
 from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
 from repfusion.scenes.captions import caption_scene
@@ -33,9 +33,7 @@ from repfusion.scenes.world import Scene, WorldConfig, draw_scene, render
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.5
 
 
-class FoundationConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class FoundationConfig(Config):
     image_size: int = 32
     """Pixels a side."""
     patch_size: int = 8

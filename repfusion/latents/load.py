@@ -4,8 +4,7 @@ or a VAE.
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
+from repfusion.config import Config
 from repfusion.latents.encoder import PixelEncoder
 from repfusion.latents.geometry import is_vae
 from repfusion.latents.rae_decoder import RAEDecoder
@@ -17,9 +16,7 @@ Decoder = RAEDecoder | VAEDecoder
 """Features -> pixels; both have `grid` and `feature_dim`."""
 
 
-class EncoderConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class EncoderConfig(Config):
     path: Path = WEIGHTS / "vision_tower"
     """Folder of a vision tower (CLIP, SigLIP, DINOv2), of a model that holds one (CLIP, SigLIP, LLaVA), or of
     a VAE of diffusers (AutoencoderKL, AutoencoderDC).

@@ -8,16 +8,14 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from repfusion.config import Config
 from repfusion.model.dit import Attention, RMSNorm, SwiGLU, rotary_2d, sin_cos_positions
 
 
-class RAEDecoderConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class RAEDecoderConfig(Config):
     feature_dim: int
     """Channels of a feature token."""
     grid: tuple[int, int]

@@ -5,7 +5,6 @@
 affine, which is the normalisation that every layer gets here.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from repfusion.files import weights_digest
 from repfusion.latents.encoder import PixelEncoder
 from repfusion.latents.geometry import LatentGeometry, TowerGeometry, tower_config, tower_geometry
 
@@ -26,26 +26,6 @@ PIXEL_STATISTICS = {
     "dinov2_with_registers": IMAGENET,
 }
 """Mean and standard deviation with which a family was trained, for folders that do not say."""
-
-
-def weights_digest(folder: str | Path) -> str:
-    """sha256 over the names and bytes of a folder's safetensors files, hex.
-
-    Raises:
-        ValueError: where the folder holds none.
-    """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise ValueError(
-            f"{folder}: no *.safetensors files; expected a Hugging Face model folder (save_pretrained)"
-        )
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 class RepresentationEncoder(PixelEncoder):

@@ -14,9 +14,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from repfusion.files import weights_digest
 from repfusion.latents.encoder import PixelEncoder
 from repfusion.latents.geometry import LatentGeometry, latent_geometry, vae_config
-from repfusion.latents.tower import weights_digest
 
 
 class VAEEncoder(PixelEncoder):

@@ -3,7 +3,6 @@
 A checkpoint and an export hold `lineage.json`; a PNG holds the text chunk `repfusion`.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from functools import cache
@@ -14,17 +13,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from repfusion.data.columns import MANIFEST, manifest_digest
+from repfusion.files import file_sha256
 from repfusion.lineage.environment import git_commit, has_local_changes, lock_digest
 from repfusion.weights import WEIGHTS
 
 LINEAGE = "lineage.json"
 CHUNK = "repfusion"
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file, hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @cache
@@ -93,7 +87,7 @@ def folder_record(folder: Path, mark: str) -> dict[str, Any]:
     from repfusion.runs.checkpoint import WEIGHTS_MARK, portable  # checkpoint.py may use this module
 
     path = portable(str(folder.resolve()), str(WEIGHTS.resolve()), WEIGHTS_MARK)
-    return {"path": path, "digest": file_digest(folder / mark)}
+    return {"path": path, "digest": file_sha256(folder / mark)}
 
 
 def checkpoint_record(folder: Path) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """What a run was made with: the commit, the lock file's digest, the versions, the machine."""
 
-import hashlib
 import platform
 import re
 import socket
 import subprocess
 from importlib import metadata
 from pathlib import Path
+
+from repfusion.files import file_sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ("torch", "deepspeed", "transformers", "mlflow", "ray", "numpy", "webdataset")
@@ -36,7 +37,7 @@ def has_local_changes() -> bool | None:
 def lock_digest() -> str | None:
     """sha256 of `requirements.lock`; None where the package was installed without it."""
     path = ROOT / "requirements.lock"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+    return file_sha256(path) if path.exists() else None
 
 
 def versions() -> dict[str, str]:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from repfusion.data.columns import manifest_digest
 from repfusion.export import MARK, check_export
-from repfusion.latents.tower import weights_digest
-from repfusion.lineage.describe import file_digest, read_lineage, read_png
+from repfusion.files import file_sha256, weights_digest
+from repfusion.lineage.describe import read_lineage, read_png
 from repfusion.runs.checkpoint import (
     COMPLETE,
     WEIGHTS_MARK,
@@ -91,7 +91,7 @@ def marked_folder(name: str, saved: Mapping[str, Any], mark: str, absent: State)
     folder, expected = here(saved["path"]), saved["digest"]
     if not (folder / mark).is_file():
         return Link(name, str(folder), absent, f"no {mark} there; it was {short(expected)}")
-    got = file_digest(folder / mark)
+    got = file_sha256(folder / mark)
     if got != expected:
         note = f"{mark} is {short(got)}, recorded {short(expected)}"
         return Link(name, str(folder), "differs", note)

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from repfusion.files import weights_digest
 from repfusion.latents.statistics import VARIANCE_EPS, LatentStatistics
-from repfusion.latents.tower import weights_digest
 
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3")
 """Causal language models that load by themselves."""

@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+
+from repfusion.config import Config
 
 Interface = Literal["adaln", "cross_attention"]
 
 
-class DiTConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class DiTConfig(Config):
     hidden_size: int = 192
     """Width. At least the latent width, or the model cannot fit even one image (RAE, section 4)."""
     depth: int = 6

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
+from repfusion.config import read_values, validate
 from repfusion.latents.geometry import is_vae, latent_geometry
 from repfusion.latents.load import Decoder
 from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
@@ -135,15 +135,15 @@ def load_model_config(path: Path) -> ModelConfig:
         ValueError: an unknown or wrong field; a training that names neither a model nor a checkpoint that is
             there.
     """
-    fields = yaml.safe_load(path.read_text()) or {}
+    fields = read_values(path)
     fields = fields.get("train", fields)
     if not fields.keys() & TRAINING_FIELDS:
-        return ModelConfig.model_validate(fields)
+        return validate(ModelConfig, fields, str(path))
     given, start = fields.get("model") or {}, fields.get("init_from")
     if start is None:
-        return ModelConfig.model_validate(given)
+        return validate(ModelConfig, given, str(path))
     if (Path(start) / "config.json").is_file():
         given = continued_model(Path(start), given)
     elif not given:
         raise ValueError(f"{path}: init_from {start} is not there, and no model is given; train it first")
-    return ModelConfig.model_validate(given)
+    return validate(ModelConfig, given, str(path))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +17,7 @@ from repfusion.conditioning.noisy_latents import NoisyLatentConditioner, NoisyLa
 from repfusion.conditioning.queries import QueriesConditioner, QueriesConfig, QueryPrompts
 from repfusion.conditioning.text_embed import TextEmbedConditioner, TextEmbedConfig, TextFeatures
 from repfusion.conditioning.transfusion import TransfusionConfig, VelocityHead
+from repfusion.config import Config
 from repfusion.diffusion.flow import FlowConfig, interpolate, shift_factor, velocity
 from repfusion.latents.load import Decoder, EncoderConfig, load_decoder
 from repfusion.latents.statistics import LatentStatistics
@@ -29,9 +30,7 @@ PromptBatch = Prefix | TextFeatures | QueryPrompts
 ConditioningConfig = NoisyLatentsConfig | TextEmbedConfig | QueriesConfig | TransfusionConfig
 
 
-class ModelConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class ModelConfig(Config):
     mllm: Path = WEIGHTS / "llava"
     """Folder of the MLLM (a LLaVA, or a causal language model), which is frozen unless `conditioning` trains
     it.

@@ -13,16 +13,16 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from repfusion.config import merge
+from repfusion.files import weights_digest, write_json
 from repfusion.latents.geometry import latent_geometry
 from repfusion.latents.statistics import LatentStatistics
-from repfusion.latents.tower import weights_digest
 from repfusion.model.text_to_image import Generator, ModelConfig
 from repfusion.weights import WEIGHTS
 
@@ -67,13 +67,6 @@ def latest_checkpoint(root: Path, resumable: bool = False) -> Path | None:
         if not resumable or (path / "resume" / "loop.json").exists()
     ]
     return folders[-1] if folders else None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Atomic: the file is the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def portable(config: Any, old: str = str(WEIGHTS), new: str = WEIGHTS_MARK) -> Any:
@@ -182,7 +175,7 @@ def continued_model(folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         del saved["conditioning"]
     elif isinstance(wanted, str):
         del given["conditioning"]
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(saved, given)))
+    return merge(saved, given)
 
 
 def read_weights(folder: Path, use_ema: bool) -> dict[str, Tensor]:

@@ -11,7 +11,9 @@ from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from repfusion.config import Config
 
 Shape = Literal["circle", "square", "triangle", "cross", "diamond"]
 Colour = Literal["red", "green", "blue", "yellow", "purple", "cyan"]
@@ -46,9 +48,7 @@ INVERSE: dict[Relation, Relation] = {
 }
 
 
-class WorldConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class WorldConfig(Config):
     image_size: int = Field(default=32, ge=16)
     """Side of the square image in pixels."""
     shapes: tuple[Shape, ...] = SHAPES

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from repfusion.lineage.describe import file_digest
+from repfusion.files import file_sha256
 from repfusion.tracking.store import Point, send_output, send_points
 
 MODEL_TYPE = "checkpoint"
@@ -52,7 +52,7 @@ class Checkpoints:
         complete = folder / "complete.json"
         tags = {"folder": str(folder.resolve()), FILES: "present", "step": str(step)}
         if complete.exists():
-            tags["digest"] = file_digest(complete)
+            tags["digest"] = file_sha256(complete)
         model = self._ensure(step)
         self.client.set_logged_model_tags(model.model_id, tags)
         version = self._version(step) or self._create_version(model, step)

@@ -4,14 +4,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from repfusion.config import Config
 
 MAX_PARAM_CHARS = 6000
 
 
-class TrackingConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class TrackingConfig(Config):
     uri: str | None = None
     """MLflow tracking URI: sqlite:///runs/mlflow.db, postgresql://user@host/database (extra `postgres`), or a
     server's http://host:5000; None tracks nothing. A password belongs in PGPASSWORD or

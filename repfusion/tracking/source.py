@@ -1,7 +1,5 @@
 """MLflow's record of a data set: columns of WebDataset shards, each with its folder, manifest and stage."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from mlflow.data.dataset_source import DatasetSource
 from mlflow.data.dataset_source_registry import get_registered_sources, register_dataset_source
 
 from repfusion.data.columns import manifest_digest
+from repfusion.files import digest_of
 from repfusion.lineage.describe import describe_column
 
 
@@ -28,7 +27,7 @@ class WebDatasetSource(DatasetSource):
     def digest(self) -> str:
         """sha256 that names the data, wherever it lies; of a column without a manifest, its folder."""
         parts = {name: fields["manifest_digest"] or fields["folder"] for name, fields in self.columns.items()}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return digest_of(parts)
 
     def load(self) -> dict[str, Path]:
         """The columns' folders, once each is found to hold what the run read.

@@ -19,17 +19,16 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from repfusion.config import Config
 from repfusion.training.distributed import init_process_group, num_cores, prepare_environment
 from repfusion.training.partition import Partition
 
 
-class EngineConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class EngineConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What ZeRO shards over ranks: 0 nothing, 1 optimizer state and averaged weights, 2 gradients too, 3 the
     trained weights too. On a single rank there is nothing to share out and 1 and 2 run as 0.

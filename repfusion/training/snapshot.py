@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from repfusion.files import write_json
 from repfusion.model.text_to_image import Generator
 from repfusion.runs.checkpoint import (
     begin_checkpoint,
@@ -18,7 +19,6 @@ from repfusion.runs.checkpoint import (
     finish_checkpoint,
     latest_checkpoint,
     working_folder,
-    write_json,
     write_model,
 )
 from repfusion.training.distributed import failures

@@ -11,10 +11,11 @@ import pytest
 from nodes import Nodes, cluster_of_nodes
 from running import run_all
 
-from pipelines.config import WorkflowConfig, validate
+from pipelines.config import WorkflowConfig
 from pipelines.runtime.pool import ActorPool
 from pipelines.runtime.session import RayConfig, ray_session
 from pipelines.shards.storage import Folder
+from repfusion.config import validate
 
 WORDS = (
     "a photo of picture an image drawing there is are draw one two three four and left right above below "
@@ -125,7 +126,7 @@ def configure(models: dict[str, Path]) -> Callable[..., WorkflowConfig]:
             values[section] = (
                 _merge(values[section], fields) if isinstance(fields, dict) and section in values else fields
             )
-        return validate(values)
+        return validate(WorkflowConfig, values)
 
     return make
 

@@ -5,8 +5,9 @@ import sys
 import pytest
 
 from pipelines.commands import main
-from pipelines.config import load_config, to_yaml
+from pipelines.config import WorkflowConfig
 from pipelines.shards.storage import Folder
+from repfusion.config import load_config, to_yaml
 
 pytestmark = pytest.mark.ray
 
@@ -76,7 +77,7 @@ def test_retry_says_when_there_is_nothing_to_retry(command):
 def test_a_dry_run_prints_what_loads_again(command, run_copy, tmp_path):
     code, out, _ = command("run", "--dry-run", "latents.batch_size=3")
     (tmp_path / "again.yaml").write_text(out)
-    assert code == 0 and load_config(tmp_path / "again.yaml").latents.batch_size == 3
+    assert code == 0 and load_config(WorkflowConfig, tmp_path / "again.yaml").latents.batch_size == 3
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.config import ConfigError, load_config, to_yaml, validate
+from pipelines.config import WorkflowConfig
 from pipelines.stages.build import build_stages
+from repfusion.config import ConfigError, load_config, to_yaml, validate
 from repfusion.data.columns import MANIFEST
 
 CONFIGS = sorted((Path(__file__).parents[2] / "pipelines" / "configs").glob("*.yaml"))
@@ -16,8 +17,8 @@ FINETUNE = CONFIGS[0].with_name("finetune.yaml")
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_shipped_configs_parse_and_round_trip(path):
-    config = load_config(path)
-    assert validate(yaml.safe_load(to_yaml(config))) == config
+    config = load_config(WorkflowConfig, path)
+    assert validate(WorkflowConfig, yaml.safe_load(to_yaml(config))) == config
     assert config.ingest.image_size == config.source.scenes.world.image_size
 
 
@@ -25,7 +26,9 @@ def test_overrides_win_over_the_file(tmp_path):
     path = tmp_path / "w.yaml"
     path.write_text("root: here\nlatents: {batch_size: 8}\n")
     config = load_config(
-        path, ["latents.batch_size=16", "source.scenes.num_samples=5", "ingest.image_size=null"]
+        WorkflowConfig,
+        path,
+        ["latents.batch_size=16", "source.scenes.num_samples=5", "ingest.image_size=null"],
     )
     assert (config.latents.batch_size, config.source.scenes.num_samples, config.ingest.image_size) == (
         16,
@@ -54,18 +57,18 @@ def test_overrides_win_over_the_file(tmp_path):
     ],
 )
 def test_what_is_resolved_loads_as_the_same(tmp_path, values, images):
-    config = validate({"root": "here", "train": {}, **values})
+    config = validate(WorkflowConfig, {"root": "here", "train": {}, **values})
     assert config.train.data.images == Path(images)
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
-    assert load_config(path) == config
-    assert to_yaml(load_config(path)) == path.read_text()
+    assert load_config(WorkflowConfig, path) == config
+    assert to_yaml(load_config(WorkflowConfig, path)) == path.read_text()
 
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path != FINETUNE], ids=lambda path: path.name)
 def test_shipped_configs_become_stages(path):
     """Models that they name are there, and each stage knows what decides its bytes."""
-    stages = build_stages(load_config(path))
+    stages = build_stages(load_config(WorkflowConfig, path))
     assert [stage.name for stage in stages][-1] == "report"
     assert len({stage.fingerprint for stage in stages}) == len(stages)
 
@@ -75,7 +78,7 @@ def test_finetuning_says_what_has_to_run_before_it(tmp_path):
     overrides = [f"root={tmp_path}/finetune", f"train.init_from={tmp_path}/checkpoint"]
     for column in ("images", "features"):
         overrides.append(f"train.data.mix.demo.{column}={tmp_path}/{column}")
-    config = load_config(FINETUNE, overrides)
+    config = load_config(WorkflowConfig, FINETUNE, overrides)
     with pytest.raises(ValueError, match=r"train.init_from: .*checkpoint is no folder; .*'make demo'"):
         build_stages(config)
     (tmp_path / "checkpoint").mkdir()
@@ -112,12 +115,12 @@ def test_a_mistake_is_named(tmp_path, override, message):
     path = tmp_path / "w.yaml"
     path.write_text("root: here\n")
     with pytest.raises(ConfigError, match=message):
-        load_config(path, [override])
+        load_config(WorkflowConfig, path, [override])
 
 
 def test_a_missing_or_broken_file_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="no such config file"):
-        load_config(tmp_path / "none.yaml")
+        load_config(WorkflowConfig, tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("root: [1\n")
     with pytest.raises(ConfigError, match=r"bad\.yaml"):
-        load_config(tmp_path / "bad.yaml")
+        load_config(WorkflowConfig, tmp_path / "bad.yaml")

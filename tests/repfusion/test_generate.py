@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from repfusion.diffusion.sampler import SamplerConfig, sample
+from repfusion.files import file_sha256
 from repfusion.generate import generate, image_record, initial_noise, main, to_uint8
-from repfusion.lineage.describe import file_digest, read_png
+from repfusion.lineage.describe import read_png
 from repfusion.runs.checkpoint import save_checkpoint
 
 PROMPTS = ["a red circle", "two blue square", "a green circle left of a blue square", "a red circle", ""]
@@ -123,7 +124,7 @@ def test_a_png_says_what_made_it(checkpoint, tmp_path, monkeypatch, num_images):
         "precision": "bf16",
         "checkpoint": {
             "path": str(checkpoint),
-            "digest": file_digest(checkpoint / "complete.json"),
+            "digest": file_sha256(checkpoint / "complete.json"),
             "step": 1,
         },
         "lineage": {"run_id": "abc"},

@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import load_config
+from pipelines.config import WorkflowConfig
 from pipelines.dag import ShardStage
 from pipelines.runtime import pool
 from pipelines.runtime.pool import ShardJob
 from pipelines.runtime.session import StageError
 from pipelines.stages.build import data_stages
 from pipelines.workflow.run import run
+from repfusion.config import load_config
 
 
 def counted(stage: ShardStage, calls: Path, shard_sec: float) -> ShardStage:
@@ -41,7 +42,7 @@ def counted(stage: ShardStage, calls: Path, shard_sec: float) -> ShardStage:
 
 
 def main() -> int:
-    config, calls = load_config(Path(sys.argv[1])), Path(sys.argv[2])
+    config, calls = load_config(WorkflowConfig, Path(sys.argv[1])), Path(sys.argv[2])
     shard_sec = float(os.environ.get("SHARD_SEC", 0))
     pool.NO_ACTOR_SEC = float(os.environ.get("NO_ACTOR_SEC", pool.NO_ACTOR_SEC))
     stages = [counted(stage, calls, shard_sec) for stage in data_stages(config)]

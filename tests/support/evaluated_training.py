@@ -11,9 +11,10 @@ from mlflow.entities import Run
 from tiny_training import make_columns, make_foundation, tiny_model, tiny_train
 
 from pipelines.evaluation.config import EvaluateConfig
+from repfusion.files import write_json
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.model.text_to_image import Generator
-from repfusion.runs.checkpoint import checkpoint_folder, save_checkpoint, write_json
+from repfusion.runs.checkpoint import checkpoint_folder, save_checkpoint
 from repfusion.tracking import Tracker, TrackingConfig
 from repfusion.train import TrainConfig
 

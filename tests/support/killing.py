@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import pyarrow.parquet as pq
 
-from pipelines.shards.storage import TEMPORARY
+from repfusion.files import TEMPORARY
 
 TAG = "REPFUSION_RUN"
 """Environment variable that marks all processes of a run: children inherit it."""

@@ -17,8 +17,9 @@ from typing import Any
 
 import pipelines.stages.train
 from pipelines.commands import terminate, terminated_by
-from pipelines.config import load_config
+from pipelines.config import WorkflowConfig
 from pipelines.runtime.session import StageError
+from repfusion.config import load_config
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def read_traces(traces: Path) -> list[list[RankTrace]]:
 
 
 def main() -> int:
-    config, traces = load_config(Path(sys.argv[1])), Path(sys.argv[2])
+    config, traces = load_config(WorkflowConfig, Path(sys.argv[1])), Path(sys.argv[2])
     rank, _, step = os.environ.get("KILL", "").partition(":")
     fault = Fault(
         step_sec=float(os.environ.get("STEP_SEC", 0)),

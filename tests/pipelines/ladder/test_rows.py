@@ -6,10 +6,11 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipelines.ladder.config import CONFIGS, LadderConfig, LadderError, load_config
+from pipelines.ladder.config import CONFIGS, LadderConfig
 from pipelines.ladder.data import stages_of
 from pipelines.ladder.rows import LADDERS, ROWS, Common, Row, image_flops, matched_dit, model_of
 from pipelines.ladder.task import budget_of, model_digest
+from repfusion.config import ConfigError, load_config
 from repfusion.diffusion.flow import FlowConfig
 from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.model.dit import DiTConfig
@@ -81,22 +82,23 @@ def test_rows_of_matched_flops_match_repfusion():
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_configs_hold_and_name_a_typo(path: Path, tmp_path: Path):
-    config = load_config(path)
+    config = load_config(LadderConfig, path)
     assert len(config.seeds) >= 1 and set(config.compute.rows) <= set(ROWS)
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "num_stepz": 3}))
-    with pytest.raises(LadderError, match="num_stepz"):
-        load_config(wrong)
+    with pytest.raises(ConfigError, match="num_stepz"):
+        load_config(LadderConfig, wrong)
 
 
 def test_overrides_choose_rows_and_seeds_and_a_row_that_is_not_there_is_named():
-    config = load_config(SHIPPED[0], ["rows=[repfusion,static_queries]", "seeds=[4]", "training.num_steps=7"])
+    overrides = ["rows=[repfusion,static_queries]", "seeds=[4]", "training.num_steps=7"]
+    config = load_config(LadderConfig, SHIPPED[0], overrides)
     assert (config.rows, config.seeds) == (("repfusion", "static_queries"), (4,))
     assert config.training.num_steps == 7
-    with pytest.raises(LadderError, match=r"no rows repfussion; there are repfusion, static_queries"):
-        load_config(SHIPPED[0], ["rows=[repfussion]"])
-    with pytest.raises(LadderError, match=r"expected key\.path=value"):
-        load_config(SHIPPED[0], ["seeds"])
+    with pytest.raises(ConfigError, match=r"no rows repfussion; there are repfusion, static_queries"):
+        load_config(LadderConfig, SHIPPED[0], ["rows=[repfussion]"])
+    with pytest.raises(ConfigError, match=r"expected key\.path=value"):
+        load_config(LadderConfig, SHIPPED[0], ["seeds"])
     with pytest.raises(ValidationError, match="no rows x"):
         LadderConfig(rows=("x",))
 

@@ -13,7 +13,8 @@ import pytest
 from killing import contents, differences, tagged_process, temporaries
 from running import until
 
-from pipelines.config import WorkflowConfig, to_yaml
+from pipelines.config import WorkflowConfig
+from repfusion.config import to_yaml
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parents[3]

@@ -20,7 +20,8 @@ from killing import (
 )
 from running import until
 
-from pipelines.config import WorkflowConfig, to_yaml
+from pipelines.config import WorkflowConfig
+from repfusion.config import to_yaml
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 LIMIT_SEC = 300

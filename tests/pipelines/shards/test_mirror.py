@@ -8,8 +8,9 @@ import pytest
 from pipelines.shards.manifest import Manifest, ShardTable, read_output, write_output
 from pipelines.shards.mirror import mirror
 from pipelines.shards.storage import Folder
-from pipelines.shards.store import ShardCommit, ShardError, Sidecar, file_sha256, side_file
+from pipelines.shards.store import ShardCommit, ShardError, Sidecar, side_file
 from pipelines.shards.tars import tar_shard
+from repfusion.files import file_sha256
 
 
 @pytest.fixture(params=["local", "s3"])

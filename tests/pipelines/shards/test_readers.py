@@ -20,9 +20,10 @@ import pytest
 from PIL import Image
 
 from pipelines.shards.storage import Folder
-from pipelines.shards.store import ShardCommit, canonical_json
+from pipelines.shards.store import ShardCommit
 from pipelines.shards.tars import tar_shard
 from pipelines.stages.image_features import npy_bytes
+from repfusion.files import canonical_json
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,6 @@ from running import DATA_STAGES, data_files, found, manifests, ran, run_all, sta
 from unsteady_proxy import unsteady
 
 from pipelines.commands import main
-from pipelines.config import to_yaml
 from pipelines.shards.mirror import mirror
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import read_sidecar
@@ -18,6 +17,7 @@ from pipelines.stages.build import build_stages, data_stages, probe_stages
 from pipelines.workflow.collect import find_garbage
 from pipelines.workflow.plan import plan
 from pipelines.workflow.verify import QUARANTINE, verify
+from repfusion.config import to_yaml
 
 pytestmark = pytest.mark.ray
 URL = "s3://data/workflows/one"

@@ -3,9 +3,10 @@
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.shards.storage import Folder, atomic_path
-from pipelines.shards.store import ShardCommit, ShardError, Sidecar, canonical_json, read_sidecar
+from pipelines.shards.storage import Folder
+from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
 from pipelines.shards.tars import read_samples, tar_shard
+from repfusion.files import atomic_path, canonical_json
 
 
 def write_shard(folder: Folder, num_samples: int = 5, with_drop: bool = True) -> Sidecar:

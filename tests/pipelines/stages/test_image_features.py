@@ -19,7 +19,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.storage import Folder
-from pipelines.shards.store import ShardCommit, ShardError, file_sha256, read_sidecar
+from pipelines.shards.store import ShardCommit, ShardError, read_sidecar
 from pipelines.shards.tars import tar_shard
 from pipelines.stages.image_features import (
     LatentsConfig,
@@ -30,6 +30,7 @@ from pipelines.stages.image_features import (
     npy_bytes,
     plain_png_start,
 )
+from repfusion.files import file_sha256
 from repfusion.latents.load import EncoderConfig
 from repfusion.latents.statistics import LatentStatistics
 

@@ -20,8 +20,9 @@ from tiny_training import GRID, WIDTH, make_columns, make_foundation, npy, scan_
 from traced_training import RankTrace, read_traces, trace_ranks
 
 import pipelines.stages.train
-from pipelines.config import WorkflowConfig, to_yaml, validate
+from pipelines.config import WorkflowConfig
 from pipelines.runtime.session import StageError
+from repfusion.config import to_yaml, validate
 from repfusion.runs.checkpoint import complete_checkpoints, latest_checkpoint, step_of
 from repfusion.train import TrainConfig
 
@@ -47,6 +48,7 @@ def ranks() -> Iterator[Ranks]:
 def workflow(root: Path, train: TrainConfig, **changes: Any) -> WorkflowConfig:
     values = train.model_dump(mode="json", exclude={"tracking", "output_dir"})
     return validate(
+        WorkflowConfig,
         {
             "root": root,
             "last_stage": "train",
@@ -54,7 +56,7 @@ def workflow(root: Path, train: TrainConfig, **changes: Any) -> WorkflowConfig:
             "evaluate": {"beside_training": False},
             "ray": {"num_cpus": 2, "object_store_mib": 80},
             **changes,
-        }
+        },
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from killing import Target, contents, differences, reference, run_round
 
-from pipelines.config import to_yaml
+from repfusion.config import to_yaml
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -8,10 +8,10 @@ import pytest
 from running import data_files, run_all, shard_times, statuses
 
 from pipelines.commands import verify_data
-from pipelines.config import to_yaml
 from pipelines.shards.manifest import ShardTable
 from pipelines.stages.build import data_stages
 from pipelines.workflow.verify import QUARANTINE, verify
+from repfusion.config import to_yaml
 
 pytestmark = pytest.mark.ray
 

@@ -14,11 +14,12 @@ from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 from repfusion.diffusion.flow import shift_factor
 from repfusion.diffusion.sampler import SamplerConfig
+from repfusion.files import weights_digest
 from repfusion.generate import generate
 from repfusion.latents.geometry import TowerGeometry, tower_geometry
 from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
 from repfusion.latents.statistics import LatentStatistics
-from repfusion.latents.tower import RepresentationEncoder, weights_digest
+from repfusion.latents.tower import RepresentationEncoder
 from repfusion.model.dit import sin_cos_positions
 from repfusion.model.text_to_image import Generator
 from repfusion.runs.checkpoint import load_checkpoint, save_checkpoint

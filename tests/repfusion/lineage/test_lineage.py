@@ -12,20 +12,14 @@ from tiny_training import make_columns, tiny_model
 
 from repfusion.data.columns import manifest_digest
 from repfusion.export import export
+from repfusion.files import file_sha256, write_json
 from repfusion.generate import main as generate_main
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.lineage.__main__ import main
-from repfusion.lineage.describe import (
-    code_version,
-    describe,
-    file_digest,
-    lock_digest,
-    png_info,
-    read_png,
-)
+from repfusion.lineage.describe import code_version, describe, lock_digest, png_info, read_png
 from repfusion.lineage.trace import trace
 from repfusion.model.text_to_image import Generator
-from repfusion.runs.checkpoint import frozen_digests, save_checkpoint, write_json
+from repfusion.runs.checkpoint import frozen_digests, save_checkpoint
 from repfusion.weights import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -88,7 +82,7 @@ def test_describe_holds_what_the_run_stood_on(world):
         "fingerprint": "latents-fingerprint",
     }
     assert world.lineage["datasets"]["main"].keys() == {"images", "features"}
-    assert world.lineage["lock_digest"] == file_digest(ROOT / "requirements.lock") == lock_digest()
+    assert world.lineage["lock_digest"] == file_sha256(ROOT / "requirements.lock") == lock_digest()
     assert world.lineage.keys() == {
         *("run_id", "tracking_uri", "git_commit", "lock_digest", "step", "init_from", "datasets", "digests")
     }

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from repfusion.config import load_config
 from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.flops.__main__ import main
 from repfusion.flops.count import decoder_cost, language_cost, sample_flops
@@ -21,7 +22,7 @@ from repfusion.flops.paper import (
 )
 from repfusion.model.meta import CONFIGS, GEOMETRY, absent_folders, geometry_folder, published
 from repfusion.model.text_to_image import ModelConfig
-from repfusion.train import TrainConfig, load_config
+from repfusion.train import TrainConfig
 from repfusion.training.engine import learning_rate
 
 ROOT = Path(__file__).parents[3]
@@ -43,7 +44,7 @@ PUBLISHED = {
 
 
 def config_of(name: str) -> TrainConfig:
-    return load_config(CONFIGS / f"{name}.yaml", [])
+    return load_config(TrainConfig, CONFIGS / f"{name}.yaml", [])
 
 
 def test_every_configuration_has_its_published_size():

@@ -24,12 +24,13 @@ from tiny_training import (
     tiny_train,
 )
 
+from repfusion.config import load_config
 from repfusion.data.mixture import Mixture
 from repfusion.diffusion.flow import FlowConfig
 from repfusion.flops import train_flops
 from repfusion.lineage.describe import read_lineage
 from repfusion.runs.checkpoint import complete_checkpoints, latest_checkpoint, step_of
-from repfusion.train import TrainConfig, build_generator, load_config, train
+from repfusion.train import TrainConfig, build_generator, train
 from repfusion.training.engine import NonFiniteError
 from repfusion.training.meters import Report
 
@@ -326,7 +327,7 @@ def test_checkpoints_that_nobody_needs_are_removed(world, tmp_path: Path):
 def test_the_command_line_overrides_the_file_and_a_typo_names_its_key(world, tmp_path: Path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(tiny_train(*world, tmp_path).model_dump(mode="json")))
-    assert load_config(path, ["engine.lr=0.5", "num_steps=7"]).engine.lr == 0.5
+    assert load_config(TrainConfig, path, ["engine.lr=0.5", "num_steps=7"]).engine.lr == 0.5
     with pytest.raises(ValidationError, match=r"engine\.learning_rate"):
-        load_config(path, ["engine.learning_rate=0.5"])
-    assert load_config(path, []) == tiny_train(*world, tmp_path)
+        load_config(TrainConfig, path, ["engine.learning_rate=0.5"])
+    assert load_config(TrainConfig, path, []) == tiny_train(*world, tmp_path)

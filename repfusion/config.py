@@ -1,0 +1,125 @@
+"""YAML file < `key.path=value` overrides -> one validated, frozen configuration; every bad key is named."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Strict(BaseModel):
+    """A frozen model that refuses fields it does not know: the base of what is configured and of what is
+    written as JSON.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Config(Strict):
+    """A section of a configuration. Defaults live in the class alone."""
+
+
+class ConfigError(ValueError):
+    """A configuration that does not hold; the message names every bad key."""
+
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def load_config(
+    kind: type[C], source: Path | Mapping[str, Any], overrides: Sequence[str] = (), place: str | None = None
+) -> C:
+    """The configuration of class `kind`: defaults < YAML file (or values) < overrides.
+
+    Args:
+        kind: a pydantic model.
+        source: a YAML file, or values that were read before.
+        overrides: `key.path=value`, each value as YAML writes it.
+        place: what messages call the source; None is the file's path.
+
+    Raises:
+        ConfigError: a missing or unreadable file, a malformed override, an unknown key (with the nearest
+            known one), a bad value; one line for each.
+    """
+    place = place or (str(source) if isinstance(source, Path) else "config")
+    return validate(kind, read_values(source, overrides), place)
+
+
+def read_values(source: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of a YAML file, or given ones, with overrides and interpolations resolved, not validated.
+
+    Raises:
+        ConfigError: a missing or unreadable file, or a malformed override.
+    """
+    if isinstance(source, Path) and not source.is_file():
+        raise ConfigError(f"{source}: no such config file")
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r}: expected key.path=value")
+    try:
+        given = OmegaConf.load(source) if isinstance(source, Path) else dict(source)
+        merged = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
+        return cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        where = f"{source}: " if isinstance(source, Path) else f"{' '.join(overrides)}: "
+        raise ConfigError(f"{where}{error}") from error
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values, those of `above` where both have a key."""
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(dict(below), dict(above))))
+
+
+def validate(kind: type[C], values: Any, place: str = "config") -> C:
+    """Raises ConfigError, one line for each bad key."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors(include_url=False):
+            key = ".".join(map(str, problem["loc"])) or "the whole"
+            if problem["type"] == "extra_forbidden":
+                near = nearest_key(kind, key)
+                lines.append(f"unknown key '{key}'" + (f"; did you mean '{near}'?" if near else ""))
+            else:
+                lines.append(f"{key}: {problem['msg']} (got {problem['input']!r})")
+        raise ConfigError("\n".join(f"{place}: {line}" for line in lines)) from error
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The resolved configuration; loading it again gives the same one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The configuration classes in a field's type, whatever union, dict or annotation they stand in."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from sections(argument)
+
+
+def known_keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key that a configuration class takes."""
+    for name, info in kind.model_fields.items():
+        yield prefix + name
+        for section in sections(info.annotation):
+            yield from known_keys(section, f"{prefix}{name}.")
+
+
+def nearest_key(kind: type[BaseModel], key: str) -> str | None:
+    """The known key that looks most like a mistaken one: same section first, then the same last word
+    anywhere.
+    """
+    known = list(dict.fromkeys(known_keys(kind)))
+    if close := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
+        return close[0]
+    last = key.rpartition(".")[2]
+    same = [other for other in known if other.rpartition(".")[2] == last]
+    if same:
+        return max(same, key=lambda other: difflib.SequenceMatcher(None, key, other).ratio())
+    return next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.5)), None)
