@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
-from tiny_training import make_columns, make_foundation, tiny_model
+from tiny_training import make_columns, make_foundation, tiny_data, tiny_model
 
-from repfusion.data.dataset import DataConfig
 from repfusion.data.mixture import Mixture
 from repfusion.model.dit import DiTConfig
+from repfusion.model.text_to_image import columns_of
 from repfusion.runs.checkpoint import frozen_digests
 from repfusion.train import TrainConfig, build_generator, loop_state
 from repfusion.training.distributed import shut_down
@@ -45,11 +45,11 @@ def main() -> None:
         dit = DiTConfig(hidden_size=args.hidden_size, depth=args.depth, num_heads=args.hidden_size // 64)
         config = TrainConfig(
             output_dir=root / "out",
-            data=DataConfig(images=columns / "curate", features=columns / "latents"),
+            data=tiny_data(columns),
             model=tiny_model(foundation).model_copy(update={"dit": dit}),
             engine=EngineConfig(micro_batch_size=8, zero_stage=args.zero_stage),
         )
-        dataset = Mixture.open(config.data)
+        dataset = Mixture.open(config.data, columns_of(config.model))
         generator = build_generator(config, dataset)
         digests = frozen_digests(generator)
         engine = Engine(generator, config.engine, 8, 100, generator.frozen_parts())

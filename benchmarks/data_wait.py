@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from tiny_training import make_columns
 
 from repfusion.data.batches import batches
-from repfusion.data.dataset import FEATURES, DataConfig
+from repfusion.data.config import DataConfig
 from repfusion.data.mixture import Mixture
 from repfusion.data.order import sample_seed
+from repfusion.data.readers import IMAGE_FEATURES, SampleArray
 from repfusion.diffusion.flow import draw
 
 
@@ -50,8 +51,9 @@ GEOMETRIES = {
 class Loader:
     def __init__(self, geometry: Geometry, columns: Path, rounds: int):
         self.geometry = geometry
-        folders = {"images": columns / "curate", "features": columns / "latents"}
-        self.mixture = Mixture.open(DataConfig(**folders, cache_bytes=0))
+        folders = {IMAGE_FEATURES: columns / IMAGE_FEATURES}
+        config = DataConfig(images=columns / "curate", columns=folders, cache_bytes=0)
+        self.mixture = Mixture.open(config, {IMAGE_FEATURES: SampleArray()})
         self.stream = batches(
             self.mixture,
             seed=0,
@@ -83,13 +85,13 @@ class Loader:
 
     def seconds_of_reading(self) -> float:
         """The features of as many samples, by offset, in the order of the first epoch."""
-        column, order = self.mixture.datasets["main"].features, self.mixture.order(1)
+        column, order = self.mixture.datasets["main"].columns[IMAGE_FEATURES], self.mixture.order(1)
         starts = self.mixture.datasets["main"].starts
         start = time.perf_counter()
         for position in range(self.geometry.steps * self.geometry.batch_size):
             index = order.at(position).index
             shard = int(starts.searchsorted(index, side="right")) - 1
-            offset, size = column.spans[FEATURES][shard][index - int(starts[shard])].tolist()
+            offset, size = column.spans[f"{IMAGE_FEATURES}.npy"][shard][index - int(starts[shard])].tolist()
             os.pread(column.files[shard], size, offset)
         return time.perf_counter() - start
 
@@ -98,7 +100,7 @@ class Loader:
         start = time.perf_counter()
         for step in range(self.geometry.steps):
             seeds = [sample_seed(0, "main", 0, str(step * size + i)) for i in range(size)]
-            draw(seeds, self.mixture.shape, 2.0, 0.1)
+            draw(seeds, self.mixture.forms[IMAGE_FEATURES][0], 2.0, 0.1)
         return time.perf_counter() - start
 
     def close(self) -> None:

@@ -20,12 +20,11 @@ import mlflow
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
-from tiny_training import make_columns, make_foundation, tiny_model
+from tiny_training import make_columns, make_foundation, tiny_data, tiny_model
 
 from pipelines.runtime.session import RayConfig, ray_session
 from pipelines.stages.evaluate import EvaluateConfig, EvaluationScheduler
 from pipelines.stages.train import launch
-from repfusion.data.dataset import DataConfig
 from repfusion.model.dit import DiTConfig
 from repfusion.tracking import TrackingConfig, metric_history, prepare_store
 from repfusion.train import TrainConfig
@@ -47,7 +46,7 @@ def train_config(root: Path, name: str, args: argparse.Namespace) -> TrainConfig
     """A model that keeps each rank busy for some 50 ms a step."""
     return TrainConfig(
         output_dir=root / name,
-        data=DataConfig(images=root / "curate", features=root / "latents"),
+        data=tiny_data(root),
         model=tiny_model(root / "weights").model_copy(update={"dit": DiTConfig(depth=4)}),
         engine=EngineConfig(micro_batch_size=args.batch_size, num_threads=1),
         tracking=TrackingConfig(

@@ -19,12 +19,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
-from tiny_training import make_columns, make_foundation, tiny_model
+from tiny_training import make_columns, make_foundation, tiny_data, tiny_model
 
 from repfusion.data.batches import batches
-from repfusion.data.dataset import DataConfig
 from repfusion.data.mixture import Mixture
 from repfusion.model.dit import DiTConfig
+from repfusion.model.text_to_image import columns_of
 from repfusion.train import TrainConfig, build_generator, inputs_of
 from repfusion.training.distributed import num_cores, shut_down
 from repfusion.training.ema import EMA
@@ -115,13 +115,13 @@ def main() -> None:
         model = tiny_model(foundation).model_copy(update={"dit": DiTConfig()})
         config = TrainConfig(
             output_dir=root / "out",
-            data=DataConfig(images=columns / "curate", features=columns / "latents", cache_bytes=0),
+            data=tiny_data(columns, cache_bytes=0),
             model=model,
             engine=EngineConfig(micro_batch_size=args.batch_size, num_threads=args.threads),
             num_steps=(args.rounds + 1) * args.steps,
             global_batch_size=args.batch_size,
         )
-        dataset = Mixture.open(config.data)
+        dataset = Mixture.open(config.data, columns_of(config.model))
         ours, bare = OurLoop(config, dataset), BareLoop(config, dataset)
         for loop in (ours, bare):
             seconds(loop, args.steps)

@@ -13,9 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from ranks import Job, rank_server
-from tiny_training import make_columns, make_foundation, tiny_model
+from tiny_training import make_columns, make_foundation, tiny_data, tiny_model
 
-from repfusion.data.dataset import DataConfig
 from repfusion.model.dit import DiTConfig
 from repfusion.tracking import metric_history
 from repfusion.train import TrainConfig
@@ -57,7 +56,7 @@ def main() -> None:
             )
             config = TrainConfig(
                 output_dir=root / name,
-                data=DataConfig(images=columns / "curate", features=columns / "latents"),
+                data=tiny_data(columns),
                 model=model,
                 engine=engine,
                 tracking={"uri": uri, "system_metrics_sec": None},  # pyright: ignore[reportArgumentType]

@@ -138,18 +138,17 @@ class WorkflowConfig(Config):
         if not isinstance(train, dict):
             return values
         columns = column_root(root, values.get("data_url"))
-        data = {"images": columns / "curate", "features": columns / "latents"}
-        conditioning = (train.get("model") or {}).get("conditioning")
-        if conditioning == "text_embed" or conditioning == {"method": "text_embed"}:
-            data["text"] = columns / "features"
+        made = {"image_features": columns / "latents", "prompt_features": columns / "features"}
         if (values.get("captions") or {}).get("columns"):
-            data["captions"] = columns / "captions"
+            made["captions"] = columns / "captions"
+        given = train.get("data") or {}
+        data = {"images": columns / "curate", **given, "columns": {**made, **(given.get("columns") or {})}}
         # relative to the working directory, like `root`: MLflow resolves it where the run is started
         tracking = {"uri": f"sqlite:///{root.parent / 'mlflow.db'}", "run_name": root.name}
         followed = {
             **train,
             "output_dir": train.get("output_dir", root / "train"),
-            "data": {**data, **(train.get("data") or {})},
+            "data": data,
             "tracking": {**tracking, **(train.get("tracking") or {})},
         }
         return {**values, "train": followed}

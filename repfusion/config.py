@@ -2,8 +2,9 @@
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Annotated, Any, TypeVar, cast, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -27,7 +28,47 @@ class ConfigError(ValueError):
     """A configuration that does not hold; the message names every bad key."""
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Marks a field that names a folder of frozen weights."""
+
+    to_sample: bool = True
+    """Whether sampling needs the folder: then an export holds it."""
+
+
+WeightsFolder = Annotated[Path, Weights()]
+"""A folder of frozen weights that a model stands on; `weights_of` finds every one of a configuration."""
+
 C = TypeVar("C", bound=BaseModel)
+
+
+def weights_of(config: BaseModel, prefix: str = "") -> dict[str, Path]:
+    """Folders of frozen weights that a configuration names, by dotted key; those that are None are left out."""
+    found: dict[str, Path] = {}
+    for name, info in type(config).model_fields.items():
+        value, key = getattr(config, name), f"{prefix}{name}"
+        if isinstance(value, Path) and is_weights(info):
+            found[key] = value
+        found |= _nested_weights(value, key)
+    return found
+
+
+def _nested_weights(value: Any, key: str) -> dict[str, Path]:
+    match value:
+        case BaseModel():
+            return weights_of(value, f"{key}.")
+        case dict():
+            parts = [_nested_weights(part, f"{key}.{name}") for name, part in value.items()]
+            return {name: folder for part in parts for name, folder in part.items()}
+        case _:
+            return {}
+
+
+def is_weights(info: Any) -> bool:
+    """Whether a field's type, or a part of it, is `WeightsFolder`."""
+    marks = [*getattr(info, "metadata", ()), *getattr(info, "__metadata__", ())]
+    arguments = get_args(getattr(info, "annotation", info))
+    return any(isinstance(mark, Weights) for mark in marks) or any(map(is_weights, arguments))
 
 
 def load_config(

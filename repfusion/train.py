@@ -20,15 +20,16 @@ import torch.distributed as dist
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from repfusion.config import Config, load_config
+from repfusion.config import Config, WeightsFolder, load_config
 from repfusion.data.batches import Batch, batches
-from repfusion.data.dataset import DataConfig
+from repfusion.data.config import DataConfig
 from repfusion.data.mixture import Mixture
+from repfusion.data.readers import IMAGE_FEATURES
 from repfusion.files import write_json
 from repfusion.flops import peak_flops, train_flops
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.lineage.describe import describe
-from repfusion.model.text_to_image import Generator, ModelConfig
+from repfusion.model.text_to_image import Generator, ModelConfig, columns_of
 from repfusion.runs.checkpoint import (
     check_complete,
     check_continues,
@@ -72,7 +73,7 @@ class TrainConfig(Config):
     """Optimizer, precision, sharding."""
     tracking: TrackingConfig = TrackingConfig()
     """Where metrics go."""
-    init_from: Path | None = None
+    init_from: WeightsFolder | None = None
     """Checkpoint whose averaged weights and latent statistics the run starts from; None starts from
     scratch.
     """
@@ -129,7 +130,7 @@ def build_generator(config: TrainConfig, dataset: Mixture, resume_from: Path | N
     start = resume_from or config.init_from
     if start is not None:
         check_complete(start)
-    source = start or config.data.features
+    source = start or config.data.columns[IMAGE_FEATURES]
     statistics = LatentStatistics.load(source / "statistics.safetensors")
     torch.manual_seed(config.seed)
     generator = Generator.build(config.model, statistics)
@@ -140,11 +141,12 @@ def build_generator(config: TrainConfig, dataset: Mixture, resume_from: Path | N
         generator.checkpoint_activations()
     if config.engine.compile:
         generator.compile_blocks()
-    if dataset.shape != generator.latent_shape:
+    shape, _ = dataset.forms[IMAGE_FEATURES]
+    if shape != generator.latent_shape:
         raise ValueError(
-            f"{config.data.features}: features are {dataset.shape}, "
-            f"the model makes {generator.latent_shape}; re-run the 'latents' stage, "
-            "or point model.encoder at the tower that made them"
+            f"{config.data.columns[IMAGE_FEATURES]}: features are {shape}, the model makes "
+            f"{generator.latent_shape}; re-run the '{IMAGE_FEATURES}' stage, or point model.encoder at the "
+            "tower that made them"
         )
     return generator
 
@@ -250,7 +252,7 @@ def train(
         TrainingStopped: after the checkpoint that `should_stop` led to.
     """
     # Validate what needs no model
-    dataset = Mixture.open(config.data)
+    dataset = Mixture.open(config.data, columns_of(config.model))
     checkpoints = config.output_dir / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     prepare_environment()

@@ -134,7 +134,7 @@ def _train_config(
     return TrainConfig.model_validate(
         {
             "output_dir": folder,
-            "data": {"images": columns.images, "features": columns.features[row.space]},
+            "data": {"images": columns.images, "columns": {"image_features": columns.features[row.space]}},
             "model": model,
             "engine": training.engine,
             "tracking": TrackingConfig(

@@ -17,7 +17,9 @@ from pipelines.workflow.digests import Digests, flatten
 from pipelines.workflow.inspection import MIX
 from pipelines.workflow.summary import write_summary
 from repfusion.data.columns import manifest_digest
-from repfusion.data.dataset import DataConfig
+from repfusion.data.config import DataConfig
+from repfusion.data.readers import PROMPT_FEATURES
+from repfusion.model.text_to_image import columns_of
 
 STATISTICS = "statistics.safetensors"
 NOT_BYTES = (
@@ -212,9 +214,9 @@ def _train(config: WorkflowConfig, stages: Mapping[str, Stage], digests: Digests
     fields["train.data.caption_weights"] = config.train.data.caption_weights
     fields |= _mixed_data(config.train.data)
     upstream = [stages["curate"], stages["latents"]]
-    if config.train.data.captions is not None and "captions" in stages:
+    if "captions" in stages:
         upstream.append(stages["captions"])
-    if config.train.data.text is not None and "features" in stages:
+    if PROMPT_FEATURES in columns_of(model) and "features" in stages:
         upstream.append(stages["features"])
 
     def execute(above: Upstream) -> dict[str, Any]:
@@ -235,7 +237,7 @@ def _mixed_data(data: DataConfig) -> dict[str, Any]:
     for name, dataset in sorted(data.mix.items()):
         fields[f"{MIX}{name}.weight"] = dataset.weight
         fields[f"{MIX}{name}.caption_weights"] = dataset.caption_weights
-        for column, folder in dataset.columns.items():
+        for column, folder in dataset.folders.items():
             digest = fields[f"{MIX}{name}.{column}"] = manifest_digest(folder)
             if digest is None:
                 raise ValueError(

@@ -1,4 +1,5 @@
-"""Image shards -> a column of encoder features (`KEY.features.npy`, float16) and their exact statistics.
+"""Image shards -> a column of encoder features (`KEY.image_features.npy`, float16) and their exact
+statistics.
 
 Statistics are taken of the rounded values that training will read. Each shard's are stored beside it and
 merged in the order of the shards, so the result has the same bits for any number of actors.
@@ -251,7 +252,7 @@ def write_features(
         key = keys[int(finite.logical_not().nonzero()[0])]
         raise ShardError(f"key {key}: the encoder gives features that are not finite in float16")
     for key, row in zip(keys, features.numpy(), strict=True):
-        samples.write(key, {"features.npy": npy_bytes(row)})
+        samples.write(key, {"image_features.npy": npy_bytes(row)})
 
 
 def merge_statistics(folder: Folder, names: Iterable[str], file: str) -> None:

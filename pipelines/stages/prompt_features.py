@@ -1,9 +1,9 @@
 """Image shards and their alternative captions -> a column of prompt features (unpadded [m, d]) for the
 text-only baseline.
 
-`KEY.text.npy` belongs to the main caption, `KEY.long.text.npy` to the column `long`. Each distinct caption of
-a shard is encoded and stored once; where it returns, `KEY.text.ref` holds the name of the member that stores
-it.
+`KEY.prompt_features.npy` belongs to the main caption, `KEY.long.prompt_features.npy` to the column `long`.
+Each distinct caption of a shard is encoded and stored once; where it returns, `KEY.prompt_features.ref` holds
+the name of the member that stores it.
 """
 
 import tempfile
@@ -20,8 +20,14 @@ from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sideca
 from pipelines.shards.tars import read_samples, tar_shard
 from pipelines.stages.image_features import npy_bytes
 from repfusion.config import Config
+from repfusion.data.readers import PROMPT_FEATURES, CaptionArray
 
 PROMPT_TEMPLATE = "{bos}{caption}"
+
+
+def prompt_member(caption: str) -> str:
+    """The member that holds the features of a caption, `txt` or `NAME.txt`."""
+    return CaptionArray().member(PROMPT_FEATURES, caption)
 
 
 class FeaturesConfig(Config):
@@ -108,10 +114,10 @@ class FeaturesWorker:
 
     def _read(self, name: str) -> dict[str, dict[str, str]]:
         """Captions of each key, by the member that will hold their features."""
-        from repfusion.data.dataset import CAPTION, text_member
+        from repfusion.data.config import CAPTION
 
         captions = {
-            key: {text_member(CAPTION): members[CAPTION].decode().strip()}
+            key: {prompt_member(CAPTION): members[CAPTION].decode().strip()}
             for key, members in self._samples(self.source, name, [CAPTION])
         }
         if self.captions is None or not self.names:
@@ -122,7 +128,9 @@ class FeaturesWorker:
                     f"shard {self.captions / name}.tar, key {key}: not among the keys of "
                     f"{self.source / name}.tar; re-run the stage 'captions'"
                 )
-            captions[key] |= {text_member(member): data.decode().strip() for member, data in members.items()}
+            captions[key] |= {
+                prompt_member(member): data.decode().strip() for member, data in members.items()
+            }
         return captions
 
     def _samples(

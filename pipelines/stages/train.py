@@ -21,6 +21,7 @@ from pipelines.shards.mirror import mirror
 from pipelines.shards.storage import Folder
 from pipelines.stages.evaluate import EvaluationScheduler
 from repfusion.files import write_json
+from repfusion.model.text_to_image import columns_of
 from repfusion.runs.checkpoint import latest_checkpoint, step_of
 from repfusion.tracking import prepare_store
 from repfusion.train import TrainConfig, TrainingStopped
@@ -262,8 +263,8 @@ def remote_columns(config: "WorkflowConfig") -> list[tuple[Folder, Path]]:
     """Columns that training reads and that are not on local disk, each with the place of its copy."""
     if config.data_folder.is_local:
         return []
-    data = config.train.data
-    paths = [path for path in (data.images, data.features, data.text, data.captions) if path is not None]
+    data, read = config.train.data, {"captions", *columns_of(config.train.model)}
+    paths = [data.images, *(folder for name, folder in data.columns.items() if name in read)]
     return [(config.data_folder / path.name, path) for path in paths]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from repfusion.data.dataset import Sample
 from repfusion.data.mixture import Mixture
 from repfusion.data.order import SampleOrder, hash64, sample_seed
+from repfusion.data.readers import IMAGE_FEATURES, PROMPT_FEATURES
 from repfusion.diffusion.flow import Draw, draw
 
 
@@ -58,8 +59,9 @@ def make_batch(
     condition_dropout: float,
     pin_memory: bool = False,
 ) -> Batch:
-    dtype = torch.from_numpy(np.empty(0, mixture.dtype)).dtype
-    features = torch.empty(len(positions), *mixture.shape, dtype=dtype, pin_memory=pin_memory)
+    shape, kind = mixture.forms[IMAGE_FEATURES]
+    dtype = torch.from_numpy(np.empty(0, kind)).dtype
+    features = torch.empty(len(positions), *shape, dtype=dtype, pin_memory=pin_memory)
     rows = features.numpy()
     places = [order.at(position) for position in positions]
     keys, seeds, captions, text = [], [], [], []
@@ -68,12 +70,12 @@ def make_batch(
         sample = dataset[place.index]
         seed = sample_seed(order.seed, place.dataset, place.epoch, sample.key)
         name, caption = draw_caption(sample, dataset.weights, seed)
-        row[:] = sample.features
+        row[:] = sample.read(IMAGE_FEATURES)
         keys.append(mixture.label(place.dataset, sample.key))
         seeds.append(seed)
         captions.append(caption)
-        if sample.text is not None:
-            copy = torch.tensor(sample.text[name])
+        if (array := sample.read(PROMPT_FEATURES, name)) is not None:
+            copy = torch.tensor(array)
             text.append(copy.pin_memory() if pin_memory else copy)
     return Batch(
         positions,
@@ -82,8 +84,8 @@ def make_batch(
         [place.epoch for place in places],
         captions,
         features,
-        text if mixture.has_text else None,
-        draw(seeds, mixture.shape, shift, condition_dropout, pin_memory),
+        text or None,
+        draw(seeds, shape, shift, condition_dropout, pin_memory),
     )
 
 

@@ -99,7 +99,7 @@ def manifest_digest(folder: Path) -> str | None:
 class Column:
     """Members of a folder's shards: one for each key and extension.
 
-    An array `KEY.text.npy` may be stood for by `KEY.text.ref`, which holds the name of another member of its
+    An array `KEY.NAME.npy` may be stood for by `KEY.NAME.ref`, which holds the name of another member of its
     shard: that one's bytes are read in its place.
 
     Args:

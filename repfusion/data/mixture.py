@@ -1,6 +1,7 @@
 """Data sets -> one mixture: what they have to share, and what names their data."""
 
 import json
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import cached_property
@@ -8,8 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from repfusion.data.columns import MANIFEST, manifest_digest
-from repfusion.data.dataset import MAIN, ColumnDataset, DataConfig
+from repfusion.data.config import MAIN, DataConfig
+from repfusion.data.dataset import ColumnDataset
 from repfusion.data.order import SampleOrder, shares_of
+from repfusion.data.readers import Reader
+
+MODEL_FIELD = re.compile(r"\.(encoder\.\w+|mllm)$")
+"""Fields of a manifest that say which frozen model made a column; the precision in which it ran makes no
+other model of it.
+"""
 
 
 class Mixture:
@@ -19,9 +27,8 @@ class Mixture:
         datasets: by name.
         weights: how often each is drawn, relative to the others; alike unless given.
 
-    Raises:
-        ValueError: features differ in shape, dtype or encoder, only some have text features or these differ
-            in width or MLLM, or a weight is too small.
+    Raises: ValueError: columns differ in shape, dtype, width or in the model that made them, only some data
+        sets have a column, or a weight is too small.
     """
 
     def __init__(self, datasets: Mapping[str, ColumnDataset], weights: Mapping[str, float] | None = None):
@@ -31,18 +38,22 @@ class Mixture:
         first, *others = self.datasets
         for other in others:
             self._check_alike(first, other)
-        self.shape, self.dtype = self.datasets[first].shape, self.datasets[first].dtype
-        self.has_text = self.datasets[first].text is not None
+        self.forms = self.datasets[first].forms
+        """Shape and dtype of a sample's array of each dense column, by the column's name."""
 
     @classmethod
-    def open(cls, config: DataConfig) -> "Mixture":
-        """Raises ValueError where a data set does not hold (see `ColumnDataset`) or fit the others."""
+    def open(cls, config: DataConfig, readers: Mapping[str, Reader]) -> "Mixture":
+        """The data sets of a configuration, with the columns that a model can use (`readers`).
+
+        Raises:
+            ValueError: a data set does not hold (see `ColumnDataset`) or fit the others.
+        """
         weights = {name: dataset.weight for name, dataset in config.datasets.items()}
         with ExitStack() as opened:
             datasets: dict[str, ColumnDataset] = {}
             for name, share in shares_of(weights).items():
                 cache_bytes = int(config.cache_bytes * share)
-                datasets[name] = ColumnDataset.open(config.datasets[name], cache_bytes)
+                datasets[name] = ColumnDataset.open(config.datasets[name], readers, cache_bytes)
                 opened.callback(datasets[name].close)
             mixture = cls(datasets, weights)
             opened.pop_all()
@@ -50,22 +61,25 @@ class Mixture:
 
     def _check_alike(self, name: str, other: str) -> None:
         one, two = self.datasets[name], self.datasets[other]
-        if (one.shape, one.dtype) != (two.shape, two.dtype):
+        for column in one.columns.keys() ^ two.columns.keys():
+            having, lacking = (name, other) if column in one.columns else (other, name)
             raise ValueError(
-                f"data set {other!r}: features in {two.features.folder} are {two.shape} {two.dtype}, "
-                f"those of {name!r} in {one.features.folder} are {one.shape} {one.dtype}; mix features of "
-                "one encoder and image size: re-run the 'latents' stage of one of them"
+                f"data set {lacking!r} has no column {column}, {having!r} has; give it to both or to none"
             )
-        if (one.text is None) != (two.text is None):
-            having, lacking = (name, other) if two.text is None else (other, name)
-            raise ValueError(
-                f"data set {lacking!r} has no text features, {having!r} has; give `text` of both or of none"
-            )
-        if one.text_width != two.text_width:
-            raise ValueError(
-                f"data set {other!r}: text features are {two.text_width} wide, those of {name!r} "
-                f"{one.text_width}; mix those of one MLLM: re-run the 'features' stage of one of them"
-            )
+        for column in one.columns:
+            form, other_form = one.forms.get(column), two.forms.get(column)
+            if form is not None and other_form is not None and form != other_form:
+                raise ValueError(
+                    f"data set {other!r}: {column} in {two.folders[column]} are {other_form[0]} "
+                    f"{other_form[1]}, those of {name!r} in {one.folders[column]} are {form[0]} {form[1]}; "
+                    f"mix columns of one model and size: re-run the '{column}' stage of one of them"
+                )
+            if one.widths.get(column) != two.widths.get(column):
+                raise ValueError(
+                    f"data set {other!r}: {column} are {two.widths[column]} wide, those of {name!r} "
+                    f"{one.widths[column]}; mix those of one model: re-run the '{column}' stage of one of "
+                    "them"
+                )
         for column, folder in one.folders.items():
             if column in two.folders:
                 self._check_makers(name, folder, other, two.folders[column])
@@ -91,7 +105,7 @@ class Mixture:
 
     @property
     def folders(self) -> dict[str, dict[str, Path]]:
-        """Of each data set the columns that are read."""
+        """Folders of the images and of the columns that are read, by data set and name."""
         return {name: dataset.folders for name, dataset in self.datasets.items()}
 
     @cached_property
@@ -100,7 +114,7 @@ class Mixture:
         return {
             name: {
                 "num_samples": len(dataset),
-                "digest": manifest_digest(dataset.features.folder),
+                "digests": {column: manifest_digest(folder) for column, folder in dataset.folders.items()},
                 "weight": float(self.weights[name]),
                 "caption_weights": dict(dataset.weights),
             }
@@ -120,9 +134,10 @@ class Mixture:
 
 
 def models_of(folder: Path) -> dict[str, Any]:
-    """The frozen models that made a column, by the fields of its manifest; empty where it has none."""
+    """The frozen models that made a column: fields of its manifest without their section's name; empty where
+    there is no manifest.
+    """
     path = folder / MANIFEST
     fields = json.loads(path.read_bytes()).get("fields", {}) if path.exists() else {}
-    wanted = ("train.model.encoder.", "train.model.mllm")
-    # the precision in which an MLLM ran makes no other model of it
-    return {key: fields[key] for key in fields if key.startswith(wanted) and not key.endswith("_dtype")}
+    found = {name: MODEL_FIELD.search(name) for name in fields}
+    return {match[1]: fields[name] for name, match in found.items() if match}

@@ -16,6 +16,7 @@ import webdataset as wds
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from repfusion.data.readers import IMAGE_FEATURES
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.latents.tower import RepresentationEncoder
 from repfusion.runs.checkpoint import begin_checkpoint, finish_checkpoint, latest_checkpoint, load_checkpoint
@@ -29,13 +30,13 @@ FIRST_SEED = 10_000_000
 
 
 def prepare(root: Path, num_scenes: int) -> None:
-    """Writes `captions/`, `latents/` and `latents/statistics.safetensors`: scenes of the base's shapes and
-    colours only.
+    """Writes `captions/`, `image_features/` and `image_features/statistics.safetensors`: scenes of the base's
+    shapes and colours only.
     """
     encoder = RepresentationEncoder.from_pretrained(WEIGHTS / "vision_tower")
     world = WorldConfig(image_size=encoder.image_size, shapes=BASE_SHAPES, colours=BASE_COLOURS)
     statistics = LatentStatistics.empty(encoder.num_tokens, encoder.feature_dim)
-    for folder in ("captions", "latents"):
+    for folder in ("captions", IMAGE_FEATURES):
         (root / folder).mkdir(parents=True, exist_ok=True)
     for start in tqdm(range(0, num_scenes, SHARD_SAMPLES), desc="shards"):
         scenes = [
@@ -47,7 +48,7 @@ def prepare(root: Path, num_scenes: int) -> None:
         name = f"{start // SHARD_SAMPLES:05d}.tar"
         with (
             wds.TarWriter(str(root / "captions" / name), mtime=0) as captions,
-            wds.TarWriter(str(root / "latents" / name), mtime=0) as latents,
+            wds.TarWriter(str(root / IMAGE_FEATURES / name), mtime=0) as column,
         ):
             for i, scene in enumerate(scenes):
                 key, rng = f"{start + i:08d}", np.random.default_rng([FIRST_SEED, start + i])
@@ -57,8 +58,8 @@ def prepare(root: Path, num_scenes: int) -> None:
                 )
                 buffer = io.BytesIO()
                 np.save(buffer, features[i].numpy())
-                latents.write({"__key__": key, "features.npy": buffer.getvalue()})
-    statistics.save(root / "latents" / "statistics.safetensors")
+                column.write({"__key__": key, f"{IMAGE_FEATURES}.npy": buffer.getvalue()})
+    statistics.save(root / IMAGE_FEATURES / "statistics.safetensors")
 
 
 def release(checkpoints: Path, folder: Path) -> None:

@@ -4,7 +4,7 @@ or a VAE.
 
 from pathlib import Path
 
-from repfusion.config import Config
+from repfusion.config import Config, WeightsFolder
 from repfusion.latents.encoder import PixelEncoder
 from repfusion.latents.geometry import is_vae
 from repfusion.latents.rae_decoder import RAEDecoder
@@ -17,7 +17,7 @@ Decoder = RAEDecoder | VAEDecoder
 
 
 class EncoderConfig(Config):
-    path: Path = WEIGHTS / "vision_tower"
+    path: WeightsFolder = WEIGHTS / "vision_tower"
     """Folder of a vision tower (CLIP, SigLIP, DINOv2), of a model that holds one (CLIP, SigLIP, LLaVA), or of
     a VAE of diffusers (AutoencoderKL, AutoencoderDC).
     """

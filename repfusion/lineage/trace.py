@@ -25,7 +25,6 @@ State = Literal["agrees", "differs", "missing", "elsewhere", "recorded", "unknow
 """`recorded`: nothing here to compare with; `elsewhere`: not on this machine, which an export may leave."""
 BROKEN = ("differs", "missing")
 SHORT = 12
-COLUMNS = ("images", "features", "text", "captions")
 
 
 @dataclass(frozen=True)
@@ -182,11 +181,11 @@ def guess_training(folder: Path) -> Iterator[Link]:
         yield Link("run", run["run_id"], "recorded", f"MLflow at {run['uri']} (from {notes[0].name})")
     data = (config or {}).get("data") or {}
     for name, one in {"main": data, **data.get("mix", {})}.items():
-        for column in COLUMNS:
-            if one.get(column) is not None:
-                present = short(manifest_digest(Path(one[column])))
+        for column, folder in {"images": one.get("images"), **one.get("columns", {})}.items():
+            if folder is not None:
+                present = short(manifest_digest(Path(folder)))
                 note = f"from {notes[1].name}; the digest was not recorded, now {present}"
-                yield Link(f"data {name}/{column}", one[column], "unknown", note)
+                yield Link(f"data {name}/{column}", folder, "unknown", note)
 
 
 def frozen_weights(digests: Mapping[str, str], folders: Mapping[str, Path], absent: State) -> Iterator[Link]:

@@ -3,7 +3,6 @@ its latents.
 """
 
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,7 +16,8 @@ from repfusion.conditioning.noisy_latents import NoisyLatentConditioner, NoisyLa
 from repfusion.conditioning.queries import QueriesConditioner, QueriesConfig, QueryPrompts
 from repfusion.conditioning.text_embed import TextEmbedConditioner, TextEmbedConfig, TextFeatures
 from repfusion.conditioning.transfusion import TransfusionConfig, VelocityHead
-from repfusion.config import Config
+from repfusion.config import Config, WeightsFolder
+from repfusion.data.readers import IMAGE_FEATURES, PROMPT_FEATURES, CaptionArray, Reader, SampleArray
 from repfusion.diffusion.flow import FlowConfig, interpolate, shift_factor, velocity
 from repfusion.latents.load import Decoder, EncoderConfig, load_decoder
 from repfusion.latents.statistics import LatentStatistics
@@ -31,7 +31,7 @@ ConditioningConfig = NoisyLatentsConfig | TextEmbedConfig | QueriesConfig | Tran
 
 
 class ModelConfig(Config):
-    mllm: Path = WEIGHTS / "llava"
+    mllm: WeightsFolder = WEIGHTS / "llava"
     """Folder of the MLLM (a LLaVA, or a causal language model), which is frozen unless `conditioning` trains
     it.
     """
@@ -39,7 +39,7 @@ class ModelConfig(Config):
     """Precision in which its frozen weights are held."""
     encoder: EncoderConfig = EncoderConfig()
     """What makes the features that are denoised."""
-    decoder: Path = WEIGHTS / "decoder"
+    decoder: WeightsFolder = WEIGHTS / "decoder"
     """Folder of the decoder: a RAE decoder's, or the VAE's that makes the features."""
     conditioning: ConditioningConfig = Field(default=NoisyLatentsConfig(), discriminator="method")
     """RepFusion (noisy_latents), or a baseline. A method's name alone stands for its defaults."""
@@ -89,6 +89,14 @@ class ModelConfig(Config):
         if isinstance(self.conditioning, TransfusionConfig):
             return f"{method}, no DiT"
         return f"{method}, DiT {self.dit.depth} x {self.dit.hidden_size}"
+
+
+def columns_of(config: ModelConfig) -> dict[str, Reader]:
+    """How a model of this configuration reads the columns that it can use beside captions, by name."""
+    readers: dict[str, Reader] = {IMAGE_FEATURES: SampleArray()}
+    if isinstance(config.conditioning, TextEmbedConfig):
+        readers[PROMPT_FEATURES] = CaptionArray()
+    return readers
 
 
 class Generator(nn.Module):

@@ -48,7 +48,7 @@ class EvaluatedTraining:
             self.run_id = tracker.run_id
             write_json(self.folder / "mlflow_run.json", {"run_id": self.run_id})
             tracker.finish()
-        statistics = LatentStatistics.load(columns / "latents" / "statistics.safetensors")
+        statistics = LatentStatistics.load(columns / "image_features" / "statistics.safetensors")
         torch.manual_seed(0)
         self.generator = Generator.build(tiny_model(foundation), statistics)
         for step in steps:

@@ -9,39 +9,51 @@ from tiny_training import npy, write_tar
 
 from repfusion.data.batches import batches
 from repfusion.data.columns import scan_tar
-from repfusion.data.dataset import MAIN, ColumnDataset, DatasetConfig
+from repfusion.data.config import MAIN, DatasetConfig
+from repfusion.data.dataset import ColumnDataset
 from repfusion.data.mixture import Mixture
+from repfusion.data.readers import IMAGE_FEATURES, PROMPT_FEATURES, CaptionArray, SampleArray
 
 LONG = {f"{i:06d}": f"a long caption of {i}" for i in range(0, 20, 2)}
 """Every second sample of `add_captions` has one."""
 
 
-def open_columns(root: Path, **changes) -> ColumnDataset:
-    return ColumnDataset(**{"images": root / "curate", "features": root / "latents", **changes})
+READERS = {IMAGE_FEATURES: SampleArray(), PROMPT_FEATURES: CaptionArray()}
+"""Of a model that can use everything that `make_columns` writes."""
+
+
+def folders(root: Path, *others: str) -> dict[str, Path]:
+    """The columns of image features and of these names."""
+    return {name: root / name for name in (IMAGE_FEATURES, *others)}
+
+
+def open_columns(root: Path, *others: str, **changes) -> ColumnDataset:
+    return ColumnDataset(root / "curate", folders(root, *others), READERS, **changes)
 
 
 def add_captions(columns: Path) -> Path:
     """Gives every second sample an alternative caption `long.txt`, and its text features."""
     rng = np.random.default_rng(9)
     for name in ("00000.tar", "00001.tar", "00002.tar"):
-        keys = [member.split(".")[0] for member in scan_tar(columns / "features" / name)]
+        keys = [member.split(".")[0] for member in scan_tar(columns / PROMPT_FEATURES / name)]
         long = [(key, {"long.txt": LONG[key].encode()} if key in LONG else {}) for key in keys]
         write_tar(columns / "captions" / name, long)
         text = []
         for index, key in enumerate(keys):
-            members = {"text.npy": npy(rng.standard_normal((4, 32)).astype(np.float16))}
+            members = {"prompt_features.npy": npy(rng.standard_normal((4, 32)).astype(np.float16))}
             if index == 3:
-                members = {"text.ref": f"{keys[0]}.long.text.npy".encode()}
+                members = {"prompt_features.ref": f"{keys[0]}.long.prompt_features.npy".encode()}
             if key in LONG:
-                members["long.text.npy"] = npy(rng.standard_normal((9, 32)).astype(np.float16))
+                members["long.prompt_features.npy"] = npy(rng.standard_normal((9, 32)).astype(np.float16))
             text.append((key, members))
-        write_tar(columns / "features" / name, text)
+        write_tar(columns / PROMPT_FEATURES / name, text)
     return columns
 
 
-def open_captioned(root: Path, weights: dict[str, float], **changes) -> ColumnDataset:
-    folders = {"images": root / "curate", "features": root / "latents", "captions": root / "captions"}
-    return ColumnDataset.open(DatasetConfig(**{**folders, "caption_weights": weights, **changes}))
+def open_captioned(root: Path, weights: dict[str, float], *others: str) -> ColumnDataset:
+    columns = folders(root, "captions", *others)
+    config = DatasetConfig(images=root / "curate", columns=columns, caption_weights=weights)
+    return ColumnDataset.open(config, READERS)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from repfusion.data.columns import scan_tar
-from repfusion.data.dataset import DataConfig
+from repfusion.data.config import DataConfig
 from repfusion.latents.load import EncoderConfig
 from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
 from repfusion.latents.statistics import LatentStatistics
@@ -133,7 +133,9 @@ def make_columns(
     width: int = WIDTH,
     seed: int = 0,
 ) -> Path:
-    """curate/, latents/ (with statistics) and features/ under `folder`; odd samples have two captions."""
+    """curate/, image_features/ (with statistics) and prompt_features/ under `folder`; odd samples have two
+    captions.
+    """
     statistics = LatentStatistics.empty(grid**2, width)
     rng = np.random.default_rng(seed)
     for first in range(0, num_samples, shard_samples):
@@ -146,13 +148,13 @@ def make_columns(
             images.append(
                 (key, {"txt": caption.encode(), "json": json.dumps(alternatives).encode(), "png": b"unread"})
             )
-            features.append((key, {"features.npy": npy(array)}))
-            texts.append((key, {"text.npy": npy(rng.standard_normal((4, 32)).astype(np.float16))}))
+            features.append((key, {"image_features.npy": npy(array)}))
+            texts.append((key, {"prompt_features.npy": npy(rng.standard_normal((4, 32)).astype(np.float16))}))
         name = f"{first // shard_samples:05d}.tar"
         write_tar(folder / "curate" / name, images)
-        write_tar(folder / "latents" / name, features)
-        write_tar(folder / "features" / name, texts)
-    statistics.save(folder / "latents" / "statistics.safetensors")
+        write_tar(folder / "image_features" / name, features)
+        write_tar(folder / "prompt_features" / name, texts)
+    statistics.save(folder / "image_features" / "statistics.safetensors")
     return folder
 
 
@@ -167,6 +169,12 @@ def tiny_model(foundation: Path, conditioning: str = "noisy_latents", **changes)
     )
 
 
+def tiny_data(columns: Path, **changes) -> DataConfig:
+    """What `make_columns` wrote, all of it."""
+    folders = {name: columns / name for name in ("image_features", "prompt_features")}
+    return DataConfig(**{"images": columns / "curate", "columns": folders, **changes})
+
+
 def tiny_train(
     foundation: Path, columns: Path, output_dir: Path, engine: dict | None = None, **changes
 ) -> TrainConfig:
@@ -175,7 +183,7 @@ def tiny_train(
     return TrainConfig(
         **{
             "output_dir": output_dir,
-            "data": DataConfig(images=columns / "curate", features=columns / "latents"),
+            "data": tiny_data(columns),
             "model": tiny_model(foundation),
             "engine": EngineConfig(**{**settings, **(engine or {})}),
             "num_steps": 4,

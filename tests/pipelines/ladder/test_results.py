@@ -9,7 +9,7 @@ import pytest
 from pipelines.ladder.results import Point, Result, append, finished, read
 from pipelines.ladder.task import Task
 from pipelines.ladder.worker import RECORD, run_task
-from repfusion.data.dataset import DataConfig
+from repfusion.data.config import DataConfig
 from repfusion.evaluation import EvaluationConfig
 from repfusion.train import TrainConfig
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_columns import LONG, Row, open_captioned, open_columns, read_rows
+from tiny_columns import LONG, READERS, Row, folders, open_captioned, open_columns, read_rows
 from tiny_training import GRID, WIDTH, make_columns, write_tar
 
 from repfusion.data.batches import batches, micro_positions
 from repfusion.data.columns import scan_tar
-from repfusion.data.dataset import MAIN, DataConfig, DatasetConfig
+from repfusion.data.config import MAIN, DataConfig, DatasetConfig
 from repfusion.data.mixture import Mixture
 
 SIZES = {"main": 20, "photos": 13, "art": 7}
@@ -32,11 +32,13 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def mix(roots: dict[str, Path], **weights: float) -> Mixture:
     parts = {
-        name: {"images": roots[name] / "curate", "features": roots[name] / "latents", "weight": weight}
+        name: {"images": roots[name] / "curate", "columns": folders(roots[name]), "weight": weight}
         for name, weight in weights.items()
     }
     main = parts.pop(MAIN)
-    return Mixture.open(DataConfig(**main, mix={name: DatasetConfig(**part) for name, part in parts.items()}))
+    return Mixture.open(
+        DataConfig(**main, mix={name: DatasetConfig(**part) for name, part in parts.items()}), READERS
+    )
 
 
 def by_sample(rows: list[Row]) -> dict[tuple, tuple]:
@@ -126,7 +128,7 @@ def test_batches_across_epochs_and_restarts(columns: Path):
 def test_features_are_those_of_the_key(roots: dict[str, Path]):
     mixture = mix(roots, main=1.0, photos=1.0)
     stored = {
-        mixture.label(name, dataset[i].key): dataset[i].features.tolist()
+        mixture.label(name, dataset[i].key): dataset[i].read("image_features").tolist()
         for name, dataset in mixture.datasets.items()
         for i in range(len(dataset))
     }
@@ -167,10 +169,10 @@ def test_the_thread_reads_ahead_so_far_and_ends_with_the_stream(columns: Path):
 
 def test_a_damaged_sample_is_raised_at_its_step_with_shard_and_key(roots: dict[str, Path], tmp_path: Path):
     columns = make_columns(tmp_path, 20, seed=5)
-    shard = columns / "latents" / "00001.tar"
+    shard = columns / "image_features" / "00001.tar"
     mixture = mix({**roots, "photos": columns}, main=1.0, photos=1.0)
     at = next(row.position for row in read_rows(mixture, 0, 6) if row.key == "photos/000011")
-    offset, _ = scan_tar(shard)["000011.features.npy"]
+    offset, _ = scan_tar(shard)["000011.image_features.npy"]
     with shard.open("r+b") as file:
         file.seek(offset)
         file.write(b"junk!!")
@@ -227,7 +229,7 @@ def test_variants_and_names_are_drawn_independently(columns: Path):
 
 
 def test_text_features_follow_the_drawn_caption(captioned: Path):
-    dataset = open_captioned(captioned, {"txt": 1.0, "long.txt": 1.0}, text=captioned / "features")
+    dataset = open_captioned(captioned, {"txt": 1.0, "long.txt": 1.0}, "prompt_features")
     lengths: dict[bool, set[int]] = {True: set(), False: set()}
     for parts in batches(Mixture({MAIN: dataset}), **{**SETTINGS, "num_steps": 10}):
         for batch in parts:
@@ -235,12 +237,12 @@ def test_text_features_follow_the_drawn_caption(captioned: Path):
             for key, caption, text in zip(batch.keys, batch.captions, batch.text, strict=True):
                 if int(key) % 8 != 3:
                     lengths[caption.startswith("a long")].add(len(text))
-    assert lengths == {True: {9}, False: {4}} and dataset.text_width == 32
+    assert lengths == {True: {9}, False: {4}} and dataset.widths == {"prompt_features": 32}
 
 
 @pytest.mark.gpu
 def test_batches_lie_in_page_locked_memory(captioned: Path):
-    dataset = open_captioned(captioned, {"txt": 1.0}, text=captioned / "features")
+    dataset = open_captioned(captioned, {"txt": 1.0}, "prompt_features")
     used = torch.cuda.memory_allocated()
     for parts in batches(Mixture({MAIN: dataset}), **SETTINGS):
         for batch in parts:

@@ -6,24 +6,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_columns import open_captioned, open_columns
+from tiny_columns import READERS, folders, open_captioned, open_columns
 from tiny_training import GRID, WIDTH, npy, scan_and_replace, write_tar
 
 from repfusion.data.columns import manifest_digest, scan_tar, shard_names
+from repfusion.data.config import DatasetConfig
+from repfusion.data.dataset import ColumnDataset
+
+FEATURES, TEXT = "image_features", "prompt_features"
 
 
 def test_columns_are_joined_key_for_key(columns: Path):
-    dataset = open_columns(columns, text=columns / "features")
+    dataset = open_columns(columns, TEXT)
     rng = np.random.default_rng(0)
     assert len(dataset) == 20
     for i in range(20):
         sample = dataset[i]
         assert sample.key == f"{i:06d}"
         np.testing.assert_array_equal(
-            sample.features, rng.standard_normal((GRID**2, WIDTH)).astype(np.float16)
+            sample.read(FEATURES), rng.standard_normal((GRID**2, WIDTH)).astype(np.float16)
         )
-        assert sample.text is not None
-        np.testing.assert_array_equal(sample.text["txt"], rng.standard_normal((4, 32)).astype(np.float16))
+        np.testing.assert_array_equal(sample.read(TEXT), rng.standard_normal((4, 32)).astype(np.float16))
         assert list(sample.captions) == ["txt"] and len(sample.captions["txt"]) == (2 if i % 2 else 1)
 
 
@@ -31,7 +34,7 @@ def test_the_cache_holds_to_its_size_and_gives_the_same_samples(columns: Path):
     bare, cached = open_columns(columns), open_columns(columns, cache_bytes=1000)
     for _ in range(2):
         for i in range(20):
-            np.testing.assert_array_equal(bare[i].features, cached[i].features)
+            np.testing.assert_array_equal(bare[i].read(FEATURES), cached[i].read(FEATURES))
     assert 0 < cached.cached_bytes <= 1000
     assert 0 < len(cached.cache) < 20
 
@@ -49,9 +52,9 @@ def test_variants_that_are_no_list_of_texts(columns: Path, variants):
 
 @pytest.mark.parametrize("keep", [0, 700, 3000, -1024])
 def test_a_truncated_tar_is_named(columns: Path, keep: int):
-    shard = columns / "latents" / "00001.tar"
+    shard = columns / FEATURES / "00001.tar"
     shard.write_bytes(shard.read_bytes()[: keep if keep >= 0 else -10240 + 512])
-    with pytest.raises(ValueError, match=r"00001\.tar.*(truncated|empty).*re-run the 'latents' stage"):
+    with pytest.raises(ValueError, match=r"00001\.tar.*(truncated|empty).*re-run the 'image_features' stage"):
         open_columns(columns)
 
 
@@ -70,38 +73,40 @@ def test_long_member_names_are_read(tmp_path: Path):
 
 def good(count: int = 4) -> list[tuple[str, dict[str, bytes]]]:
     return [
-        (f"{16 + i:06d}", {"features.npy": npy(np.zeros((GRID**2, WIDTH), np.float16))}) for i in range(count)
+        (f"{16 + i:06d}", {f"{FEATURES}.npy": npy(np.zeros((GRID**2, WIDTH), np.float16))})
+        for i in range(count)
     ]
 
 
 @pytest.mark.parametrize(
     ("shard", "message"),
     [
-        (good()[:3], r"00002\.tar, key 000019: no member 000019\.features\.npy \(1 of 4 keys"),
+        (good()[:3], r"00002\.tar, key 000019: no member 000019\.image_features\.npy \(1 of 4 keys"),
         (good(5), r"00002\.tar, key 000020: not among the 4 keys"),
         (
-            [*good()[:3], ("000019", {"features.npy": npy(np.zeros((GRID**2, 8), np.float16))})],
-            r"00002\.tar, key 000019: features are \(4, 8\) float16, expected \(4, 16\) float16; .*'latents'",
+            [*good()[:3], ("000019", {f"{FEATURES}.npy": npy(np.zeros((GRID**2, 8), np.float16))})],
+            r"00002\.tar, key 000019: image_features are \(4, 8\) float16, expected \(4, 16\) float16; .*"
+            "'image_features'",
         ),
         (
-            [(key, {"features.npy": npy(np.zeros((GRID**2, WIDTH), np.float32))}) for key, _ in good()],
-            r"key 000016: features are \(4, 16\) float32, expected \(4, 16\) float16",
+            [(key, {f"{FEATURES}.npy": npy(np.zeros((GRID**2, WIDTH), np.float32))}) for key, _ in good()],
+            r"key 000016: image_features are \(4, 16\) float32, expected \(4, 16\) float16",
         ),
         (
-            [*good()[:3], ("000019", {"features.npy": b"\0" * 200})],
+            [*good()[:3], ("000019", {f"{FEATURES}.npy": b"\0" * 200})],
             r"00002\.tar, key 000019: not a readable npy",
         ),
     ],
 )
 def test_columns_that_do_not_match_name_shard_and_key(columns: Path, shard: list, message: str):
-    write_tar(columns / "latents" / "00002.tar", shard)
+    write_tar(columns / FEATURES / "00002.tar", shard)
     with pytest.raises(ValueError, match=message):
         open_columns(columns)
 
 
 def test_a_missing_shard_is_named(columns: Path):
-    (columns / "latents" / "00001.tar").unlink()
-    with pytest.raises(ValueError, match=r"latents/00001\.tar is missing; re-run the 'latents' stage"):
+    (columns / FEATURES / "00001.tar").unlink()
+    with pytest.raises(ValueError, match=rf"{FEATURES}/00001\.tar is missing; re-run the '{FEATURES}' stage"):
         open_columns(columns)
 
 
@@ -109,34 +114,35 @@ def test_a_missing_shard_is_named(columns: Path):
 @pytest.mark.parametrize("dtype", ["<f2", ">f4"])
 def test_arrays_are_read_as_numpy_reads_them(columns: Path, order: str, dtype: str):
     rng, arrays = np.random.default_rng(3), {}
-    for name in shard_names(columns / "latents"):
-        keys = dict.fromkeys(member.split(".")[0] for member in scan_tar(columns / "latents" / name))
+    for name in shard_names(columns / FEATURES):
+        keys = dict.fromkeys(member.split(".")[0] for member in scan_tar(columns / FEATURES / name))
         made = {key: np.asarray(rng.standard_normal((GRID**2, WIDTH)), dtype, order=order) for key in keys}
-        write_tar(columns / "latents" / name, [(key, {"features.npy": npy(made[key])}) for key in keys])
+        write_tar(columns / FEATURES / name, [(key, {f"{FEATURES}.npy": npy(made[key])}) for key in keys])
         arrays |= made
     dataset = open_columns(columns)
     for i in range(20):
-        assert dataset[i].features.dtype == np.dtype(dtype)
-        np.testing.assert_array_equal(dataset[i].features, arrays[dataset[i].key])
+        assert dataset[i].read(FEATURES).dtype == np.dtype(dtype)
+        np.testing.assert_array_equal(dataset[i].read(FEATURES), arrays[dataset[i].key])
 
 
 def test_a_shard_cut_short_after_it_was_opened(columns: Path):
     dataset = open_columns(columns)
-    shard = columns / "latents" / "00002.tar"
-    offset, _ = scan_tar(shard)["000018.features.npy"]
+    shard = columns / FEATURES / "00002.tar"
+    offset, _ = scan_tar(shard)["000018.image_features.npy"]
     with shard.open("r+b") as file:
         file.truncate(offset + 10)
     assert dataset[17].key == "000017"
-    with pytest.raises(ValueError, match=r"00002\.tar, key 000018: features\.npy has 10 of its 256 bytes"):
-        dataset[18]
+    with pytest.raises(ValueError, match=r"00002\.tar, key 000018: image_features\.npy has 10 of its 256"):
+        dataset[18].read(FEATURES)
 
 
 def test_a_disk_that_fails(columns: Path):
     dataset = open_columns(columns)
-    os.close(dataset.features.files.pop())
-    dataset.features.files.append(os.open(columns, os.O_RDONLY))  # a folder: reading it is an OSError
-    with pytest.raises(ValueError, match=r"00002\.tar, key 000019: features\.npy cannot be read"):
-        dataset[19]
+    os.close(dataset.columns[FEATURES].files.pop())
+    # a folder: reading it is an OSError
+    dataset.columns[FEATURES].files.append(os.open(columns, os.O_RDONLY))
+    with pytest.raises(ValueError, match=r"00002\.tar, key 000019: image_features\.npy cannot be read"):
+        dataset[19].read(FEATURES)
 
 
 @pytest.mark.parametrize("member", ["000017.txt", "000017.json"])
@@ -149,7 +155,7 @@ def test_text_that_is_no_text(columns: Path, member: str):
 
 
 def test_a_folder_without_manifest_has_no_digest(columns: Path):
-    assert manifest_digest(columns / "latents") is None
+    assert manifest_digest(columns / FEATURES) is None
 
 
 def write_stage(folder: Path, names: list[str]):
@@ -197,54 +203,68 @@ def test_the_digest_is_that_of_the_manifest(tmp_path: Path):
 
 
 def test_a_reference_stands_for_the_member_it_names(captioned: Path):
-    dataset = open_captioned(captioned, {"txt": 1.0, "long.txt": 1.0}, text=captioned / "features")
+    dataset = open_captioned(captioned, {"txt": 1.0, "long.txt": 1.0}, TEXT)
     for first in (0, 8, 16):
-        np.testing.assert_array_equal(dataset[first + 3].text["txt"], dataset[first].text["long.txt"])
-    only_txt = open_captioned(captioned, {"txt": 1.0}, text=captioned / "features")
-    np.testing.assert_array_equal(only_txt[3].text["txt"], dataset[3].text["txt"])
+        np.testing.assert_array_equal(dataset[first + 3].read(TEXT), dataset[first].read(TEXT, "long.txt"))
+    only_txt = open_captioned(captioned, {"txt": 1.0}, TEXT)
+    np.testing.assert_array_equal(only_txt[3].read(TEXT), dataset[3].read(TEXT))
 
 
 def test_a_reference_to_nothing_is_named(captioned: Path):
-    shard = captioned / "features" / "00001.tar"
-    offset, size = scan_tar(shard)["000011.text.ref"]
+    shard = captioned / TEXT / "00001.tar"
+    offset, size = scan_tar(shard)["000011.prompt_features.ref"]
     data = bytearray(shard.read_bytes())
-    data[offset : offset + size] = b"000099.long.text.npy"
+    data[offset : offset + size] = b"000099.long.prompt_features.npy"
     shard.write_bytes(data)
-    with pytest.raises(ValueError, match=r"00001\.tar, key 000011: 000011\.text\.ref names '000099\.long"):
-        open_captioned(captioned, {"txt": 1.0}, text=captioned / "features")
+    with pytest.raises(
+        ValueError, match=r"00001\.tar, key 000011: 000011\.prompt_features\.ref names '000099"
+    ):
+        open_captioned(captioned, {"txt": 1.0}, TEXT)
 
 
 def test_missing_text_features_of_a_caption_are_named(captioned: Path):
     write_tar(
-        captioned / "features" / "00002.tar",
-        [(f"{i:06d}", {"text.npy": npy(np.zeros((4, 32), np.float16))}) for i in range(16, 20)],
+        captioned / TEXT / "00002.tar",
+        [(f"{i:06d}", {"prompt_features.npy": npy(np.zeros((4, 32), np.float16))}) for i in range(16, 20)],
     )
     with pytest.raises(
-        ValueError, match=r"00002\.tar, key 000016: no member 000016\.long\.text\.npy \(2 of 4 keys"
+        ValueError,
+        match=r"00002\.tar, key 000016: no member 000016\.long\.prompt_features\.npy \(2 of",
     ):
-        open_captioned(captioned, {"txt": 1.0, "long.txt": 1.0}, text=captioned / "features")
+        open_captioned(captioned, {"txt": 1.0, "long.txt": 1.0}, TEXT)
 
 
 @pytest.mark.parametrize(
-    ("weights", "changes", "message"),
+    ("weights", "message"),
     [
-        ({"txt": -1}, {}, "'txt' has weight -1.0; expected a number that is 0 or more"),
-        ({"txt": float("nan")}, {}, "'txt' has weight nan"),
-        ({"txt": 0, "long.txt": 0}, {}, "leaves nothing to draw"),
-        ({}, {}, "leaves nothing to draw"),
-        ({"long": 1}, {}, "'long' names no caption; expected 'txt', the main one, or NAME.txt"),
-        ({"long.txt": 1}, {"captions": None}, "'long.txt' lies in the captions column, but data.captions"),
-        ({"txt": 1, "lnog.txt": 1}, {}, r"no sample of .*captions has a member 'lnog.txt'.*\['long.txt'\]"),
+        ({"txt": -1}, "'txt' has weight -1.0; expected a number that is 0 or more"),
+        ({"txt": float("nan")}, "'txt' has weight nan"),
+        ({"txt": 0, "long.txt": 0}, "leaves nothing to draw"),
+        ({}, "leaves nothing to draw"),
+        ({"long": 1}, "'long' names no caption; expected 'txt', the main one, or NAME.txt"),
+        ({"txt": 1, "lnog.txt": 1}, r"no sample of .*captions has a member 'lnog.txt'.*\['long.txt'\]"),
         (
             {"long.txt": 1},
-            {},
             r"captions/00000\.tar, key 000001: none of the captions long\.txt \(4 of 8 keys\); give 'txt'",
         ),
     ],
 )
-def test_weights_that_do_not_hold(captioned: Path, weights: dict[str, float], changes: dict, message: str):
+def test_weights_that_do_not_hold(captioned: Path, weights: dict[str, float], message: str):
     with pytest.raises(ValueError, match=message):
-        open_captioned(captioned, weights, **changes)
+        open_captioned(captioned, weights)
+
+
+def test_a_caption_of_a_column_that_is_not_given(captioned: Path):
+    with pytest.raises(ValueError, match=r"'long\.txt' lies in the captions column, which data\.columns"):
+        DatasetConfig(images=captioned / "curate", caption_weights={"long.txt": 1})
+
+
+def test_a_column_that_the_model_needs_and_one_that_it_cannot_use(captioned: Path):
+    with pytest.raises(ValueError, match=r"no 'image_features', which the model reads; it has .*run the"):
+        ColumnDataset(captioned / "curate", {TEXT: captioned / TEXT}, READERS)
+    columns = {**folders(captioned), "audio": captioned / "nowhere"}
+    dataset = ColumnDataset(captioned / "curate", columns, READERS)
+    assert dataset.folders.keys() == {"images", FEATURES} and dataset[0].read(TEXT) is None
 
 
 def test_captions_of_other_keys_are_refused(captioned: Path):

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from tiny_columns import add_captions
+from tiny_columns import READERS, add_captions
 from tiny_training import make_columns, npy, write_tar
 
 from repfusion.data.columns import manifest_digest, scan_tar, shard_names
-from repfusion.data.dataset import DataConfig
+from repfusion.data.config import DataConfig
 from repfusion.data.mixture import Mixture
+
+TEXT = "prompt_features"
 
 
 @pytest.fixture
@@ -22,12 +24,13 @@ def roots(tmp_path: Path) -> dict[str, Path]:
 
 
 def folders(root: Path, **changes) -> dict:
-    return {"images": root / "curate", "features": root / "latents", **changes}
+    columns = {"image_features": root / "image_features", **changes.pop("columns", {})}
+    return {"images": root / "curate", "columns": columns, **changes}
 
 
 def open_mix(roots: dict[str, Path], main: dict | None = None, **mix: dict) -> Mixture:
     parts = {name: folders(roots[name], **changes) for name, changes in mix.items()}
-    return Mixture.open(DataConfig(**folders(roots["main"], **(main or {})), mix=parts))
+    return Mixture.open(DataConfig(**folders(roots["main"], **(main or {})), mix=parts), READERS)
 
 
 def say_made_with(column: Path, **fields) -> None:
@@ -41,15 +44,23 @@ def say_made_with(column: Path, **fields) -> None:
 
 
 def test_a_mixture_says_what_it_holds(roots: dict[str, Path]):
-    say_made_with(roots["photos"] / "latents", **{"train.model.encoder.layer": -2})
+    say_made_with(roots["photos"] / "image_features", **{"train.model.encoder.layer": -2})
     mixture = open_mix(roots, {"weight": 2.0}, photos={"weight": 0.5})
     assert (len(mixture), mixture.num_samples) == (20, {"main": 10, "photos": 10})
-    assert (mixture.shape, mixture.dtype) == ((4, 16), np.dtype("float16"))
-    assert mixture.folders["photos"] == folders(roots["photos"])
-    digest = manifest_digest(roots["photos"] / "latents")
+    assert mixture.forms == {"image_features": ((4, 16), np.dtype("float16"))}
+    assert mixture.folders["photos"] == {
+        "images": roots["photos"] / "curate",
+        "image_features": roots["photos"] / "image_features",
+    }
+    digest = manifest_digest(roots["photos"] / "image_features")
     assert digest is not None and mixture.identity == {
-        "main": {"num_samples": 10, "digest": None, "weight": 2.0, "caption_weights": {"txt": 1.0}},
-        "photos": {"num_samples": 10, "digest": digest, "weight": 0.5, "caption_weights": {"txt": 1.0}},
+        name: {
+            "num_samples": 10,
+            "digests": {"images": None, "image_features": named},
+            "weight": weight,
+            "caption_weights": {"txt": 1.0},
+        }
+        for name, named, weight in (("main", None, 2.0), ("photos", digest, 0.5))
     }
     assert json.loads(json.dumps(mixture.identity)) == mixture.identity
     assert (mixture.label("main", "7"), mixture.label("photos", "7")) == ("7", "photos/7")
@@ -65,14 +76,16 @@ def test_the_cache_is_shared_by_weight(roots: dict[str, Path]):
 
 @pytest.mark.parametrize(("width", "dtype"), [(8, np.float16), (16, np.float32)])
 def test_features_of_another_shape_or_dtype_are_refused(roots: dict[str, Path], width: int, dtype: type):
-    column = roots["photos"] / "latents"
+    column = roots["photos"] / "image_features"
     for name in shard_names(column):
         keys = [member.split(".")[0] for member in scan_tar(column / name)]
-        write_tar(column / name, [(key, {"features.npy": npy(np.zeros((4, width), dtype))}) for key in keys])
+        write_tar(
+            column / name, [(key, {"image_features.npy": npy(np.zeros((4, width), dtype))}) for key in keys]
+        )
     with pytest.raises(
         ValueError,
-        match=rf"data set 'photos': features in {column} are \(4, {width}\) float.., those of 'main' in "
-        r".*main/latents are \(4, 16\) float16; mix features of one encoder and image size: re-run the ",
+        match=rf"data set 'photos': image_features in {column} are \(4, {width}\) float.., those of 'main' "
+        r"in .*main/image_features are \(4, 16\) float16; mix columns of one model and size: re-run the ",
     ):
         open_mix(roots, art={}, photos={})
 
@@ -80,34 +93,43 @@ def test_features_of_another_shape_or_dtype_are_refused(roots: dict[str, Path], 
 def test_features_of_another_encoder_are_refused_by_their_manifests(roots: dict[str, Path]):
     for name, layer in (("main", -2), ("art", -2), ("photos", -1)):
         fields = {"train.model.encoder.layer": layer, "train.model.mllm_dtype": name, "latents.other": name}
-        say_made_with(roots[name] / "latents", **fields)
+        say_made_with(roots[name] / "image_features", **fields)
     open_mix(roots, art={}).close()
     with pytest.raises(
         ValueError,
-        match=r"'photos': .*photos/latents was made with train\.model\.encoder\.layer -1, .* with -2",
+        match=r"'photos': .*photos/image_features was made with encoder\.layer -1, .* with -2",
     ):
         open_mix(roots, art={}, photos={})
 
 
 def test_text_features_are_those_of_all_or_of_none(roots: dict[str, Path]):
-    both = {name: {"text": roots[name] / "features"} for name in ("main", "photos")}
-    assert open_mix(roots, both["main"], photos=both["photos"]).has_text
-    with pytest.raises(ValueError, match="data set 'photos' has no text features, 'main' has; give `text`"):
+    both = {
+        name: {"columns": {"prompt_features": roots[name] / "prompt_features"}} for name in ("main", "photos")
+    }
+    assert open_mix(roots, both["main"], photos=both["photos"]).datasets["photos"].widths == {
+        "prompt_features": 32
+    }
+    with pytest.raises(ValueError, match="data set 'photos' has no column prompt_features, 'main' has; give"):
         open_mix(roots, both["main"], photos={})
-    with pytest.raises(ValueError, match="data set 'main' has no text features, 'photos' has"):
+    with pytest.raises(ValueError, match="data set 'main' has no column prompt_features, 'photos' has"):
         open_mix(roots, photos=both["photos"])
-    column = roots["photos"] / "features"
+    column = roots["photos"] / "prompt_features"
     for name in shard_names(column):
         keys = [member.split(".")[0] for member in scan_tar(column / name)]
-        write_tar(column / name, [(key, {"text.npy": npy(np.zeros((4, 8), np.float16))}) for key in keys])
-    with pytest.raises(ValueError, match="'photos': text features are 8 wide, those of 'main' 32; mix"):
+        write_tar(
+            column / name, [(key, {"prompt_features.npy": npy(np.zeros((4, 8), np.float16))}) for key in keys]
+        )
+    with pytest.raises(ValueError, match="'photos': prompt_features are 8 wide, those of 'main' 32; mix"):
         open_mix(roots, both["main"], photos=both["photos"])
 
 
 def test_each_data_set_has_captions_of_its_own(tmp_path: Path):
     captioned = add_captions(make_columns(tmp_path / "photos"))
     roots = {"main": make_columns(tmp_path / "main"), "photos": captioned}
-    photos = {"captions": captioned / "captions", "caption_weights": {"txt": 1.0, "long.txt": 2.0}}
+    photos = {
+        "columns": {"captions": captioned / "captions"},
+        "caption_weights": {"txt": 1.0, "long.txt": 2.0},
+    }
     mixture = open_mix(roots, photos=photos)
     assert mixture.datasets["main"].weights == {"txt": 1.0}
     assert mixture.identity["photos"]["caption_weights"] == {"long.txt": 2.0, "txt": 1.0}

@@ -22,7 +22,7 @@ CONFIG = EvaluationConfig(num_prompts=36, batch_size=10, sampler=SamplerConfig(n
 def checkpoint(tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluated")
     columns = make_columns(root)
-    statistics = LatentStatistics.load(columns / "latents" / "statistics.safetensors")
+    statistics = LatentStatistics.load(columns / "image_features" / "statistics.safetensors")
     torch.manual_seed(0)
     generator = Generator.build(tiny_model(make_foundation(root)), statistics)
     folder = root / "checkpoints" / "step_00000007"

@@ -349,7 +349,7 @@ def test_the_bases_columns_hold_captions_and_features_of_known_things_alone(
     base.prepare(tmp_path, 25)
     texts, rows = [], []
     for name in ("00000.tar", "00001.tar", "00002.tar"):
-        captions, latents = members(tmp_path / "captions" / name), members(tmp_path / "latents" / name)
+        captions, latents = members(tmp_path / "captions" / name), members(tmp_path / "image_features" / name)
         keys = sorted({key.split(".")[0] for key in captions})
         assert keys == sorted(key.split(".")[0] for key in latents)
         for key in keys:
@@ -357,10 +357,10 @@ def test_the_bases_columns_hold_captions_and_features_of_known_things_alone(
             assert len(alternatives) == base.CAPTIONS_PER_SCENE
             assert captions[f"{key}.txt"].decode() == alternatives[0]
             texts += alternatives
-            rows.append(np.load(io.BytesIO(latents[f"{key}.features.npy"])))
+            rows.append(np.load(io.BytesIO(latents[f"{key}.image_features.npy"])))
     assert len(rows) == 25
     assert not any(NEW_SHAPE in text or NEW_COLOUR in text for text in texts)
-    statistics = LatentStatistics.load(tmp_path / "latents" / "statistics.safetensors")
+    statistics = LatentStatistics.load(tmp_path / "image_features" / "statistics.safetensors")
     assert statistics.count == 25
     np.testing.assert_allclose(statistics.mean.numpy(), np.stack(rows).astype(np.float64).mean(0), atol=1e-12)
     world = WorldConfig(shapes=base.BASE_SHAPES, colours=base.BASE_COLOURS)

@@ -22,6 +22,7 @@ from repfusion.model.text_to_image import Generator
 from repfusion.runs.checkpoint import frozen_digests, save_checkpoint
 from repfusion.weights import WEIGHTS
 
+FEATURES = "data main/image_features"
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -36,10 +37,10 @@ class World:
     def __init__(self, root: Path, foundation: Path):
         self.foundation = shutil.copytree(foundation, root / "foundation")
         self.columns = make_columns(root / "data", num_samples=8)
-        for stage in ("curate", "latents"):
+        for stage in ("curate", "image_features"):
             write_manifest(self.columns / stage, f"{stage}-fingerprint")
-        self.data = {"images": self.columns / "curate", "features": self.columns / "latents"}
-        statistics = LatentStatistics.load(self.columns / "latents" / "statistics.safetensors")
+        self.data = {"images": self.columns / "curate", "image_features": self.columns / "image_features"}
+        statistics = LatentStatistics.load(self.columns / "image_features" / "statistics.safetensors")
         torch.manual_seed(0)
         generator = Generator.build(tiny_model(self.foundation), statistics)
         self.checkpoint = root / "train" / "checkpoints" / "step_00000042"
@@ -75,13 +76,13 @@ def broken(subject: Path) -> dict[str, str]:
 
 
 def test_describe_holds_what_the_run_stood_on(world):
-    latents = world.columns / "latents"
-    assert world.lineage["datasets"]["main"]["features"] == {
+    latents = world.columns / "image_features"
+    assert world.lineage["datasets"]["main"]["image_features"] == {
         "folder": str(latents),
         "manifest_digest": manifest_digest(latents),
-        "fingerprint": "latents-fingerprint",
+        "fingerprint": "image_features-fingerprint",
     }
-    assert world.lineage["datasets"]["main"].keys() == {"images", "features"}
+    assert world.lineage["datasets"]["main"].keys() == {"images", "image_features"}
     assert world.lineage["lock_digest"] == file_sha256(ROOT / "requirements.lock") == lock_digest()
     assert world.lineage.keys() == {
         *("run_id", "tracking_uri", "git_commit", "lock_digest", "step", "init_from", "datasets", "digests")
@@ -101,9 +102,9 @@ def test_the_code_is_the_commit_and_says_when_it_was_changed():
 
 
 def test_a_column_without_a_manifest_is_described_as_such(world):
-    (world.columns / "latents" / "manifest.json").unlink()
+    (world.columns / "image_features" / "manifest.json").unlink()
     found = describe(step=0, datasets={"main": world.data}, digests={})
-    column = found["datasets"]["main"]["features"]
+    column = found["datasets"]["main"]["image_features"]
     assert column["manifest_digest"] is None and column["fingerprint"] is None and found["run_id"] is None
 
 
@@ -112,14 +113,14 @@ def test_an_image_leads_back_to_everything(world, monkeypatch):
     links = {link.name: link for link in trace(world.image)}
     assert list(links) == [
         *("image", "prompt", "seed", "sampler", "checkpoint", "step", "run", "code"),
-        *("data main/images", "data main/features", "config", "encoder", "mllm"),
+        *("data main/images", FEATURES, "config", "encoder", "mllm"),
     ]
-    checked = ("checkpoint", "data main/images", "data main/features", "encoder", "mllm")
+    checked = ("checkpoint", "data main/images", FEATURES, "encoder", "mllm")
     assert {links[name].state for name in checked} == {"agrees"}
     assert links["prompt"].value == "a red circle" and links["seed"].value == "5 to 6"
     assert links["checkpoint"].value == str(world.checkpoint) and links["step"].value == "42"
     assert links["run"].value == "0123abcd" and "sqlite:///runs/mlflow.db" in links["run"].note
-    assert "fingerprint latents-fing" in links["data main/features"].note
+    assert "fingerprint image_featur" in links[FEATURES].note
     assert links["encoder"].value == str(world.foundation / "vision_tower")
     assert not broken(world.image)
 
@@ -132,7 +133,11 @@ def change_weights(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "name", "note"),
     [
-        (lambda w: write_manifest(w.columns / "latents", "other"), "data main/features", "holds manifest"),
+        (
+            lambda w: write_manifest(w.columns / "image_features", "other"),
+            FEATURES,
+            "holds manifest",
+        ),
         (lambda w: shutil.rmtree(w.columns / "curate"), "data main/images", "no such folder"),
         (lambda w: (w.columns / "curate" / "manifest.json").unlink(), "data main/images", "manifest none"),
         (lambda w: change_weights(w.foundation / "llava"), "mllm", "trained with"),
@@ -167,7 +172,7 @@ def test_an_image_remembers_the_training_of_a_checkpoint_that_is_gone(world, mon
     links = {link.name: link for link in trace(world.image)}
     assert links["checkpoint"].state == "missing" and "no complete.json there" in links["checkpoint"].note
     assert links["run"].value == "0123abcd" and links["step"].value == "42"
-    assert links["data main/features"].state == "agrees"
+    assert links[FEATURES].state == "agrees"
 
 
 def test_a_fine_tuned_checkpoint_names_the_one_it_started_from(world):
@@ -185,8 +190,8 @@ def test_a_fine_tuned_checkpoint_names_the_one_it_started_from(world):
 def test_every_data_set_of_a_mix_is_checked(world):
     lineage = describe(step=42, datasets={"main": world.data, "photos": world.data}, digests={})
     write_json(world.checkpoint / "lineage.json", lineage)
-    write_manifest(world.columns / "latents", "other")
-    assert list(broken(world.checkpoint)) == ["data main/features", "data photos/features"]
+    write_manifest(world.columns / "image_features", "other")
+    assert list(broken(world.checkpoint)) == [FEATURES, "data photos/image_features"]
 
 
 def test_an_export_stands_for_itself(world, tmp_path, monkeypatch):
@@ -199,7 +204,7 @@ def test_an_export_stands_for_itself(world, tmp_path, monkeypatch):
     for subject in (moved, world.image):
         found = states(subject)
         assert found["export"] == "agrees" and found["checkpoint"] == "elsewhere"
-        assert found["encoder"] == found["mllm"] == found["data main/features"] == "elsewhere"
+        assert found["encoder"] == found["mllm"] == found[FEATURES] == "elsewhere"
         assert not broken(subject)
     assert {link.name: link.value for link in trace(world.image)}["run"] == "0123abcd"
     change_weights(moved / "denoiser")
@@ -221,13 +226,12 @@ def test_a_checkpoint_without_lineage_is_helped_by_its_training(world):
     (world.checkpoint / "lineage.json").unlink()
     output_dir = world.checkpoint.parent.parent
     write_json(output_dir / "mlflow_run.json", {"uri": "sqlite:///m.db", "run_id": "beef"})
-    write_json(
-        output_dir / "config.json", {"data": {name: str(folder) for name, folder in world.data.items()}}
-    )
+    images, *columns = ((name, str(folder)) for name, folder in world.data.items())
+    write_json(output_dir / "config.json", {"data": {"images": images[1], "columns": dict(columns)}})
     links = {link.name: link for link in trace(world.checkpoint)}
     assert links["run"].value == "beef"
-    assert links["data main/features"].state == "unknown"
-    assert links["data main/features"].value == str(world.columns / "latents")
+    assert links[FEATURES].state == "unknown"
+    assert links[FEATURES].value == str(world.columns / "image_features")
     assert not broken(world.checkpoint)
 
 
@@ -236,7 +240,7 @@ def test_the_command_prints_a_table(world, monkeypatch, capsys):
     main()
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == len(trace(world.checkpoint))
-    name_width, state_width = len("data main/features"), len("recorded")
+    name_width, state_width = len(FEATURES), len("recorded")
     for row, link in zip(rows, trace(world.checkpoint), strict=True):
         assert row[:name_width].rstrip() == link.name
         assert row[name_width + 2 :][:state_width].rstrip() == link.state
@@ -244,13 +248,13 @@ def test_the_command_prints_a_table(world, monkeypatch, capsys):
 
 
 def test_the_command_tells_scripts_by_its_exit_status_and_json(world):
-    write_manifest(world.columns / "latents", "other")
-    command = [sys.executable, "-m", "repfusion.lineage.describe", str(world.checkpoint), "--json"]
+    write_manifest(world.columns / "image_features", "other")
+    command = [sys.executable, "-m", "repfusion.lineage", str(world.checkpoint), "--json"]
     told = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert told.returncode == 1 and "data main/features" in told.stderr
+    assert told.returncode == 1 and FEATURES in told.stderr
     shown = json.loads(told.stdout)
     assert not shown["agrees"]
-    assert [one["name"] for one in shown["links"] if one["state"] == "differs"] == ["data main/features"]
+    assert [one["name"] for one in shown["links"] if one["state"] == "differs"] == [FEATURES]
 
 
 @pytest.mark.parametrize(

@@ -109,12 +109,16 @@ def test_of_a_step_taken_twice_the_later_counts(store: str):
 
 
 def test_a_data_set_leads_back_to_its_columns(store: str, tmp_path: Path):
-    for name, fingerprint in (("curate", "f1"), ("latents", "f2")):
+    for name, fingerprint in (("curate", "f1"), ("image_features", "f2")):
         (tmp_path / name).mkdir()
         manifest = {"fingerprint": fingerprint, "samples": 20, "seconds": 1.0}
         (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "plain").mkdir()
-    columns = {"images": tmp_path / "curate", "features": tmp_path / "latents", "text": tmp_path / "plain"}
+    columns = {
+        "images": tmp_path / "curate",
+        "image_features": tmp_path / "image_features",
+        "text": tmp_path / "plain",
+    }
     tracker = Tracker(tracking(store))
     tracker.log_dataset("main", columns, 20)
     tracker.log_dataset("main", columns, 20)
@@ -134,8 +138,10 @@ def test_a_data_set_leads_back_to_its_columns(store: str, tmp_path: Path):
     assert len(digest) == 64 and logged.dataset.digest == digest[:36]
     assert json.loads(run.data.tags["dataset.main.columns"])["columns"] == source.columns
 
-    (tmp_path / "latents" / "manifest.json").write_text(json.dumps({"fingerprint": "f3", "samples": 20}))
-    with pytest.raises(ValueError, match=r"features: .*latents holds manifest \w+, the run read"):
+    (tmp_path / "image_features" / "manifest.json").write_text(
+        json.dumps({"fingerprint": "f3", "samples": 20})
+    )
+    with pytest.raises(ValueError, match=r"image_features: .*_features holds manifest \w+, the run read"):
         source.load()
 
 
@@ -423,4 +429,4 @@ def test_a_training_logs_one_run_and_resumes_it(store: str, tmp_path: Path):
     assert run.data.params["engine.precision"] == "fp32"
     assert {one.dataset.name for one in run.inputs.dataset_inputs} == {"main"}
     (source,) = [mlflow.data.get_source(one) for one in run.inputs.dataset_inputs]
-    assert {"images", "features"} <= set(source.columns)
+    assert {"images", "image_features"} <= set(source.columns)

@@ -100,8 +100,8 @@ def test_frozen_weights_are_bfloat16_on_a_gpu(make_generator, method):
 
 
 def test_bytes_of_a_sample_are_those_of_its_columns(make_generator, columns):
-    with tarfile.open(min((columns / "latents").glob("*.tar"))) as archive:
-        member = next(one for one in archive if one.name.endswith("features.npy"))
+    with tarfile.open(min((columns / "image_features").glob("*.tar"))) as archive:
+        member = next(one for one in archive if one.name.endswith("image_features.npy"))
         file = archive.extractfile(member)
         assert file is not None
         stored = np.load(io.BytesIO(file.read()))

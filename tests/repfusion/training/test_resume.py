@@ -155,7 +155,7 @@ def test_a_bad_sample_of_one_rank_stops_both_before_the_update(world, ranks, tmp
     root = make_columns(tmp_path / "data", num_samples=8)
     bad = np.zeros((GRID**2, WIDTH), np.float16)
     bad[1, 2] = np.nan
-    scan_and_replace(root / "latents" / "00000.tar", "000003.features.npy", npy(bad))
+    scan_and_replace(root / "image_features" / "00000.tar", "000003.image_features.npy", npy(bad))
     config = tiny_train(world[0], root, tmp_path / "out", {"micro_batch_size": 4})
     assert ranks.run(job(config, world_size=2)) == [1, 1]
     for rank in range(2):

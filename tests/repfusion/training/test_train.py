@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from pydantic import ValidationError
 from safetensors.torch import load_file
 from tiny_training import (
     GRID,
@@ -20,15 +19,17 @@ from tiny_training import (
     make_foundation,
     npy,
     scan_and_replace,
+    tiny_data,
     tiny_model,
     tiny_train,
 )
 
-from repfusion.config import load_config
+from repfusion.config import ConfigError, load_config
 from repfusion.data.mixture import Mixture
 from repfusion.diffusion.flow import FlowConfig
 from repfusion.flops import train_flops
 from repfusion.lineage.describe import read_lineage
+from repfusion.model.text_to_image import columns_of
 from repfusion.runs.checkpoint import complete_checkpoints, latest_checkpoint, step_of
 from repfusion.train import TrainConfig, build_generator, train
 from repfusion.training.engine import NonFiniteError
@@ -135,9 +136,7 @@ def test_torchrun_starts_two_ranks_that_equal_one(world, tmp_path: Path):
 def test_activations_computed_again_change_nothing(world, tmp_path: Path, conditioning: str):
     foundation, columns = world
     model = tiny_model(foundation, conditioning)
-    data = {"images": columns / "curate", "features": columns / "latents"}
-    if conditioning == "text_embed":
-        data["text"] = columns / "features"
+    data = tiny_data(columns)
     for name, again in (("kept", False), ("again", True)):
         engine = {"activation_checkpointing": again}
         train(tiny_train(*world, tmp_path / name, engine, model=model, data=data, num_steps=2))
@@ -172,7 +171,7 @@ def test_a_report_says_how_it_goes(world, tmp_path: Path):
         low, high = min(report.loss_by_noise.values()), max(report.loss_by_noise.values())
         assert low <= report.loss <= high
         assert "train/loss_at_t/0.0-0.2" in report.metrics()
-    generator = build_generator(config, Mixture.open(config.data))
+    generator = build_generator(config, Mixture.open(config.data, columns_of(config.model)))
     num_tokens = 4.0  # three words and the begin token; every other sample has a caption of four words too
     rate = reports[0].tflops * 1e12 / reports[0].samples_per_sec
     assert train_flops(generator, num_tokens) < rate < train_flops(generator, num_tokens + 1)
@@ -185,18 +184,16 @@ def test_a_checkpoint_knows_where_it_comes_from(world, tmp_path: Path):
     assert found is not None
     run = json.loads((tmp_path / "run/mlflow_run.json").read_text())
     assert (found["run_id"], found["tracking_uri"], found["step"]) == (run["run_id"], run["uri"], 2)
-    assert found["datasets"]["main"]["features"]["folder"] == str(config.data.features)
+    assert found["datasets"]["main"]["image_features"]["folder"] == str(config.data.columns["image_features"])
 
 
 @pytest.mark.parametrize("conditioning", ["noisy_latents", "text_embed"])
 def test_what_trains_and_what_is_frozen(world, tmp_path: Path, conditioning: str):
     foundation, columns = world
     model = tiny_model(foundation, conditioning)
-    data = {"images": columns / "curate", "features": columns / "latents"}
-    if conditioning == "text_embed":
-        data["text"] = columns / "features"
+    data = tiny_data(columns)
     config = tiny_train(*world, tmp_path, model=model, data=data)
-    dataset = Mixture.open(config.data)
+    dataset = Mixture.open(config.data, columns_of(config.model))
     fresh = build_generator(config, dataset)
     before = {name: p.detach().clone() for name, p in fresh.named_parameters()}
     train(config)
@@ -239,7 +236,7 @@ def test_it_continues_from_a_base_with_the_base_s_statistics(world, tmp_path: Pa
         "num_steps": 2,
         "global_batch_size": 8,
     }
-    given |= {"data": {"images": other / "curate", "features": other / "latents"}}
+    given |= {"data": tiny_data(other)}
     config = TrainConfig.model_validate({**given, "engine": base.engine, "model": {"mllm_dtype": "float32"}})
     assert config.model == base.model  # not given: the checkpoint's
     seen: list[int] = []
@@ -274,7 +271,7 @@ def test_a_sample_that_is_not_finite_is_named_and_nothing_is_updated(world, tmp_
     root = make_columns(tmp_path / "data", num_samples=8)
     bad = np.zeros((GRID**2, WIDTH), np.float16)
     bad[1, 2] = np.nan
-    scan_and_replace(root / "latents" / "00000.tar", "000003.features.npy", npy(bad))
+    scan_and_replace(root / "image_features" / "00000.tar", "000003.image_features.npy", npy(bad))
     config = tiny_train(world[0], root, tmp_path / "out")
     with pytest.raises(NonFiniteError, match=r"step 0: the loss is not finite.*Samples: 000003\."):
         train(config)
@@ -328,6 +325,6 @@ def test_the_command_line_overrides_the_file_and_a_typo_names_its_key(world, tmp
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(tiny_train(*world, tmp_path).model_dump(mode="json")))
     assert load_config(TrainConfig, path, ["engine.lr=0.5", "num_steps=7"]).engine.lr == 0.5
-    with pytest.raises(ValidationError, match=r"engine\.learning_rate"):
+    with pytest.raises(ConfigError, match=r"engine\.learning_rate"):
         load_config(TrainConfig, path, ["engine.learning_rate=0.5"])
     assert load_config(TrainConfig, path, []) == tiny_train(*world, tmp_path)
