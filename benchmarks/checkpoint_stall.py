@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from tiny_training import make_columns, make_foundation, tiny_data, tiny_model
 
 from repfusion.data.mixture import Mixture
+from repfusion.model.build import columns_of
 from repfusion.model.dit import DiTConfig
-from repfusion.model.text_to_image import columns_of
 from repfusion.runs.checkpoint import frozen_digests
-from repfusion.train import TrainConfig, build_generator, loop_state
+from repfusion.train import TrainConfig, build_trainable, loop_state
 from repfusion.training.distributed import shut_down
 from repfusion.training.ema import EMA
 from repfusion.training.engine import Engine, EngineConfig
@@ -50,7 +50,7 @@ def main() -> None:
             engine=EngineConfig(micro_batch_size=8, zero_stage=args.zero_stage),
         )
         dataset = Mixture.open(config.data, columns_of(config.model))
-        generator = build_generator(config, dataset)
+        generator = build_trainable(config, dataset)
         digests = frozen_digests(generator)
         engine = Engine(generator, config.engine, 8, 100, generator.frozen_parts())
         ema = EMA(engine.partition.masters, 0.999)

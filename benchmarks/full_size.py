@@ -29,7 +29,7 @@ from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.flops import peak_flops, sample_flops, train_flops
 from repfusion.generate import initial_noise
 from repfusion.model.meta import published
-from repfusion.model.text_to_image import Generator
+from repfusion.model.text_to_image import TextToImage
 from repfusion.train import TrainConfig, inputs_of
 from repfusion.training.distributed import shut_down
 from repfusion.training.ema import EMA
@@ -79,7 +79,7 @@ def rates(flops: float, seconds: float, matrix: float, device: torch.device) -> 
     }
 
 
-def train_step(args: argparse.Namespace, generator: Generator, micro_batch: int) -> Callable[[], None]:
+def train_step(args: argparse.Namespace, generator: TextToImage, micro_batch: int) -> Callable[[], None]:
     """One step of the project's loop: inputs, micro-batches, update, average."""
     if args.activation_checkpointing:
         generator.checkpoint_activations()
@@ -108,7 +108,7 @@ def train_step(args: argparse.Namespace, generator: Generator, micro_batch: int)
     return step
 
 
-def train(args: argparse.Namespace, generator: Generator, micro_batch: int) -> dict[str, Any]:
+def train(args: argparse.Namespace, generator: TextToImage, micro_batch: int) -> dict[str, Any]:
     device = generator.device
     num_tokens = (1 - CONDITION_DROPOUT) * args.text_tokens + CONDITION_DROPOUT
     flops = train_flops(generator, num_tokens)
@@ -133,22 +133,22 @@ def train(args: argparse.Namespace, generator: Generator, micro_batch: int) -> d
     return result | shares(args, step)
 
 
-def compile_for_sampling(generator: Generator) -> None:
+def compile_for_sampling(generator: TextToImage) -> None:
     """The DiT's blocks, and of the language model's layers what does not touch the cache: a layer that does
     would be compiled once for each layer and state of the cache.
     """
     for block in generator.dit.blocks:
         block.compile()
-    for layer in generator.conditioner.mllm.language_model.layers:
+    for layer in generator.conditioner.llm.language_model.layers:
         for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
             part.compile()
 
 
-def draw_images(args: argparse.Namespace, generator: Generator, micro_batch: int) -> dict[str, Any]:
+def draw_images(args: argparse.Namespace, generator: TextToImage, micro_batch: int) -> dict[str, Any]:
     if args.compile:
         compile_for_sampling(generator)
     device, config = generator.device, SamplerConfig(num_steps=args.num_steps)
-    language_model = generator.conditioner.mllm.language_model
+    language_model = generator.conditioner.llm.language_model
     rng = np.random.default_rng(0)
     prompts = captions(micro_batch, args.text_tokens, language_model.config.vocab_size, rng)
     noise = initial_noise(range(micro_batch), generator.latent_shape)

@@ -21,10 +21,10 @@ from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.generate import initial_noise
 from repfusion.model.dit import DiTConfig
 from repfusion.model.meta import published
-from repfusion.model.text_to_image import Generator
+from repfusion.model.text_to_image import TextToImage
 
 
-def medium() -> Generator:
+def medium() -> TextToImage:
     """The published model's proportions, 64 latent tokens; no memory."""
     text = {
         "vocab_size": 1000,
@@ -38,7 +38,7 @@ def medium() -> Generator:
 
 
 @contextmanager
-def uncached(generator: Generator) -> Iterator[None]:
+def uncached(generator: TextToImage) -> Iterator[None]:
     """Inside, prompts are read at every step, as in training."""
     prepare = generator.prompt_batch
     generator.prompt_batch = lambda prompts, reuse=False: prepare(prompts)
@@ -46,7 +46,9 @@ def uncached(generator: Generator) -> Iterator[None]:
     del generator.prompt_batch
 
 
-def seconds_of(generator: Generator, prompts: list[str], config: SamplerConfig) -> tuple[float, torch.Tensor]:
+def seconds_of(
+    generator: TextToImage, prompts: list[str], config: SamplerConfig
+) -> tuple[float, torch.Tensor]:
     noise = initial_noise(range(len(prompts)), generator.latent_shape)
     if generator.device.type == "cuda":
         torch.cuda.synchronize()
@@ -66,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = fill(published()[0] if args.geometry == "published" else medium(), device).eval()
-    vocab_size = generator.conditioner.mllm.language_model.config.vocab_size
+    vocab_size = generator.conditioner.llm.language_model.config.vocab_size
     rng = np.random.default_rng(0)
     rows = rng.integers(3, vocab_size, (args.batch, args.text_tokens - 1))
     prompts = [" ".join(map(str, row)) for row in rows]

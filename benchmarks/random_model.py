@@ -12,9 +12,11 @@ from repfusion.data.batches import Batch
 from repfusion.diffusion.flow import draw
 from repfusion.latents.load import EncoderConfig
 from repfusion.latents.statistics import LatentStatistics
-from repfusion.model.dit import DiTConfig, rotary_2d, sin_cos_positions
-from repfusion.model.meta import BareTokenizer, meta_generator
-from repfusion.model.text_to_image import Generator, ModelConfig
+from repfusion.layers import rotary_2d, sin_cos_positions
+from repfusion.model.config import ModelConfig
+from repfusion.model.dit import DiTConfig
+from repfusion.model.meta import BareTokenizer, meta_model
+from repfusion.model.text_to_image import TextToImage
 
 CONDITION_DROPOUT = 0.1
 NUM_BATCHES = 8
@@ -30,7 +32,7 @@ class NumberTokenizer(BareTokenizer):
 
 def llava_of(
     name: str, text: dict[str, int], dit: DiTConfig, grid: int, latent_dim: int, mllm_dtype: str = "float32"
-) -> Generator:
+) -> TextToImage:
     """The published model's classes at any size, over grid x grid latent tokens; no memory. `text` are fields
     of LlamaConfig.
     """
@@ -40,10 +42,10 @@ def llava_of(
     config = ModelConfig.model_validate(
         {"mllm": folder, "mllm_dtype": mllm_dtype, "encoder": EncoderConfig(path=folder), "dit": dit}
     )
-    return meta_generator(config, LlamaConfig(**text), (grid, grid), latent_dim)
+    return meta_model(config, LlamaConfig(**text), (grid, grid), latent_dim)
 
 
-def small() -> Generator:
+def small() -> TextToImage:
     """At a width that a CPU trains in a moment."""
     text = {
         "vocab_size": 256,
@@ -58,7 +60,7 @@ def small() -> Generator:
 
 
 @torch.no_grad()
-def fill(generator: Generator, device: torch.device) -> Generator:
+def fill(generator: TextToImage, device: torch.device) -> TextToImage:
     """Random weights on the device for a generator without memory; products with zeros would be faster."""
     generator.to_empty(device=device)
     torch.manual_seed(0)
@@ -67,7 +69,7 @@ def fill(generator: Generator, device: torch.device) -> Generator:
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-    mllm, dit = generator.conditioner.mllm, generator.dit
+    mllm, dit = generator.conditioner.llm, generator.dit
     # what to_empty lost: buffers that are no weights, and the statistics
     dit.positions = sin_cos_positions(generator.grid, dit.config.hidden_size).to(device)
     dit.rotary = rotary_2d(generator.grid, dit.config.hidden_size // dit.config.num_heads).to(device)
@@ -85,10 +87,10 @@ def captions(num: int, num_tokens: int, vocab_size: int, rng: np.random.Generato
     return [" ".join(map(str, rng.integers(3, vocab_size, length))) for length in lengths]
 
 
-def make_batches(generator: Generator, micro_batch: int, num_tokens: int) -> Iterator[Batch]:
+def make_batches(generator: TextToImage, micro_batch: int, num_tokens: int) -> Iterator[Batch]:
     """As the loader makes them: float16 features, page-locked where there is a GPU."""
     rng, pin = np.random.default_rng(0), torch.cuda.is_available()
-    vocab_size = generator.conditioner.mllm.language_model.config.vocab_size
+    vocab_size = generator.conditioner.llm.language_model.config.vocab_size
     made = []
     for first in range(0, NUM_BATCHES * micro_batch, micro_batch):
         positions = list(range(first, first + micro_batch))

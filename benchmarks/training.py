@@ -23,9 +23,9 @@ from tiny_training import make_columns, make_foundation, tiny_data, tiny_model
 
 from repfusion.data.batches import batches
 from repfusion.data.mixture import Mixture
+from repfusion.model.build import columns_of
 from repfusion.model.dit import DiTConfig
-from repfusion.model.text_to_image import columns_of
-from repfusion.train import TrainConfig, build_generator, inputs_of
+from repfusion.train import TrainConfig, build_trainable, inputs_of
 from repfusion.training.distributed import num_cores, shut_down
 from repfusion.training.ema import EMA
 from repfusion.training.engine import Engine, EngineConfig
@@ -34,7 +34,7 @@ from repfusion.training.meters import Meters
 
 class BareLoop:
     def __init__(self, config: TrainConfig, dataset: Mixture):
-        self.module = build_generator(config, dataset)
+        self.module = build_trainable(config, dataset)
         stream = batches(
             dataset,
             seed=0,
@@ -62,7 +62,7 @@ class BareLoop:
 class OurLoop:
     def __init__(self, config: TrainConfig, dataset: Mixture):
         self.config = config
-        self.generator = build_generator(config, dataset)
+        self.generator = build_trainable(config, dataset)
         frozen = self.generator.frozen_parts()
         self.engine = Engine(
             self.generator, config.engine, config.global_batch_size, config.num_steps, frozen

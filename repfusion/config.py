@@ -43,7 +43,7 @@ C = TypeVar("C", bound=BaseModel)
 
 
 def weights_of(config: BaseModel, prefix: str = "") -> dict[str, Path]:
-    """Folders of frozen weights that a configuration names, by dotted key; those that are None are left out."""
+    """Folders of frozen weights that a configuration names, by dotted key; None is left out."""
     found: dict[str, Path] = {}
     for name, info in type(config).model_fields.items():
         value, key = getattr(config, name), f"{prefix}{name}"

@@ -27,12 +27,15 @@ from repfusion.files import file_sha256, write_json
 from repfusion.latents.geometry import is_vae, latent_geometry
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.lineage.describe import LINEAGE, checkpoint_record, read_lineage
-from repfusion.llm.mllm import LANGUAGE_MODELS, MLLM, Projector
-from repfusion.model.text_to_image import Generator, ModelConfig
+from repfusion.llm.load import LANGUAGE_MODELS, load_language_model
+from repfusion.llm.projector import Projector
+from repfusion.model.build import assemble
+from repfusion.model.config import ModelConfig
+from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import WEIGHTS_MARK, check_complete, load_checkpoint, portable, read_weights
 from repfusion.weights import WEIGHTS
 
-SCHEMA = 1
+SCHEMA = 2
 MARK = "export.json"
 INDEX = "model_index.json"
 CARD = "README.md"
@@ -56,21 +59,21 @@ def export(checkpoint: Path, out: Path, use_ema: bool = True) -> Path:
     name = "ema.safetensors" if use_ema else "model.safetensors"
     if name not in check_complete(checkpoint)["files"]:
         raise ValueError(f"checkpoint {checkpoint} holds no {name}; choose the other weights")
-    generator = load_checkpoint(checkpoint, use_ema)
-    generator.load_decoder()  # fits, or says why not
+    model = load_checkpoint(checkpoint, use_ema)
+    model.load_decoder()  # fits, or says why not
     working = out.with_name(f".{out.name}.partial")
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir(parents=True)
     try:
-        write_denoiser(generator, checkpoint, working / DENOISER, use_ema)
+        write_denoiser(model, checkpoint, working / DENOISER, use_ema)
         (working / DECODER).mkdir()
         for pattern in ("config.json", "*.safetensors", "*.safetensors.index.json"):
-            for file in generator.config.decoder.glob(pattern):
+            for file in model.config.decoder.glob(pattern):
                 shutil.copyfile(file, working / DECODER / file.name)
-        lineage = describe_export(generator, checkpoint, use_ema)
+        lineage = describe_export(model, checkpoint, use_ema)
         write_json(working / LINEAGE, lineage)
-        config, tokenizer = generator.config, generator.conditioner.mllm.tokenizer
-        del generator  # at full size there is not always room for its language model twice
+        config, tokenizer = model.config, model.conditioner.llm.tokenizer
+        del model  # at full size there is not always room for its language model twice
         kind = write_language_model(config, tokenizer, working / LANGUAGE_MODEL)
         write_json(working / INDEX, model_index(kind, is_vae(config.decoder)))
         scores = read_scores(checkpoint)
@@ -105,31 +108,31 @@ def replace_folder(working: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_denoiser(generator: Generator, checkpoint: Path, folder: Path, use_ema: bool) -> None:
+def write_denoiser(model: TextToImage, checkpoint: Path, folder: Path, use_ema: bool) -> None:
     """The trained weights as the checkpoint stores them, the statistics, and what the encoder and the MLLM's
     own projector decided of their shapes.
     """
     folder.mkdir()
-    config = generator.config
+    config = model.config
     size = latent_geometry(config.encoder.path, config.encoder.image_size).image_size
-    geometry = {"grid": list(generator.grid), "image_size_px": size, "projector": projector_fields(generator)}
+    geometry = {"grid": list(model.grid), "image_size_px": size, "projector": projector_fields(model)}
     model = portable(config.model_dump(mode="json"))
     write_json(folder / "config.json", {"schema": SCHEMA, "model": model, **geometry})
     save_file(read_weights(checkpoint, use_ema), str(folder / "model.safetensors"))
-    generator.statistics.save(folder / "statistics.safetensors")
+    model.statistics.save(folder / "statistics.safetensors")
 
 
-def projector_fields(generator: Generator) -> dict[str, Any] | None:
+def projector_fields(model: TextToImage) -> dict[str, Any] | None:
     """What `Projector` takes beside the widths. None where the method has none."""
-    if not isinstance(generator.conditioner, NoisyLatentConditioner):
+    if not isinstance(model.conditioner, NoisyLatentConditioner):
         return None
-    saved = json.loads((generator.config.mllm / "config.json").read_text())
-    bias = generator.conditioner.projector.linear_1.bias is not None
+    saved = json.loads((model.config.mllm / "config.json").read_text())
+    bias = model.conditioner.projector.linear_1.bias is not None
     return {"activation": saved.get("projector_hidden_act", "gelu"), "bias": bias}
 
 
 def write_language_model(config: ModelConfig, tokenizer: Any, folder: Path) -> str:
-    """The language model alone, in the precision of its folder (or less, where the generator holds less);
+    """The language model alone, in the precision of its folder (or less, where the model holds less);
     returns its class.
 
     Raises:
@@ -157,10 +160,10 @@ def write_language_model(config: ModelConfig, tokenizer: Any, folder: Path) -> s
     return type(model).__name__
 
 
-def describe_export(generator: Generator, checkpoint: Path, use_ema: bool) -> dict[str, Any]:
+def describe_export(model: TextToImage, checkpoint: Path, use_ema: bool) -> dict[str, Any]:
     """lineage.json: the checkpoint, what it says of its training, and the folders its parts came from."""
     digests = json.loads((checkpoint / "config.json").read_text())["digests"]
-    config = generator.config
+    config = model.config
     sources = {"encoder": config.encoder.path, "mllm": config.mllm, "decoder": config.decoder}
     return {
         "checkpoint": checkpoint_record(checkpoint),
@@ -181,7 +184,7 @@ def model_index(language_model: str, has_vae: bool) -> dict[str, Any]:
         "_class_name": "RepFusionPipeline",
         "_repfusion_version": release,
         LANGUAGE_MODEL: ["transformers", language_model],
-        DENOISER: ["repfusion.model.text_to_image", "Generator"],
+        DENOISER: ["repfusion.model.text_to_image", "TextToImage"],
         DECODER: ["repfusion.latents.vae", "VAEDecoder"]
         if has_vae
         else ["repfusion.latents.rae_decoder", "RAEDecoder"],
@@ -259,8 +262,8 @@ def check_export(folder: Path) -> dict[str, Any]:
     return info
 
 
-def load_export(folder: str | Path, mllm_dtype: str | None = None) -> Generator:
-    """The generator of an export, on the CPU, in eval mode; its decoder is the export's.
+def load_export(folder: str | Path, mllm_dtype: str | None = None) -> TextToImage:
+    """The model of an export, on the CPU, in eval mode; its decoder is the export's.
 
     Args:
         folder: what `export` wrote.
@@ -277,18 +280,18 @@ def load_export(folder: str | Path, mllm_dtype: str | None = None) -> Generator:
         own["mllm_dtype"] = mllm_dtype
     config = ModelConfig.model_validate(portable(saved["model"], WEIGHTS_MARK, str(WEIGHTS)) | own)
     dtype, with_head = getattr(torch, config.mllm_dtype), config.captioning is not None
-    mllm = MLLM.from_pretrained(config.mllm, dtype, with_head)
+    llm = load_language_model(config.mllm, dtype, with_head)
     statistics = LatentStatistics.load(folder / DENOISER / "statistics.safetensors")
     with torch.random.fork_rng(devices=[]):  # the weights below are all overwritten
         if saved["projector"] is not None:
-            mllm.projector = Projector(statistics.mean.shape[1], mllm.width, **saved["projector"])
-        generator = Generator(config, mllm, statistics, tuple(saved["grid"]))
-    generator.load_trainable_state(read_weights(folder / DENOISER, use_ema=False))
-    return generator.eval()
+            llm.projector = Projector(statistics.mean.shape[1], llm.width, **saved["projector"])
+        model = assemble(config, llm, statistics, tuple(saved["grid"]))
+    model.load_trainable_state(read_weights(folder / DENOISER, use_ema=False))
+    return model.eval()
 
 
-def load_any(folder: str | Path) -> Generator:
-    """The generator of an export, or of a checkpoint (averaged weights)."""
+def load_any(folder: str | Path) -> TextToImage:
+    """The model of an export, or of a checkpoint (averaged weights)."""
     return load_export(folder) if is_export(Path(folder)) else load_checkpoint(folder)
 
 

@@ -4,7 +4,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.export import MARK, is_export, load_any
 from repfusion.latents.load import Decoder
 from repfusion.lineage.describe import checkpoint_record, folder_record, png_info, read_lineage
-from repfusion.model.text_to_image import Generator
+from repfusion.model.text_to_image import TextToImage
+from repfusion.request import Request
 from repfusion.weights import WEIGHTS
 
 
@@ -30,31 +31,29 @@ def initial_noise(seeds: Iterable[int], shape: tuple[int, int]) -> Float[Tensor,
 
 
 @torch.no_grad()
-def decode(
-    generator: Generator, decoder: Decoder, latents: Float[Tensor, "b n d"]
-) -> Float[Tensor, "b 3 h w"]:
+def decode(model: TextToImage, decoder: Decoder, latents: Float[Tensor, "b n d"]) -> Float[Tensor, "b 3 h w"]:
     """Pixels in [0, 1], on the CPU in float32."""
-    return decoder(generator.denormalise(latents)).float().clamp(0, 1).cpu()
+    return decoder(model.denormalise(latents)).float().clamp(0, 1).cpu()
 
 
 @torch.no_grad()
 def generate(
-    generator: Generator,
+    model: TextToImage,
     decoder: Decoder,
-    prompts: list[str],
+    requests: Sequence[Request],
     seed: int = 0,
     config: SamplerConfig = SamplerConfig(),
     batch_size: int = 64,
 ) -> Float[Tensor, "b 3 h w"]:
-    """Pixels in [0, 1] on the CPU. Image i depends on seed + i and its prompt, not on the batch size (but for
-    rounding).
+    """Pixels in [0, 1] on the CPU. Image i depends on seed + i and its request, not on the batch size (but
+    for rounding).
     """
     images = []
-    for start in range(0, len(prompts), batch_size):
-        part = prompts[start : start + batch_size]
+    for start in range(0, len(requests), batch_size):
+        part = requests[start : start + batch_size]
         seeds = range(seed + start, seed + start + len(part))
-        latents = sample(generator, part, initial_noise(seeds, generator.latent_shape), config)
-        images.append(decode(generator, decoder, latents))
+        latents = sample(model, part, initial_noise(seeds, model.latent_shape), config)
+        images.append(decode(model, decoder, latents))
     return torch.cat(images)
 
 
@@ -137,7 +136,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     try:
-        generator = load_any(args.checkpoint).to(args.device)
+        model = load_any(args.checkpoint).to(args.device)
         sampler = SamplerConfig(
             num_steps=args.num_steps,
             solver=args.solver,
@@ -146,7 +145,7 @@ def main() -> None:
         )
         record = image_record(args.checkpoint, args.prompt, args.seed, sampler, args.num_images)
         pixels = generate(
-            generator, generator.load_decoder(), [args.prompt] * args.num_images, args.seed, sampler
+            model, model.load_decoder(), [Request(args.prompt)] * args.num_images, args.seed, sampler
         )
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -18,7 +18,8 @@ from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.export import is_export, load_export
 from repfusion.generate import decode, to_uint8
 from repfusion.latents.load import Decoder
-from repfusion.model.text_to_image import Generator
+from repfusion.model.text_to_image import TextToImage
+from repfusion.request import Request
 from repfusion.runs.checkpoint import load_checkpoint
 
 Noise = torch.Generator | list[torch.Generator] | None
@@ -36,7 +37,7 @@ class RepFusionPipelineOutput:
 class RepFusionPipeline:
     """The same images as `repfusion.generate`, bit for bit, for the same seeds, batch and device."""
 
-    def __init__(self, model: Generator, decoder: Decoder, precision: Literal["fp32", "bf16"] = "bf16"):
+    def __init__(self, model: TextToImage, decoder: Decoder, precision: Literal["fp32", "bf16"] = "bf16"):
         self.model = model.eval()
         self.decoder = decoder
         self.precision = precision
@@ -115,7 +116,7 @@ class RepFusionPipeline:
             raise ValueError(
                 f"{len(prompts)} prompts, {num_images_per_prompt} images of each; expected at least 1"
             )
-        prompts = [one for one in prompts for _ in range(num_images_per_prompt)]
+        requests = [Request(one) for one in prompts for _ in range(num_images_per_prompt)]
         config = SamplerConfig(
             num_steps=num_inference_steps,
             solver=solver,
@@ -123,8 +124,8 @@ class RepFusionPipeline:
             guidance_interval=guidance_interval,
             precision=self.precision,
         )
-        noise = self._noise(len(prompts), generator) if latents is None else latents
-        made = sample(self.model, prompts, noise, config, self._on_step(callback_on_step_end))
+        noise = self._noise(len(requests), generator) if latents is None else latents
+        made = sample(self.model, requests, noise, config, self._on_step(callback_on_step_end))
         if output_type == "latent":
             return RepFusionPipelineOutput(made)
         pixels = decode(self.model, self.decoder, made)

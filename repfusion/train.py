@@ -21,15 +21,19 @@ from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from repfusion.config import Config, WeightsFolder, load_config
-from repfusion.data.batches import Batch, batches
+from repfusion.data.batches import batches
 from repfusion.data.config import DataConfig
 from repfusion.data.mixture import Mixture
 from repfusion.data.readers import IMAGE_FEATURES
+from repfusion.data.recipe import Recipe
 from repfusion.files import write_json
 from repfusion.flops import peak_flops, train_flops
+from repfusion.inputs import to_device
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.lineage.describe import describe
-from repfusion.model.text_to_image import Generator, ModelConfig, columns_of
+from repfusion.model.build import build_model, columns_of
+from repfusion.model.config import ModelConfig
+from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import (
     check_complete,
     check_continues,
@@ -119,7 +123,7 @@ class TrainingStopped(RuntimeError):
     """A rank was asked to stop; a checkpoint of the last step was written."""
 
 
-def build_generator(config: TrainConfig, dataset: Mixture, resume_from: Path | None = None) -> Generator:
+def build_trainable(config: TrainConfig, dataset: Mixture, resume_from: Path | None = None) -> TextToImage:
     """From scratch on the data set's statistics, or from a checkpoint with its own: the averaged weights of
     `config.init_from`, or the weights of this training's own `resume_from`.
 
@@ -133,40 +137,22 @@ def build_generator(config: TrainConfig, dataset: Mixture, resume_from: Path | N
     source = start or config.data.columns[IMAGE_FEATURES]
     statistics = LatentStatistics.load(source / "statistics.safetensors")
     torch.manual_seed(config.seed)
-    generator = Generator.build(config.model, statistics)
+    model = build_model(config.model, statistics)
     if start is not None:
-        load_weights(generator, start, use_ema=resume_from is None)
-        check_continues(generator, start)
+        load_weights(model, start, use_ema=resume_from is None)
+        check_continues(model, start)
     if config.engine.activation_checkpointing:
-        generator.checkpoint_activations()
+        model.checkpoint_activations()
     if config.engine.compile:
-        generator.compile_blocks()
+        model.compile_blocks()
     shape, _ = dataset.forms[IMAGE_FEATURES]
-    if shape != generator.latent_shape:
+    if shape != model.latent_shape:
         raise ValueError(
             f"{config.data.columns[IMAGE_FEATURES]}: features are {shape}, the model makes "
-            f"{generator.latent_shape}; re-run the '{IMAGE_FEATURES}' stage, or point model.encoder at the "
+            f"{model.latent_shape}; re-run the '{IMAGE_FEATURES}' stage, or point model.encoder at the "
             "tower that made them"
         )
-    return generator
-
-
-def inputs_of(batch: Batch, generator: Generator, config: TrainConfig) -> dict[str, Any]:
-    """What `Generator.forward` takes: normalised latents, prompts (some dropped), noise levels and noise."""
-    device, draws = generator.device, batch.draws
-    is_static = generator.prompt_column == "features" and batch.text is not None
-    prompts: list[Any] = list(batch.text if is_static and batch.text is not None else batch.captions)
-    prompts = ["" if dropped else p for p, dropped in zip(prompts, draws.dropped.tolist(), strict=True)]
-    latents = generator.normalise(batch.features.to(device, non_blocking=True))
-    inputs = {
-        "latents": latents,
-        "prompts": generator.prompt_batch(prompts),
-        "t": draws.t.to(device, non_blocking=True),
-        "noise": draws.noise.to(device, non_blocking=True),
-    }
-    if generator.captioning is not None:
-        inputs["captions"] = generator.caption_batch(batch.captions, draws.chance)
-    return inputs
+    return model
 
 
 def loop_state(config: TrainConfig, dataset: Mixture) -> dict[str, Any]:
@@ -222,16 +208,16 @@ def remembered_run(config: TrainConfig) -> TrackingConfig:
     return tracking.model_copy(update={"run_id": saved["run_id"]}) if is_same else tracking
 
 
-def flops_per_sample(generator: Generator, dataset: Mixture, condition_dropout: float) -> float:
+def flops_per_sample(model: TextToImage, dataset: Mixture, condition_dropout: float) -> float:
     """Of training, at the mean length of some prompts."""
     first = next(iter(dataset.datasets.values()))
     captions = [
         text for i in range(min(256, len(first))) for texts in first[i].captions.values() for text in texts
     ]
-    _, mask = generator.conditioner.mllm.tokenize(captions)
+    mask = model.conditioner.llm.tokenise(captions).mask
     length = float(mask.sum() / len(mask))
     num_tokens = (1 - condition_dropout) * length + condition_dropout
-    return train_flops(generator, num_tokens, num_caption_tokens=length)
+    return train_flops(model, num_tokens, num_caption_tokens=length)
 
 
 def train(
@@ -262,12 +248,10 @@ def train(
     saved = None if last is None else check_resumes(last, state)
 
     # Build
-    generator = build_generator(config, dataset, resume_from=last)
-    digests = frozen_digests(generator)
-    flops = flops_per_sample(generator, dataset, config.condition_dropout)
-    engine = Engine(
-        generator, config.engine, config.global_batch_size, config.num_steps, generator.frozen_parts()
-    )
+    model = build_trainable(config, dataset, resume_from=last)
+    digests = frozen_digests(model)
+    flops = flops_per_sample(model, dataset, config.condition_dropout)
+    engine = Engine(model, config.engine, config.global_batch_size, config.num_steps, model.frozen_parts())
     is_main = engine.rank == 0
     ema = EMA(engine.partition.masters, config.ema_decay, ramp=config.init_from is None)
 
@@ -283,7 +267,7 @@ def train(
     status = "FAILED"
 
     def save(step: int) -> None:
-        folder = snapshot(checkpoints, step, generator, ema, engine, digests, state, lineage)
+        folder = snapshot(checkpoints, step, model, ema, engine, digests, state, lineage)
         if is_main:
             tracker.log_checkpoint(folder, step)
             for gone in prune(checkpoints, config.keep_resume, config.keep_last, config.keep_every_steps):
@@ -293,9 +277,9 @@ def train(
 
     stream = batches(
         dataset,
+        Recipe(config.condition_dropout),
+        model.collate,
         seed=config.seed,
-        shift=generator.shift,
-        condition_dropout=config.condition_dropout,
         first_step=first_step,
         num_steps=config.num_steps,
         global_batch_size=config.global_batch_size,
@@ -325,14 +309,14 @@ def train(
 
             # Accumulate
             for batch in parts:
-                inputs = inputs_of(batch, generator, config)
-                meters.add_losses(inputs["t"], engine.accumulate(batch.keys, **inputs))
+                inputs = to_device(batch.inputs, engine.device)
+                meters.add_losses(inputs["t"], engine.accumulate(batch.keys, inputs=inputs))
 
             # Step and EMA
             stats = engine.update(step, stop=should_stop is not None and should_stop())
             ema.update(step)
             recent.append(stats.loss)
-            meters.add_step(stats, generator.captioning is not None)
+            meters.add_step(stats)
             done = step + 1
             is_last = done == config.num_steps
             bar.update()

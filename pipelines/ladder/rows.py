@@ -11,9 +11,10 @@ from typing import Any, Literal
 from repfusion.diffusion.flow import FlowConfig
 from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.flops import sample_flops
+from repfusion.latents.load import EncoderConfig
+from repfusion.model.config import ModelConfig
 from repfusion.model.dit import DiTConfig
 from repfusion.model.meta import meta_from_config
-from repfusion.model.text_to_image import EncoderConfig, ModelConfig
 
 Space = Literal["rae", "vae"]
 LLM = Literal["llava_fluent", "language", "llava_large"]

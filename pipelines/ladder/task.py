@@ -12,7 +12,7 @@ from pipelines.stages.build import ROUNDING
 from pipelines.workflow.digests import Digests
 from repfusion.evaluation import EvaluationConfig
 from repfusion.files import digest_of
-from repfusion.model.text_to_image import ModelConfig
+from repfusion.model.config import ModelConfig
 from repfusion.tracking import TrackingConfig
 from repfusion.train import TrainConfig
 

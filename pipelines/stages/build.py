@@ -19,7 +19,7 @@ from pipelines.workflow.summary import write_summary
 from repfusion.data.columns import manifest_digest
 from repfusion.data.config import DataConfig
 from repfusion.data.readers import PROMPT_FEATURES
-from repfusion.model.text_to_image import columns_of
+from repfusion.model.build import columns_of
 
 STATISTICS = "statistics.safetensors"
 NOT_BYTES = (

@@ -21,6 +21,7 @@ from pipelines.shards.tars import read_samples, tar_shard
 from pipelines.stages.image_features import npy_bytes
 from repfusion.config import Config
 from repfusion.data.readers import PROMPT_FEATURES, CaptionArray
+from repfusion.llm.load import load_language_model
 
 PROMPT_TEMPLATE = "{bos}{caption}"
 
@@ -85,8 +86,6 @@ class FeaturesWorker:
     ):
         import torch
 
-        from repfusion.llm.mllm import MLLM
-
         if names and captions is None:
             raise ValueError(
                 f"features: captions {', '.join(names)} are asked for, but there is no folder of captions"
@@ -95,7 +94,7 @@ class FeaturesWorker:
         self.folder, self.source, self.config = folder, source, config
         self.captions, self.names = captions, names
         device = "cuda" if config.actors.num_gpus else "cpu"
-        self.mllm = MLLM.from_pretrained(mllm, getattr(torch, mllm_dtype)).to(device)
+        self.mllm = load_language_model(mllm, getattr(torch, mllm_dtype)).to(device)
         self._computing = Lock()
 
     def __call__(self, job: ShardJob) -> Sidecar:

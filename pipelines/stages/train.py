@@ -21,7 +21,7 @@ from pipelines.shards.mirror import mirror
 from pipelines.shards.storage import Folder
 from pipelines.stages.evaluate import EvaluationScheduler
 from repfusion.files import write_json
-from repfusion.model.text_to_image import columns_of
+from repfusion.model.build import columns_of
 from repfusion.runs.checkpoint import latest_checkpoint, step_of
 from repfusion.tracking import prepare_store
 from repfusion.train import TrainConfig, TrainingStopped

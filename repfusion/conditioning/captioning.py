@@ -5,7 +5,8 @@ A sequence is begin token, projected latents, caption, end token: the image firs
 prompt first.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from repfusion.config import Config
-from repfusion.llm.mllm import MLLM
-from repfusion.llm.prefix import see_each_other
+from repfusion.diffusion.flow import CAPTIONED, uniforms
+from repfusion.llm.base import LanguageModel, see_each_other
 
 
 class CaptioningConfig(Config):
@@ -27,7 +28,9 @@ class CaptioningConfig(Config):
 
 @dataclass(frozen=True)
 class CaptionBatch:
-    """Of some rows of a batch: caption ids with the end token, right-padded, and the mask of real ones."""
+    """What is to be said of some rows of a batch: caption ids with the end token, right-padded, and the mask
+    of real ones.
+    """
 
     rows: Int[Tensor, " r"]
     weights: Float[Tensor, " r"]
@@ -35,38 +38,33 @@ class CaptionBatch:
     ids: Int[Tensor, "r m"]
     mask: Bool[Tensor, "r m"]
 
-    def to(self, device: torch.device) -> "CaptionBatch":
-        return CaptionBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
-
 
 def caption_batch(
-    mllm: MLLM, captions: list[str], chances: Float[Tensor, " b"], config: CaptioningConfig
+    llm: LanguageModel, captions: Sequence[str], seeds: Sequence[int], config: CaptioningConfig
 ) -> CaptionBatch:
-    """On the CPU. `chances` are uniform in [0, 1), a sample's own: those below the share are captioned. Where
-    there is none, the first row is read with weight 0: under ZeRO-3 all ranks must run the same modules.
+    """Which samples of a batch are captioned, decided by each sample's seed, and their token ids; on the CPU.
+    Where there is none, the first row is read with weight 0: under ZeRO-3 all ranks must run the same
+    modules.
     """
-    rows = (chances < config.share).nonzero()[:, 0]
+    rows = (uniforms(seeds)[:, CAPTIONED] < config.share).nonzero()[:, 0]
     weights = torch.full((len(rows),), config.weight / config.share)
     if len(rows) == 0:
         rows, weights = torch.zeros(1, dtype=torch.long), torch.zeros(1)
-    texts = [[*ids, mllm.end_id] for ids in mllm.token_ids([captions[row] for row in rows.tolist()])]
+    texts = [[*ids, llm.end_id] for ids in llm.token_ids([captions[row] for row in rows.tolist()])]
     width = max(map(len, texts))
-    ids = torch.tensor([[*text, *[mllm.pad_id] * (width - len(text))] for text in texts])
+    ids = torch.tensor([[*text, *[llm.pad_id] * (width - len(text))] for text in texts])
     return CaptionBatch(rows, weights, ids, torch.arange(width) < torch.tensor([[len(t)] for t in texts]))
 
 
 def caption_losses(
-    mllm: MLLM, visual: Float[Tensor, "r n c"], captions: CaptionBatch, bidirectional: bool
+    llm: LanguageModel, visual: Float[Tensor, "r n c"], captions: CaptionBatch, bidirectional: bool
 ) -> Float[Tensor, " r"]:
     """Mean cross-entropy (nats a token) of each caption after its projected latents, float32, unweighted."""
-    model, head = mllm.language_model, mllm.head
-    assert head is not None, "the MLLM was loaded without its head"
-    num = visual.shape[1]
-    begin = captions.ids.new_full((len(visual), 1), mllm.begin_id)
-    embed = model.get_input_embeddings()
-    rows = torch.cat([embed(begin), visual.to(model.dtype), embed(captions.ids[:, :-1])], dim=1)
+    model, num = llm.language_model, visual.shape[1]
+    begin = captions.ids.new_full((len(visual), 1), llm.begin_id)
+    rows = torch.cat([llm.embed(begin), visual.to(model.dtype), llm.embed(captions.ids[:, :-1])], dim=1)
     mask = see_each_other(begin.new_ones(len(visual), 1), num, rows.shape[1]) if bidirectional else None
     hidden = model(inputs_embeds=rows, attention_mask=mask, use_cache=False).last_hidden_state
-    logits = head(hidden[:, num:]).float()
+    logits = llm.logits(hidden[:, num:])
     losses = F.cross_entropy(logits.transpose(1, 2), captions.ids, reduction="none")
     return (losses * captions.mask).sum(1) / captions.mask.sum(1)

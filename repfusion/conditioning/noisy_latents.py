@@ -6,19 +6,32 @@ through the frozen LLM to P. The paper's ablations train the LLM too: then with 
 bidirectional attention among the noisy visual tokens.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from pydantic import model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
-from repfusion.conditioning import Condition
-from repfusion.conditioning.captioning import CaptionBatch, CaptioningConfig, caption_losses
+from repfusion.conditioning.base import (
+    Condition,
+    Conditioner,
+    Context,
+    Losses,
+    Prepared,
+    conditioning_prompts,
+)
+from repfusion.conditioning.captioning import CaptioningConfig, caption_batch, caption_losses
 from repfusion.config import Config
-from repfusion.llm.mllm import MLLM, Projector
-from repfusion.llm.prefix import Prefix, leave_room, read_on, read_prompts
-from repfusion.model.dit import Interface, TimestepEmbedder
+from repfusion.inputs import Inputs
+from repfusion.layers import TimestepEmbedder
+from repfusion.llm.base import LanguageModel
+from repfusion.llm.projector import Projector
+from repfusion.request import Branch, Request
+
+Interface = Literal["adaln", "cross_attention"]
+"""How a denoiser takes a method's outputs: aligned with the latent tokens, or as a context."""
 
 
 class NoisyLatentsConfig(Config):
@@ -40,51 +53,79 @@ class NoisyLatentsConfig(Config):
         return self
 
 
-class NoisyLatentConditioner(nn.Module):
-    prompt_column: Literal["ids", "features"] = "ids"
+class NoisyLatentConditioner(Conditioner):
+    """The LLM's outputs at the noisy latents after the prompt.
+
+    Prompt and latent tokens share the context: the MLLM takes prompts that leave room for `num_tokens`.
+
+    Raises: ValueError: where the MLLM's projector takes another width than the latents have, or its context
+        is too short for them.
+    """
 
     def __init__(
-        self, mllm: MLLM, latent_dim: int, num_tokens: int, config: NoisyLatentsConfig = NoisyLatentsConfig()
+        self,
+        llm: LanguageModel,
+        latent_dim: int,
+        num_tokens: int,
+        config: NoisyLatentsConfig = NoisyLatentsConfig(),
     ):
-        """Prompt and latent tokens share the context: the MLLM takes prompts that leave room for
-        `num_tokens`.
-
-        Raises:
-            ValueError: where the MLLM's projector takes another width than the latents have, or its context
-            is too short for them.
-        """
         super().__init__()
-        self.mllm = mllm
-        self.interface: Interface = config.interface
+        self.llm = llm
         self.bidirectional = config.bidirectional
-        self.projector = mllm.projector or Projector(latent_dim, mllm.width)
+        self.captioning = config.captioning
+        if config.interface == "adaln":
+            self.aligned_width = llm.width
+        else:
+            self.context_widths = (llm.width,)
+        self.projector = llm.projector or Projector(latent_dim, llm.width)
         if self.projector.linear_1.in_features != latent_dim:
             took = self.projector.linear_1.in_features
             raise ValueError(
-                f"MLLM {mllm.folder}: its projector takes width {took}, the latents have {latent_dim}; "
+                f"MLLM {llm.folder}: its projector takes width {took}, the latents have {latent_dim}; "
                 "use the vision tower this MLLM was trained with as encoder"
             )
-        leave_room(mllm, num_tokens)
-        mllm.projector = None  # one owner: the trained copy
+        llm.leave_room(num_tokens)
+        llm.projector = None  # one owner: the trained copy
         self.time = TimestepEmbedder(latent_dim, zero_init=True)
         if config.train_llm:
-            mllm.unfreeze()
+            llm.unfreeze()
 
-    def prepare(self, prompts: list[str], device: torch.device, reuse: bool = False) -> Prefix:
-        """Prompts -> prefix. With `reuse`, the LLM reads the prefix once and keeps it for every step (no
-        gradients).
+    def collate(
+        self, requests: Sequence[Request], branches: Sequence[Branch], seeds: Sequence[int] | None = None
+    ) -> Inputs:
+        """Prompt tokens; with a caption loss in training, what is to be said of some samples, whether their
+        prompt was dropped or not.
         """
-        return read_prompts(self.mllm, prompts, device, reuse)
+        inputs: Inputs = {"prefix": self.llm.tokenise(conditioning_prompts(requests, branches))}
+        if self.captioning is not None and seeds is not None:
+            captions = [one.prompt for one in requests]
+            inputs["captions"] = caption_batch(self.llm, captions, seeds, self.captioning)
+        return inputs
+
+    def prepare(self, inputs: Inputs, reuse: bool = False) -> Prepared:
+        """The prompts, to be read on from; with `reuse`, the LLM reads them once and keeps them for every
+        step.
+        """
+        prefix = inputs["prefix"]
+        return Prepared(self.llm.remember(prefix) if reuse else prefix)
 
     def project(self, z_t: Float[Tensor, "b n d"], t: Float[Tensor, " b"]) -> Float[Tensor, "b n c"]:
         """P(z_t + e_t)."""
         return self.projector(z_t + self.time(t)[:, None])
 
-    def condition(self, prefix: Prefix, z_t: Float[Tensor, "b n d"], t: Float[Tensor, " b"]) -> Condition:
+    def condition(self, prepared: Prepared, z_t: Float[Tensor, "b n d"], t: Float[Tensor, " b"]) -> Condition:
         """The LLM's last hidden states at the n visual positions."""
-        return Condition(read_on(self.mllm, prefix, self.project(z_t, t), self.bidirectional))
+        assert prepared.prefix is not None
+        states = self.llm.read_on(prepared.prefix, self.project(z_t, t), self.bidirectional)
+        return Condition(states) if self.aligned_width else Condition(contexts=(Context(states),))
 
-    def caption_losses(self, latents: Float[Tensor, "r n d"], captions: CaptionBatch) -> Float[Tensor, " r"]:
-        """Of clean latents, unweighted: what the LLM would say of them."""
-        visual = self.project(latents, latents.new_zeros(len(latents)))
-        return caption_losses(self.mllm, visual, captions, self.bidirectional)
+    def losses(self, inputs: Inputs, latents: Float[Tensor, "b n d"]) -> Losses:
+        """What the LLM would say of clean latents against the captions, weighted; 0 for samples that are not
+        captioned.
+        """
+        if (captions := inputs.get("captions")) is None:
+            return {}
+        shown = latents[captions.rows]
+        visual = self.project(shown, shown.new_zeros(len(shown)))
+        said = captions.weights * caption_losses(self.llm, visual, captions, self.bidirectional)
+        return {"caption": torch.zeros_like(latents[:, 0, 0]).index_add(0, captions.rows, said)}

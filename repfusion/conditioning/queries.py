@@ -5,7 +5,7 @@ Static queries see neither z_t nor t: they are read once per image. Timestep que
 noise level to the queries and are read again at every step.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,11 +13,13 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from repfusion.conditioning import Condition
+from repfusion.conditioning.base import Condition, Conditioner, Context, Prepared, conditioning_prompts
+from repfusion.conditioning.noisy_latents import Interface
 from repfusion.config import Config
-from repfusion.llm.mllm import MLLM
-from repfusion.llm.prefix import Prefix, leave_room, read_on, read_prompts
-from repfusion.model.dit import Attention, Interface, RMSNorm, SwiGLU, TimestepEmbedder
+from repfusion.inputs import Inputs
+from repfusion.layers import Attention, RMSNorm, SwiGLU, TimestepEmbedder
+from repfusion.llm.base import LanguageModel, Prefix
+from repfusion.request import Branch, Request
 
 CONNECTOR_HEAD_WIDTH = 64
 
@@ -33,18 +35,6 @@ class QueriesConfig(Config):
     """Timestep queries: the noise level is added and the LLM reads them at every step."""
     connector_depth: int = Field(default=0, ge=0)
     """Bidirectional transformer layers after the LLM, as MetaQuery's connector; 0 leaves it out."""
-
-
-@dataclass(frozen=True)
-class QueryPrompts:
-    """Prompts; of static queries in sampling, the condition too."""
-
-    prefix: Prefix
-    condition: Float[Tensor, "b q c"] | None = None
-
-    def first(self, num: int) -> "QueryPrompts":
-        """Of the first `num` prompts."""
-        return QueryPrompts(self.prefix.first(num), None if self.condition is None else self.condition[:num])
 
 
 class ConnectorLayer(nn.Module):
@@ -69,13 +59,14 @@ class Connector(nn.Sequential):
         super().__init__(*layers, RMSNorm(width, eps=1e-6))
 
 
-class QueriesConditioner(nn.Module):
-    prompt_column: Literal["ids", "features"] = "ids"
+class QueriesConditioner(Conditioner):
+    """The LLM's outputs at learned tokens after the prompt.
 
-    def __init__(self, mllm: MLLM, num_tokens: int, config: QueriesConfig = QueriesConfig()):
-        """Raises ValueError where adaln meets another number of queries than `num_tokens`, or the MLLM's
-        context is too short for them.
-        """
+    Raises: ValueError: where adaln meets another number of queries than `num_tokens`, or the MLLM's context
+        is too short for them.
+    """
+
+    def __init__(self, llm: LanguageModel, num_tokens: int, config: QueriesConfig = QueriesConfig()):
         super().__init__()
         num_queries = config.num_queries or num_tokens
         if config.interface == "adaln" and num_queries != num_tokens:
@@ -83,35 +74,45 @@ class QueriesConditioner(nn.Module):
                 f"conditioning.num_queries is {num_queries}, the latents are {num_tokens} tokens: interface "
                 "adaln pairs them; leave num_queries out, or set interface: cross_attention"
             )
-        self.mllm = mllm
-        mllm.projector = None  # visual, so of no use here; left in, it would count as trainable
-        leave_room(mllm, num_queries)
-        self.interface: Interface = config.interface
-        self.queries = nn.Parameter(torch.randn(num_queries, mllm.width) * mllm.width**-0.5)
-        self.time = TimestepEmbedder(mllm.width, zero_init=True) if config.reads_time else None
-        self.connector = Connector(mllm.width, config.connector_depth) if config.connector_depth else None
+        self.llm = llm
+        llm.projector = None  # visual, so of no use here; left in, it would count as trainable
+        llm.leave_room(num_queries)
+        if config.interface == "adaln":
+            self.aligned_width = llm.width
+        else:
+            self.context_widths = (llm.width,)
+        self.queries = nn.Parameter(torch.randn(num_queries, llm.width) * llm.width**-0.5)
+        self.time = TimestepEmbedder(llm.width, zero_init=True) if config.reads_time else None
+        self.connector = Connector(llm.width, config.connector_depth) if config.connector_depth else None
 
-    def prepare(self, prompts: list[str], device: torch.device, reuse: bool = False) -> QueryPrompts:
-        """With `reuse`, the LLM reads the prompts once; static queries are read then, for all steps (no
-        gradients).
+    def collate(
+        self, requests: Sequence[Request], branches: Sequence[Branch], seeds: Sequence[int] | None = None
+    ) -> Inputs:
+        """Prompt tokens."""
+        return {"prefix": self.llm.tokenise(conditioning_prompts(requests, branches))}
+
+    def prepare(self, inputs: Inputs, reuse: bool = False) -> Prepared:
+        """Static queries are read here, once for all steps; timestep queries at every step, after prompts
+        that `reuse` keeps.
         """
-        prefix = read_prompts(self.mllm, prompts, device, reuse)
-        if not reuse or self.time is not None:
-            return QueryPrompts(prefix)
-        with torch.no_grad():
-            return QueryPrompts(prefix, self._read(prefix, None))
+        prefix = inputs["prefix"]
+        if self.time is not None:
+            return Prepared(self.llm.remember(prefix) if reuse else prefix)
+        states = self._read(prefix, None)
+        return Prepared(aligned=states) if self.aligned_width else Prepared(static=(Context(states),))
 
-    def condition(
-        self, prompts: QueryPrompts, z_t: Float[Tensor, "b n d"], t: Float[Tensor, " b"]
-    ) -> Condition:
+    def condition(self, prepared: Prepared, z_t: Float[Tensor, "b n d"], t: Float[Tensor, " b"]) -> Condition:
         """The LLM's last hidden states at the queries; z_t does not enter."""
-        read = self._read(prompts.prefix, t) if prompts.condition is None else prompts.condition
-        return Condition(read)
+        if self.time is None:
+            return Condition(prepared.aligned)
+        assert prepared.prefix is not None
+        states = self._read(prepared.prefix, t)
+        return Condition(states) if self.aligned_width else Condition(contexts=(Context(states),))
 
     def _read(self, prefix: Prefix, t: Float[Tensor, " b"] | None) -> Float[Tensor, "b q c"]:
         queries = self.queries.expand(len(prefix.ids), -1, -1)
         if self.time is not None:
             assert t is not None
             queries = queries + self.time(t)[:, None]
-        hidden = read_on(self.mllm, prefix, queries)
+        hidden = self.llm.read_on(prefix, queries)
         return hidden if self.connector is None else self.connector(hidden)

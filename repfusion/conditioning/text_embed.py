@@ -1,20 +1,24 @@
 """TextEmbed, RepFusion's static baseline: the frozen LLM's last-layer states of the prompt condition the DiT
 by cross-attention.
 
-The features do not depend on the noisy latents, so they can be computed ahead, once per caption.
+The features do not depend on the noisy latents, so they can be computed ahead, once per caption. Read here or
+there, they are computed in the precision of the LLM's weights, never under autocast.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from repfusion.conditioning import Condition
+from repfusion.conditioning.base import Conditioner, Context, Prepared
 from repfusion.config import Config
-from repfusion.llm.mllm import MLLM
-from repfusion.model.dit import Interface, RMSNorm
+from repfusion.data.readers import PROMPT_FEATURES, CaptionArray, Reader
+from repfusion.inputs import Inputs
+from repfusion.layers import RMSNorm
+from repfusion.llm.base import LanguageModel, Prefix
+from repfusion.request import Branch, Request
 
 
 class TextEmbedConfig(Config):
@@ -22,70 +26,56 @@ class TextEmbedConfig(Config):
     """The prompt's last-layer states, the same at every step."""
 
 
-@dataclass(frozen=True)
-class TextFeatures:
-    """Right-padded prompt features and the mask of real tokens."""
-
-    features: Float[Tensor, "b m c"]
-    mask: Bool[Tensor, "b m"]
-
-    def first(self, num: int) -> "TextFeatures":
-        """Of the first `num` prompts."""
-        return TextFeatures(self.features[:num], self.mask[:num])
-
-
-def encode_text(mllm: MLLM, prompts: list[str]) -> list[Float[Tensor, "_ c"]]:
+@torch.no_grad()
+def encode_text(llm: LanguageModel, prefix: Prefix) -> list[Float[Tensor, "_ c"]]:
     """Last-layer states (after the final norm) of each prompt, begin token included, unpadded, float32."""
-    ids, mask = mllm.tokenize(prompts)
-    device = next(mllm.language_model.parameters()).device
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad():
-        hidden = mllm.language_model(
-            input_ids=ids.to(device),
-            attention_mask=mask.long().to(device),
-            position_ids=positions.to(device),
-            use_cache=False,
-        ).last_hidden_state
-    return [row[keep].float() for row, keep in zip(hidden, mask.to(device), strict=True)]
+    with torch.autocast(prefix.ids.device.type, enabled=False):
+        states = llm.read(prefix)
+    return [row[keep].float() for row, keep in zip(states, prefix.mask, strict=True)]
 
 
-class TextEmbedConditioner(nn.Module):
-    interface: Interface = "cross_attention"
-    prompt_column: Literal["ids", "features"] = "features"
+class TextEmbedConditioner(Conditioner):
+    """The prompt's states behind an RMSNorm, as the one context of all steps."""
 
-    def __init__(self, mllm: MLLM):
+    columns: Mapping[str, Reader] = {PROMPT_FEATURES: CaptionArray()}
+
+    def __init__(self, llm: LanguageModel):
         super().__init__()
-        self.mllm = mllm
-        mllm.projector = None  # visual, so of no use here; left in, it would count as trainable
-        self.norm = RMSNorm(mllm.width, eps=1e-6)
+        self.llm = llm
+        llm.projector = None  # visual, so of no use here; left in, it would count as trainable
+        self.context_widths = (llm.width,)
+        self.norm = RMSNorm(llm.width, eps=1e-6)
 
-    def prepare(
-        self, prompts: list[str | Float[Tensor, "_ c"]], device: torch.device, reuse: bool = False
-    ) -> TextFeatures:
-        """Prompts, as text or as precomputed features -> padded features. `reuse` changes nothing: they are
-        static.
+    def collate(
+        self, requests: Sequence[Request], branches: Sequence[Branch], seeds: Sequence[int] | None = None
+    ) -> Inputs:
+        """Precomputed features of the prompts that have them, and the tokens of the others, each text once;
+        the empty prompt's where there is no other, so that all ranks run the LLM.
 
         Raises:
             ValueError: where precomputed features have another width than the LLM.
         """
-        texts = [prompt for prompt in dict.fromkeys(p for p in prompts if isinstance(p, str))]
-        encoded = dict(zip(texts, encode_text(self.mllm, texts), strict=True)) if texts else {}
-        rows = [
-            encoded[prompt] if isinstance(prompt, str) else prompt.to(device, torch.float32)
-            for prompt in prompts
+        rows: list[Tensor | str] = [
+            "" if branch == "none" else one.computed.get(PROMPT_FEATURES, one.prompt)
+            for one, branch in zip(requests, branches, strict=True)
         ]
         for row in rows:
-            if row.shape[-1] != self.mllm.width:
+            if isinstance(row, Tensor) and row.shape[-1] != self.llm.width:
                 raise ValueError(
-                    f"text features have width {row.shape[-1]}, the LLM has {self.mllm.width}; re-run "
-                    "'features'"
+                    f"{PROMPT_FEATURES} have width {row.shape[-1]}, the LLM has {self.llm.width}; re-run the "
+                    f"'{PROMPT_FEATURES}' stage"
                 )
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        features = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-        return TextFeatures(features, torch.arange(features.shape[1], device=device) < lengths[:, None])
+        texts = list(dict.fromkeys(row for row in rows if isinstance(row, str))) or [""]
+        return {
+            "rows": [texts.index(row) if isinstance(row, str) else row for row in rows],
+            "prefix": self.llm.tokenise(texts),
+        }
 
-    def condition(
-        self, prefix: TextFeatures, z_t: Float[Tensor, "b n d"], t: Float[Tensor, " b"]
-    ) -> Condition:
-        """The same tokens at every step: neither z_t nor t enters."""
-        return Condition(self.norm(prefix.features), prefix.mask)
+    def prepare(self, inputs: Inputs, reuse: bool = False) -> Prepared:
+        """Padded states; `reuse` changes nothing: they are static."""
+        encoded = encode_text(self.llm, inputs["prefix"])
+        rows = [encoded[row] if isinstance(row, int) else row.float() for row in inputs["rows"]]
+        lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+        states = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = torch.arange(states.shape[1], device=states.device) < lengths[:, None]
+        return Prepared(static=(Context(self.norm(states), mask),))

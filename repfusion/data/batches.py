@@ -1,22 +1,17 @@
-"""A mixture of data sets -> micro-batches, complete with captions and noise, read ahead by a thread."""
+"""A mixture of data sets -> micro-batches of a model's inputs, read ahead by a thread."""
 
-from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
 
-import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from repfusion.data.dataset import Sample
 from repfusion.data.mixture import Mixture
-from repfusion.data.order import SampleOrder, hash64, sample_seed
-from repfusion.data.readers import IMAGE_FEATURES, PROMPT_FEATURES
-from repfusion.diffusion.flow import Draw, draw
+from repfusion.data.order import SampleOrder, sample_seed
+from repfusion.data.recipe import Recipe
+from repfusion.inputs import Inputs, pin
 
 
 @dataclass(frozen=True)
@@ -24,68 +19,35 @@ class Batch:
     """One micro-batch, in page-locked memory where there is CUDA."""
 
     positions: list[int]
-    """In the whole training: sample i of step s is at s * global_batch_size + i."""
+    """Places in the whole training: sample i of step s is at s * global_batch_size + i."""
     keys: list[str]
-    """Those of a data set of the mix as `name/key`."""
+    """Keys of the samples; those of a data set of the mix as `name/key`."""
     datasets: list[str]
+    """Data set of each sample."""
     epochs: list[int]
-    """Of each sample's data set."""
-    captions: list[str]
-    features: Float[Tensor, "b n d"]
-    """As they lie on disk; mostly float16."""
-    text: list[Tensor] | None
-    """[m, d] precomputed prompt features of each caption, unpadded."""
-    draws: Draw
+    """Epoch of each sample's data set."""
+    inputs: Inputs
+    """What the model's forward pass takes, on the CPU."""
 
 
-def draw_caption(sample: Sample, weights: Mapping[str, float], seed: int) -> tuple[str, str]:
-    """Name and text of the caption that a sample is seen with: a name by weight, then one of its variants,
-    all alike. Decided by the sample's seed alone.
-    """
-    names = list(sample.captions)
-    if len(names) == 1 and len(sample.captions[names[0]]) == 1:
-        return names[0], sample.captions[names[0]][0]
-    variant, fraction = divmod(hash64("caption", seed), 2**32)
-    bounds = list(accumulate(weights[name] for name in names))
-    name = names[bisect_right(bounds[:-1], fraction / 2**32 * bounds[-1])]
-    return name, sample.captions[name][variant % len(sample.captions[name])]
+Collate = Callable[[Sequence[Sample], Recipe, Sequence[int]], Inputs]
+"""A model's `collate`: (samples, recipe, seeds) -> inputs."""
 
 
 def make_batch(
-    mixture: Mixture,
-    order: SampleOrder,
-    positions: list[int],
-    shift: float,
-    condition_dropout: float,
-    pin_memory: bool = False,
+    mixture: Mixture, order: SampleOrder, positions: list[int], recipe: Recipe, collate: Collate
 ) -> Batch:
-    shape, kind = mixture.forms[IMAGE_FEATURES]
-    dtype = torch.from_numpy(np.empty(0, kind)).dtype
-    features = torch.empty(len(positions), *shape, dtype=dtype, pin_memory=pin_memory)
-    rows = features.numpy()
+    """The micro-batch at these positions of a training."""
     places = [order.at(position) for position in positions]
-    keys, seeds, captions, text = [], [], [], []
-    for place, row in zip(places, rows, strict=True):
-        dataset = mixture.datasets[place.dataset]
-        sample = dataset[place.index]
-        seed = sample_seed(order.seed, place.dataset, place.epoch, sample.key)
-        name, caption = draw_caption(sample, dataset.weights, seed)
-        row[:] = sample.read(IMAGE_FEATURES)
-        keys.append(mixture.label(place.dataset, sample.key))
-        seeds.append(seed)
-        captions.append(caption)
-        if (array := sample.read(PROMPT_FEATURES, name)) is not None:
-            copy = torch.tensor(array)
-            text.append(copy.pin_memory() if pin_memory else copy)
+    samples = [mixture.datasets[place.dataset][place.index] for place in places]
+    pairs = list(zip(places, samples, strict=True))
+    seeds = [sample_seed(order.seed, place.dataset, place.epoch, sample.key) for place, sample in pairs]
     return Batch(
         positions,
-        keys,
+        [mixture.label(place.dataset, sample.key) for place, sample in pairs],
         [place.dataset for place in places],
         [place.epoch for place in places],
-        captions,
-        features,
-        text or None,
-        draw(seeds, shape, shift, condition_dropout, pin_memory),
+        pin(collate(samples, recipe, seeds)),
     )
 
 
@@ -105,10 +67,10 @@ def micro_positions(
 
 def batches(
     mixture: Mixture,
+    recipe: Recipe,
+    collate: Collate,
     *,
     seed: int,
-    shift: float,
-    condition_dropout: float,
     first_step: int,
     num_steps: int,
     global_batch_size: int,
@@ -130,13 +92,13 @@ def batches(
         micro_batch_size * world_size
     ):
         raise ValueError(f"{micro_batch_size=} x {world_size=} must divide {global_batch_size=}")
-    order, pin_memory = mixture.order(seed), torch.cuda.is_available()
+    order = mixture.order(seed)
     # the current device is a thread's own; without it every rank would open a context on the first GPU
-    device = torch.cuda.current_device() if pin_memory else None
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
     def read(step: int) -> list[Batch]:
         parts = micro_positions(step, global_batch_size, micro_batch_size, rank, world_size)
-        return [make_batch(mixture, order, part, shift, condition_dropout, pin_memory) for part in parts]
+        return [make_batch(mixture, order, part, recipe, collate) for part in parts]
 
     def use_device() -> None:
         if device is not None:

@@ -30,6 +30,11 @@ class Sample:
         self._arrays: dict[str, np.ndarray] = {}
 
     @property
+    def weights(self) -> Mapping[str, float]:
+        """How often each caption is drawn, by name."""
+        return self.dataset.weights
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the captions."""
         return sum(len(text) for texts in self.captions.values() for text in texts)

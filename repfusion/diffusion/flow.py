@@ -5,15 +5,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from repfusion.config import Config
+from repfusion.inputs import empty
 
 
 class FlowConfig(Config):
@@ -47,43 +47,13 @@ def velocity(latents: Float[Tensor, "b n d"], noise: Float[Tensor, "b n d"]) -> 
     return noise - latents
 
 
-@dataclass(frozen=True)
-class Draw:
-    """Per sample: the noise level (shifted), the noise, whether the condition is dropped, and a number in
-    [0, 1) for whoever picks some of the samples.
-    """
-
-    t: Float[Tensor, " b"]
-    noise: Float[Tensor, "b n d"]
-    dropped: Bool[Tensor, " b"]
-    chance: Float[Tensor, " b"]
+LEVEL, DROPPED, CAPTIONED = range(3)
+"""What each of a sample's `uniforms` decides: its noise level, whether its condition is dropped, and whether
+it is captioned.
+"""
 
 
-def draw(
-    seeds: Sequence[int],
-    shape: tuple[int, int],
-    shift: float,
-    dropout: float = 0.0,
-    pin_memory: bool = False,
-) -> Draw:
-    """The randomness of a batch, on the CPU: row i is a function of seeds[i] (64 bits) alone, whatever rows
-    lie beside it. Its noise is the first that a `torch.Generator` of that seed draws.
-
-    Noise levels are uniform before the shift (RepFusion). With `pin_memory` in page-locked memory, from which
-    copies to a GPU do not wait.
-    """
-    uniform = _uniform(seeds)
-    t, dropped = torch.empty(len(seeds), pin_memory=pin_memory), uniform[:, 1] < dropout
-    t.copy_(shift_noise_level(uniform[:, 0], shift))
-    noise = torch.empty(len(seeds), *shape, pin_memory=pin_memory)
-    generator = torch.Generator()
-    for seed, row in zip(seeds, noise.unbind(), strict=True):
-        generator.manual_seed(seed)
-        row.normal_(generator=generator)
-    return Draw(t, noise, dropped, uniform[:, 2].clone())
-
-
-def _uniform(seeds: Sequence[int]) -> Float[Tensor, "b 3"]:
+def uniforms(seeds: Sequence[int]) -> Float[Tensor, "b 3"]:
     """Three numbers in [0, 1) a seed, from all of its 64 bits: a torch generator on the CPU reads 32 of them.
     SplitMix64 (Steele et al. 2014), outputs 1 to 3; the top 24 bits are what float32 holds.
     """
@@ -93,3 +63,22 @@ def _uniform(seeds: Sequence[int]) -> Float[Tensor, "b 3"]:
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     bits ^= bits >> np.uint64(31)
     return torch.from_numpy((bits >> np.uint64(40)).astype(np.float32) / np.float32(2**24))
+
+
+def draw(
+    seeds: Sequence[int], shape: tuple[int, int], shift: float
+) -> tuple[Float[Tensor, " b"], Float[Tensor, "b n d"]]:
+    """Noise level and noise of each sample, on the CPU: row i is a function of seeds[i] (64 bits) alone,
+    whatever rows lie beside it. The noise is the first that a `torch.Generator` of that seed draws.
+
+    Noise levels are uniform before the shift (RepFusion). Both lie in page-locked memory where there is CUDA,
+    from which copies to a GPU do not wait.
+    """
+    t = empty(len(seeds))
+    t.copy_(shift_noise_level(uniforms(seeds)[:, LEVEL], shift))
+    noise = empty(len(seeds), *shape)
+    generator = torch.Generator()
+    for seed, row in zip(seeds, noise.unbind(), strict=True):
+        generator.manual_seed(seed)
+        row.normal_(generator=generator)
+    return t, noise

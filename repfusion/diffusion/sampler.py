@@ -2,7 +2,7 @@
 guidance in an interval of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Literal
@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from repfusion.config import Config
 from repfusion.diffusion.flow import shift_noise_level
-from repfusion.model.text_to_image import Generator
+from repfusion.model.text_to_image import TextToImage
+from repfusion.request import Branch, Request
 
 
 class SamplerConfig(Config):
@@ -66,13 +67,13 @@ def num_evaluations(config: SamplerConfig, shift: float) -> tuple[int, int]:
 
 @torch.no_grad()
 def sample(
-    generator: Generator,
-    prompts: list[str],
+    model: TextToImage,
+    requests: Sequence[Request],
     noise: Float[Tensor, "b n d"],
     config: SamplerConfig,
     on_step: Callable[[int, float, Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "b n d"]:
-    """Latents of the prompts, float32. The prompts are read once; the noisy latents at every step.
+    """Latents of the requests, float32. The requests are read once; the noisy latents at every step.
 
     Heun's method is that of EDM (arXiv 2206.00364, algorithm 1), its last step Euler's: the velocity is
     (z - E[latents | z, t]) / t, which at t = 0 is 0/0. It has a limit there only where the data have a
@@ -84,30 +85,31 @@ def sample(
     it ended with; what it returns takes their place.
 
     Raises:
-        ValueError: where noise and prompts differ in number or the noise has another shape than the model's
+        ValueError: where noise and requests differ in number or the noise has another shape than the model's
         latents.
     """
-    num = len(prompts)
-    if num != len(noise) or tuple(noise.shape[1:]) != generator.latent_shape:
+    num = len(requests)
+    if num != len(noise) or tuple(noise.shape[1:]) != model.latent_shape:
         raise ValueError(
-            f"noise is {tuple(noise.shape)}, expected {(num, *generator.latent_shape)} for {num} prompts"
+            f"noise is {tuple(noise.shape)}, expected {(num, *model.latent_shape)} for {num} requests"
         )
-    device = generator.device
-    guided, unguided = num_evaluations(config, generator.shift)
+    device = model.device
+    guided, unguided = num_evaluations(config, model.shift)
     # The CPU's flash attention is slow on short sequences; the plain one is faster.
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
     with attention, torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        both = generator.prompt_batch([*prompts, *[""] * num] if guided else prompts, reuse=True)
+        branches: list[Branch] = ["full"] * num + (["none"] * num if guided else [])
+        both = model.read([*requests, *requests] if guided else requests, branches)
         prompted_only = both.first(num) if guided and unguided else both
 
         def velocity(z: Float[Tensor, "b n d"], level: float) -> Float[Tensor, "b n d"]:
             t = torch.full((num,), level, device=device)
             if not config.guides(level):
-                return generator.velocity(z, t, prompted_only).float()
-            prompted, empty = generator.velocity(torch.cat([z, z]), torch.cat([t, t]), both).float().chunk(2)
+                return model.velocity(z, t, prompted_only).float()
+            prompted, empty = model.velocity(torch.cat([z, z]), torch.cat([t, t]), both).float().chunk(2)
             return empty + config.guidance_scale * (prompted - empty)
 
-        levels = noise_levels(config.num_steps, generator.shift).tolist()
+        levels = noise_levels(config.num_steps, model.shift).tolist()
         z = noise.to(device, torch.float32)
         for step, (level, next_level) in enumerate(pairwise(levels)):
             v = velocity(z, level)

@@ -22,7 +22,7 @@ from repfusion.evaluation.scores import ScoredImages, Scores, score_images
 from repfusion.files import atomic_path, write_json
 from repfusion.generate import generate
 from repfusion.latents.load import Decoder
-from repfusion.model.text_to_image import Generator
+from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import check_complete, load_checkpoint
 from repfusion.scenes.captions import TASKS, Prompt, Task, draw_prompts
 from repfusion.scenes.world import Split
@@ -85,10 +85,10 @@ def _gallery_rows(prompts: list[Prompt]) -> tuple[list[int], list[str]]:
     return [i for row in full.values() for i in row], list(full)
 
 
-def _load(checkpoint: Path, config: EvaluationConfig) -> tuple[Generator, Decoder]:
+def _load(checkpoint: Path, config: EvaluationConfig) -> tuple[TextToImage, Decoder]:
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    generator = load_checkpoint(checkpoint, use_ema=config.use_ema).to(device)
-    return generator, generator.load_decoder()
+    model = load_checkpoint(checkpoint, use_ema=config.use_ema).to(device)
+    return model, model.load_decoder()
 
 
 def _picture(
@@ -120,14 +120,14 @@ def evaluate_checkpoint(
     """
     started = time.perf_counter()
     info = check_complete(checkpoint)
-    generator, decoder = run(partial(_load, checkpoint, config))
+    model, decoder = run(partial(_load, checkpoint, config))
     prompts = run(partial(draw_prompts, config.num_prompts, config.seed, config.include_new, config.split))
     texts = [prompt.text for prompt in prompts]
     batches = []
     for start in range(0, len(texts), config.batch_size):
         part = texts[start : start + config.batch_size]
         batches.append(
-            run(partial(generate, generator, decoder, part, config.seed + start, config.sampler, len(part)))
+            run(partial(generate, model, decoder, part, config.seed + start, config.sampler, len(part)))
         )
     pixels = torch.cat(batches).numpy()
     scored = run(partial(score_images, pixels, prompts, config.seed))

@@ -14,22 +14,23 @@ from repfusion.flops.memory import Frozen, column_bytes, rank_memory, sizes
 from repfusion.flops.paper import paper_markdown
 from repfusion.flops.tables import aligned
 from repfusion.latents.load import Decoder
+from repfusion.model.config import ModelConfig
 from repfusion.model.meta import GEOMETRY, absent_folders, load_model_config, meta_decoder, meta_from_config
-from repfusion.model.text_to_image import Generator, ModelConfig
+from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import read_config
 from repfusion.training.engine import EngineConfig
 from repfusion.weights import WEIGHTS
 
 
 def parts_table(
-    generator: Generator, decoder: Decoder | None, num_text_tokens: float, sampler: SamplerConfig
+    model: TextToImage, decoder: Decoder | None, num_text_tokens: float, sampler: SamplerConfig
 ) -> str:
     """Parameters, bytes, GFLOPs of a training sample and of an image, by part."""
-    training = train_costs(generator, num_text_tokens, has_text_features=False)
-    drawing = sample_costs(generator, num_text_tokens, sampler, decoder)
+    training = train_costs(model, num_text_tokens, has_text_features=False)
+    drawing = sample_costs(model, num_text_tokens, sampler, decoder)
     rows = [("part", "parameters", "trained", "MB", "train GFLOP", "image GFLOP")]
     totals = [0.0] * 5
-    for part, size in sizes(generator, decoder).items():
+    for part, size in sizes(model, decoder).items():
         cost, image = training.get(part, Cost()).total, drawing[part]
         values = size.num_parameters, size.num_trainable, size.num_bytes / 1e6, cost / 1e9, image / 1e9
         totals = [a + b for a, b in zip(totals, values, strict=True)]
@@ -41,11 +42,11 @@ def numbers(values: Any) -> list[str]:
     return [f"{value:,.{digits}f}" for value, digits in zip(values, (0, 0, 1, 3, 2), strict=True)]
 
 
-def memory_table(generator: Generator, config: EngineConfig, num_ranks: int) -> str:
+def memory_table(model: TextToImage, config: EngineConfig, num_ranks: int) -> str:
     """Of one rank under each ZeRO stage."""
-    trained = sum(size.num_trainable for size in sizes(generator).values())
+    trained = sum(size.num_trainable for size in sizes(model).values())
     parts = ("weights", "masters", "gradients", "moments", "averages", "buckets", "frozen", "gathered")
-    held = Frozen.of(generator, config)
+    held = Frozen.of(model, config)
     name, unit = ("GB", 1e9) if trained + held.num_elements > 1e8 else ("MB", 1e6)
     rows = [(f"{name} a rank", *parts, "all", "of it on the host")]
     for stage in range(4):
@@ -78,26 +79,26 @@ def training_of(path: Path | None) -> tuple[EngineConfig, int | None]:
 
 def say(config: ModelConfig, path: Path | None, args: argparse.Namespace) -> None:
     sampler = SamplerConfig(num_steps=args.num_steps, guidance_scale=args.guidance_scale)
-    generator = meta_from_config(config)
+    model = meta_from_config(config)
     engine, num_samples = training_of(path)
     print(config.describe())
     if absent := absent_folders(config):
         print(f"geometry from {GEOMETRY}, in place of {', '.join(map(str, absent))}")
     print()
-    decoder = meta_decoder(config, generator.grid)
-    print(parts_table(generator, decoder, args.text_tokens, sampler))
+    decoder = meta_decoder(config, model.grid)
+    print(parts_table(model, decoder, args.text_tokens, sampler))
     if decoder is None:
         print(f"the decoder {config.decoder} is not counted: a VAE, whose weights are not there")
     guided = "" if sampler.guidance_scale == 1 else ", with guidance"
     print(f"prompts of {args.text_tokens:g} tokens; an image takes {sampler.num_steps} steps{guided}")
     if num_samples:
-        costs = train_costs(generator, args.text_tokens, has_text_features=False).values()
+        costs = train_costs(model, args.text_tokens, has_text_features=False).values()
         total = num_samples * sum(cost.total for cost in costs)
         print(f"training: {num_samples:,} samples, {total:.3g} FLOPs")
-    columns = column_bytes(generator, args.text_tokens).items()
+    columns = column_bytes(model, args.text_tokens).items()
     print("bytes a sample: " + ", ".join(f"{name} {size:,.0f}" for name, size in columns))
     print()
-    print(memory_table(generator, engine, args.ranks))
+    print(memory_table(model, engine, args.ranks))
     where = "bfloat16 on a GPU" if engine.precision == "bf16" else f"in {config.mllm_dtype}"
     print(f"one of {args.ranks} ranks, frozen weights {where}; activations are not counted")
 

@@ -1,4 +1,4 @@
-"""A generator -> FLOPs of a training sample and of an image, by part.
+"""A model -> FLOPs of a training sample and of an image, by part.
 
 Counted: every matrix product, 2 FLOPs a multiply-add, and attention's two products over the whole square
 (causal or not, as torch's FlopCounterMode counts them). Backward is twice forward, but without what autograd
@@ -20,8 +20,10 @@ from repfusion.conditioning.queries import QueriesConditioner
 from repfusion.diffusion.sampler import SamplerConfig, num_evaluations
 from repfusion.latents.load import Decoder
 from repfusion.latents.rae_decoder import RAEDecoder
-from repfusion.model.dit import DiT, TimestepEmbedder
-from repfusion.model.text_to_image import Generator
+from repfusion.layers import TimestepEmbedder
+from repfusion.model.blocks.cross_attention import CrossAttentionBlock
+from repfusion.model.dit import DiT
+from repfusion.model.text_to_image import TextToImage
 
 Number = int | float
 
@@ -90,7 +92,7 @@ def language_cost(
 
 def dit_cost(dit: DiT, tokens: Number, condition_tokens: Number) -> Cost:
     """The noisy latents take no gradient; the condition does."""
-    width, is_cross = dit.config.hidden_size, dit.config.interface == "cross_attention"
+    width, is_cross = dit.config.hidden_size, isinstance(dit.blocks[0], CrossAttentionBlock)
     signal_tokens = 1 if is_cross else tokens
     cost = linear(dit.embed, tokens, input_grad=False) + embedder_cost(dit.time) + linear(dit.out, tokens)
     cost += linear(dit.modulation, signal_tokens) + linear(dit.final_modulation, signal_tokens)
@@ -104,11 +106,11 @@ def dit_cost(dit: DiT, tokens: Number, condition_tokens: Number) -> Cost:
     return cost
 
 
-def denoiser_cost(generator: Generator, num_text_tokens: Number) -> Cost:
+def denoiser_cost(model: TextToImage, num_text_tokens: Number) -> Cost:
     """The DiT over its latents and their condition, or Transfusion's linear head."""
-    tokens, conditioner = generator.latent_shape[0], generator.conditioner
-    if not isinstance(generator.dit, DiT):
-        return linear(generator.dit, tokens)
+    tokens, conditioner = model.latent_shape[0], model.conditioner
+    if not isinstance(model.denoiser, DiT):
+        return linear(model.denoiser, tokens)
     match conditioner:
         case NoisyLatentConditioner():
             condition_tokens: Number = tokens
@@ -116,7 +118,7 @@ def denoiser_cost(generator: Generator, num_text_tokens: Number) -> Cost:
             condition_tokens = len(conditioner.queries)
         case _:
             condition_tokens = num_text_tokens
-    return dit_cost(generator.dit, tokens, condition_tokens)
+    return dit_cost(model.denoiser, tokens, condition_tokens)
 
 
 def queries_cost(conditioner: QueriesConditioner) -> Cost:
@@ -126,7 +128,7 @@ def queries_cost(conditioner: QueriesConditioner) -> Cost:
         cost += embedder_cost(conditioner.time)
     if conditioner.connector is not None:
         depth = len(conditioner.connector) - 1
-        cost += linear(conditioner.connector, num) + depth * attention(conditioner.mllm.width, num, num)
+        cost += linear(conditioner.connector, num) + depth * attention(conditioner.llm.width, num, num)
     return cost
 
 
@@ -152,14 +154,14 @@ def captioning_costs(
     """One captioned sample: begin token, latents and caption, whose last token but the end is not read; the
     head at each token of the caption and the end.
     """
-    length, mllm = tokens + num_caption_tokens, conditioner.mllm
+    length, mllm = tokens + num_caption_tokens, conditioner.llm
     assert mllm.head is not None
     read = language_cost(mllm.language_model, length, length) + linear(mllm.head, num_caption_tokens)
     return {LLM: read, CONDITIONER: projector_cost(conditioner, tokens)}
 
 
 def train_costs(
-    generator: Generator,
+    model: TextToImage,
     num_text_tokens: Number,
     has_text_features: bool = True,
     num_caption_tokens: Number | None = None,
@@ -168,15 +170,15 @@ def train_costs(
     caption loss, of the mean sample: it adds the share of the samples that are captioned.
 
     Args:
-        generator: on any device, meta included.
+        model: on any device, meta included.
         num_text_tokens: tokens of a prompt, begin token and padding included; a mean will do.
         has_text_features: for a method whose text features can be computed ahead, that they were.
         num_caption_tokens: of a caption to be said, its end token included; None is as many as of a prompt
             (which, on the average, is shorter by the dropped ones).
     """
-    tokens = generator.latent_shape[0]
-    conditioner = generator.conditioner
-    mllm = conditioner.mllm
+    tokens = model.latent_shape[0]
+    conditioner = model.conditioner
+    mllm = conditioner.llm
     read, own = Cost(), Cost()
     match conditioner:
         case NoisyLatentConditioner():
@@ -187,8 +189,8 @@ def train_costs(
             read, own = language_cost(mllm.language_model, both, both), queries_cost(conditioner)
         case _ if not has_text_features:
             read = Cost(language_cost(mllm.language_model, num_text_tokens, num_text_tokens).forward)
-    costs = {LLM: read, CONDITIONER: own, DENOISER: denoiser_cost(generator, num_text_tokens)}
-    captioning: CaptioningConfig | None = generator.captioning
+    costs = {LLM: read, CONDITIONER: own, DENOISER: denoiser_cost(model, num_text_tokens)}
+    captioning: CaptioningConfig | None = model.config.captioning
     if captioning is not None:
         assert isinstance(conditioner, NoisyLatentConditioner)
         said = num_text_tokens if num_caption_tokens is None else num_caption_tokens
@@ -198,13 +200,13 @@ def train_costs(
 
 
 def train_flops(
-    generator: Generator,
+    model: TextToImage,
     num_text_tokens: Number,
     has_text_features: bool = True,
     num_caption_tokens: Number | None = None,
 ) -> float:
     """FLOPs of one training sample, forward and backward (see `train_costs`)."""
-    costs = train_costs(generator, num_text_tokens, has_text_features, num_caption_tokens)
+    costs = train_costs(model, num_text_tokens, has_text_features, num_caption_tokens)
     return float(sum(cost.total for cost in costs.values()))
 
 
@@ -219,37 +221,37 @@ class RowCosts:
 
 
 def row_costs(
-    generator: Generator, num_text_tokens: Number, halve_causal: bool = False, rereads_prompt: bool = False
+    model: TextToImage, num_text_tokens: Number, halve_causal: bool = False, rereads_prompt: bool = False
 ) -> RowCosts:
     """What sampling does once a prompt, and what at every evaluation.
 
     Args:
-        generator: on any device, meta included.
+        model: on any device, meta included.
         num_text_tokens: of the prompt, begin token included.
         halve_causal: count only the scores of the language model that a causal mask leaves.
         rereads_prompt: count as if no keys and values of the prompt were kept between evaluations.
     """
-    tokens, conditioner, text = generator.latent_shape[0], generator.conditioner, num_text_tokens
-    model = conditioner.mllm.language_model
+    tokens, conditioner, text = model.latent_shape[0], model.conditioner, num_text_tokens
+    language_model = conditioner.llm.language_model
     is_causal = halve_causal and not getattr(conditioner, "bidirectional", False)
-    prompt = language_cost(model, text, text, halve_causal).forward
+    prompt = language_cost(language_model, text, text, halve_causal).forward
     once: dict[str, Number] = {LLM: 0 if rereads_prompt else prompt}
     each: dict[str, Number] = {LLM: prompt if rereads_prompt else 0}
     match conditioner:
         case NoisyLatentConditioner():
-            each[LLM] += language_cost(model, tokens, text + tokens, is_causal).forward
+            each[LLM] += language_cost(language_model, tokens, text + tokens, is_causal).forward
             each[CONDITIONER] = projector_cost(conditioner, tokens).forward
         case QueriesConditioner():
             num = len(conditioner.queries)
             when = once if conditioner.time is None else each
-            when[LLM] += language_cost(model, num, text + num, is_causal).forward
+            when[LLM] += language_cost(language_model, num, text + num, is_causal).forward
             when[CONDITIONER] = queries_cost(conditioner).forward
-    each[DENOISER] = denoiser_cost(generator, text).forward
+    each[DENOISER] = denoiser_cost(model, text).forward
     return RowCosts(once, each)
 
 
 def sample_costs(
-    generator: Generator,
+    model: TextToImage,
     num_text_tokens: Number,
     config: SamplerConfig = SamplerConfig(),
     decoder: Decoder | None = None,
@@ -257,8 +259,8 @@ def sample_costs(
     """FLOPs of one image by part. With guidance the empty prompt is a row of its own, padded to the other's
     length.
     """
-    guided, unguided = num_evaluations(config, generator.shift)
-    row = row_costs(generator, num_text_tokens)
+    guided, unguided = num_evaluations(config, model.shift)
+    row = row_costs(model, num_text_tokens)
     num_prompts, num_evaluated = (2 if guided else 1), 2 * guided + unguided
     costs = {
         part: num_prompts * row.once.get(part, 0) + num_evaluated * row.each.get(part, 0)
@@ -268,10 +270,10 @@ def sample_costs(
 
 
 def sample_flops(
-    generator: Generator,
+    model: TextToImage,
     num_text_tokens: Number,
     config: SamplerConfig = SamplerConfig(),
     decoder: Decoder | None = None,
 ) -> float:
     """FLOPs of one image (see `sample_costs`)."""
-    return float(sum(sample_costs(generator, num_text_tokens, config, decoder).values()))
+    return float(sum(sample_costs(model, num_text_tokens, config, decoder).values()))

@@ -1,4 +1,4 @@
-"""A generator -> its parameters, and the bytes that a rank holds of a training under ZeRO; bytes of a
+"""A model -> its parameters, and the bytes that a rank holds of a training under ZeRO; bytes of a
 sample's columns.
 
 Without activations, what a pass needs for a moment, DeepSpeed's staging buffers where the optimizer is
@@ -13,7 +13,7 @@ from torch import nn
 
 from repfusion.flops.count import CONDITIONER, DECODER, DENOISER, LLM, Number
 from repfusion.latents.load import Decoder
-from repfusion.model.text_to_image import Generator
+from repfusion.model.text_to_image import TextToImage
 from repfusion.training.engine import EngineConfig, deepspeed_config, stage_to_run
 
 FLOAT32, FLOAT16 = 4, 2
@@ -35,15 +35,15 @@ class Size:
         return cls(sum(p.numel() for p in found), trainable, sum(p.numel() * p.element_size() for p in found))
 
 
-def sizes(generator: Generator, decoder: Decoder | None = None) -> dict[str, Size]:
+def sizes(model: TextToImage, decoder: Decoder | None = None) -> dict[str, Size]:
     """Parameters and bytes as held, by part."""
-    conditioner = generator.conditioner
-    mllm = {id(p): p for p in conditioner.mllm.parameters()}
+    conditioner = model.conditioner
+    mllm = {id(p): p for p in conditioner.llm.parameters()}
     own = [p for p in conditioner.parameters() if id(p) not in mllm]
     found = {
         LLM: Size.of(mllm.values()),
         CONDITIONER: Size.of(own),
-        DENOISER: Size.of(generator.dit.parameters()),
+        DENOISER: Size.of(model.denoiser.parameters()),
     }
     return found if decoder is None else {**found, DECODER: Size.of(decoder.parameters())}
 
@@ -91,11 +91,11 @@ class Frozen:
     itemsize: int
 
     @classmethod
-    def of(cls, generator: Generator, config: EngineConfig, on_gpu: bool = True) -> "Frozen":
+    def of(cls, model: TextToImage, config: EngineConfig, on_gpu: bool = True) -> "Frozen":
         """On a GPU under bf16 the engine holds them as bfloat16 whatever `mllm_dtype` is."""
-        num = sum(p.numel() for p in generator.parameters() if not p.requires_grad)
+        num = sum(p.numel() for p in model.parameters() if not p.requires_grad)
         is_cast = on_gpu and config.precision == "bf16"
-        held = torch.bfloat16 if is_cast else getattr(torch, generator.config.mllm_dtype)
+        held = torch.bfloat16 if is_cast else getattr(torch, model.config.mllm_dtype)
         return cls(num, held.itemsize)
 
     @property
@@ -131,12 +131,12 @@ def rank_memory(
     )
 
 
-def column_bytes(generator: Generator, num_text_tokens: Number) -> dict[str, Number]:
+def column_bytes(model: TextToImage, num_text_tokens: Number) -> dict[str, Number]:
     """Of one sample as the stages write it: float16 latents, and float16 text features where the method can
     feed on them.
     """
-    tokens, dim = generator.latent_shape
+    tokens, dim = model.latent_shape
     found: dict[str, Number] = {"latents": FLOAT16 * tokens * dim}
-    if generator.prompt_column == "features":
-        found["text features"] = FLOAT16 * num_text_tokens * generator.conditioner.mllm.width
+    if model.prompt_column == "features":
+        found["text features"] = FLOAT16 * num_text_tokens * model.conditioner.llm.width
     return found

@@ -24,7 +24,7 @@ from repfusion.flops.count import (
 from repfusion.flops.memory import Frozen, rank_memory, sizes
 from repfusion.flops.tables import markdown
 from repfusion.model.meta import CONFIGS, load_model_config, meta_decoder, meta_from_config
-from repfusion.model.text_to_image import Generator
+from repfusion.model.text_to_image import TextToImage
 from repfusion.training.engine import EngineConfig
 
 TERA = 1e12
@@ -87,26 +87,26 @@ class Settings:
 
 
 @cache
-def generator_of(config: str) -> Generator:
+def generator_of(config: str) -> TextToImage:
     return meta_from_config(load_model_config(CONFIGS / f"{config}.yaml"))
 
 
 @cache
 def decoder_flops() -> float:
-    generator = generator_of("repfusion_7b_1.3b")
-    decoder = meta_decoder(generator.config, generator.grid)
+    model = generator_of("repfusion_7b_1.3b")
+    decoder = meta_decoder(model.config, model.grid)
     assert decoder is not None
     return float(decoder_cost(decoder).forward)
 
 
 @cache
 def once_and_each(row: Row, num_text_tokens: int, halve: bool, rereads: bool) -> tuple[float, float]:
-    generator = generator_of(row.config)
-    costs = row_costs(generator, num_text_tokens, halve, rereads)
+    model = generator_of(row.config)
+    costs = row_costs(model, num_text_tokens, halve, rereads)
     each = costs.each
     if row.is_dense:
-        tokens, config = generator.latent_shape[0], generator.config.dit
-        dense = linear(generator.dit, tokens) + config.depth * attention(config.hidden_size, tokens, tokens)
+        tokens, config = model.latent_shape[0], model.config.dit
+        dense = linear(model.denoiser, tokens) + config.depth * attention(config.hidden_size, tokens, tokens)
         each = {**each, DENOISER: dense.forward}
     return float(sum(costs.once.values())), float(sum(each.values()))
 
@@ -131,7 +131,7 @@ def best_settings(rows: Sequence[Row], evaluations: Iterable[int] = EVALUATIONS)
 
 
 def num_layers(row: Row) -> int:
-    return len(generator_of(row.config).conditioner.mllm.language_model.layers)
+    return len(generator_of(row.config).conditioner.llm.language_model.layers)
 
 
 def layers_for(row: Row, settings: Settings) -> float:
@@ -171,9 +171,9 @@ def sizes_markdown() -> str:
     )
     rows = [(*heading, "a rank, ZeRO 2, GB", "a rank, ZeRO 3, GB")]
     for path in sorted(CONFIGS.glob("*.yaml")):
-        generator, fields = generator_of(path.stem), read_values(path)
-        flops = train_flops(generator, TEXT, has_text_features=False)
-        found = sizes(generator)
+        model, fields = generator_of(path.stem), read_values(path)
+        flops = train_flops(model, TEXT, has_text_features=False)
+        found = sizes(model)
         trained = sum(size.num_trainable for size in found.values())
         row = [
             path.stem,
@@ -181,11 +181,11 @@ def sizes_markdown() -> str:
             f"{found[DENOISER].num_parameters / 1e9:.2f}B",
             f"{flops / TERA:.1f}",
             f"{flops * fields['num_steps'] * fields['global_batch_size'] / 1e21:.2f}",
-            f"{(sample_flops(generator, TEXT) + decoder_flops()) / TERA:.1f}",
+            f"{(sample_flops(model, TEXT) + decoder_flops()) / TERA:.1f}",
         ]
         for stage in (2, 3):
             engine = EngineConfig(zero_stage=stage)
-            held = rank_memory(trained, Frozen.of(generator, engine), engine, NUM_RANKS)
+            held = rank_memory(trained, Frozen.of(model, engine), engine, NUM_RANKS)
             row.append(f"{held.device / 1e9:.1f}")
         rows.append(tuple(row))
     return markdown(rows)

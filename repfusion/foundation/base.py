@@ -67,14 +67,14 @@ def release(checkpoints: Path, folder: Path) -> None:
     source = latest_checkpoint(checkpoints)
     if source is None:
         raise ValueError(f"{checkpoints}: no complete checkpoint; train first")
-    generator = load_checkpoint(source)
+    model = load_checkpoint(source)
     working = begin_checkpoint(folder)
     (working / "config.json").write_bytes((source / "config.json").read_bytes())
     save_file(
-        {k: v.detach().half().contiguous() for k, v in generator.trainable_state().items()},
+        {k: v.detach().half().contiguous() for k, v in model.trainable_state().items()},
         str(working / "ema.safetensors"),
     )
-    generator.statistics.save(working / "statistics.safetensors")
+    model.statistics.save(working / "statistics.safetensors")
     finish_checkpoint(working, folder, {"step": json.loads((source / "complete.json").read_text())["step"]})
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from repfusion.config import Config
-from repfusion.model.dit import Attention, RMSNorm, SwiGLU, rotary_2d, sin_cos_positions
+from repfusion.layers import Attention, RMSNorm, SwiGLU, rotary_2d, sin_cos_positions
 
 
 class RAEDecoderConfig(Config):

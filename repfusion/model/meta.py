@@ -1,4 +1,4 @@
-"""A configuration -> a generator of that size whose weights have shapes and no memory (torch's meta
+"""A configuration -> a model of that size whose weights have shapes and no memory (torch's meta
 device).
 
 Where a folder that a configuration names is absent, its geometry comes from `configs/geometry/`: the
@@ -17,8 +17,11 @@ from repfusion.latents.load import Decoder
 from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.latents.vae import VAEDecoder
-from repfusion.llm.mllm import MLLM, Projector
-from repfusion.model.text_to_image import Generator, ModelConfig
+from repfusion.llm.base import LanguageModel
+from repfusion.llm.projector import Projector
+from repfusion.model.build import assemble
+from repfusion.model.config import ModelConfig
+from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import continued_model
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -61,10 +64,10 @@ def absent_folders(config: ModelConfig) -> list[Path]:
     return [folder for folder in folders if geometry_folder(folder) != folder]
 
 
-def meta_generator(
+def meta_model(
     config: ModelConfig, text_config: Any, grid: tuple[int, int], latent_dim: int, **projector: Any
-) -> Generator:
-    """A generator of any size without memory: its weights have shapes only.
+) -> TextToImage:
+    """A model of any size without memory: its weights have shapes only.
 
     Args:
         config: of the model; its folders are not read.
@@ -86,11 +89,11 @@ def meta_generator(
             head.weight = language_model.get_input_embeddings().weight
         tokenizer = BareTokenizer(text_config.max_position_embeddings)
         own = Projector(latent_dim, width, **projector)
-        mllm = MLLM(language_model, own, tokenizer, config.mllm, "none", head)
-        return Generator(config, mllm, LatentStatistics.empty(grid[0] * grid[1], latent_dim), grid)
+        llm = LanguageModel(language_model, own, tokenizer, config.mllm, "none", head)
+        return assemble(config, llm, LatentStatistics.empty(grid[0] * grid[1], latent_dim), grid)
 
 
-def meta_from_config(config: ModelConfig) -> Generator:
+def meta_from_config(config: ModelConfig) -> TextToImage:
     """From the config.json of the folders that a config names; no weights are read."""
     from transformers import AutoConfig
 
@@ -100,7 +103,7 @@ def meta_from_config(config: ModelConfig) -> Generator:
         "activation": getattr(source, "projector_hidden_act", "gelu"),
         "bias": getattr(source, "multimodal_projector_bias", True),
     }
-    return meta_generator(config, source.get_text_config(), geometry.grid, geometry.feature_dim, **projector)
+    return meta_model(config, source.get_text_config(), geometry.grid, geometry.feature_dim, **projector)
 
 
 def meta_decoder(config: ModelConfig, grid: tuple[int, int]) -> Decoder | None:
@@ -116,15 +119,15 @@ def meta_decoder(config: ModelConfig, grid: tuple[int, int]) -> Decoder | None:
         return RAEDecoder(saved).requires_grad_(False)
 
 
-def published() -> tuple[Generator, Decoder]:
+def published() -> tuple[TextToImage, Decoder]:
     """RepFusion's scale (`configs/repfusion_7b_1.3b.yaml`): LLaVA-1.5-7B's language model, 24 x 24 tokens of
     width 1024, a DiT of 1.3B, RAE's ViT-XL decoder; no memory.
     """
     config = load_model_config(CONFIGS / "repfusion_7b_1.3b.yaml")
-    generator = meta_from_config(config)
-    decoder = meta_decoder(config, generator.grid)
+    model = meta_from_config(config)
+    decoder = meta_decoder(config, model.grid)
     assert decoder is not None
-    return generator, decoder
+    return model, decoder
 
 
 def load_model_config(path: Path) -> ModelConfig:

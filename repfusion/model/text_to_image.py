@@ -1,267 +1,149 @@
-"""Everything of one text-to-image model in one module: MLLM, conditioner, DiT, and the statistics that define
-its latents.
-"""
+"""A text-to-image model: conditioner, denoiser, and the statistics that define its latents."""
 
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from repfusion.conditioning.captioning import CaptionBatch, CaptioningConfig, caption_batch
-from repfusion.conditioning.noisy_latents import NoisyLatentConditioner, NoisyLatentsConfig
-from repfusion.conditioning.queries import QueriesConditioner, QueriesConfig, QueryPrompts
-from repfusion.conditioning.text_embed import TextEmbedConditioner, TextEmbedConfig, TextFeatures
-from repfusion.conditioning.transfusion import TransfusionConfig, VelocityHead
-from repfusion.config import Config, WeightsFolder
-from repfusion.data.readers import IMAGE_FEATURES, PROMPT_FEATURES, CaptionArray, Reader, SampleArray
-from repfusion.diffusion.flow import FlowConfig, interpolate, shift_factor, velocity
-from repfusion.latents.load import Decoder, EncoderConfig, load_decoder
+from repfusion.conditioning.base import Conditioner, Losses, Prepared
+from repfusion.data.dataset import Sample
+from repfusion.data.readers import IMAGE_FEATURES, SampleArray
+from repfusion.data.recipe import Recipe
+from repfusion.diffusion.flow import draw, interpolate, shift_factor, velocity
+from repfusion.inputs import Inputs, empty, to_device
+from repfusion.latents.load import Decoder, load_decoder
 from repfusion.latents.statistics import LatentStatistics
-from repfusion.llm.mllm import MLLM
-from repfusion.llm.prefix import Prefix
-from repfusion.model.dit import DiT, DiTConfig
-from repfusion.weights import WEIGHTS
-
-PromptBatch = Prefix | TextFeatures | QueryPrompts
-ConditioningConfig = NoisyLatentsConfig | TextEmbedConfig | QueriesConfig | TransfusionConfig
+from repfusion.model.config import ModelConfig
+from repfusion.model.denoiser import Denoiser, Prefilled
+from repfusion.model.trainable import Trainable
+from repfusion.request import Branch, Request
 
 
-class ModelConfig(Config):
-    mllm: WeightsFolder = WEIGHTS / "llava"
-    """Folder of the MLLM (a LLaVA, or a causal language model), which is frozen unless `conditioning` trains
-    it.
+@dataclass(frozen=True)
+class Prompted:
+    """Requests as the model reads them at every step: what the conditioner prepared, what the denoiser
+    kept.
     """
-    mllm_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision in which its frozen weights are held."""
-    encoder: EncoderConfig = EncoderConfig()
-    """What makes the features that are denoised."""
-    decoder: WeightsFolder = WEIGHTS / "decoder"
-    """Folder of the decoder: a RAE decoder's, or the VAE's that makes the features."""
-    conditioning: ConditioningConfig = Field(default=NoisyLatentsConfig(), discriminator="method")
-    """RepFusion (noisy_latents), or a baseline. A method's name alone stands for its defaults."""
-    dit: DiTConfig = DiTConfig()
-    """The denoiser; its `interface` follows from `conditioning`. Transfusion has none."""
-    flow: FlowConfig = FlowConfig()
-    """Noise levels."""
 
-    @field_validator("conditioning", mode="before")
-    @classmethod
-    def _by_name(cls, value: Any) -> Any:
-        return {"method": value} if isinstance(value, str) else value
+    prepared: Prepared
+    static: Prefilled
 
-    @model_validator(mode="after")
-    def _masters_are_float32(self) -> "ModelConfig":
-        if self.trains_llm and self.mllm_dtype != "float32":
-            raise ValueError(
-                f"mllm_dtype {self.mllm_dtype} with an LLM that is trained: its weights are the masters; set "
-                "mllm_dtype: float32 (engine.precision decides what the passes compute in)"
-            )
-        return self
-
-    @property
-    def trains_llm(self) -> bool:
-        match self.conditioning:
-            case TransfusionConfig():
-                return True
-            case NoisyLatentsConfig():
-                return self.conditioning.train_llm
-            case _:
-                return False
-
-    @property
-    def captioning(self) -> CaptioningConfig | None:
-        """The caption loss of a trained LLM; None where there is none."""
-        match self.conditioning:
-            case TransfusionConfig() | NoisyLatentsConfig():
-                return self.conditioning.captioning
-            case _:
-                return None
-
-    def describe(self) -> str:
-        """The method and the size of its denoiser, in a few words."""
-        fields = self.conditioning.model_dump(exclude_defaults=True, exclude={"method", "captioning"})
-        chosen = ", ".join(f"{name} {value}" for name, value in fields.items())
-        method = self.conditioning.method + (f" ({chosen})" if chosen else "")
-        if isinstance(self.conditioning, TransfusionConfig):
-            return f"{method}, no DiT"
-        return f"{method}, DiT {self.dit.depth} x {self.dit.hidden_size}"
+    def first(self, num: int) -> "Prompted":
+        """The first `num` requests."""
+        return Prompted(self.prepared.first(num), self.static.first(num))
 
 
-def columns_of(config: ModelConfig) -> dict[str, Reader]:
-    """How a model of this configuration reads the columns that it can use beside captions, by name."""
-    readers: dict[str, Reader] = {IMAGE_FEATURES: SampleArray()}
-    if isinstance(config.conditioning, TextEmbedConfig):
-        readers[PROMPT_FEATURES] = CaptionArray()
-    return readers
-
-
-class Generator(nn.Module):
-    """Trains with `forward`, samples through `sampler.sample`.
+class TextToImage(Trainable):
+    """A rectified flow in a latent space, conditioned on prompts. It trains with `forward` and samples
+    through `diffusion.sampler.sample`.
 
     Args:
         config: what it is made of.
-        mllm: its language model; with its head where the config has a caption loss.
+        conditioner: requests -> condition.
+        denoiser: built for the conditioner's widths.
         statistics: of the features; they define the latent space and travel with the checkpoint.
         grid: rows and columns of latent tokens.
+
+    Raises:
+        ValueError: the statistics are of another grid.
     """
 
-    def __init__(self, config: ModelConfig, mllm: MLLM, statistics: LatentStatistics, grid: tuple[int, int]):
+    def __init__(
+        self,
+        config: ModelConfig,
+        conditioner: Conditioner,
+        denoiser: Denoiser,
+        statistics: LatentStatistics,
+        grid: tuple[int, int],
+    ):
         super().__init__()
         num_tokens, latent_dim = statistics.mean.shape
         if num_tokens != grid[0] * grid[1]:
             raise ValueError(
                 f"latent statistics have {num_tokens} tokens, the encoder's grid is {grid[0]} x "
-                f"{grid[1]}; re-run 'latents'"
+                f"{grid[1]}; re-run '{IMAGE_FEATURES}'"
             )
         self.config = config
         self.statistics = statistics
         self.grid = grid
         self.latent_shape = (num_tokens, latent_dim)
         self.shift = shift_factor(num_tokens, latent_dim, config.flow.base_dim)
-        self.captioning = config.captioning
-        match method := config.conditioning:
-            case NoisyLatentsConfig():
-                self.conditioner = NoisyLatentConditioner(mllm, latent_dim, num_tokens, method)
-            case TransfusionConfig():
-                self.conditioner = NoisyLatentConditioner(mllm, latent_dim, num_tokens, method.reading())
-            case QueriesConfig():
-                self.conditioner = QueriesConditioner(mllm, num_tokens, method)
-            case TextEmbedConfig():
-                self.conditioner = TextEmbedConditioner(mllm)
-        if isinstance(method, TransfusionConfig):
-            self.dit = VelocityHead(mllm.width, latent_dim)
-        else:
-            dit_config = config.dit.model_copy(update={"interface": self.conditioner.interface})
-            self.dit = DiT(dit_config, latent_dim, grid, mllm.width)
-
-    @classmethod
-    def build(cls, config: ModelConfig, statistics: LatentStatistics) -> "Generator":
-        """Loads the frozen parts named by the config; the trainable ones are fresh, but for the MLLM's
-        projector, which from now on takes latents for features.
-
-        Raises:
-            ValueError: where a folder is missing or parts do not fit each other.
-        """
-        encoder = config.encoder.load()
-        dtype, with_head = getattr(torch, config.mllm_dtype), config.captioning is not None
-        mllm = MLLM.from_pretrained(config.mllm, dtype, with_head)
-        if statistics.mean.shape != (encoder.num_tokens, encoder.feature_dim):
-            got, expected = tuple(statistics.mean.shape), (encoder.num_tokens, encoder.feature_dim)
-            raise ValueError(
-                f"latent statistics are of features {got}, the encoder {config.encoder.path} gives "
-                f"{expected} at {encoder.image_size} px; re-run 'latents'"
-            )
-        has_own = mllm.projector is not None
-        generator = cls(config, mllm, statistics, encoder.grid)
-        if has_own and isinstance(generator.conditioner, NoisyLatentConditioner):
-            generator.conditioner.projector.take_latents(statistics)
-        return generator
-
-    @property
-    def prompt_column(self) -> Literal["ids", "features"]:
-        """What training feeds: captions to tokenise, or precomputed text features."""
-        return self.conditioner.prompt_column
+        self.conditioner = conditioner
+        self.denoiser = denoiser
+        self.columns = {IMAGE_FEATURES: SampleArray(), **conditioner.columns}
 
     @property
     def device(self) -> torch.device:
-        return self.dit.out.weight.device
+        """Where the model's trained weights lie."""
+        return self.denoiser.out.weight.device
 
-    def prompt_batch(
-        self, prompts: list[str] | list[str | Float[Tensor, "_ c"]], reuse: bool = False
-    ) -> PromptBatch:
-        """Prompts (an empty one is the unconditional prompt) on the model's device; `reuse` for many steps
-        without gradients.
+    def collate(self, samples: Sequence[Sample], recipe: Recipe, seeds: Sequence[int]) -> Inputs:
+        """Requests, features as they lie on disk (mostly float16), noise levels and noise of a micro-batch.
+
+        Raises:
+            ValueError: features of another shape than the model's latents.
         """
-        return self.conditioner.prepare(prompts, self.device, reuse)
+        drawn = [
+            recipe.draw(one, seed, self.conditioner.columns) for one, seed in zip(samples, seeds, strict=True)
+        ]
+        requests, branches = [request for request, _ in drawn], [branch for _, branch in drawn]
+        t, noise = draw(seeds, self.latent_shape, self.shift)
+        return {
+            "request": self.conditioner.collate(requests, branches, seeds),
+            "features": stack([sample.read(IMAGE_FEATURES) for sample in samples]),
+            "t": t,
+            "noise": noise,
+        }
+
+    def forward(self, inputs: Inputs) -> Losses:
+        """`velocity`: mean squared error of the velocity, float32; then the conditioner's auxiliary
+        losses.
+        """
+        latents, t, noise = self.statistics.normalise(inputs["features"]), inputs["t"], inputs["noise"]
+        prepared = self.conditioner.prepare(inputs["request"])
+        prompted = Prompted(prepared, self.denoiser.prefill(prepared.static))
+        predicted = self.velocity(interpolate(latents, noise, t), t, prompted)
+        losses = (predicted.float() - velocity(latents, noise)).square().mean(dim=(1, 2))
+        return {"velocity": losses, **self.conditioner.losses(inputs["request"], latents)}
+
+    def read(self, requests: Sequence[Request], branches: Sequence[Branch]) -> Prompted:
+        """Requests on the model's device, read once for many steps without gradients."""
+        inputs = to_device(self.conditioner.collate(requests, branches), self.device)
+        prepared = self.conditioner.prepare(inputs, reuse=True)
+        return Prompted(prepared, self.denoiser.prefill(prepared.static))
 
     def velocity(
-        self, z_t: Float[Tensor, "b n d"], t: Float[Tensor, " b"], prompts: PromptBatch
+        self, z_t: Float[Tensor, "b n d"], t: Float[Tensor, " b"], prompted: Prompted
     ) -> Float[Tensor, "b n d"]:
-        condition = self.conditioner.condition(prompts, z_t, t)
-        return self.dit(z_t, t, condition.tokens, condition.mask)
-
-    def forward(
-        self,
-        latents: Float[Tensor, "b n d"],
-        prompts: PromptBatch,
-        t: Float[Tensor, " b"],
-        noise: Float[Tensor, "b n d"],
-        captions: CaptionBatch | None = None,
-    ) -> Float[Tensor, " b"] | tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        """Mean squared error of the velocity, per sample, float32; with captions, also their weighted loss
-        (0 for samples that are not captioned).
-        """
-        predicted = self.velocity(interpolate(latents, noise, t), t, prompts)
-        losses = (predicted.float() - velocity(latents, noise)).square().mean(dim=(1, 2))
-        if captions is None:
-            return losses
-        assert isinstance(self.conditioner, NoisyLatentConditioner)
-        said = self.conditioner.caption_losses(latents[captions.rows], captions)
-        return losses, torch.zeros_like(losses).index_add(0, captions.rows, captions.weights * said)
-
-    def caption_batch(self, captions: list[str], chances: Float[Tensor, " b"]) -> CaptionBatch:
-        """Which samples of a batch are captioned, and what is to be said of them, on the model's device."""
-        assert self.captioning is not None
-        return caption_batch(self.conditioner.mllm, captions, chances, self.captioning).to(self.device)
+        """Velocity (noise - latents) of noisy latents at noise level t."""
+        condition = self.conditioner.condition(prompted.prepared, z_t, t)
+        return self.denoiser(z_t, t, condition, prompted.static)
 
     def normalise(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Features -> latents, float32."""
         return self.statistics.normalise(features)
 
     def denormalise(self, latents: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Latents -> features, float32."""
         return self.statistics.denormalise(latents)
 
-    def frozen_parts(self) -> list[nn.Module]:
-        """Modules without a trained parameter that hold most of the weights."""
-        mllm = self.conditioner.mllm
-        return [mllm.language_model] if mllm.is_frozen else []
-
-    def checkpoint_activations(self) -> None:
-        """From now on, compute the activations of each block of the DiT and layer of the MLLM again in the
-        backward pass.
-        """
-        for block in self.layers():
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-    def compile_blocks(self) -> None:
-        """torch.compile the blocks of the DiT and the layers of the MLLM, in place."""
-        for block in self.layers():
-            block.compile()
-
     def layers(self) -> list[nn.Module]:
-        """The DiT's blocks and the MLLM's layers, the repeated parts that do nearly all of the work."""
-        layers = self.conditioner.mllm.language_model.layers
-        assert isinstance(layers, nn.ModuleList)
-        return [*(self.dit.blocks if isinstance(self.dit, DiT) else []), *layers]
+        """The denoiser's blocks and the language model's layers."""
+        return [*self.denoiser.layers, *self.conditioner.llm.layers]
 
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Parameters that training changes: projector, embedders and DiT; the LLM where it is trained."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
-
-    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
-        """Strict. Raises ValueError naming what is missing, unknown or of another shape."""
-        own = self.trainable_state()
-        problems = [f"{name}: missing" for name in own.keys() - state.keys()]
-        problems += [f"{name}: unknown" for name in state.keys() - own.keys()]
-        for name in own.keys() & state.keys():
-            if own[name].shape != state[name].shape:
-                problems.append(f"{name}: {tuple(state[name].shape)}, expected {tuple(own[name].shape)}")
-        if problems:
-            raise ValueError(
-                "weights of another geometry: "
-                + "; ".join(sorted(problems)[:6])
-                + f" ({len(problems)} in all)"
-            )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
+    def frozen_parts(self) -> list[nn.Module]:
+        """The language model, where no method trains it."""
+        llm = self.conditioner.llm
+        return [llm.language_model] if llm.is_frozen else []
 
     def load_decoder(self) -> Decoder:
-        """On the model's device. Raises ValueError where the decoder reads other features than this model
-        makes.
+        """The decoder that the configuration names, on the model's device.
+
+        Raises:
+            ValueError: where it reads other features than this model makes.
         """
         decoder = load_decoder(self.config.decoder, self.grid).to(self.device)
         got, expected = (decoder.grid, decoder.feature_dim), (self.grid, self.latent_shape[1])
@@ -271,3 +153,13 @@ class Generator(nn.Module):
                 "use a decoder trained on this encoder's features at this encoder.image_size"
             )
         return decoder
+
+
+def stack(arrays: Sequence[np.ndarray | None]) -> Tensor:
+    """Arrays of one shape and dtype as one tensor, in page-locked memory where there is CUDA."""
+    first = arrays[0]
+    assert first is not None
+    stacked = empty(len(arrays), *first.shape, dtype=torch.from_numpy(np.empty(0, first.dtype)).dtype)
+    for row, array in zip(stacked.numpy(), arrays, strict=True):
+        row[:] = array
+    return stacked

@@ -1,4 +1,4 @@
-"""A generator <-> a folder of safetensors and JSON. A folder without `complete.json` was cut short and is
+"""A model <-> a folder of safetensors and JSON. A folder without `complete.json` was cut short and is
 never read.
 
 step_00000500/  config.json  model.safetensors  ema.safetensors  statistics.safetensors  resume/
@@ -23,11 +23,13 @@ from repfusion.config import merge
 from repfusion.files import weights_digest, write_json
 from repfusion.latents.geometry import latent_geometry
 from repfusion.latents.statistics import LatentStatistics
-from repfusion.model.text_to_image import Generator, ModelConfig
+from repfusion.model.build import build_model
+from repfusion.model.config import ModelConfig
+from repfusion.model.text_to_image import TextToImage
 from repfusion.weights import WEIGHTS
 
 log = logging.getLogger(__name__)
-SCHEMA = 1
+SCHEMA = 2
 COMPLETE = "complete.json"
 PIN_SEC = 24 * 3600.0
 STEP_FOLDER = re.compile(r"step_(\d+)")
@@ -80,11 +82,11 @@ def portable(config: Any, old: str = str(WEIGHTS), new: str = WEIGHTS_MARK) -> A
             return config
 
 
-def frozen_digests(generator: Generator) -> dict[str, str]:
+def frozen_digests(model: TextToImage) -> dict[str, str]:
     """sha256 of the frozen weights that a checkpoint relies on and does not hold."""
     return {
-        "encoder": weights_digest(generator.config.encoder.path),
-        "mllm": generator.conditioner.mllm.digest,
+        "encoder": weights_digest(model.config.encoder.path),
+        "mllm": model.conditioner.llm.digest,
     }
 
 
@@ -111,29 +113,29 @@ def finish_checkpoint(working: Path, folder: Path, info: Mapping[str, Any]) -> N
 
 def write_model(
     folder: Path,
-    generator: Generator,
+    model: TextToImage,
     weights: Mapping[str, Tensor],
     ema: Mapping[str, Tensor],
     digests: Mapping[str, str],
 ) -> None:
     """Weights, averaged weights, statistics and config; all that generating needs."""
-    config = portable(generator.config.model_dump(mode="json"))
+    config = portable(model.config.model_dump(mode="json"))
     write_json(folder / "config.json", {"schema": SCHEMA, "model": config, "digests": dict(digests)})
     for name, tensors in (("model", weights), ("ema", ema)):
         values = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_file(values, str(folder / f"{name}.safetensors"))
-    generator.statistics.save(folder / "statistics.safetensors")
+    model.statistics.save(folder / "statistics.safetensors")
     mode = (folder / "config.json").stat().st_mode
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)  # safetensors lets nobody else read what it writes
 
 
-def save_checkpoint(folder: Path, generator: Generator, ema: Mapping[str, Tensor], **info: Any) -> None:
+def save_checkpoint(folder: Path, model: TextToImage, ema: Mapping[str, Tensor], **info: Any) -> None:
     """A checkpoint to generate or start from, without the state that resuming needs. `info` goes to
     `complete.json`.
     """
     working = begin_checkpoint(folder)
-    write_model(working, generator, generator.trainable_state(), ema, frozen_digests(generator))
+    write_model(working, model, model.trainable_state(), ema, frozen_digests(model))
     finish_checkpoint(working, folder, info)
 
 
@@ -199,8 +201,8 @@ def differences(got: Any, expected: Any, prefix: str = "") -> list[str]:
     return [] if got == expected else [f"{prefix} {got!r}, expected {expected!r}"]
 
 
-def load_weights(generator: Generator, folder: Path, use_ema: bool = True) -> None:
-    """Weights of a checkpoint into a generator that was built already.
+def load_weights(model: TextToImage, folder: Path, use_ema: bool = True) -> None:
+    """Weights of a checkpoint into a model that was built already.
 
     Raises:
         ValueError: of another geometry, naming the first tensors, and the config fields in which the two
@@ -208,16 +210,16 @@ def load_weights(generator: Generator, folder: Path, use_ema: bool = True) -> No
     """
     check_complete(folder)
     try:
-        generator.load_trainable_state(read_weights(folder, use_ema))
+        model.load_trainable_state(read_weights(folder, use_ema))
     except ValueError as error:
         saved, _ = read_config(folder)
-        fields = differences(saved.model_dump(mode="json"), generator.config.model_dump(mode="json"))
+        fields = differences(saved.model_dump(mode="json"), model.config.model_dump(mode="json"))
         hint = f"; config fields that differ: {'; '.join(fields)}" if fields else ""
         raise ValueError(f"checkpoint {folder} does not fit the model: {error}{hint}") from error
 
 
-def load_checkpoint(folder: str | Path, use_ema: bool = True) -> Generator:
-    """The generator of a checkpoint, on the CPU, in eval mode.
+def load_checkpoint(folder: str | Path, use_ema: bool = True) -> TextToImage:
+    """The model of a checkpoint, on the CPU, in eval mode.
 
     Raises:
         ValueError: an incomplete checkpoint, or frozen weights on this machine that are not those it was
@@ -226,10 +228,10 @@ def load_checkpoint(folder: str | Path, use_ema: bool = True) -> Generator:
     folder = Path(folder)
     check_complete(folder)
     config, digests = read_config(folder)
-    generator = Generator.build(config, LatentStatistics.load(folder / "statistics.safetensors"))
-    check_digests(folder, digests, frozen_digests(generator))
-    load_weights(generator, folder, use_ema)
-    return generator.eval()
+    model = build_model(config, LatentStatistics.load(folder / "statistics.safetensors"))
+    check_digests(folder, digests, frozen_digests(model))
+    load_weights(model, folder, use_ema)
+    return model.eval()
 
 
 def check_digests(folder: Path, saved: Mapping[str, str], present: Mapping[str, str]) -> None:
@@ -241,36 +243,36 @@ def check_digests(folder: Path, saved: Mapping[str, str], present: Mapping[str, 
             )
 
 
-def check_continues(generator: Generator, folder: Path) -> None:
+def check_continues(model: TextToImage, folder: Path) -> None:
     """A run that continues from a checkpoint must keep its encoder and noise levels, which no tensor's
     shape tells apart.
 
     Another MLLM of the same geometry is a legitimate experiment: that is only said.
     """
     saved, digests = read_config(folder)
-    present = frozen_digests(generator)
+    present = frozen_digests(model)
     check_digests(folder, {"encoder": digests["encoder"]}, present)
     if digests["mllm"] != present["mllm"]:
         log.warning("continuing from %s with another MLLM than it was trained with", folder)
-    before, now = (_encoder_view(one, generator) for one in (saved, generator.config))
+    before, now = (_encoder_view(one, model) for one in (saved, model.config))
     if before != now:
         raise ValueError(
             f"checkpoint {folder} was trained on the encoder's (layer, image_size) {before}, "
             f"the run has {now}; "
             "leave model out of the config to take the checkpoint's"
         )
-    if saved.flow != generator.config.flow:
+    if saved.flow != model.config.flow:
         raise ValueError(
             f"checkpoint {folder} was trained with model.flow {saved.flow}, "
-            f"the run has {generator.config.flow}; "
+            f"the run has {model.config.flow}; "
             "leave model out of the config to take the checkpoint's"
         )
 
 
-def _encoder_view(config: ModelConfig, generator: Generator) -> tuple[int, int]:
-    """Layer and image size by which the features are taken; the weights are known to be the generator's."""
+def _encoder_view(config: ModelConfig, model: TextToImage) -> tuple[int, int]:
+    """Layer and image size by which the features are taken; the weights are known to be the model's."""
     encoder = config.encoder
-    return encoder.layer, latent_geometry(generator.config.encoder.path, encoder.image_size).image_size
+    return encoder.layer, latent_geometry(model.config.encoder.path, encoder.image_size).image_size
 
 
 def is_pinned(folder: Path) -> bool:

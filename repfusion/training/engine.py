@@ -7,6 +7,7 @@ in place of DeepSpeed's checkpoints: those are pickles, hold the weights again, 
 another number of ranks can read them.
 """
 
+import functools
 import math
 import os
 import sys
@@ -99,15 +100,18 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepStats:
-    loss: float
-    """Mean over the global batch, without the auxiliary one."""
-    auxiliary_loss: float
-    """Mean over the global batch; 0 where there is none."""
+    losses: dict[str, float]
+    """Mean over the global batch of each loss, by name; the first is the one that is reported as `loss`."""
     grad_norm: float
     """Before clipping."""
     lr: float
     stop: bool
     """Whether any rank was asked to stop."""
+
+    @property
+    def loss(self) -> float:
+        """The first of the losses."""
+        return next(iter(self.losses.values()))
 
 
 def grad_accum_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
@@ -218,9 +222,8 @@ def take_out(module: nn.Module, parts: Sequence[nn.Module]) -> None:
 class Engine:
     """A module under DeepSpeed: `accumulate` micro-batches, then `update`.
 
-    The module returns one loss per sample, or two: the second is an auxiliary one. The step's loss is their
-    mean over the global batch, so N micro-batches equal one batch; the auxiliary one's is added to what is
-    minimised and reported apart.
+    The module returns losses by name, one a sample, the same names in every micro-batch. What is minimised is
+    the sum of their means over the global batch, so N micro-batches equal one batch; each mean is reported.
 
     Args:
         module: trains its parameters that require gradients, from the values they have now; the others stay
@@ -271,8 +274,7 @@ class Engine:
         # One rank has nobody to average with.
         self.deepspeed.enable_backward_allreduce = self.stage > 0 or self.world_size > 1
         self.partition = Partition(self.parameters, self.deepspeed.optimizer, self.stage)
-        self.losses: list[Tensor] = []
-        self.auxiliary: list[Tensor] = []
+        self.losses: list[dict[str, Tensor]] = []
         self.keys: list[str] = []
 
     def _initialize(self, forward: Forward, global_batch_size: int) -> Any:
@@ -309,24 +311,18 @@ class Engine:
         return None if self.rank else {name: p.detach().cpu() for name, p in self.parameters.items()}
 
     def accumulate(self, keys: list[str], **inputs: Any) -> Float[Tensor, " b"]:
-        """Forward and backward of one micro-batch; returns its loss per sample, without the auxiliary one.
-        `keys` name the samples should one go wrong.
+        """Forward and backward of one micro-batch; returns the first loss of each sample. `keys` name the
+        samples should one go wrong.
         """
         # around the backward pass too: activations that are computed again must be the same
         with sdpa_kernel(SDPBackend.MATH) if self.math_attention else nullcontext():
-            output = self.deepspeed(**inputs)
-            losses, auxiliary = output if isinstance(output, tuple) else (output, None)
-            losses = losses.float()
-            objective = losses.mean()
-            if auxiliary is not None:
-                objective = objective + auxiliary.float().mean()
-                self.auxiliary.append(auxiliary.detach().float())
-            self.deepspeed.backward(objective)
-        self.losses.append(losses.detach())
+            losses = {name: values.float() for name, values in self.deepspeed(**inputs).items()}
+            self.deepspeed.backward(functools.reduce(torch.add, [one.mean() for one in losses.values()]))
+        self.losses.append({name: values.detach() for name, values in losses.items()})
         self.keys.extend(keys)
         if len(self.losses) < self.grad_accum_steps:
             self.deepspeed.step()  # counts the micro-batch; the update comes with the last one
-        return losses.detach()
+        return next(iter(self.losses[-1].values()))
 
     def update(self, step: int, stop: bool = False) -> StepStats:
         """Clip and apply the gradient of the accumulated micro-batches. `stop` tells all ranks that this one
@@ -336,17 +332,17 @@ class Engine:
             NonFiniteError: on every rank, before the weights change, with the step and the keys of the batch.
         """
         assert len(self.losses) == self.grad_accum_steps
-        losses = torch.cat(self.losses)
-        auxiliary = torch.cat(self.auxiliary) if self.auxiliary else torch.zeros_like(losses)
-        keys, self.losses, self.auxiliary, self.keys = self.keys, [], [], []
+        losses = {name: torch.cat([part[name] for part in self.losses]) for name in self.losses[0]}
+        keys, self.losses, self.keys = self.keys, [], []
         # Every rank must take the same branch, or the others would wait for it in the next collective.
-        totals = torch.stack([losses.mean(), auxiliary.mean(), losses.new_tensor(float(stop))])
+        means = [values.mean() for values in losses.values()]
+        totals = torch.stack([*means, means[0].new_tensor(float(stop))])
         if self.world_size > 1:
             dist.all_reduce(totals)
-        total, total_auxiliary, num_stops = totals.tolist()
-        loss, auxiliary_loss = total / self.world_size, total_auxiliary / self.world_size
-        if not math.isfinite(loss + auxiliary_loss):
-            is_bad = ~(losses + auxiliary).isfinite()
+        *summed, num_stops = totals.tolist()
+        reported = {name: total / self.world_size for name, total in zip(losses, summed, strict=True)}
+        if not math.isfinite(sum(reported.values())):
+            is_bad = ~functools.reduce(torch.add, losses.values()).isfinite()
             self._stop("loss", step, [k for k, bad in zip(keys, is_bad, strict=True) if bad])
         lr = learning_rate(self.config, step, self.num_steps)
         for group in self.deepspeed.optimizer.param_groups:
@@ -360,7 +356,7 @@ class Engine:
             if self.deepspeed.optimizer.overflow:
                 self._stop("gradient", step, keys)
             norm = float(self.deepspeed.get_global_grad_norm())
-        return StepStats(loss, auxiliary_loss, norm, lr, num_stops > 0)
+        return StepStats(reported, norm, lr, num_stops > 0)
 
     def _clip(self, step: int, keys: list[str]) -> float:
         """Without ZeRO, DeepSpeed would take the norm again, and apply a gradient that is not finite."""

@@ -22,8 +22,8 @@ class Report:
 
     step: int
     loss: float
-    caption_loss: float | None
-    """Of the captions, weighted; None where none is learned."""
+    other_losses: dict[str, float]
+    """Weighted auxiliary losses, by name."""
     grad_norm: float
     lr: float
     samples_per_sec: float
@@ -44,9 +44,12 @@ class Report:
     """Mean loss of the samples whose noise level lies in a range, such as "0.2-0.4"."""
 
     def metrics(self) -> dict[str, float]:
-        """By MLflow's names."""
+        """The report as MLflow names it: `train/loss`, `train/caption_loss`, `train/loss_at_t/0.0-0.2`,
+        ...
+        """
         values = {name: float(value) for name, value in vars(self).items() if isinstance(value, int | float)}
         values.pop("step")
+        values |= {f"{name}_loss": value for name, value in self.other_losses.items()}
         by_noise = {f"train/loss_at_t/{name}": value for name, value in self.loss_by_noise.items()}
         return {f"train/{name}": value for name, value in values.items()} | by_noise
 
@@ -68,16 +71,14 @@ class Meters:
         self.clear()
 
     def clear(self) -> None:
-        self.losses: list[float] = []
-        self.caption_losses: list[float] = []
+        self.losses: list[dict[str, float]] = []
         self.waited_sec = 0.0
         self.by_noise = torch.zeros(2, NOISE_BUCKETS, device=self.device)
         self.started = time.perf_counter()
 
-    def add_step(self, stats: StepStats, has_captions: bool) -> None:
-        self.losses.append(stats.loss)
-        if has_captions:
-            self.caption_losses.append(stats.auxiliary_loss)
+    def add_step(self, stats: StepStats) -> None:
+        """One update of all ranks."""
+        self.losses.append(stats.losses)
 
     def add_losses(self, t: Float[Tensor, " b"], losses: Float[Tensor, " b"]) -> None:
         """A micro-batch of this rank."""
@@ -98,12 +99,15 @@ class Meters:
         sums, counts = self.by_noise.tolist()
         waited_sec, memory_gib = worst.tolist()
         num_steps = len(self.losses)
+        loss, *others = (
+            (name, sum(step[name] for step in self.losses) / num_steps) for name in self.losses[0]
+        )
         samples_per_sec = num_steps * self.samples_per_step / seconds
         flops_per_sec = samples_per_sec * self.flops_per_sample
         report = Report(
             step=step,
-            loss=sum(self.losses) / num_steps,
-            caption_loss=sum(self.caption_losses) / num_steps if self.caption_losses else None,
+            loss=loss[1],
+            other_losses=dict(others),
             grad_norm=stats.grad_norm,
             lr=stats.lr,
             samples_per_sec=samples_per_sec,

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from repfusion.files import write_json
-from repfusion.model.text_to_image import Generator
+from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import (
     begin_checkpoint,
     checkpoint_folder,
@@ -34,7 +34,7 @@ class CheckpointError(RuntimeError):
 def snapshot(
     root: Path,
     step: int,
-    generator: Generator,
+    model: TextToImage,
     ema: EMA,
     engine: Engine,
     digests: Mapping[str, str],
@@ -59,7 +59,7 @@ def snapshot(
         engine.partition.save(working / "resume")
         save_rng(rng_path(working / "resume", engine.rank, engine.world_size))
         if weights is not None and averages is not None:
-            write_model(working, generator, weights, averages, digests)
+            write_model(working, model, weights, averages, digests)
             write_json(working / "lineage.json", {**lineage, "step": step})
             write_json(working / "resume" / "loop.json", {"step": step, "position": position, **state})
 

@@ -21,8 +21,10 @@ from transformers import (
 from repfusion.latents.load import EncoderConfig
 from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
 from repfusion.latents.statistics import LatentStatistics
+from repfusion.model.build import build_model
+from repfusion.model.config import ModelConfig
 from repfusion.model.dit import DiTConfig
-from repfusion.model.text_to_image import Generator, ModelConfig
+from repfusion.model.text_to_image import TextToImage
 from repfusion.scenes.captions import caption_scene
 from repfusion.scenes.world import draw_scene
 
@@ -55,15 +57,15 @@ def statistics() -> LatentStatistics:
 
 
 @pytest.fixture
-def make_generator(foundation: Path, statistics: LatentStatistics) -> Callable[..., Generator]:
+def make_generator(foundation: Path, statistics: LatentStatistics) -> Callable[..., TextToImage]:
     """Builds from the tiny foundation, by a name in METHODS; `awake` moves the zero weights, so that
     everything counts.
     """
 
-    def make(conditioning: str = "noisy_latents", awake: bool = True, **changes) -> Generator:
+    def make(conditioning: str = "noisy_latents", awake: bool = True, **changes) -> TextToImage:
         torch.manual_seed(1)
         config = tiny_model(foundation, conditioning).model_copy(update=changes)
-        generator = Generator.build(config, statistics)
+        generator = build_model(config, statistics)
         if awake:
             with torch.no_grad():
                 for parameter in generator.trainable_state().values():

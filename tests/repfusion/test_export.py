@@ -18,8 +18,10 @@ from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.export import MARK, check_export, export, load_export, main
 from repfusion.generate import generate
 from repfusion.latents.statistics import LatentStatistics
-from repfusion.llm.mllm import MLLM
-from repfusion.model.text_to_image import Generator, ModelConfig
+from repfusion.llm.load import load_language_model
+from repfusion.model.build import build_model
+from repfusion.model.config import ModelConfig
+from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import load_checkpoint, save_checkpoint
 from repfusion.weights import WEIGHTS
 
@@ -33,7 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(WEIGHTS / "base", tmp_path_factory.mktemp("export") / "base")
 
 
-def draw(generator: Generator) -> torch.Tensor:
+def draw(generator: TextToImage) -> torch.Tensor:
     return generate(generator, generator.load_decoder(), PROMPTS, 5, CONFIG)
 
 
@@ -43,7 +45,7 @@ def trained(config: ModelConfig, folder: Path) -> Path:
     encoder = config.encoder.load()
     statistics = LatentStatistics.empty(encoder.num_tokens, encoder.feature_dim)
     statistics.update(torch.randn(8, encoder.num_tokens, encoder.feature_dim))
-    generator = Generator.build(config, statistics)
+    generator = build_model(config, statistics)
     with torch.no_grad():
         for parameter in generator.trainable_state().values():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -61,7 +63,7 @@ def test_every_tokenizer_projector_and_geometry_survives(elsewhere, tmp_path, us
     checkpoint = trained(elsewhere, tmp_path / "step_00000007")
     out = export(checkpoint, tmp_path / "out", use_ema)
     assert torch.equal(draw(load_export(out)), draw(load_checkpoint(checkpoint, use_ema)))
-    before, after = MLLM.from_pretrained(elsewhere.mllm), MLLM.from_pretrained(out / "language_model")
+    before, after = load_language_model(elsewhere.mllm), load_language_model(out / "language_model")
     assert after.max_text_tokens == before.max_text_tokens
     for one, other in zip(before.tokenize(PROMPTS), after.tokenize(PROMPTS), strict=True):
         assert torch.equal(one, other)

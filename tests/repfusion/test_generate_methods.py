@@ -17,7 +17,7 @@ from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.evaluation import EvaluationConfig, evaluate_checkpoint
 from repfusion.export import export
 from repfusion.generate import generate, main, to_uint8
-from repfusion.model.text_to_image import Generator
+from repfusion.model.text_to_image import TextToImage
 from repfusion.pipeline import RepFusionPipeline
 from repfusion.runs.checkpoint import read_config, save_checkpoint
 from repfusion.scenes.captions import draw_prompts
@@ -27,7 +27,7 @@ SAMPLER = SamplerConfig(num_steps=3, solver="heun", guidance_scale=3, guidance_i
 
 
 @pytest.fixture(params=METHODS)
-def generator(request: pytest.FixtureRequest, make_generator) -> Generator:
+def generator(request: pytest.FixtureRequest, make_generator) -> TextToImage:
     return make_generator(request.param)
 
 

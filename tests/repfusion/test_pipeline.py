@@ -149,7 +149,7 @@ def test_float32_holds_and_computes_everything_in_float32(exported):
 def test_bfloat16_halves_the_weights_and_draws_nearly_the_same(exported, pipe):
     half = RepFusionPipeline.from_pretrained(exported, torch_dtype=torch.bfloat16)
     assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
-    rotary = half.model.conditioner.mllm.language_model.rotary_emb.inv_freq
+    rotary = half.model.conditioner.llm.language_model.rotary_emb.inv_freq
     assert rotary.dtype == torch.float32
     made = half(PROMPT, STEPS, generator=seeded(2), output_type="pt").images
     expected = pipe(PROMPT, STEPS, generator=seeded(2), output_type="pt").images

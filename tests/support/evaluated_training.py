@@ -13,7 +13,7 @@ from tiny_training import make_columns, make_foundation, tiny_model, tiny_train
 from pipelines.evaluation.config import EvaluateConfig
 from repfusion.files import write_json
 from repfusion.latents.statistics import LatentStatistics
-from repfusion.model.text_to_image import Generator
+from repfusion.model.build import build_model
 from repfusion.runs.checkpoint import checkpoint_folder, save_checkpoint
 from repfusion.tracking import Tracker, TrackingConfig
 from repfusion.train import TrainConfig
@@ -50,7 +50,7 @@ class EvaluatedTraining:
             tracker.finish()
         statistics = LatentStatistics.load(columns / "image_features" / "statistics.safetensors")
         torch.manual_seed(0)
-        self.generator = Generator.build(tiny_model(foundation), statistics)
+        self.generator = build_model(tiny_model(foundation), statistics)
         for step in steps:
             self.write_checkpoint(step)
 

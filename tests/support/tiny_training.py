@@ -24,8 +24,8 @@ from repfusion.data.config import DataConfig
 from repfusion.latents.load import EncoderConfig
 from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
 from repfusion.latents.statistics import LatentStatistics
+from repfusion.model.config import ModelConfig
 from repfusion.model.dit import DiTConfig
-from repfusion.model.text_to_image import ModelConfig
 from repfusion.train import TrainConfig
 from repfusion.training.engine import EngineConfig
 

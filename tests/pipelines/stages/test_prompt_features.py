@@ -15,6 +15,7 @@ from pipelines.shards.store import ShardCommit, ShardError, Sidecar
 from pipelines.shards.tars import read_samples, tar_shard
 from pipelines.stages.prompt_features import FeaturesConfig, FeaturesWorker, fingerprint_fields
 from repfusion.data.dataset import ColumnDataset
+from repfusion.llm.load import load_language_model
 
 Captions = dict[str, dict[str, str]]
 
@@ -87,11 +88,11 @@ def test_each_distinct_caption_is_stored_once(root, models):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_features_are_the_models_and_unpadded(root, models, dtype):
+
     from repfusion.conditioning.text_embed import encode_text
-    from repfusion.llm.mllm import MLLM
 
     make(make_worker(root, models["llava"], dtype=dtype), "00000")
-    mllm, found = MLLM.from_pretrained(models["llava"]), members(root)
+    mllm, found = load_language_model(models["llava"]), members(root)
     for key, own in FIRST.items():
         for member, caption in own.items():
             stem = f"{key}.{member.removesuffix('txt')}text"

@@ -8,6 +8,7 @@ import pytest
 from running import DATA_STAGES, data_files, found, manifests, ran, run_all, statuses
 
 from pipelines.shards.tars import read_samples
+from repfusion.llm.load import load_language_model
 
 pytestmark = pytest.mark.ray
 CAPTION_CHARS = "curate.max_caption_chars 1000 -> 60"
@@ -55,10 +56,9 @@ def check_columns(config, results) -> None:
     from repfusion.conditioning.text_embed import encode_text
     from repfusion.latents.statistics import LatentStatistics
     from repfusion.latents.tower import RepresentationEncoder
-    from repfusion.llm.mllm import MLLM
 
     encoder = RepresentationEncoder.from_pretrained(config.train.model.encoder.path)
-    mllm = MLLM.from_pretrained(config.train.model.mllm)
+    mllm = load_language_model(config.train.model.mllm)
     stored = []
     for index, name in enumerate(results["curate"].output.shards.names):
         images, latents, features = (

@@ -5,7 +5,7 @@ import torch
 
 from repfusion.conditioning.noisy_latents import NoisyLatentConditioner, Prefix
 from repfusion.conditioning.text_embed import encode_text
-from repfusion.llm.mllm import MLLM
+from repfusion.llm.load import load_language_model
 
 PROMPTS = ["a red circle", "two blue square left of a green circle", ""]
 CPU = torch.device("cpu")
@@ -86,7 +86,7 @@ def test_training_gives_the_llm_no_mask_and_never_looks_at_padding(make_generato
     """Flash attention takes no mask; that padding has no effect is then up to its place."""
     conditioner = make_generator().conditioner
     masks = []
-    conditioner.mllm.language_model.layers[0].register_forward_pre_hook(
+    conditioner.llm.language_model.layers[0].register_forward_pre_hook(
         lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )
     prefix = conditioner.prepare(PROMPTS, CPU)
@@ -129,7 +129,7 @@ def test_the_condition_is_the_language_models_last_state_after_text_and_projecte
 ):
     """Written out for one prompt: LLM([y, P(z_t + e_t)]), the last n positions."""
     conditioner = make_generator().conditioner
-    mllm = conditioner.mllm
+    mllm = conditioner.llm
     ids, _ = mllm.tokenize(PROMPTS[:1])
     z_t, t = latents[:1], T[:1]
     visual = conditioner.projector(z_t + conditioner.time(t)[:, None])
@@ -144,12 +144,12 @@ def test_gradients_pass_the_frozen_model_to_projector_and_time_embedding(make_ge
     conditioner.condition(conditioner.prepare(PROMPTS, CPU), latents, T).tokens.square().sum().backward()
     for module in (conditioner.projector, conditioner.time):
         assert all(p.grad.abs().max() > 0 for p in module.parameters())
-    assert all(p.grad is None for p in conditioner.mllm.parameters())
+    assert all(p.grad is None for p in conditioner.llm.parameters())
 
 
 def test_precomputed_text_features_stand_for_their_prompts(make_generator, latents):
     conditioner = make_generator("text_embed").conditioner
-    features = encode_text(conditioner.mllm, PROMPTS)
+    features = encode_text(conditioner.llm, PROMPTS)
     assert [len(row) for row in features] == [4, 9, 1]
     from_text = conditioner.prepare(PROMPTS, CPU)
     mixed = conditioner.prepare([features[0].half().float(), PROMPTS[1], features[2]], CPU)
@@ -166,15 +166,15 @@ def test_text_features_of_another_model_are_refused(make_generator):
 
 def test_a_projector_of_another_width_is_refused(foundation):
     with pytest.raises(ValueError, match=r"takes width 16, the latents have 24"):
-        NoisyLatentConditioner(MLLM.from_pretrained(foundation / "llava"), latent_dim=24, num_tokens=4)
+        NoisyLatentConditioner(load_language_model(foundation / "llava"), latent_dim=24, num_tokens=4)
 
 
 def test_prompts_leave_room_for_the_latents_in_the_context(foundation):
-    mllm = MLLM.from_pretrained(foundation / "llava")
+    mllm = load_language_model(foundation / "llava")
     assert mllm.max_text_tokens == 48
     conditioner = NoisyLatentConditioner(mllm, latent_dim=16, num_tokens=123)
     assert conditioner.prepare(["a red circle and"], CPU).ids.shape == (1, 5)
     with pytest.raises(ValueError, match="has 6 tokens; the context takes 5"):
         conditioner.prepare(["a red circle and a"], CPU)
     with pytest.raises(ValueError, match="no room for a prompt beside 128 latent tokens"):
-        NoisyLatentConditioner(MLLM.from_pretrained(foundation / "llava"), latent_dim=16, num_tokens=128)
+        NoisyLatentConditioner(load_language_model(foundation / "llava"), latent_dim=16, num_tokens=128)

@@ -11,9 +11,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlavaForC
 from repfusion.conditioning.captioning import CaptioningConfig, caption_batch
 from repfusion.conditioning.noisy_latents import NoisyLatentsConfig
 from repfusion.conditioning.queries import QueriesConditioner, QueriesConfig
-from repfusion.llm.mllm import MLLM
-from repfusion.llm.prefix import see_each_other
-from repfusion.model.text_to_image import Generator, ModelConfig
+from repfusion.llm.load import load_language_model
+from repfusion.model.config import ModelConfig
+from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import checkpoint_folder, load_checkpoint
 from repfusion.train import train
 
@@ -27,23 +27,25 @@ def latents() -> torch.Tensor:
     return torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(0))
 
 
-def tokens(generator: Generator, z_t: torch.Tensor, t: torch.Tensor = T, reuse: bool = False) -> torch.Tensor:
+def tokens(
+    generator: TextToImage, z_t: torch.Tensor, t: torch.Tensor = T, reuse: bool = False
+) -> torch.Tensor:
     with torch.no_grad():
         prompts = generator.prompt_batch(PROMPTS, reuse)
         return generator.conditioner.condition(prompts, z_t, t).tokens
 
 
-def changes(generator: Generator, latents: torch.Tensor) -> tuple[bool, bool]:
+def changes(generator: TextToImage, latents: torch.Tensor) -> tuple[bool, bool]:
     """Whether the condition moves with the noisy latents, and with the noise level."""
     before = tokens(generator, latents)
     moved = tokens(generator, latents + 0.5), tokens(generator, latents, T / 2)
     return tuple(bool((after - before).abs().max() > 1e-3) for after in moved)
 
 
-def count_reads(generator: Generator) -> list[int]:
+def count_reads(generator: TextToImage) -> list[int]:
     """Filled with the number of tokens of each pass through the language model from now on."""
     reads: list[int] = []
-    generator.conditioner.mllm.language_model.layers[0].register_forward_pre_hook(
+    generator.conditioner.llm.language_model.layers[0].register_forward_pre_hook(
         lambda module, args, kwargs: reads.append((args or (kwargs["hidden_states"],))[0].shape[1]),
         with_kwargs=True,
     )
@@ -122,13 +124,13 @@ def test_connector_reads_all_queries_in_both_directions(make_generator):
 
 
 def test_adaln_pairs_queries_with_latents(foundation):
-    mllm = MLLM.from_pretrained(foundation / "llava")
+    mllm = load_language_model(foundation / "llava")
     with pytest.raises(ValueError, match="num_queries is 3, the latents are 4 tokens: interface adaln"):
         QueriesConditioner(mllm, 4, QueriesConfig(num_queries=3))
 
 
 def test_queries_leave_room_in_the_context(foundation):
-    mllm = MLLM.from_pretrained(foundation / "llava")
+    mllm = load_language_model(foundation / "llava")
     with pytest.raises(ValueError, match="context of 128 leaves no room for a prompt beside 128"):
         QueriesConditioner(mllm, 4, QueriesConfig(num_queries=128, interface="cross_attention"))
 
@@ -168,7 +170,7 @@ def test_caption_loss_is_the_language_models_own(make_generator, latents, founda
     """Against transformers' loss on the same tokens, one caption at a time, causal as LLaVA is."""
     generator = make_generator("noisy_latents_trained", awake=False)
     generator.conditioner.bidirectional = False
-    mllm = generator.conditioner.mllm
+    mllm = generator.conditioner.llm
     captions = generator.caption_batch(PROMPTS, torch.zeros(3))
     with torch.no_grad():
         got = generator.conditioner.caption_losses(latents, captions)
@@ -187,7 +189,7 @@ def test_caption_loss_is_the_language_models_own(make_generator, latents, founda
 
 
 def test_captioned_samples_are_drawn_by_chance_and_weighted_to_the_whole(foundation):
-    mllm = MLLM.from_pretrained(foundation / "llava")
+    mllm = load_language_model(foundation / "llava")
     config = CaptioningConfig(weight=0.2, share=0.5)
     batch = caption_batch(mllm, ["a", "red", "a red circle"], torch.tensor([0.4, 0.6, 0.1]), config)
     assert batch.rows.tolist() == [0, 2] and batch.weights.tolist() == pytest.approx([0.4, 0.4])
@@ -221,8 +223,8 @@ def test_a_trained_llm_under_the_engine(foundation, columns, tmp_path, method, s
     train(config, on_report=reports.append)
     assert all(report.caption_loss > 0.1 and report.loss > 0.5 for report in reports)
     folder = checkpoint_folder(tmp_path / "run" / "checkpoints", 4)
-    trained = load_checkpoint(folder).conditioner.mllm
-    first = MLLM.from_pretrained(model.mllm, with_head=True)
+    trained = load_checkpoint(folder).conditioner.llm
+    first = load_language_model(model.mllm, with_head=True)
     assert not trained.is_frozen
     for part in ("language_model", "head"):
         before, after = getattr(first, part).state_dict(), getattr(trained, part).state_dict()
@@ -251,7 +253,7 @@ def test_tied_embeddings_are_trained_once(tmp_path: Path, columns):
     }
     config = tiny_train(foundation, columns, tmp_path / "run", model=model, num_steps=2)
     train(config)
-    mllm = load_checkpoint(checkpoint_folder(tmp_path / "run" / "checkpoints", 2)).conditioner.mllm
+    mllm = load_checkpoint(checkpoint_folder(tmp_path / "run" / "checkpoints", 2)).conditioner.llm
     assert mllm.head is not None and mllm.head.weight is mllm.language_model.embed_tokens.weight
 
 

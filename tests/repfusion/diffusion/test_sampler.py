@@ -181,7 +181,7 @@ def test_the_whole_interval_is_guidance_everywhere_and_an_empty_one_is_none(make
 def test_an_interval_below_every_level_leaves_the_empty_prompt_unread(make_generator):
     generator = make_generator()
     read: list[int] = []
-    language_model = generator.conditioner.mllm.language_model
+    language_model = generator.conditioner.llm.language_model
     language_model.get_input_embeddings().register_forward_pre_hook(
         lambda module, args: read.append(len(args[0]))
     )

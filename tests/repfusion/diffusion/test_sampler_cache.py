@@ -103,7 +103,7 @@ def test_the_prompt_is_read_once_and_every_step_reads_only_the_latents(make_gene
     """
     generator = make_generator()
     seen: list[tuple[int, int]] = []
-    layer = generator.conditioner.mllm.language_model.layers[0]
+    layer = generator.conditioner.llm.language_model.layers[0]
     layer.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[:2])))
     config = SamplerConfig(num_steps=5, guidance_interval=(0.2, 1.0), precision="fp32")
     sample(generator, PROMPTS, noise_of(generator), config)

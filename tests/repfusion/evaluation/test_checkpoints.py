@@ -11,7 +11,7 @@ from tiny_training import make_columns, make_foundation, tiny_model
 from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.evaluation import EvaluationConfig, evaluate_checkpoint, read_evaluation
 from repfusion.latents.statistics import LatentStatistics
-from repfusion.model.text_to_image import Generator
+from repfusion.model.build import build_model
 from repfusion.runs.checkpoint import save_checkpoint
 from repfusion.scenes.captions import TASKS
 
@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory):
     columns = make_columns(root)
     statistics = LatentStatistics.load(columns / "image_features" / "statistics.safetensors")
     torch.manual_seed(0)
-    generator = Generator.build(tiny_model(make_foundation(root)), statistics)
+    generator = build_model(tiny_model(make_foundation(root)), statistics)
     folder = root / "checkpoints" / "step_00000007"
     ema = {name: p + 0.05 * torch.randn_like(p) for name, p in generator.trainable_state().items()}
     save_checkpoint(folder, generator, ema, step=7)

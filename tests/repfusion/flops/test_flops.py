@@ -31,8 +31,9 @@ from repfusion.flops.count import (
 )
 from repfusion.flops.memory import sizes
 from repfusion.flops.peaks import peak_flops, peak_of
-from repfusion.model.meta import load_model_config, meta_from_config, meta_generator
-from repfusion.model.text_to_image import Generator
+from repfusion.model.build import build_model
+from repfusion.model.meta import load_model_config, meta_from_config, meta_model
+from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import load_checkpoint
 from repfusion.weights import WEIGHTS
 
@@ -41,7 +42,7 @@ PROMPTS = ["a red circle", "a green square"]
 
 
 @pytest.fixture(scope="module")
-def base() -> Generator:
+def base() -> TextToImage:
     return load_checkpoint(WEIGHTS / "base")
 
 
@@ -52,7 +53,7 @@ def counted(work) -> int:
     return counter.get_total_flops()
 
 
-def training(generator: Generator, prompts: list, backward: bool = True) -> int:
+def training(generator: TextToImage, prompts: list, backward: bool = True) -> int:
     n, d = generator.latent_shape
     b = len(prompts)
     batch = generator.prompt_batch(prompts)
@@ -67,8 +68,8 @@ def training(generator: Generator, prompts: list, backward: bool = True) -> int:
     return counted(work)
 
 
-def num_tokens(generator: Generator) -> int:
-    return generator.conditioner.mllm.tokenize(PROMPTS)[0].shape[1]
+def num_tokens(generator: TextToImage) -> int:
+    return generator.conditioner.llm.tokenize(PROMPTS)[0].shape[1]
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -90,27 +91,27 @@ def test_a_training_sample_of_another_geometry_is_counted_exactly(elsewhere, bac
     assert training(generator, PROMPTS, backward) == len(PROMPTS) * expected
 
 
-def with_statistics(config) -> Generator:
+def with_statistics(config) -> TextToImage:
     from repfusion.latents.statistics import LatentStatistics
 
     encoder = config.encoder.load()
     features = torch.randn(8, encoder.num_tokens, encoder.feature_dim)
     statistics = LatentStatistics.empty(*features.shape[1:])
     statistics.update(features)
-    return Generator.build(config, statistics)
+    return build_model(config, statistics)
 
 
 def test_text_features_computed_ahead_cost_nothing(make_generator):
     generator = make_generator("text_embed")
     text = num_tokens(generator)
-    features = encode_text(generator.conditioner.mllm, PROMPTS)
+    features = encode_text(generator.conditioner.llm, PROMPTS)
     assert training(generator, features) == len(PROMPTS) * train_flops(generator, text)
-    reading = counted(lambda: encode_text(generator.conditioner.mllm, PROMPTS))
+    reading = counted(lambda: encode_text(generator.conditioner.llm, PROMPTS))
     extra = train_flops(generator, text, has_text_features=False) - train_flops(generator, text)
     assert reading == len(PROMPTS) * extra
 
 
-def without_captions(generator: Generator, text: int) -> dict[str, Cost]:
+def without_captions(generator: TextToImage, text: int) -> dict[str, Cost]:
     """What a sample that is not captioned costs."""
     costs = train_costs(generator, text, has_text_features=False)
     if generator.captioning is not None:
@@ -187,14 +188,14 @@ def test_static_queries_cost_the_language_model_once_and_timestep_queries_at_eve
 
 def test_transfusion_has_a_head_in_the_place_of_a_dit(make_generator):
     generator = make_generator("transfusion")
-    width = generator.conditioner.mllm.width
+    width = generator.conditioner.llm.width
     n, d = generator.latent_shape
     assert row_costs(generator, 8).each[DENOISER] == 2 * n * d * width
 
 
 def test_half_of_causal_attention_is_what_the_mask_leaves(base):
     """By counting the pairs of a query and a key that it may see."""
-    model = base.conditioner.mllm.language_model
+    model = base.conditioner.llm.language_model
     for queries, keys in ((5, 5), (4, 7)):
         pairs = sum(keys - queries + 1 + i for i in range(queries))
         full, half = (language_cost(model, queries, keys, halve).forward for halve in (False, True))
@@ -215,11 +216,11 @@ def test_frozen_weights_count_forward_and_activation_gradient_only(base):
     cost = train_costs(base, 8)[LLM]
     weights = sum(
         layer.weight.numel()
-        for layer in base.conditioner.mllm.language_model.modules()
+        for layer in base.conditioner.llm.language_model.modules()
         if isinstance(layer, torch.nn.Linear)
     )
     tokens = 8 + base.latent_shape[0]
-    config = base.conditioner.mllm.language_model.config
+    config = base.conditioner.llm.language_model.config
     square = 4 * config.hidden_size * tokens**2 * config.num_hidden_layers
     assert cost == Cost(2 * weights * tokens + square, 2 * weights * tokens + 2 * square)
 
@@ -246,7 +247,7 @@ def test_a_generator_without_memory_counts_the_same(base):
 def test_bytes_follow_the_precision_of_the_frozen_weights(base):
     half = base.config.model_copy(update={"mllm_dtype": "bfloat16"})
     text = AutoConfig.from_pretrained(base.config.mllm).get_text_config()
-    bare = meta_generator(half, text, base.grid, base.latent_shape[1])
+    bare = meta_model(half, text, base.grid, base.latent_shape[1])
     assert 2 * sizes(bare)[LLM].num_bytes == sizes(base)[LLM].num_bytes
     assert sizes(bare)[DENOISER] == sizes(base)[DENOISER]
 

@@ -37,7 +37,7 @@ from repfusion.latents.load import EncoderConfig, load_decoder
 from repfusion.latents.rae_decoder import RAEDecoder
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.latents.tower import RepresentationEncoder
-from repfusion.llm.mllm import MLLM
+from repfusion.llm.load import load_language_model
 from repfusion.runs.checkpoint import load_checkpoint, save_checkpoint
 from repfusion.scenes.captions import NUMBERS, describe
 from repfusion.scenes.world import COLOURS, NEW_COLOUR, NEW_SHAPE, SHAPES, WorldConfig, draw_scene, render
@@ -206,7 +206,7 @@ def test_the_recipes_folders_load_by_the_code_that_users_run(trained):
     from_llava = RepresentationEncoder.from_pretrained(trained / "llava")
     assert torch.equal(from_llava(pixels), encoder(pixels))
 
-    llava, twin = MLLM.from_pretrained(trained / "llava"), MLLM.from_pretrained(trained / "language")
+    llava, twin = load_language_model(trained / "llava"), load_language_model(trained / "language")
     assert llava.projector is not None and twin.projector is None
     assert llava.language_model.config.to_dict().keys() == twin.language_model.config.to_dict().keys()
     shapes = [{n: p.shape for n, p in m.language_model.named_parameters()} for m in (llava, twin)]
@@ -286,7 +286,7 @@ def test_the_other_llavas_read_the_very_tower_of_the_first(trained, name, width,
         first[part].shape != other[part].shape or not torch.equal(first[part], other[part])
         for part in first.keys() - tower
     )
-    mllms = [MLLM.from_pretrained(trained / one) for one in ("llava", name)]
+    mllms = [load_language_model(trained / one) for one in ("llava", name)]
     assert (mllms[1].width, len(mllms[1].language_model.layers)) == (width, depth)
     ids = [mllm.tokenize(["two red circles"])[0] for mllm in mllms]
     assert torch.equal(*ids)

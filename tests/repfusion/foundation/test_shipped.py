@@ -13,7 +13,7 @@ from repfusion.generate import generate
 from repfusion.latents.load import EncoderConfig, load_decoder
 from repfusion.latents.rae_decoder import RAEDecoder
 from repfusion.latents.tower import RepresentationEncoder
-from repfusion.llm.mllm import MLLM
+from repfusion.llm.load import load_language_model
 from repfusion.runs.checkpoint import load_checkpoint
 from repfusion.scenes.captions import TASKS, draw_prompts, possible_tasks, write_prompt
 from repfusion.scenes.detector import score_image
@@ -47,7 +47,7 @@ def test_the_larger_llava_sees_by_the_shipped_tower_and_no_worse():
             key for key in large if "vision" in key and key.endswith(name.removeprefix("vision_model."))
         )
         assert torch.equal(large[found], weight)
-    small, grown = (MLLM.from_pretrained(WEIGHTS / name) for name in ("llava_fluent", "llava_large"))
+    small, grown = (load_language_model(WEIGHTS / name) for name in ("llava_fluent", "llava_large"))
     assert (small.width, grown.width) == (128, 256)
     assert torch.equal(*(mllm.tokenize(["two red circles"])[0] for mllm in (small, grown)))
     quality = json.loads((WEIGHTS / "foundation.json").read_text())["quality"]
@@ -73,7 +73,7 @@ def test_the_twin_has_the_geometry_of_the_llava():
     twin = AutoModelForCausalLM.from_pretrained(WEIGHTS / "language").model
     shapes = {name: p.shape for name, p in llava.named_parameters()}
     assert {name: p.shape for name, p in twin.named_parameters()} == shapes
-    assert MLLM.from_pretrained(WEIGHTS / "language").projector is None
+    assert load_language_model(WEIGHTS / "language").projector is None
 
 
 @pytest.mark.parametrize("task", ["single_object", "colours"])

@@ -40,7 +40,7 @@ from repfusion.latents.load import EncoderConfig, load_decoder
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.latents.tower import IMAGENET, PIXEL_STATISTICS, RepresentationEncoder
 from repfusion.latents.vae import VAEDecoder, VAEEncoder
-from repfusion.model.text_to_image import Generator
+from repfusion.model.build import build_model
 from repfusion.runs.checkpoint import load_checkpoint, save_checkpoint
 
 SIZE, PATCH, WIDTH, LAYERS = 24, 8, 32, 3
@@ -330,7 +330,7 @@ def test_a_model_over_a_vae_is_saved_loads_and_generates(foundation, tmp_path):
     config = tiny_model(foundation).model_copy(update=own)
     space, statistics = encoder.load(), LatentStatistics.empty(36, 3)
     statistics.update(space(torch.rand(8, 3, 24, 24, generator=torch.Generator().manual_seed(0))))
-    generator = Generator.build(config, statistics)
+    generator = build_model(config, statistics)
     assert (generator.grid, generator.latent_shape) == ((6, 6), (36, 3))
     save_checkpoint(tmp_path / "step_00000001", generator, generator.trainable_state())
     loaded = load_checkpoint(tmp_path / "step_00000001")
@@ -343,4 +343,4 @@ def test_a_model_over_a_vae_is_saved_loads_and_generates(foundation, tmp_path):
         generator.load_decoder()
     with pytest.raises(ValueError, match=r"features \(36, 3\), the encoder .* gives \(16, 3\) at 16 px"):
         at_16 = encoder.model_copy(update={"image_size": 16})
-        Generator.build(config.model_copy(update={"encoder": at_16}), statistics)
+        build_model(config.model_copy(update={"encoder": at_16}), statistics)

@@ -20,8 +20,8 @@ from repfusion.latents.geometry import TowerGeometry, tower_geometry
 from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.latents.tower import RepresentationEncoder
-from repfusion.model.dit import sin_cos_positions
-from repfusion.model.text_to_image import Generator
+from repfusion.layers import sin_cos_positions
+from repfusion.model.build import build_model
 from repfusion.runs.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -100,7 +100,7 @@ def test_a_model_at_another_size_is_saved_loads_and_generates(foundation, tmp_pa
     encoder = wide.encoder.load()
     statistics = LatentStatistics.empty(encoder.num_tokens, encoder.feature_dim)
     statistics.update(encoder(torch.rand(4, 3, 48, 48, generator=torch.Generator().manual_seed(0))))
-    generator = Generator.build(wide, statistics)
+    generator = build_model(wide, statistics)
     assert (generator.grid, generator.latent_shape) == ((3, 3), (9, 16))
     assert generator.shift == shift_factor(9, 16)
     with pytest.raises(ValueError, match=r"\(\(2, 2\), 16\), the model makes \(\(3, 3\), 16\)"):
@@ -108,7 +108,7 @@ def test_a_model_at_another_size_is_saved_loads_and_generates(foundation, tmp_pa
     decoder = RAEDecoderConfig(feature_dim=16, grid=(3, 3), patch_size=16, hidden_size=16, depth=1)
     RAEDecoder(decoder).save_pretrained(tmp_path / "decoder")
     wide = wide.model_copy(update={"decoder": tmp_path / "decoder"})
-    generator = Generator.build(wide, statistics)
+    generator = build_model(wide, statistics)
     save_checkpoint(tmp_path / "step_00000001", generator, generator.trainable_state())
     loaded = load_checkpoint(tmp_path / "step_00000001")
     assert loaded.config.encoder.image_size == 48
@@ -116,7 +116,7 @@ def test_a_model_at_another_size_is_saved_loads_and_generates(foundation, tmp_pa
     images = [generate(g.eval(), g.load_decoder(), ["a red circle"], 3, sampler) for g in (generator, loaded)]
     assert images[0].shape == (1, 3, 48, 48) and torch.equal(*images)
     with pytest.raises(ValueError, match=r"features \(9, 16\), the encoder .* gives \(4, 16\) at 32 px"):
-        Generator.build(config, statistics)
+        build_model(config, statistics)
 
 
 @pytest.mark.parametrize("image_size, nearest", [(28, 32), (4, 8), (0, 8), (-8, 8)])

@@ -18,7 +18,7 @@ from repfusion.latents.statistics import LatentStatistics
 from repfusion.lineage.__main__ import main
 from repfusion.lineage.describe import code_version, describe, lock_digest, png_info, read_png
 from repfusion.lineage.trace import trace
-from repfusion.model.text_to_image import Generator
+from repfusion.model.build import build_model
 from repfusion.runs.checkpoint import frozen_digests, save_checkpoint
 from repfusion.weights import WEIGHTS
 
@@ -42,7 +42,7 @@ class World:
         self.data = {"images": self.columns / "curate", "image_features": self.columns / "image_features"}
         statistics = LatentStatistics.load(self.columns / "image_features" / "statistics.safetensors")
         torch.manual_seed(0)
-        generator = Generator.build(tiny_model(self.foundation), statistics)
+        generator = build_model(tiny_model(self.foundation), statistics)
         self.checkpoint = root / "train" / "checkpoints" / "step_00000042"
         save_checkpoint(self.checkpoint, generator, generator.trainable_state(), step=42)
         self.lineage = describe(

@@ -15,12 +15,13 @@ from transformers import (
 )
 
 from repfusion.latents.statistics import VARIANCE_EPS, LatentStatistics
-from repfusion.llm.mllm import MLLM, Projector
+from repfusion.llm.load import load_language_model
+from repfusion.llm.projector import Projector
 
 
 @pytest.fixture
 def mllm(foundation) -> MLLM:
-    return MLLM.from_pretrained(foundation / "llava")
+    return load_language_model(foundation / "llava")
 
 
 def test_prompts_are_padded_on_the_left_and_begin_with_the_begin_token(mllm):
@@ -59,7 +60,7 @@ def test_weights_are_those_of_the_folder(mllm, foundation):
 
 
 def test_a_llava_made_elsewhere_loads_with_its_own_tokenizer(elsewhere):
-    mllm = MLLM.from_pretrained(elsewhere.mllm)
+    mllm = load_language_model(elsewhere.mllm)
     whole = LlavaForConditionalGeneration.from_pretrained(elsewhere.mllm)
     width = whole.config.vision_config.hidden_size
     features = torch.randn(2, 3, width)
@@ -84,17 +85,17 @@ def test_a_tokenizer_without_begin_and_end_token_is_refused(foundation, tmp_path
     fields = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in fields.items() if k not in ("bos_token", "eos_token")}))
     with pytest.raises(ValueError, match="begin"):
-        MLLM.from_pretrained(folder)
+        load_language_model(folder)
 
 
 def test_the_language_only_twin_loads_without_a_projector(foundation, tmp_path):
     llava = LlavaForConditionalGeneration.from_pretrained(foundation / "llava")
     LlamaForCausalLM(llava.config.text_config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(foundation / "llava").save_pretrained(tmp_path)
-    twin = MLLM.from_pretrained(tmp_path)
+    twin = load_language_model(tmp_path)
     assert twin.projector is None
     assert twin.width == 32
-    assert twin.digest != MLLM.from_pretrained(foundation / "llava").digest
+    assert twin.digest != load_language_model(foundation / "llava").digest
 
 
 def test_another_causal_language_model_loads(foundation, tmp_path):
@@ -109,12 +110,12 @@ def test_another_causal_language_model_loads(foundation, tmp_path):
     )
     Qwen2ForCausalLM(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(foundation / "llava").save_pretrained(tmp_path)
-    mllm = MLLM.from_pretrained(tmp_path)
+    mllm = load_language_model(tmp_path)
     assert (mllm.width, mllm.max_text_tokens) == (24, 30)
 
 
 def test_weights_can_be_held_in_bfloat16(foundation):
-    mllm = MLLM.from_pretrained(foundation / "llava", torch.bfloat16)
+    mllm = load_language_model(foundation / "llava", torch.bfloat16)
     assert {p.dtype for p in mllm.language_model.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in mllm.projector.parameters()} == {torch.float32}
 
@@ -130,7 +131,7 @@ def test_other_folders_are_refused(tmp_path, config, message):
     if config is not None:
         (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
-        MLLM.from_pretrained(tmp_path)
+        load_language_model(tmp_path)
 
 
 def test_a_llava_that_reads_several_layers_is_refused(foundation, tmp_path):
@@ -139,7 +140,7 @@ def test_a_llava_that_reads_several_layers_is_refused(foundation, tmp_path):
     config.vision_feature_layer = [-2, -1]
     LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"reads layers \[-2, -1\] of its tower; expected a single layer"):
-        MLLM.from_pretrained(tmp_path)
+        load_language_model(tmp_path)
 
 
 @pytest.mark.parametrize("bias", [True, False])

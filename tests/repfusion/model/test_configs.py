@@ -20,8 +20,8 @@ from repfusion.flops.paper import (
     image_flops,
     paper_markdown,
 )
+from repfusion.model.config import ModelConfig
 from repfusion.model.meta import CONFIGS, GEOMETRY, absent_folders, geometry_folder, published
-from repfusion.model.text_to_image import ModelConfig
 from repfusion.train import TrainConfig
 from repfusion.training.engine import learning_rate
 
@@ -88,7 +88,7 @@ def test_the_published_scale_is_what_it_says():
     assert generator.latent_shape == (576, 1024) and generator.shift == 12
     assert (decoder.grid, decoder.feature_dim) == (generator.grid, 1024)
     assert decoder.config.patch_size * 24 == 576
-    language_model = sum(p.numel() for p in generator.conditioner.mllm.language_model.parameters())
+    language_model = sum(p.numel() for p in generator.conditioner.llm.language_model.parameters())
     # of the 6,738,415,616 parameters of LLaMA-7B, without its head; LLaVA adds 64 tokens
     assert language_model == 6_738_415_616 - 32_000 * 4096 + 64 * 4096
 
@@ -96,7 +96,7 @@ def test_the_published_scale_is_what_it_says():
 def test_language_models_have_their_published_sizes():
     """Parameters of the published checkpoints, whose head is the embedding."""
     for name, num in (("repfusion_1b_7.3b", 1_235_814_400), ("repfusion_3b_5.5b", 3_212_749_824)):
-        assert sum(p.numel() for p in generator_of(name).conditioner.mllm.parameters()) == num
+        assert sum(p.numel() for p in generator_of(name).conditioner.llm.parameters()) == num
 
 
 def test_a_folder_that_is_there_gives_its_own_geometry(tmp_path: Path):
@@ -155,7 +155,7 @@ def test_the_settings_count_what_they_say():
         static, plain
     ) == pytest.approx(decoder)
     again = replace(plain, rereads_prompt=True)
-    prompt = language_cost(generator_of(timestep.config).conditioner.mllm.language_model, 64, 64).forward
+    prompt = language_cost(generator_of(timestep.config).conditioner.llm.language_model, 64, 64).forward
     assert image_flops(timestep, again) - image_flops(timestep, plain) == pytest.approx(2 * 29 * prompt)
     assert image_flops(repfusion, again) == image_flops(repfusion, plain)
     assert image_flops(COMPARED[0], plain) > image_flops(text_embed, plain)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from repfusion.model.dit import (
+from repfusion.layers import (
     Attention,
     DiT,
     DiTConfig,

@@ -20,9 +20,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, app
 
 from repfusion.diffusion.flow import shift_noise_level
 from repfusion.diffusion.sampler import SamplerConfig, noise_levels, sample
+from repfusion.latents.load import EncoderConfig
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.latents.tower import RepresentationEncoder
-from repfusion.model.dit import (
+from repfusion.layers import (
     Attention,
     Block,
     DiT,
@@ -33,7 +34,9 @@ from repfusion.model.dit import (
     rotate,
     timestep_embedding,
 )
-from repfusion.model.text_to_image import EncoderConfig, Generator, ModelConfig
+from repfusion.model.build import build_model
+from repfusion.model.config import ModelConfig
+from repfusion.model.text_to_image import TextToImage
 from repfusion.weights import WEIGHTS
 
 PROMPTS = ["a red circle", "two blue squares and a green triangle", ""]
@@ -69,14 +72,14 @@ def llava(config: ModelConfig) -> LlavaForConditionalGeneration:
 
 
 @pytest.fixture
-def generator(config: ModelConfig) -> Generator:
+def generator(config: ModelConfig) -> TextToImage:
     """Untrained: the projector is the LLaVA's own, latents are features, and the embedding of the noise level
     is zero.
     """
     encoder = config.encoder.load()
     shape = (encoder.num_tokens, encoder.feature_dim)
     unit = LatentStatistics(1, torch.zeros(shape).double(), torch.ones(shape).double())
-    made = Generator.build(config, unit).eval()
+    made = build_model(config, unit).eval()
     assert not made.conditioner.time(torch.tensor([0.0, 0.5, 1.0])).any()
     return made
 
@@ -106,14 +109,14 @@ def seen_by_projector(llava: LlavaForConditionalGeneration, normalised: torch.Te
 
 @torch.no_grad()
 def llavas_hidden_states(
-    llava: LlavaForConditionalGeneration, generator: Generator, normalised: torch.Tensor
+    llava: LlavaForConditionalGeneration, generator: TextToImage, normalised: torch.Tensor
 ) -> torch.Tensor:
     """LLaVA's own forward on pixels, each prompt by itself, text first and the image's tokens after it; the
     last hidden states at those.
     """
     num_tokens, rows = generator.latent_shape[0], []
     for prompt, image in zip(PROMPTS, normalised.split(1), strict=True):
-        ids, mask = generator.conditioner.mllm.tokenize([prompt])
+        ids, mask = generator.conditioner.llm.tokenize([prompt])
         assert mask.all()
         image_ids = torch.full((1, num_tokens), llava.config.image_token_index)
         output = llava.model(input_ids=torch.cat([ids, image_ids], dim=1), pixel_values=image)
@@ -122,7 +125,7 @@ def llavas_hidden_states(
 
 
 @torch.no_grad()
-def ours(generator: Generator, features: torch.Tensor, reuse: bool) -> torch.Tensor:
+def ours(generator: TextToImage, features: torch.Tensor, reuse: bool) -> torch.Tensor:
     prompts = generator.prompt_batch(PROMPTS, reuse=reuse)
     return generator.conditioner.condition(prompts, features, torch.zeros(len(PROMPTS))).tokens
 

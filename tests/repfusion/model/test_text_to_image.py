@@ -10,22 +10,24 @@ from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.latents.tower import RepresentationEncoder
+from repfusion.model.build import build_model
+from repfusion.model.config import ModelConfig
 from repfusion.model.dit import DiTConfig
-from repfusion.model.text_to_image import Generator, ModelConfig
+from repfusion.model.text_to_image import TextToImage
 
 PROMPTS = ["a red circle", "two blue square", "a green circle left of a blue square", ""]
 TRAINED = ["noisy_latents_trained", "transfusion"]
 """Methods that train the language model."""
 
 
-def batch_of(generator: Generator, num: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def batch_of(generator: TextToImage, num: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Latents, noise levels and noise of fixed seeds."""
     latents = torch.randn(num, *generator.latent_shape, generator=torch.Generator().manual_seed(0))
     drawn = draw(range(100, 100 + num), generator.latent_shape, shift=1.0)
     return latents, drawn.t, drawn.noise
 
 
-def objective(generator: Generator) -> torch.Tensor:
+def objective(generator: TextToImage) -> torch.Tensor:
     """What training minimises, on one batch: the velocity's loss, and the captions' where there is one."""
     latents, t, noise = batch_of(generator)
     prompts = generator.prompt_batch(PROMPTS)
@@ -36,7 +38,7 @@ def objective(generator: Generator) -> torch.Tensor:
     return losses.mean() + said.mean()
 
 
-def train_steps(generator: Generator, num_steps: int, learning_rate: float = 3e-3) -> list[float]:
+def train_steps(generator: TextToImage, num_steps: int, learning_rate: float = 3e-3) -> list[float]:
     """Plain steps on one batch; the losses before each."""
     optimizer = torch.optim.AdamW(generator.trainable_state().values(), lr=learning_rate, weight_decay=0)
     losses = []
@@ -77,11 +79,11 @@ def test_training_changes_every_trainable_weight_and_no_frozen_bit(make_generato
     train_steps(generator, 4)
     frozen = [name for name in before if name not in trainable]
     assert bool(frozen) == (conditioning not in TRAINED)
-    assert all(name.startswith("conditioner.mllm.language_model.") for name in frozen)
+    assert all(name.startswith("conditioner.llm.language_model.") for name in frozen)
     after = generator.state_dict()
     assert [name for name in frozen if not torch.equal(after[name], before[name])] == []
     assert [name for name in trainable if torch.equal(after[name], before[name])] == []
-    assert all(p.grad is None for p in generator.conditioner.mllm.parameters() if not p.requires_grad)
+    assert all(p.grad is None for p in generator.conditioner.llm.parameters() if not p.requires_grad)
 
 
 @pytest.mark.parametrize("conditioning", METHODS)
@@ -133,9 +135,9 @@ def test_a_llava_made_elsewhere_trains_and_samples(elsewhere, conditioning):
     pixels = torch.rand(4, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     statistics = LatentStatistics.empty(encoder.num_tokens, encoder.feature_dim)
     statistics.update(encoder(pixels))
-    generator = Generator.build(config, statistics)
+    generator = build_model(config, statistics)
     latents = generator.normalise(encoder(pixels))
-    frozen = {n: v.clone() for n, v in generator.conditioner.mllm.state_dict().items()}
+    frozen = {n: v.clone() for n, v in generator.conditioner.llm.state_dict().items()}
     drawn = draw(range(100, 104), generator.latent_shape, generator.shift)
     optimizer = torch.optim.AdamW(generator.trainable_state().values(), lr=3e-3)
     losses = []
@@ -147,7 +149,7 @@ def test_a_llava_made_elsewhere_trains_and_samples(elsewhere, conditioning):
         optimizer.step()
     assert losses[-1] < 0.95 * losses[0]
     if conditioning not in TRAINED:
-        assert all(torch.equal(v, frozen[n]) for n, v in generator.conditioner.mllm.state_dict().items())
+        assert all(torch.equal(v, frozen[n]) for n, v in generator.conditioner.llm.state_dict().items())
     made = sample(generator, PROMPTS, drawn.noise, SamplerConfig(num_steps=2))
     images = generator.load_decoder()(generator.denormalise(made))
     assert images.shape == (4, 3, 48, 48) and bool(images.isfinite().all())
@@ -157,7 +159,7 @@ def test_the_language_only_twin_gets_a_fresh_projector_and_trains(foundation, st
     llava = LlavaForConditionalGeneration.from_pretrained(foundation / "llava")
     LlamaForCausalLM(llava.config.text_config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(foundation / "llava").save_pretrained(tmp_path)
-    generator = Generator.build(tiny_model(foundation).model_copy(update={"mllm": tmp_path}), statistics)
+    generator = build_model(tiny_model(foundation).model_copy(update={"mllm": tmp_path}), statistics)
     projector = generator.conditioner.projector
     assert (projector.linear_1.in_features, projector.linear_2.out_features) == (WIDTH, 32)
     pretrained = llava.model.multi_modal_projector.linear_1.weight
@@ -171,7 +173,7 @@ def test_the_mllms_own_projector_starts_by_making_of_latents_what_it_made_of_fea
     mean = torch.randn(WIDTH, generator=gen).double().expand(GRID**2, WIDTH)
     var = (0.3 + torch.rand(WIDTH, generator=gen).double()).expand(GRID**2, WIDTH)
     statistics = LatentStatistics(10, mean, 10 * var)
-    generator = Generator.build(tiny_model(foundation), statistics)
+    generator = build_model(tiny_model(foundation), statistics)
     features = torch.randn(2, GRID**2, WIDTH, generator=gen)
     own = LlavaForConditionalGeneration.from_pretrained(foundation / "llava").model.multi_modal_projector
     with torch.no_grad():
@@ -179,7 +181,7 @@ def test_the_mllms_own_projector_starts_by_making_of_latents_what_it_made_of_fea
         projector = generator.conditioner.projector
         errors = [(projector(tokens) - expected).norm() / expected.norm() for tokens in (latents, features)]
     assert errors[0] < 1e-4 and errors[1] > 0.1
-    assert generator.conditioner.mllm.projector is None  # held once
+    assert generator.conditioner.llm.projector is None  # held once
 
 
 def test_frozen_weights_in_bfloat16_train_a_float32_model(make_generator):
@@ -236,11 +238,11 @@ def test_parts_that_do_not_fit_are_refused(foundation, statistics, elsewhere):
     with pytest.raises(
         ValueError, match=r"features \(4, 20\), the encoder .* gives \(4, 16\) at 32 px; re-run 'latents'"
     ):
-        Generator.build(config, wide)
+        build_model(config, wide)
     with pytest.raises(ValueError, match="hidden_size 12 is below the latent width 16"):
-        Generator.build(config.model_copy(update={"dit": DiTConfig(hidden_size=12, num_heads=1)}), statistics)
+        build_model(config.model_copy(update={"dit": DiTConfig(hidden_size=12, num_heads=1)}), statistics)
     with pytest.raises(ValueError, match=r"its projector takes width \d+, the latents have 16"):
-        Generator.build(config.model_copy(update={"mllm": elsewhere.mllm}), statistics)
+        build_model(config.model_copy(update={"mllm": elsewhere.mllm}), statistics)
 
 
 def test_a_decoder_of_other_features_is_refused(make_generator, tmp_path):
@@ -256,4 +258,4 @@ def test_statistics_of_another_grid_are_refused(make_generator):
     generator = make_generator()
     other = LatentStatistics(1, torch.zeros(6, 16).double(), torch.ones(6, 16).double())
     with pytest.raises(ValueError, match=r"statistics have 6 tokens, the encoder's grid is 2 x 2"):
-        Generator(generator.config, generator.conditioner.mllm, other, (2, 2))
+        Generator(generator.config, generator.conditioner.llm, other, (2, 2))

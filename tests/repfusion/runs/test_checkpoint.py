@@ -10,7 +10,9 @@ from tiny_training import GRID, WIDTH, make_foundation, tiny_model
 
 from repfusion.latents.load import EncoderConfig
 from repfusion.latents.statistics import LatentStatistics
-from repfusion.model.text_to_image import Generator, ModelConfig
+from repfusion.model.build import build_model
+from repfusion.model.config import ModelConfig
+from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import (
     begin_checkpoint,
     check_complete,
@@ -32,16 +34,16 @@ def foundation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_foundation(tmp_path_factory.mktemp("weights"))
 
 
-def build(foundation: Path, **dit) -> Generator:
+def build(foundation: Path, **dit) -> TextToImage:
     statistics = LatentStatistics.empty(GRID**2, WIDTH)
     statistics.update(torch.randn(50, GRID**2, WIDTH, generator=torch.Generator().manual_seed(0)))
     torch.manual_seed(1)
     config = tiny_model(foundation)
-    return Generator.build(config.model_copy(update={"dit": config.dit.model_copy(update=dit)}), statistics)
+    return build_model(config.model_copy(update={"dit": config.dit.model_copy(update=dit)}), statistics)
 
 
 @pytest.fixture
-def saved(foundation: Path, tmp_path: Path) -> tuple[Generator, Path]:
+def saved(foundation: Path, tmp_path: Path) -> tuple[TextToImage, Path]:
     generator = build(foundation)
     ema = {name: p.detach() + 1 for name, p in generator.trainable_state().items()}
     folder = tmp_path / "step_00000500"

@@ -107,4 +107,4 @@ def test_bytes_of_a_sample_are_those_of_its_columns(make_generator, columns):
         stored = np.load(io.BytesIO(file.read()))
     assert column_bytes(make_generator(), 9) == {"latents": stored.nbytes}
     generator = make_generator("text_embed")
-    assert column_bytes(generator, 9)["text features"] == 9 * 2 * generator.conditioner.mllm.width
+    assert column_bytes(generator, 9)["text features"] == 9 * 2 * generator.conditioner.llm.width

@@ -29,9 +29,9 @@ from repfusion.data.mixture import Mixture
 from repfusion.diffusion.flow import FlowConfig
 from repfusion.flops import train_flops
 from repfusion.lineage.describe import read_lineage
-from repfusion.model.text_to_image import columns_of
+from repfusion.model.build import columns_of
 from repfusion.runs.checkpoint import complete_checkpoints, latest_checkpoint, step_of
-from repfusion.train import TrainConfig, build_generator, train
+from repfusion.train import TrainConfig, build_trainable, train
 from repfusion.training.engine import NonFiniteError
 from repfusion.training.meters import Report
 
@@ -171,7 +171,7 @@ def test_a_report_says_how_it_goes(world, tmp_path: Path):
         low, high = min(report.loss_by_noise.values()), max(report.loss_by_noise.values())
         assert low <= report.loss <= high
         assert "train/loss_at_t/0.0-0.2" in report.metrics()
-    generator = build_generator(config, Mixture.open(config.data, columns_of(config.model)))
+    generator = build_trainable(config, Mixture.open(config.data, columns_of(config.model)))
     num_tokens = 4.0  # three words and the begin token; every other sample has a caption of four words too
     rate = reports[0].tflops * 1e12 / reports[0].samples_per_sec
     assert train_flops(generator, num_tokens) < rate < train_flops(generator, num_tokens + 1)
@@ -194,7 +194,7 @@ def test_what_trains_and_what_is_frozen(world, tmp_path: Path, conditioning: str
     data = tiny_data(columns)
     config = tiny_train(*world, tmp_path, model=model, data=data)
     dataset = Mixture.open(config.data, columns_of(config.model))
-    fresh = build_generator(config, dataset)
+    fresh = build_trainable(config, dataset)
     before = {name: p.detach().clone() for name, p in fresh.named_parameters()}
     train(config)
     trained = weights(config)

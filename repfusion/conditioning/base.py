@@ -1,0 +1,106 @@
+"""What every conditioning method is: requests -> inputs -> prepared -> a condition at every denoising
+step.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from repfusion.data.readers import Reader
+from repfusion.inputs import Inputs
+from repfusion.llm.base import LanguageModel, Prefix
+from repfusion.request import Branch, Request
+
+Losses = dict[str, Float[Tensor, " b"]]
+"""Weighted losses by name, one a sample and 0 where a sample has none. The first is reported as `loss`; the
+sum of their means is minimised.
+"""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Tokens [b, m, c] that a denoiser attends to; `mask` marks the real ones, None means all."""
+
+    tokens: Float[Tensor, "b m c"]
+    mask: Bool[Tensor, "b m"] | None = None
+
+    def first(self, num: int) -> "Context":
+        """The context of the first `num` rows."""
+        return Context(self.tokens[:num], None if self.mask is None else self.mask[:num])
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What changes from step to step: one token [b, n, c] a latent token, for AdaLN; contexts."""
+
+    aligned: Float[Tensor, "b n c"] | None = None
+    contexts: tuple[Context, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What no step changes: the prompts as the language model reads on from them, aligned tokens,
+    contexts.
+    """
+
+    prefix: Prefix | None = None
+    aligned: Float[Tensor, "b n c"] | None = None
+    static: tuple[Context, ...] = ()
+    """Contexts whose keys and values the denoiser computes once."""
+
+    def first(self, num: int) -> "Prepared":
+        """What was prepared of the first `num` requests."""
+        prefix = None if self.prefix is None else self.prefix.first(num)
+        aligned = None if self.aligned is None else self.aligned[:num]
+        return Prepared(prefix, aligned, tuple(context.first(num) for context in self.static))
+
+
+class Conditioner(nn.Module):
+    """Requests -> the condition of a denoiser. It holds the language model and what it trains beside it.
+
+    In training every trained module runs in every micro-batch, at weight 0 where there is nothing: under ZeRO
+    all ranks have to run the same modules.
+    """
+
+    aligned_width: int | None = None
+    """Channels of aligned tokens; None where the method gives none."""
+    context_widths: tuple[int, ...] = ()
+    """Channels of the contexts, static ones first. A denoiser is built for exactly these, or refuses."""
+    columns: Mapping[str, Reader] = {}
+    """How the columns are read that the method can use beside captions; their values come in
+    `Request.computed`.
+    """
+    llm: LanguageModel
+
+    def collate(
+        self, requests: Sequence[Request], branches: Sequence[Branch], seeds: Sequence[int] | None = None
+    ) -> Inputs:
+        """Requests -> inputs on the CPU, without weights: this runs in the thread that reads ahead.
+
+        Args:
+            requests: what is asked for.
+            branches: how much of each request conditions.
+            seeds: a sample's 64 bits each, which decide all randomness of training; None in sampling.
+        """
+        raise NotImplementedError
+
+    def prepare(self, inputs: Inputs, reuse: bool = False) -> Prepared:
+        """Inputs, on the model's device -> what no step changes. In training it runs within the forward pass;
+        with `reuse`, for many steps without gradients, keys and values of the prompts are kept.
+        """
+        raise NotImplementedError
+
+    def condition(self, prepared: Prepared, z_t: Float[Tensor, "b n d"], t: Float[Tensor, " b"]) -> Condition:
+        """The condition at noise level t."""
+        return Condition(aligned=prepared.aligned)
+
+    def losses(self, inputs: Inputs, latents: Float[Tensor, "b n d"]) -> Losses:
+        """Auxiliary losses of a training batch, of its clean latents."""
+        return {}
+
+
+def conditioning_prompts(requests: Sequence[Request], branches: Sequence[Branch]) -> list[str]:
+    """The prompts as they condition: an empty one for the branch `none`."""
+    return [one.prompt if branch == "full" else "" for one, branch in zip(requests, branches, strict=True)]

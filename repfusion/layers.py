@@ -1,0 +1,123 @@
+"""Layers that denoisers and conditioners share: attention, SwiGLU, RMSNorm, positions, embedded noise
+levels.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+
+def timestep_embedding(t: Float[Tensor, " b"], dim: int) -> Float[Tensor, "b dim"]:
+    """Sinusoidal embedding of noise levels in [0, 1] (scaled by 1000, as in DiT), float32."""
+    half = dim // 2
+    frequencies = torch.exp(
+        -math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half
+    )
+    angles = 1000.0 * t.float()[:, None] * frequencies
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
+
+
+class TimestepEmbedder(nn.Module):
+    """Noise level -> vector, by sinusoids and a two-layer MLP. `zero_init` makes the initial output zero."""
+
+    def __init__(self, out_dim: int, frequency_dim: int = 256, zero_init: bool = False):
+        super().__init__()
+        self.frequency_dim = frequency_dim
+        self.mlp = nn.Sequential(nn.Linear(frequency_dim, out_dim), nn.SiLU(), nn.Linear(out_dim, out_dim))
+        if zero_init:
+            nn.init.zeros_(self.mlp[2].weight)
+            nn.init.zeros_(self.mlp[2].bias)
+
+    def forward(self, t: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        return self.mlp(timestep_embedding(t, self.frequency_dim))
+
+
+def rotary_2d(grid: tuple[int, int], head_dim: int) -> Float[Tensor, "n half 2"]:
+    """Cosine and sine per token and rotary pair; the first half of the pairs turns with the row, the second
+    with the column.
+    """
+    quarter = head_dim // 4
+    frequencies = 1.0 / 100.0 ** (torch.arange(quarter) / quarter)
+    rows, cols = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    angles = torch.cat([rows.reshape(-1, 1) * frequencies, cols.reshape(-1, 1) * frequencies], dim=-1)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def sin_cos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "n dim"]:
+    """Fixed 2-D positions: a quarter of the channels each for sine and cosine of row and column."""
+    return rearrange(rotary_2d(grid, dim), "n half two -> n (half two)")
+
+
+def rotate(x: Float[Tensor, "b h n d"], rotary: Float[Tensor, "n half 2"]) -> Float[Tensor, "b h n d"]:
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = rotary.to(x.dtype).unbind(-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+class RMSNorm(nn.RMSNorm):
+    """With its gain cast to the input: under autocast a float32 gain on bfloat16 input would leave the fused
+    kernel.
+    """
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with normalised queries and keys: self-attention, or over a context of
+    `context_dim` channels.
+    """
+
+    def __init__(self, dim: int, num_heads: int, context_dim: int | None = None):
+        super().__init__()
+        self.num_heads = num_heads
+        self.is_cross = context_dim is not None
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key_value = nn.Linear(context_dim or dim, 2 * dim, bias=False)
+        self.query_norm = RMSNorm(dim // num_heads, eps=1e-6)
+        self.key_norm = RMSNorm(dim // num_heads, eps=1e-6)
+        self.out = nn.Linear(dim, dim)
+        if self.is_cross:
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
+
+    def keys_values(
+        self, context: Float[Tensor, "b m c"]
+    ) -> tuple[Float[Tensor, "b h m e"], Float[Tensor, "b h m e"]]:
+        """Normalised keys, and values, of every head: what attending to a context needs of it."""
+        k, v = rearrange(self.key_value(context), "b m (s h e) -> s b h m e", s=2, h=self.num_heads)
+        return self.key_norm(k), v
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        rotary: Float[Tensor, "n half 2"] | None = None,
+        attended: tuple[Float[Tensor, "b h m e"], Float[Tensor, "b h m e"]] | None = None,
+        mask: Bool[Tensor, "b m"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """`attended` are the `keys_values` of a context, whose real tokens `mask` marks; None attends
+        to `x`.
+        """
+        q = self.query_norm(rearrange(self.query(x), "b n (h e) -> b h n e", h=self.num_heads))
+        k, v = self.keys_values(x) if attended is None else attended
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        attn_mask = None if mask is None else mask[:, None, None, :]
+        mixed = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=attn_mask)
+        return self.out(rearrange(mixed, "b h n e -> b n (h e)"))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim: int, mlp_ratio: float):
+        super().__init__()
+        inner = max(8, round(2 / 3 * mlp_ratio * dim / 8) * 8)
+        self.gate_up = nn.Linear(dim, 2 * inner)
+        self.down = nn.Linear(inner, dim)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)

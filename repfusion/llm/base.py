@@ -1,0 +1,234 @@
+"""A language model, with or without eyes, as conditioning reads it: prompts -> tokens -> hidden states, then
+further tokens after them, in training at once and in sampling after keys and values computed once.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from repfusion.llm.projector import Projector
+
+MAX_CACHED_PROMPTS = 100_000
+"""Tokenised prompts kept: training meets the same captions in every epoch."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Prompt ids `[b, m]`, left-padded, their mask, and, for sampling, the keys and values over them."""
+
+    ids: Int[Tensor, "b m"]
+    mask: Bool[Tensor, "b m"]
+    cache: Any = None
+    """A transformers Cache; only without gradients: a layer that is recomputed would fill it twice."""
+
+    @property
+    def positions(self) -> Int[Tensor, "b m"]:
+        """Position ids, which count real tokens only."""
+        return (self.mask.cumsum(1) - 1).clamp(min=0)
+
+    def first(self, num: int) -> "Prefix":
+        """The first `num` prompts."""
+        cache = self.cache
+        if cache is not None:
+            cache = copy.copy(cache)
+            cache.layers = [copy.copy(layer) for layer in cache.layers]
+            cache.batch_select_indices(slice(num))  # views
+        return Prefix(self.ids[:num], self.mask[:num], cache)
+
+
+class LanguageModel(nn.Module):
+    """A causal language model of transformers, in eval mode and frozen unless a method unfreezes it.
+
+    Args:
+        language_model: transformers' model without its head.
+        projector: the pretrained one of a model that sees, for whoever fine-tunes it to take over.
+        tokenizer: transformers'.
+        folder: where it came from.
+        digest: sha256 that names its weights.
+        head: scores the next token, where that is asked for.
+
+    Raises:
+        ValueError: the tokenizer has neither a begin nor an end token.
+    """
+
+    def __init__(
+        self,
+        language_model: nn.Module,
+        projector: Projector | None,
+        tokenizer: Any,
+        folder: Path,
+        digest: str,
+        head: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.language_model = language_model.eval().requires_grad_(False)
+        self.projector = projector
+        self.head = None if head is None else head.requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.folder = folder
+        self.digest = digest
+        self.width: int = language_model.config.hidden_size
+        self.max_text_tokens: int = min(
+            tokenizer.model_max_length, language_model.config.max_position_embeddings
+        )
+        begin_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if begin_id is None:
+            raise ValueError(
+                f"MLLM folder {folder}: its tokenizer has neither a begin nor an end token; a prompt "
+                "needs one to begin with"
+            )
+        self.begin_id: int = begin_id
+        self.end_id: int = begin_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        self.pad_id: int = begin_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self._ids: dict[str, list[int]] = {}
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Transformer layers, which are compiled and checkpointed one by one."""
+        return list(self.language_model.layers)
+
+    def unfreeze(self) -> None:
+        """Trains the language model, and its head where there is one, from now on."""
+        self.language_model.requires_grad_(True)
+        if self.head is not None:
+            self.head.requires_grad_(True)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether no weight of the language model is trained."""
+        return not any(p.requires_grad for p in self.language_model.parameters())
+
+    def leave_room(self, num_tokens: int) -> None:
+        """Takes prompts that leave room for `num_tokens` in the context from now on.
+
+        Raises:
+            ValueError: where there is no room for a prompt beside them.
+        """
+        context = self.language_model.config.max_position_embeddings
+        self.max_text_tokens = min(self.max_text_tokens, context - num_tokens)
+        if self.max_text_tokens < 1:
+            raise ValueError(
+                f"MLLM {self.folder}: its context of {context} leaves no room for a prompt beside "
+                f"{num_tokens} latent tokens or queries"
+            )
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without begin and end tokens; kept, and safe to call from another
+        thread.
+        """
+        known, found = self._ids, {}
+        if unknown := [text for text in dict.fromkeys(texts) if text not in known]:
+            ids = self.tokenizer(unknown, add_special_tokens=False).input_ids
+            found = dict(zip(unknown, ids, strict=True))
+            if len(known) + len(found) > MAX_CACHED_PROMPTS:
+                self._ids = found
+            else:
+                known.update(found)
+        return [found[text] if text in found else known[text] for text in texts]
+
+    def tokenise(self, prompts: Sequence[str]) -> Prefix:
+        """Prompts -> ids and mask on the CPU, left-padded, begin token first (an empty prompt is that token
+        alone).
+
+        Raises:
+            ValueError: where a prompt is longer than the context.
+        """
+        rows = [[self.begin_id, *ids] for ids in self.token_ids(prompts)]
+        longest = max(range(len(rows)), key=lambda i: len(rows[i]))
+        width = len(rows[longest])
+        if width > self.max_text_tokens:
+            start = prompts[longest][:60]
+            raise ValueError(
+                f"prompt {start!r}... has {width} tokens; the context takes {self.max_text_tokens}: "
+                "shorten it"
+            )
+        ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in rows])
+        lengths = torch.tensor([len(row) for row in rows])
+        return Prefix(ids, torch.arange(width) >= width - lengths[:, None])
+
+    def read(self, prefix: Prefix) -> Float[Tensor, "b m c"]:
+        """Last hidden states of the prompts (after the final norm)."""
+        return self._run(prefix, use_cache=False).last_hidden_state
+
+    def remember(self, prefix: Prefix) -> Prefix:
+        """The prefix with the keys and values of its prompts, for many steps without gradients."""
+        with torch.no_grad():
+            return Prefix(prefix.ids, prefix.mask, self._run(prefix, use_cache=True).past_key_values)
+
+    def _run(self, prefix: Prefix, use_cache: bool) -> Any:
+        return self.language_model(
+            input_ids=prefix.ids,
+            attention_mask=prefix.mask.long(),
+            position_ids=prefix.positions,
+            use_cache=use_cache,
+        )
+
+    def read_on(
+        self, prefix: Prefix, tokens: Float[Tensor, "b n c"], bidirectional: bool = False
+    ) -> Float[Tensor, "b n c"]:
+        """Last hidden states of further tokens after the prompts. `bidirectional` lets them all see each
+        other; otherwise they are causal, as the prompts always are.
+        """
+        tokens = tokens.to(self.language_model.dtype)
+        read = _read_whole if prefix.cache is None else _read_cached
+        return read(self.language_model, prefix, tokens, bidirectional)
+
+    def embed(self, ids: Int[Tensor, "b k"]) -> Float[Tensor, "b k c"]:
+        """Embeddings of token ids."""
+        return self.language_model.get_input_embeddings()(ids)
+
+    def logits(self, states: Float[Tensor, "b k c"]) -> Float[Tensor, "b k v"]:
+        """Scores of the next token, float32. The model has to be loaded with its head."""
+        assert self.head is not None, "the MLLM was loaded without its head"
+        return self.head(states).float()
+
+
+def _read_cached(model: Any, prefix: Prefix, tokens: Tensor, bidirectional: bool) -> Tensor:
+    """After the prompts that the cache remembers."""
+    num_text = prefix.ids.shape[1]
+    mask = torch.cat([prefix.mask, prefix.mask.new_ones(tokens.shape[:2])], dim=1)
+    if (surplus := prefix.cache.get_seq_length() - num_text) > 0:
+        prefix.cache.crop(-surplus)  # forget the previous step's tokens
+    seen = mask[:, None, None].expand(-1, 1, tokens.shape[1], -1) if bidirectional else mask.long()
+    return model(
+        inputs_embeds=tokens,
+        attention_mask=seen,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, num_text:],
+        past_key_values=prefix.cache,
+        use_cache=True,
+    ).last_hidden_state
+
+
+def _read_whole(model: Any, prefix: Prefix, tokens: Tensor, bidirectional: bool) -> Tensor:
+    """Prompts and tokens at once, each row rolled until its padding lies at the end, where no token that
+    counts looks: the causal LLM takes no mask, so flash attention serves, and no position ids, so nothing
+    waits for the GPU to tell what they say.
+    """
+    rows = torch.cat([model.get_input_embeddings()(prefix.ids), tokens.to(model.dtype)], dim=1)
+    length, num_text = rows.shape[1], prefix.ids.shape[1]
+    padding = (~prefix.mask).sum(1, keepdim=True)
+    order = torch.arange(length, device=rows.device) + padding
+    rows = take(rows, order % length)
+    mask = None
+    if bidirectional:
+        mask = see_each_other(num_text - padding, tokens.shape[1], length)
+    hidden = model(inputs_embeds=rows, attention_mask=mask, use_cache=False).last_hidden_state
+    return take(hidden, torch.arange(num_text, length, device=rows.device) - padding)
+
+
+def see_each_other(first: Int[Tensor, "b 1"], num: int, length: int) -> Bool[Tensor, "b 1 l l"]:
+    """Which token (row) sees which (column): causal, but the `num` tokens from `first` on see each other."""
+    places = torch.arange(length, device=first.device)
+    inside = (places >= first) & (places < first + num)
+    return ((places[:, None] >= places) | (inside[:, :, None] & inside[:, None, :]))[:, None]
+
+
+def take(rows: Float[Tensor, "b n c"], positions: Int[Tensor, "b m"]) -> Float[Tensor, "b m c"]:
+    """Of each row the tokens at its own positions."""
+    return rows.gather(1, positions[..., None].expand(-1, -1, rows.shape[-1]))

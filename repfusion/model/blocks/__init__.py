@@ -1,0 +1,1 @@
+"""Blocks of the DiT: one file a way in which a condition enters."""

@@ -1,0 +1,79 @@
+"""What a text-to-image model is made of: folders of frozen weights, a conditioning method, a denoiser."""
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from repfusion.conditioning.captioning import CaptioningConfig
+from repfusion.conditioning.noisy_latents import NoisyLatentsConfig
+from repfusion.conditioning.queries import QueriesConfig
+from repfusion.conditioning.text_embed import TextEmbedConfig
+from repfusion.conditioning.transfusion import TransfusionConfig
+from repfusion.config import Config, WeightsFolder
+from repfusion.diffusion.flow import FlowConfig
+from repfusion.latents.load import EncoderConfig
+from repfusion.model.dit import DiTConfig
+from repfusion.weights import WEIGHTS
+
+ConditioningConfig = NoisyLatentsConfig | TextEmbedConfig | QueriesConfig | TransfusionConfig
+
+
+class ModelConfig(Config):
+    mllm: WeightsFolder = WEIGHTS / "llava"
+    """Folder of the MLLM (a LLaVA, or a causal language model), which is frozen unless `conditioning` trains
+    it.
+    """
+    mllm_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which its frozen weights are held."""
+    encoder: EncoderConfig = EncoderConfig()
+    """What makes the features that are denoised."""
+    decoder: WeightsFolder = WEIGHTS / "decoder"
+    """Folder of the decoder: a RAE decoder's, or the VAE's that makes the features."""
+    conditioning: ConditioningConfig = Field(default=NoisyLatentsConfig(), discriminator="method")
+    """RepFusion (noisy_latents), or a baseline. A method's name alone stands for its defaults."""
+    dit: DiTConfig = DiTConfig()
+    """The denoiser. Transfusion has none."""
+    flow: FlowConfig = FlowConfig()
+    """Noise levels."""
+
+    @field_validator("conditioning", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _masters_are_float32(self) -> "ModelConfig":
+        if self.trains_llm and self.mllm_dtype != "float32":
+            raise ValueError(
+                f"mllm_dtype {self.mllm_dtype} with an LLM that is trained: its weights are the masters; set "
+                "mllm_dtype: float32 (engine.precision decides what the passes compute in)"
+            )
+        return self
+
+    @property
+    def trains_llm(self) -> bool:
+        match self.conditioning:
+            case TransfusionConfig():
+                return True
+            case NoisyLatentsConfig():
+                return self.conditioning.train_llm
+            case _:
+                return False
+
+    @property
+    def captioning(self) -> CaptioningConfig | None:
+        """The caption loss of a trained LLM; None where there is none."""
+        match self.conditioning:
+            case TransfusionConfig() | NoisyLatentsConfig():
+                return self.conditioning.captioning
+            case _:
+                return None
+
+    def describe(self) -> str:
+        """The method and the size of its denoiser, in a few words."""
+        fields = self.conditioning.model_dump(exclude_defaults=True, exclude={"method", "captioning"})
+        chosen = ", ".join(f"{name} {value}" for name, value in fields.items())
+        method = self.conditioning.method + (f" ({chosen})" if chosen else "")
+        if isinstance(self.conditioning, TransfusionConfig):
+            return f"{method}, no DiT"
+        return f"{method}, DiT {self.dit.depth} x {self.dit.hidden_size}"
