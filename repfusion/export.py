@@ -279,8 +279,8 @@ def load_export(folder: str | Path, mllm_dtype: str | None = None) -> TextToImag
     if mllm_dtype is not None:
         own["mllm_dtype"] = mllm_dtype
     config = ModelConfig.model_validate(portable(saved["model"], WEIGHTS_MARK, str(WEIGHTS)) | own)
-    dtype, with_head = getattr(torch, config.mllm_dtype), config.captioning is not None
-    llm = load_language_model(config.mllm, dtype, with_head)
+    dtype = getattr(torch, config.mllm_dtype)
+    llm = load_language_model(config.mllm, dtype, config.conditioning.needs_head)
     statistics = LatentStatistics.load(folder / DENOISER / "statistics.safetensors")
     with torch.random.fork_rng(devices=[]):  # the weights below are all overwritten
         if saved["projector"] is not None:

@@ -4,10 +4,12 @@ step.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from repfusion.config import Config
 from repfusion.data.readers import Reader
 from repfusion.inputs import Inputs
 from repfusion.llm.base import LanguageModel, Prefix
@@ -17,6 +19,33 @@ Losses = dict[str, Float[Tensor, " b"]]
 """Weighted losses by name, one a sample and 0 where a sample has none. The first is reported as `loss`; the
 sum of their means is minimised.
 """
+
+
+Interface = Literal["adaln", "cross_attention"]
+"""How a denoiser takes a method's outputs: aligned with the latent tokens, or as a context."""
+
+
+class MethodConfig(Config):
+    """The settings of a conditioning method, which has its name as `method`, and what the model has to know
+    of it before it is built.
+    """
+
+    columns: ClassVar[Mapping[str, Reader]] = {}
+    """How the columns are read that the method can use beside captions, by name; their values come in
+    `Request.computed`.
+    """
+    has_dit: ClassVar[bool] = True
+    """Whether a DiT denoises; else the method brings a denoiser of its own."""
+
+    @property
+    def trains_llm(self) -> bool:
+        """Whether the language model is trained, so that its weights are the masters."""
+        return False
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether the language model's head is needed, which scores the next token."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -68,10 +97,6 @@ class Conditioner(nn.Module):
     """Channels of aligned tokens; None where the method gives none."""
     context_widths: tuple[int, ...] = ()
     """Channels of the contexts, static ones first. A denoiser is built for exactly these, or refuses."""
-    columns: Mapping[str, Reader] = {}
-    """How the columns are read that the method can use beside captions; their values come in
-    `Request.computed`.
-    """
     llm: LanguageModel
 
     def collate(

@@ -18,23 +18,21 @@ from repfusion.conditioning.base import (
     Condition,
     Conditioner,
     Context,
+    Interface,
     Losses,
+    MethodConfig,
     Prepared,
     conditioning_prompts,
 )
 from repfusion.conditioning.captioning import CaptioningConfig, caption_batch, caption_losses
-from repfusion.config import Config
 from repfusion.inputs import Inputs
 from repfusion.layers import TimestepEmbedder
 from repfusion.llm.base import LanguageModel
 from repfusion.llm.projector import Projector
 from repfusion.request import Branch, Request
 
-Interface = Literal["adaln", "cross_attention"]
-"""How a denoiser takes a method's outputs: aligned with the latent tokens, or as a context."""
 
-
-class NoisyLatentsConfig(Config):
+class NoisyLatentsConfig(MethodConfig):
     method: Literal["noisy_latents"] = "noisy_latents"
     """The MLLM reads prompt and noisy latents at every step: RepFusion."""
     interface: Interface = "adaln"
@@ -51,6 +49,16 @@ class NoisyLatentsConfig(Config):
         if self.captioning is not None and not self.train_llm:
             raise ValueError("captioning trains the LLM: it needs train_llm: true")
         return self
+
+    @property
+    def trains_llm(self) -> bool:
+        """Whether the LLM is trained, as the setting says."""
+        return self.train_llm
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether captions are learned."""
+        return self.captioning is not None
 
 
 class NoisyLatentConditioner(Conditioner):

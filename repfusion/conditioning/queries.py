@@ -13,9 +13,15 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from repfusion.conditioning.base import Condition, Conditioner, Context, Prepared, conditioning_prompts
-from repfusion.conditioning.noisy_latents import Interface
-from repfusion.config import Config
+from repfusion.conditioning.base import (
+    Condition,
+    Conditioner,
+    Context,
+    Interface,
+    MethodConfig,
+    Prepared,
+    conditioning_prompts,
+)
 from repfusion.inputs import Inputs
 from repfusion.layers import Attention, RMSNorm, SwiGLU, TimestepEmbedder
 from repfusion.llm.base import LanguageModel, Prefix
@@ -24,7 +30,7 @@ from repfusion.request import Branch, Request
 CONNECTOR_HEAD_WIDTH = 64
 
 
-class QueriesConfig(Config):
+class QueriesConfig(MethodConfig):
     method: Literal["queries"] = "queries"
     """Learned tokens take the place of the noisy latents."""
     interface: Interface = "adaln"

@@ -6,14 +6,13 @@ there, they are computed in the precision of the LLM's weights, never under auto
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from repfusion.conditioning.base import Conditioner, Context, Prepared
-from repfusion.config import Config
+from repfusion.conditioning.base import Conditioner, Context, MethodConfig, Prepared
 from repfusion.data.readers import PROMPT_FEATURES, CaptionArray, Reader
 from repfusion.inputs import Inputs
 from repfusion.layers import RMSNorm
@@ -21,7 +20,8 @@ from repfusion.llm.base import LanguageModel, Prefix
 from repfusion.request import Branch, Request
 
 
-class TextEmbedConfig(Config):
+class TextEmbedConfig(MethodConfig):
+    columns: ClassVar[Mapping[str, Reader]] = {PROMPT_FEATURES: CaptionArray()}
     method: Literal["text_embed"] = "text_embed"
     """The prompt's last-layer states, the same at every step."""
 
@@ -36,8 +36,6 @@ def encode_text(llm: LanguageModel, prefix: Prefix) -> list[Float[Tensor, "_ c"]
 
 class TextEmbedConditioner(Conditioner):
     """The prompt's states behind an RMSNorm, as the one context of all steps."""
-
-    columns: Mapping[str, Reader] = {PROMPT_FEATURES: CaptionArray()}
 
     def __init__(self, llm: LanguageModel):
         super().__init__()

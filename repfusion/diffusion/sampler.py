@@ -98,8 +98,10 @@ def sample(
     # The CPU's flash attention is slow on short sequences; the plain one is faster.
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
     with attention, torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        branches: list[Branch] = ["full"] * num + (["none"] * num if guided else [])
-        both = model.read([*requests, *requests] if guided else requests, branches)
+        branches: tuple[Branch, ...] = ("full", "none") if guided else ("full",)
+        both = model.read(
+            [request for _ in branches for request in requests], [one for one in branches for _ in requests]
+        )
         prompted_only = both.first(num) if guided and unguided else both
 
         def velocity(z: Float[Tensor, "b n d"], level: float) -> Float[Tensor, "b n d"]:

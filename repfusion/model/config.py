@@ -6,16 +6,12 @@ from pydantic import Field, field_validator, model_validator
 
 from repfusion.conditioning.captioning import CaptioningConfig
 from repfusion.conditioning.noisy_latents import NoisyLatentsConfig
-from repfusion.conditioning.queries import QueriesConfig
-from repfusion.conditioning.text_embed import TextEmbedConfig
-from repfusion.conditioning.transfusion import TransfusionConfig
 from repfusion.config import Config, WeightsFolder
 from repfusion.diffusion.flow import FlowConfig
 from repfusion.latents.load import EncoderConfig
 from repfusion.model.dit import DiTConfig
+from repfusion.model.methods import ConditioningConfig
 from repfusion.weights import WEIGHTS
-
-ConditioningConfig = NoisyLatentsConfig | TextEmbedConfig | QueriesConfig | TransfusionConfig
 
 
 class ModelConfig(Config):
@@ -43,7 +39,7 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _masters_are_float32(self) -> "ModelConfig":
-        if self.trains_llm and self.mllm_dtype != "float32":
+        if self.conditioning.trains_llm and self.mllm_dtype != "float32":
             raise ValueError(
                 f"mllm_dtype {self.mllm_dtype} with an LLM that is trained: its weights are the masters; set "
                 "mllm_dtype: float32 (engine.precision decides what the passes compute in)"
@@ -51,29 +47,15 @@ class ModelConfig(Config):
         return self
 
     @property
-    def trains_llm(self) -> bool:
-        match self.conditioning:
-            case TransfusionConfig():
-                return True
-            case NoisyLatentsConfig():
-                return self.conditioning.train_llm
-            case _:
-                return False
-
-    @property
     def captioning(self) -> CaptioningConfig | None:
         """The caption loss of a trained LLM; None where there is none."""
-        match self.conditioning:
-            case TransfusionConfig() | NoisyLatentsConfig():
-                return self.conditioning.captioning
-            case _:
-                return None
+        return getattr(self.conditioning, "captioning", None)
 
     def describe(self) -> str:
         """The method and the size of its denoiser, in a few words."""
         fields = self.conditioning.model_dump(exclude_defaults=True, exclude={"method", "captioning"})
         chosen = ", ".join(f"{name} {value}" for name, value in fields.items())
         method = self.conditioning.method + (f" ({chosen})" if chosen else "")
-        if isinstance(self.conditioning, TransfusionConfig):
+        if not self.conditioning.has_dit:
             return f"{method}, no DiT"
         return f"{method}, DiT {self.dit.depth} x {self.dit.hidden_size}"

@@ -83,7 +83,9 @@ def meta_model(
     with torch.device("meta"):
         language_model = AutoModel.from_config(text_config, dtype=dtype)
         head = (
-            nn.Linear(width, text_config.vocab_size, bias=False, dtype=dtype) if config.captioning else None
+            nn.Linear(width, text_config.vocab_size, bias=False, dtype=dtype)
+            if config.conditioning.needs_head
+            else None
         )
         if head is not None and text_config.tie_word_embeddings:
             head.weight = language_model.get_input_embeddings().weight

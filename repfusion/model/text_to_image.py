@@ -73,7 +73,7 @@ class TextToImage(Trainable):
         self.shift = shift_factor(num_tokens, latent_dim, config.flow.base_dim)
         self.conditioner = conditioner
         self.denoiser = denoiser
-        self.columns = {IMAGE_FEATURES: SampleArray(), **conditioner.columns}
+        self.columns = {IMAGE_FEATURES: SampleArray(), **config.conditioning.columns}
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +87,8 @@ class TextToImage(Trainable):
             ValueError: features of another shape than the model's latents.
         """
         drawn = [
-            recipe.draw(one, seed, self.conditioner.columns) for one, seed in zip(samples, seeds, strict=True)
+            recipe.draw(one, seed, self.config.conditioning.columns)
+            for one, seed in zip(samples, seeds, strict=True)
         ]
         requests, branches = [request for request, _ in drawn], [branch for _, branch in drawn]
         t, noise = draw(seeds, self.latent_shape, self.shift)
