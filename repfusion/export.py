@@ -33,18 +33,13 @@ from repfusion.model.build import assemble
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import WEIGHTS_MARK, check_complete, load_checkpoint, portable, read_weights
+from repfusion.runs.exported import MARK, SCHEMA, check_export, is_export
 from repfusion.weights import WEIGHTS
 
-SCHEMA = 2
-MARK = "export.json"
 INDEX = "model_index.json"
 CARD = "README.md"
 """Yours to edit: the one file without a digest."""
 LANGUAGE_MODEL, DENOISER, DECODER = "language_model", "denoiser", "decoder"
-
-
-def is_export(folder: Path) -> bool:
-    return (folder / MARK).is_file()
 
 
 def export(checkpoint: Path, out: Path, use_ema: bool = True) -> Path:
@@ -116,8 +111,8 @@ def write_denoiser(model: TextToImage, checkpoint: Path, folder: Path, use_ema: 
     config = model.config
     size = latent_geometry(config.encoder.path, config.encoder.image_size).image_size
     geometry = {"grid": list(model.grid), "image_size_px": size, "projector": projector_fields(model)}
-    model = portable(config.model_dump(mode="json"))
-    write_json(folder / "config.json", {"schema": SCHEMA, "model": model, **geometry})
+    saved = portable(config.model_dump(mode="json"))
+    write_json(folder / "config.json", {"schema": SCHEMA, "model": saved, **geometry})
     save_file(read_weights(checkpoint, use_ema), str(folder / "model.safetensors"))
     model.statistics.save(folder / "statistics.safetensors")
 
@@ -233,33 +228,6 @@ def model_card(lineage: dict[str, Any], config: ModelConfig, scores: dict[str, A
     ]
     lines += ["files are checked against `export.json` when the folder is loaded."]
     return "\n".join(lines) + "\n"
-
-
-def check_export(folder: Path) -> dict[str, Any]:
-    """What export.json says. ValueError where the folder is no export, or a file is missing or not what was
-    written.
-    """
-    if not is_export(folder):
-        what = f"has no {MARK}: it is no export" if folder.is_dir() else "does not exist"
-        raise ValueError(f"export {folder} {what}; 'python -m repfusion.export' writes one")
-    info = json.loads((folder / MARK).read_text())
-    if info["schema"] != SCHEMA:
-        raise ValueError(f"export {folder} has schema {info['schema']}, this code reads {SCHEMA}")
-    for name, expected in info["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"export {folder}: {name} is missing; copy it again")
-        if (got := path.stat().st_size) != expected["bytes"]:
-            raise ValueError(
-                f"export {folder}: {name} is {got} bytes long (truncated?), expected {expected['bytes']}; "
-                "copy it again"
-            )
-        if (digest := file_sha256(path)) != expected["sha256"]:
-            raise ValueError(
-                f"export {folder}: {name} has sha256 {digest[:12]}, expected {expected['sha256'][:12]}: its "
-                "content was changed or damaged; copy it again"
-            )
-    return info
 
 
 def load_export(folder: str | Path, mllm_dtype: str | None = None) -> TextToImage:

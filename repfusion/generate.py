@@ -15,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from repfusion.diffusion.sampler import SamplerConfig, sample
-from repfusion.export import MARK, is_export, load_any
+from repfusion.export import load_any
 from repfusion.latents.load import Decoder
 from repfusion.lineage.describe import checkpoint_record, folder_record, png_info, read_lineage
 from repfusion.model.text_to_image import TextToImage
 from repfusion.request import Request
+from repfusion.runs.exported import MARK, is_export
 from repfusion.weights import WEIGHTS
 
 

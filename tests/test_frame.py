@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,84 @@ def test_imports_point_one_way(path):
     for library, places in HEAVY.items():
         assert library not in found or name in places, f"{library} is imported in {places} alone"
     assert "__future__" not in found, "postponed annotations hide the shapes from the type checks"
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Modules of both packages -> the modules of ours that each imports, at any depth of it."""
+    paths = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in SOURCES
+    }
+
+    def known(name: str) -> str:
+        while name and name not in paths:
+            name = name.rpartition(".")[0]
+        return name
+
+    graph: dict[str, set[str]] = {}
+    for module, path in paths.items():
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        found = {known(f"{node.module}.{alias.name}") for node in nodes for alias in node.names}
+        graph[module] = found - {"", module}
+    return graph
+
+
+def room(module: str) -> str:
+    """The folder of a package that a module lies in, or the module itself at the package's top."""
+    return ".".join(module.split(".")[:2])
+
+
+def circles(graph: dict[str, set[str]]) -> str | None:
+    """The first circle of a graph, as text."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return " -> ".join(error.args[1])
+    return None
+
+
+def test_no_module_and_no_room_imports_in_a_circle():
+    graph = import_graph()
+    assert circles(graph) is None
+    rooms: dict[str, set[str]] = {}
+    for module, targets in graph.items():
+        rooms.setdefault(room(module), set()).update({room(one) for one in targets} - {room(module)})
+    assert circles(rooms) is None
+
+
+LAYERS = [
+    {"config", "files", "inputs", "layers", "request", "weights", "scenes"},
+    {"latents", "data", "diffusion", "llm"},
+    {"conditioning"},
+    {"model"},
+    {"runs"},
+    {"training", "tracking", "lineage", "flops"},
+    {"generate", "train", "export", "pipeline", "evaluation", "foundation"},
+]
+"""Rooms of the library, lowest first: a room imports its own layer and those below."""
+
+
+def test_the_librarys_rooms_import_downwards():
+    level = {f"repfusion.{name}": number for number, names in enumerate(LAYERS) for name in names}
+    for module, targets in import_graph().items():
+        if module in ("repfusion", "pipelines") or not module.startswith("repfusion"):
+            continue
+        above = {one for one in targets if one != "repfusion" and level[room(one)] > level[room(module)]}
+        assert not above, f"{module} imports {sorted(above)}, which lie above it"
+
+
+@pytest.mark.parametrize("package", ["repfusion", "pipelines"])
+def test_no_folder_holds_more_than_a_dozen_modules(package):
+    for folder in {path.parent for path in SOURCES if path.is_relative_to(ROOT / package)}:
+        modules = [path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "__main__")]
+        assert len(modules) <= 12, (
+            f"{folder.relative_to(ROOT)} holds {len(modules)} modules: make rooms in it"
+        )
+
+
+def test_there_is_one_base_of_configurations_and_one_loader():
+    text = {path: path.read_text() for path in SOURCES}
+    assert sum(one.count("ConfigDict(") for one in text.values()) <= 2
+    assert [path.name for path, one in text.items() if "def load_config(" in one] == ["config.py"]
 
 
 def test_the_library_loads_without_what_it_may_not_import():

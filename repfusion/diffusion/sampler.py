@@ -5,7 +5,7 @@ guidance in an interval of them.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -15,8 +15,32 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from repfusion.config import Config
 from repfusion.diffusion.flow import shift_noise_level
-from repfusion.model.text_to_image import TextToImage
 from repfusion.request import Branch, Request
+
+
+@runtime_checkable
+class Velocities(Protocol):
+    """What the sampler asks of a model: how its latents look, and their velocity under conditions read
+    once.
+    """
+
+    latent_shape: tuple[int, int]
+    shift: float
+
+    @property
+    def device(self) -> torch.device:
+        """Where the latents are integrated."""
+        ...
+
+    def read(self, requests: Sequence[Request], branches: Sequence[Branch]) -> Any:
+        """Requests for many steps; the result has `first(num)`, which is the same of fewer of them."""
+        ...
+
+    def velocity(
+        self, z_t: Float[Tensor, "b n d"], t: Float[Tensor, " b"], prompted: Any
+    ) -> Float[Tensor, "b n d"]:
+        """Velocity of noisy latents at noise level t."""
+        ...
 
 
 class SamplerConfig(Config):
@@ -67,7 +91,7 @@ def num_evaluations(config: SamplerConfig, shift: float) -> tuple[int, int]:
 
 @torch.no_grad()
 def sample(
-    model: TextToImage,
+    model: Velocities,
     requests: Sequence[Request],
     noise: Float[Tensor, "b n d"],
     config: SamplerConfig,

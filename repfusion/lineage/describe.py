@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from repfusion.data.columns import MANIFEST, manifest_digest
 from repfusion.files import file_sha256
 from repfusion.lineage.environment import git_commit, has_local_changes, lock_digest
+from repfusion.runs.checkpoint import COMPLETE, WEIGHTS_MARK, portable
 from repfusion.weights import WEIGHTS
 
 LINEAGE = "lineage.json"
@@ -84,16 +85,12 @@ def folder_record(folder: Path, mark: str) -> dict[str, Any]:
     """A finished folder's place and name: the sha256 of the file that marks it complete. Shipped weights keep
     a place that means the same on every machine.
     """
-    from repfusion.runs.checkpoint import WEIGHTS_MARK, portable  # checkpoint.py may use this module
-
     path = portable(str(folder.resolve()), str(WEIGHTS.resolve()), WEIGHTS_MARK)
     return {"path": path, "digest": file_sha256(folder / mark)}
 
 
 def checkpoint_record(folder: Path) -> dict[str, Any]:
     """Path, digest and step of a checkpoint."""
-    from repfusion.runs.checkpoint import COMPLETE
-
     step = json.loads((folder / COMPLETE).read_text()).get("step")
     return {**folder_record(folder, COMPLETE), "step": step}
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from repfusion.data.columns import manifest_digest
-from repfusion.export import MARK, check_export
 from repfusion.files import file_sha256, weights_digest
 from repfusion.lineage.describe import read_lineage, read_png
 from repfusion.runs.checkpoint import (
@@ -19,6 +18,7 @@ from repfusion.runs.checkpoint import (
     portable,
     read_config,
 )
+from repfusion.runs.exported import MARK, check_export
 from repfusion.weights import WEIGHTS
 
 State = Literal["agrees", "differs", "missing", "elsewhere", "recorded", "unknown"]

@@ -22,13 +22,10 @@ from repfusion.llm.projector import Projector
 from repfusion.model.build import assemble
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
-from repfusion.runs.checkpoint import continued_model
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 """Trainings at the published scale, and the geometry of the models that they name."""
 GEOMETRY = CONFIGS / "geometry"
-TRAINING_FIELDS = {"model", "output_dir", "data", "init_from", "engine", "num_steps"}
-"""By which a training is told from a model alone."""
 
 
 class BareTokenizer:
@@ -125,30 +122,9 @@ def published() -> tuple[TextToImage, Decoder]:
     """RepFusion's scale (`configs/repfusion_7b_1.3b.yaml`): LLaVA-1.5-7B's language model, 24 x 24 tokens of
     width 1024, a DiT of 1.3B, RAE's ViT-XL decoder; no memory.
     """
-    config = load_model_config(CONFIGS / "repfusion_7b_1.3b.yaml")
+    values = read_values(CONFIGS / "repfusion_7b_1.3b.yaml")
+    config = validate(ModelConfig, values["model"])
     model = meta_from_config(config)
     decoder = meta_decoder(config, model.grid)
     assert decoder is not None
     return model, decoder
-
-
-def load_model_config(path: Path) -> ModelConfig:
-    """The `model` of a training's YAML (or of a workflow's `train`), or a YAML of a model alone. As in
-    training, fields that are not given are those of `init_from`, where it is there.
-
-    Raises:
-        ValueError: an unknown or wrong field; a training that names neither a model nor a checkpoint that is
-            there.
-    """
-    fields = read_values(path)
-    fields = fields.get("train", fields)
-    if not fields.keys() & TRAINING_FIELDS:
-        return validate(ModelConfig, fields, str(path))
-    given, start = fields.get("model") or {}, fields.get("init_from")
-    if start is None:
-        return validate(ModelConfig, given, str(path))
-    if (Path(start) / "config.json").is_file():
-        given = continued_model(Path(start), given)
-    elif not given:
-        raise ValueError(f"{path}: init_from {start} is not there, and no model is given; train it first")
-    return validate(ModelConfig, given, str(path))

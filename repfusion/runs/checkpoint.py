@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from repfusion.config import merge
+from repfusion.config import merge, read_values, validate
 from repfusion.files import weights_digest, write_json
 from repfusion.latents.geometry import latent_geometry
 from repfusion.latents.statistics import LatentStatistics
@@ -30,6 +30,8 @@ from repfusion.weights import WEIGHTS
 
 log = logging.getLogger(__name__)
 SCHEMA = 2
+TRAINING_FIELDS = {"model", "output_dir", "data", "init_from", "engine", "num_steps"}
+"""By which a training is told from a model alone."""
 COMPLETE = "complete.json"
 PIN_SEC = 24 * 3600.0
 STEP_FOLDER = re.compile(r"step_(\d+)")
@@ -178,6 +180,28 @@ def continued_model(folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     elif isinstance(wanted, str):
         del given["conditioning"]
     return merge(saved, given)
+
+
+def load_model_config(path: Path) -> ModelConfig:
+    """The `model` of a training's YAML (or of a workflow's `train`), or a YAML of a model alone. As in
+    training, fields that are not given are those of `init_from`, where it is there.
+
+    Raises:
+        ValueError: an unknown or wrong field; a training that names neither a model nor a checkpoint that is
+            there.
+    """
+    fields = read_values(path)
+    fields = fields.get("train", fields)
+    if not fields.keys() & TRAINING_FIELDS:
+        return validate(ModelConfig, fields, str(path))
+    given, start = fields.get("model") or {}, fields.get("init_from")
+    if start is None:
+        return validate(ModelConfig, given, str(path))
+    if (Path(start) / "config.json").is_file():
+        given = continued_model(Path(start), given)
+    elif not given:
+        raise ValueError(f"{path}: init_from {start} is not there, and no model is given; train it first")
+    return validate(ModelConfig, given, str(path))
 
 
 def read_weights(folder: Path, use_ema: bool) -> dict[str, Tensor]:

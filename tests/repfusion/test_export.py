@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from repfusion.diffusion.sampler import SamplerConfig
-from repfusion.export import MARK, check_export, export, load_export, main
+from repfusion.export import export, load_export, main
 from repfusion.generate import generate
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.llm.load import load_language_model
@@ -23,6 +23,7 @@ from repfusion.model.build import build_model
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import load_checkpoint, save_checkpoint
+from repfusion.runs.exported import MARK, check_export
 from repfusion.weights import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]

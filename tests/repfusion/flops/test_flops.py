@@ -32,9 +32,9 @@ from repfusion.flops.count import (
 from repfusion.flops.memory import sizes
 from repfusion.flops.peaks import peak_flops, peak_of
 from repfusion.model.build import build_model
-from repfusion.model.meta import load_model_config, meta_from_config, meta_model
+from repfusion.model.meta import meta_from_config, meta_model
 from repfusion.model.text_to_image import TextToImage
-from repfusion.runs.checkpoint import load_checkpoint
+from repfusion.runs.checkpoint import load_checkpoint, load_model_config
 from repfusion.weights import WEIGHTS
 
 PROMPTS = ["a red circle", "a green square"]
