@@ -88,6 +88,23 @@ class LanguageModel(nn.Module):
         self.pad_id: int = begin_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._ids: dict[str, list[int]] = {}
 
+    @classmethod
+    def load_parts(
+        cls, folder: Path, config: Any, dtype: torch.dtype
+    ) -> tuple[nn.Module, nn.Module, Projector | None]:
+        """What a family reads of a folder written by save_pretrained: the language model without its head, the
+        head, and a pretrained projector.
+
+        Args:
+            folder: the model's.
+            config: transformers' config of the folder.
+            dtype: precision of the language model's weights.
+
+        Raises:
+            ValueError: the folder holds what the family cannot be read with.
+        """
+        raise NotImplementedError
+
     @property
     def layers(self) -> list[nn.Module]:
         """Transformer layers, which are compiled and checkpointed one by one."""

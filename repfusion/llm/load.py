@@ -36,16 +36,13 @@ def load_language_model(
     config = AutoConfig.from_pretrained(folder)
     match config.model_type:
         case "llava":
-            from repfusion.llm.llava import load_llava
-
-            language_model, head, projector = load_llava(folder, config, dtype)
+            from repfusion.llm.llava import Llava as Family
         case name if name in LANGUAGE_MODELS:
-            from repfusion.llm.causal import load_causal
-
-            (language_model, head), projector = load_causal(folder, dtype), None
+            from repfusion.llm.causal import CausalLM as Family
         case other:
             raise ValueError(
                 f"MLLM folder {folder}: model_type {other!r}; expected 'llava' or a causal language model"
             )
+    language_model, head, projector = Family.load_parts(folder, config, dtype)
     tokenizer, digest = AutoTokenizer.from_pretrained(folder), weights_digest(folder)
-    return LanguageModel(language_model, projector, tokenizer, folder, digest, head if with_head else None)
+    return Family(language_model, projector, tokenizer, folder, digest, head if with_head else None)

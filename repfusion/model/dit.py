@@ -104,15 +104,13 @@ class DiT(Denoiser):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def prefill(self, contexts: tuple[Context, ...]) -> Prefilled:
-        """Keys and values of each context, in every block."""
+    def prefill(self, contexts: tuple[Context, ...], first: int = 0) -> Prefilled:
+        """Keys and values of each context in every block; `first` is the number of the first of them."""
         made = (
-            [block.cross_attention.keys_values(context.tokens) for block in self.blocks]
-            for context in contexts
+            tuple(block.keys_values(number, context.tokens) for block in self.blocks)
+            for number, context in enumerate(contexts, first)
         )
-        return Prefilled(
-            tuple(tuple(keys_values) for keys_values in made), tuple(context.mask for context in contexts)
-        )
+        return Prefilled(tuple(made), tuple(context.mask for context in contexts))
 
     def forward(
         self, z_t: Float[Tensor, "b n d"], t: Float[Tensor, " b"], condition: Condition, static: Prefilled
@@ -121,7 +119,7 @@ class DiT(Denoiser):
         signal = self.time(t)[:, None, :]
         signal = F.silu(signal if condition.aligned is None else condition.aligned + signal)
         modulation = rearrange(self.modulation(signal), "b k (s d) -> b k s d", s=6)
-        contexts = static + self.prefill(condition.contexts) if condition.contexts else static
+        contexts = static + self.prefill(condition.contexts, len(static.masks))
         x = self.embed(z_t) + self.positions
         for number, block in enumerate(self.blocks):
             x = block(x, modulation, self.rotary, contexts.of_block(number))

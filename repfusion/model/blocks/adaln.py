@@ -23,6 +23,10 @@ class AdaLNBlock(nn.Module):
         self.mlp_norm = nn.RMSNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = SwiGLU(dim, mlp_ratio)
 
+    def keys_values(self, number: int, tokens: Float[Tensor, "b m c"]) -> tuple[Tensor, Tensor]:
+        """Keys and values [b h m e] of the tokens of context `number`; a block without contexts has none."""
+        raise NotImplementedError
+
     def attend(self, x: Float[Tensor, "b n d"], contexts: tuple[Attended, ...]) -> Float[Tensor, "b n d"]:
         """What comes between self-attention and MLP: nothing, since the condition is in the modulation."""
         return x

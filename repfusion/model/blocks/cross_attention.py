@@ -15,6 +15,10 @@ class CrossAttentionBlock(AdaLNBlock):
         self.cross_norm = RMSNorm(dim, eps=1e-6)
         self.cross_attention = Attention(dim, num_heads, context_dim=context_width)
 
+    def keys_values(self, number: int, tokens: Float[Tensor, "b m c"]) -> tuple[Tensor, Tensor]:
+        """Keys and values of the one context's tokens."""
+        return self.cross_attention.keys_values(tokens)
+
     def attend(self, x: Float[Tensor, "b n d"], contexts: tuple[Attended, ...]) -> Float[Tensor, "b n d"]:
         """Adds what the tokens find in the one context."""
         ((keys, values, mask),) = contexts
