@@ -92,8 +92,8 @@ class LanguageModel(nn.Module):
     def load_parts(
         cls, folder: Path, config: Any, dtype: torch.dtype
     ) -> tuple[nn.Module, nn.Module, Projector | None]:
-        """What a family reads of a folder written by save_pretrained: the language model without its head, the
-        head, and a pretrained projector.
+        """What a family reads of a folder written by save_pretrained: the language model without its head,
+        the head, and a pretrained projector.
 
         Args:
             folder: the model's.
