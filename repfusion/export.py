@@ -170,7 +170,7 @@ def describe_export(model: TextToImage, checkpoint: Path, use_ema: bool) -> dict
 
 
 def model_index(language_model: str, has_vae: bool) -> dict[str, Any]:
-    """In diffusers' manner: the pipeline's class, and library and class of each folder."""
+    """model_index.json as diffusers writes it: the pipeline's class, and library and class of each folder."""
     try:
         release = version("repfusion")
     except PackageNotFoundError:  # run from a source tree

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def map_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
-    """The same containers with every tensor changed."""
+    """Nested containers like the given ones, with every tensor changed."""
     found: Any = value
     match value:
         case Tensor():

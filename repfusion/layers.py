@@ -59,8 +59,8 @@ def rotate(x: Float[Tensor, "b h n d"], rotary: Float[Tensor, "n half 2"]) -> Fl
 
 
 class RMSNorm(nn.RMSNorm):
-    """With its gain cast to the input: under autocast a float32 gain on bfloat16 input would leave the fused
-    kernel.
+    """RMS norm whose gain is cast to the input's dtype: under autocast a float32 gain on bfloat16 input would
+    leave the fused kernel.
     """
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:

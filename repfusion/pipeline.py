@@ -36,7 +36,7 @@ class RepFusionPipelineOutput:
 
 
 class RepFusionPipeline:
-    """The same images as `repfusion.generate`, bit for bit, for the same seeds, batch and device."""
+    """Prompts -> images, bit for bit those of `repfusion.generate` for the same seeds, batch and device."""
 
     def __init__(self, model: TextToImage, decoder: Decoder, precision: Literal["fp32", "bf16"] = "bf16"):
         self.model = model.eval()
@@ -45,7 +45,7 @@ class RepFusionPipeline:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, torch_dtype: torch.dtype | None = None) -> "RepFusionPipeline":
-        """On the CPU; every file of an export is compared with its digest first.
+        """A pipeline on the CPU; every file of an export is compared with its digest first.
 
         Args:
             path: folder of an export, or of a checkpoint whose frozen parts are at hand (averaged weights).

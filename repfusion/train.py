@@ -124,8 +124,8 @@ class TrainingStopped(RuntimeError):
 
 
 def build_trainable(config: TrainConfig, dataset: Mixture, resume_from: Path | None = None) -> TextToImage:
-    """From scratch on the data set's statistics, or from a checkpoint with its own: the averaged weights of
-    `config.init_from`, or the weights of this training's own `resume_from`.
+    """The model to train: from scratch on the data set's statistics, or from a checkpoint with its own: the
+    averaged weights of `config.init_from`, or the weights of this training's own `resume_from`.
 
     Raises:
         ValueError: the checkpoint is of another geometry, encoder or noise schedule, or the features are not
@@ -209,7 +209,7 @@ def remembered_run(config: TrainConfig) -> TrackingConfig:
 
 
 def flops_per_sample(model: TextToImage, dataset: Mixture, condition_dropout: float) -> float:
-    """Of training, at the mean length of some prompts."""
+    """FLOPs of training on one sample, at the mean length of some prompts."""
     first = next(iter(dataset.datasets.values()))
     captions = [
         text for i in range(min(256, len(first))) for texts in first[i].captions.values() for text in texts

@@ -36,7 +36,9 @@ TRANSIENT_ERRNOS = {
     errno.EHOSTUNREACH,
     errno.ENETUNREACH,
 }
-"""Of an OSError: network file systems and object stores that are busy or away for a moment."""
+"""Numbers of an OSError that may pass: network file systems and object stores that are busy or away for
+a moment.
+"""
 MAX_CONCURRENCY = 2
 """Threads of an actor: the most that a worker's `concurrency` can ask for."""
 MAX_FAILED_STARTS = 3
@@ -146,7 +148,7 @@ class ActorPool:
 
 
 def num_actors_that_fit(stage: str, actors: ActorsConfig) -> int:
-    """As many actors as asked for, or as the connected cluster has resources for.
+    """The number of actors: as many as asked for, or as the connected cluster has resources for.
 
     Raises:
         StageError: where no node is large enough for one, which would wait for ever.
@@ -184,7 +186,7 @@ class _Slot:
     actor: Any
     is_ready: bool = False
     jobs: dict[str, ShardJob] = field(default_factory=dict)
-    """In flight, by name."""
+    """Jobs in flight, by name."""
     failed_starts: int = 0
     """Actors before it, in a row, that died before they were ready."""
     overdue: str | None = None

@@ -16,7 +16,7 @@ from repfusion.config import Config
 PATIENCE_SEC = 5.0
 """Between two looks at the cluster while nothing comes of it."""
 CONNECT_SEC = 5.0
-"""To wait for a cluster's head to take a connection."""
+"""Seconds to wait for a cluster's head to take a connection."""
 
 
 class RayConfig(Config):

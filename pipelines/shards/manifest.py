@@ -43,14 +43,14 @@ class Manifest(Strict):
     num_shards: int
     samples: int
     bytes: int
-    """Of all shards and their side files."""
+    """Bytes of all shards and their side files."""
     shards_digest: str
     """Names the shards' data: see `ShardTable.digest`."""
     drops: dict[str, int]
     seconds: float
-    """From the stage's start to its end, of the run that completed it."""
+    """Time from the stage's start to its end, of the run that completed it."""
     shard_seconds: float
-    """Of all shards, one after the other."""
+    """Time of all shards, one after the other."""
     files: dict[str, SideFile]
     """Files of the stage as a whole, such as `statistics.safetensors`."""
     extra: dict[str, Any]
@@ -139,7 +139,7 @@ class ShardTable:
 
     @cached_property
     def bytes(self) -> int:
-        """Of the shards and their side files."""
+        """Bytes of the shards and their side files."""
         beside = sum(
             side["bytes"]
             for text in self.column("files")

@@ -98,7 +98,9 @@ class Folder:
         return {name: size for name, size in files if not name.endswith(TEMPORARY)}
 
     def names(self) -> set[str]:
-        """As `sizes`, the names alone: on local disk several times faster."""
+        """Names of the files that lie directly in the folder, without their sizes: on local disk
+        several times faster.
+        """
         if not self.is_local:
             return set(self.sizes())
         with suppress(FileNotFoundError), os.scandir(self.url) as entries:
@@ -137,7 +139,7 @@ class Folder:
         return (self.path / name).read_bytes() if self.is_local else self._files.cat_file(self._at(name))
 
     def read_many(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-        """Those of the files that are there, many at a time where each takes a round trip."""
+        """Names and bytes of those files that are there, many at a time where each takes a round trip."""
         if self.is_local:
             for name in names:
                 with suppress(FileNotFoundError):

@@ -21,7 +21,7 @@ from repfusion.llm.base import LanguageModel, see_each_other
 
 class CaptioningConfig(Config):
     weight: float = Field(default=0.2, gt=0)
-    """Of the caption loss beside the velocity's (Transfusion weighs diffusion 5 times the text)."""
+    """Weight of the caption loss beside the velocity's (Transfusion weighs diffusion 5 times the text)."""
     share: float = Field(default=0.25, gt=0, le=1)
     """Share of the samples that are captioned as well as drawn."""
 

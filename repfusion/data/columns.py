@@ -113,7 +113,7 @@ class Column:
         self.paths: list[Path] = []
         self.files: list[int] = []
         self.keys: list[list[str]] = []
-        """Of each shard, in order."""
+        """Keys of each shard, in order."""
         self.spans: dict[str, list[np.ndarray]] = {name: [] for name in (*required, *optional)}
         """Offset and size of each key's member, one array a shard; offset -1 where a key lacks it."""
         self._headers: dict[bytes, tuple[tuple[int, ...], np.dtype, int]] = {}

@@ -16,7 +16,7 @@ BLOCK = 1024
 
 
 def hash64(*parts: object) -> int:
-    """The same on every machine and under every version of the libraries."""
+    """64 bits of the parts, the same on every machine and under every version of the libraries."""
     text = "\0".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
@@ -102,7 +102,7 @@ class SampleOrder:
         return [int(end - start) for start, end in pairwise(ends)]
 
     def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each position of a block: the data set's number, and which of its turns this is."""
+        """Data set's number of each position of a block, and which of its turns this is."""
         first, after = self.turns_before(block), self.turns_before(block + 1)
         counts = [end - start for start, end in zip(first, after, strict=True)]
         generator = np.random.default_rng(hash64("block", self.seed, block))

@@ -57,7 +57,7 @@ class SamplerConfig(Config):
     evaluated, at half the work.
     """
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Of the velocity; bf16 is autocast. The latents are integrated in float32 in both."""
+    """Precision of the velocity; bf16 is autocast. The latents are integrated in float32 in both."""
 
     @field_validator("guidance_interval")
     @classmethod

@@ -14,8 +14,8 @@ from repfusion.latents.tower import RepresentationEncoder
 
 
 def train_decoder(pool: ScenePool, config: FoundationConfig, folder: Path, polish: bool = False) -> None:
-    """From scratch for `decoder_steps` or, to `polish`, on from the saved one for `polish_steps` at less
-    noise.
+    """Trains the RAE decoder from scratch for `decoder_steps` or, to `polish`, on from the saved one for
+    `polish_steps` at less noise.
     """
     torch.manual_seed(4 if polish else 2)
     encoder = RepresentationEncoder.from_pretrained(folder / "vision_tower")

@@ -70,28 +70,28 @@ class FoundationConfig(Config):
     """
 
     refine_noise: float = 0.4
-    """The same while refining."""
+    """Largest standard deviation of that noise while refining."""
 
     large_width: int = 256
     """Width of the larger LLaVA's language model."""
     large_layers: int = 6
-    """Its layers."""
+    """Layers of the larger LLaVA's language model."""
     large_steps: int = 800
-    """Its steps, from the small one's weights grown to its size."""
+    """Steps of the larger LLaVA, from the small one's weights grown to its size."""
     large_learning_rate: float = 3e-4
-    """Its peak: it goes on, and does not begin."""
+    """Peak learning rate of the larger LLaVA: it goes on, and does not begin."""
     large_batch_size: int = 64
-    """Its scenes a step."""
+    """Scenes a step of the larger LLaVA."""
     fluent_align_steps: int = 1_000
     """Steps in which the twin's LLaVA learns its projector alone."""
     fluent_steps: int = 4_000
     """Steps of projector and language model."""
     fluent_learning_rate: float = 2e-4
-    """Their peak; the projector alone takes `learning_rate`. At 5e-4 new combinations are seen better and
-    prompts read worse (docs/log.md).
+    """Peak learning rate of those steps; the projector alone takes `learning_rate`. At 5e-4 new combinations
+    are seen better and prompts read worse (docs/log.md).
     """
     fluent_batch_size: int = 64
-    """Its scenes a step."""
+    """Scenes a step of the twin's LLaVA."""
     vae_channels: int = 16
     """Channels of the VAE's latents; its grid is the tower's at a factor of 8."""
     vae_steps: int = 2_000
@@ -273,7 +273,7 @@ def frozen_tower_loss(
 def train_llava(
     pool: ScenePool, tokenizer: PreTrainedTokenizerFast, config: FoundationConfig, folder: Path
 ) -> None:
-    """From scratch, with a small decoder that is thrown away."""
+    """Trains tower and LLaVA from scratch, with a small decoder that is thrown away."""
     torch.manual_seed(0)
     llava = LlavaForConditionalGeneration(llava_config(config, tokenizer))
     grid = (config.image_size // config.patch_size,) * 2
@@ -313,7 +313,9 @@ def text_loss(
 def train_language_twin(
     pool: ScenePool, tokenizer: PreTrainedTokenizerFast, config: FoundationConfig, folder: Path
 ) -> LlamaForCausalLM:
-    """The same geometry on the same texts: captions, and the dialogues without their image."""
+    """Trains the language-only twin, of the same geometry, on the same texts: captions, and the
+    dialogues without their image.
+    """
     torch.manual_seed(1)
     twin = LlamaForCausalLM(llava_config(config, tokenizer).text_config)
 

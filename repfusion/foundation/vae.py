@@ -17,12 +17,12 @@ from repfusion.foundation.perception import FoundationConfig, ScenePool, optimis
 from repfusion.latents.vae import load_vae
 
 CHANNELS = (32, 32, 64, 128)
-"""Of the stages; the first holds no layers, so the work begins at half the image's side."""
+"""Channels of the VAE's stages; the first holds no layers, so the work begins at half the image's side."""
 
 
 def train_vae(pool: ScenePool, config: FoundationConfig, folder: Path, polish: bool = False) -> None:
-    """From scratch for `vae_steps` or, to `polish`, on from the saved one for `vae_polish_steps` at less
-    noise; writes a diffusers folder in half precision.
+    """Trains the VAE from scratch for `vae_steps` or, to `polish`, on from the saved one for
+    `vae_polish_steps` at less noise; writes a diffusers folder in half precision.
     """
     if polish:
         torch.manual_seed(7)

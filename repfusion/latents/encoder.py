@@ -45,7 +45,7 @@ class PixelEncoder(nn.Module):
 
     @torch.no_grad()
     def encode_images(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b n d"]:
-        """As `forward`, of 8-bit images of the encoder's size; nothing here waits for a GPU to have
+        """Features of 8-bit images of the encoder's size, float32; nothing here waits for a GPU to have
         finished.
         """
         return self._features(images.permute(0, 3, 1, 2).float().div(255))

@@ -96,7 +96,7 @@ def checkpoint_record(folder: Path) -> dict[str, Any]:
 
 
 def png_info(record: Mapping[str, Any]) -> PngInfo:
-    """For `Image.save(path, pnginfo=...)`: the record as JSON in the chunk `repfusion`."""
+    """The record as JSON in the text chunk `repfusion`, for `Image.save(path, pnginfo=...)`."""
     info = PngInfo()
     info.add_text(CHUNK, json.dumps(record))
     return info

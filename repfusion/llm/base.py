@@ -247,5 +247,5 @@ def see_each_other(first: Int[Tensor, "b 1"], num: int, length: int) -> Bool[Ten
 
 
 def take(rows: Float[Tensor, "b n c"], positions: Int[Tensor, "b m"]) -> Float[Tensor, "b m c"]:
-    """Of each row the tokens at its own positions."""
+    """The tokens of each row at positions of its own, [b, m, c]."""
     return rows.gather(1, positions[..., None].expand(-1, -1, rows.shape[-1]))

@@ -27,7 +27,7 @@ class Prefilled:
         return tuple((*blocks[number], mask) for blocks, mask in pairs)
 
     def first(self, num: int) -> "Prefilled":
-        """The same of the first `num` rows, as views."""
+        """Keys and values of the first `num` rows, as views."""
         rows = tuple(tuple((k[:num], v[:num]) for k, v in blocks) for blocks in self.keys_values)
         return Prefilled(rows, tuple(None if mask is None else mask[:num] for mask in self.masks))
 

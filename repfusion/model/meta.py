@@ -93,7 +93,7 @@ def meta_model(
 
 
 def meta_from_config(config: ModelConfig) -> TextToImage:
-    """From the config.json of the folders that a config names; no weights are read."""
+    """A model of any size from the config.json of the folders that a config names; no weights are read."""
     from transformers import AutoConfig
 
     geometry = latent_geometry(geometry_folder(config.encoder.path), config.encoder.image_size)

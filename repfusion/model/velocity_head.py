@@ -11,7 +11,7 @@ from repfusion.model.denoiser import Denoiser, Prefilled
 
 
 class VelocityHead(Denoiser):
-    """In the place of a DiT: the LLM's outputs -> velocity; zero at first, as a DiT's."""
+    """A linear head in the place of a DiT: the LLM's outputs -> velocity; zero at first, as a DiT's."""
 
     def __init__(self, aligned_width: int, latent_dim: int):
         super().__init__()

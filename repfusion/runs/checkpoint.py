@@ -31,7 +31,7 @@ from repfusion.weights import WEIGHTS
 log = logging.getLogger(__name__)
 SCHEMA = 2
 TRAINING_FIELDS = {"model", "output_dir", "data", "init_from", "engine", "num_steps"}
-"""By which a training is told from a model alone."""
+"""Fields by which a training's YAML is told from a model's."""
 COMPLETE = "complete.json"
 PIN_SEC = 24 * 3600.0
 STEP_FOLDER = re.compile(r"step_(\d+)")

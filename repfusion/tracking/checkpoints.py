@@ -29,7 +29,7 @@ def registry_name(name: str) -> str:
 
 
 class Checkpoints:
-    """Those of one run.
+    """The checkpoints of one run, as logged models and registered versions.
 
     Args:
         client: MlflowClient.

@@ -69,7 +69,7 @@ class EngineConfig(Config):
     grad_clip: float | None = 1.0
     """Largest norm of the gradient; None leaves it."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Of the forward and backward pass. Weights, optimizer and EMA are float32 in both."""
+    """Precision of the forward and backward pass. Weights, optimizer and EMA are float32 in both."""
     micro_batch_size: int = 32
     """Samples per forward pass on one rank; gradient accumulation makes up the rest of the global batch."""
     attention: Literal["auto", "math", "torch"] = "auto"

@@ -35,7 +35,7 @@ class Fragment:
     offset: int
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Its view of tensors that are laid out like the masters."""
+        """The fragment's view of tensors that are laid out like the masters."""
         return tensors[self.master].detach().view(-1).narrow(0, self.offset, self.numel)
 
 

@@ -41,7 +41,7 @@ def load_rng(path: Path) -> None:
 
 
 def seed_rng(seed: int, step: int, rank: int) -> None:
-    """For a rank that has no saved state: the run went on with another number of them."""
+    """Seeds the generators of a rank that has no saved state: the run went on with another number of them."""
     words = np.random.SeedSequence([seed, step, rank]).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
