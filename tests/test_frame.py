@@ -129,7 +129,7 @@ def test_the_library_loads_without_what_it_may_not_import():
         "import sys\n"
         "for name in ('ray', 'pipelines', 'deepspeed', 'mlflow', 'img2dataset', 'diffusers'):\n"
         "    sys.modules[name] = None\n"
-        "import repfusion.generate, repfusion.evaluation, repfusion.train\n"
+        "import repfusion.generate, repfusion.evaluation.checkpoints, repfusion.train\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.process import RUN_FILE, Evaluator, report_failure, report_missed
 from pipelines.evaluation.records import Record, finished, hold, read_record, write_record
 from pipelines.runtime.session import PATIENCE_SEC, StageError, brief, check_ray_lives
+from repfusion.evaluation.shown import in_brief
 from repfusion.runs.checkpoint import step_of
 from repfusion.train import TrainConfig
 
@@ -120,6 +121,7 @@ class EvaluationJobs:
             "checkpoint": str(checkpoint),
             "out": str(self.place(checkpoint)),
             "config": self.config.scoring.model_dump(mode="json"),
+            "best_by": self.config.best_by,
             "tracking": tracking_of(self.train),
             "attempt": attempt,
             "is_idle": is_idle,
@@ -200,13 +202,8 @@ class EvaluationJobs:
         evaluation = finished(job.out, self.config.scoring)
         if evaluation is None:
             return
-        scores = evaluation.scores
-        new = "" if scores.new_concept is None else f", new concept {scores.new_concept:.2f}"
-        print(
-            f"evaluate: step {step_of(job.checkpoint)}: overall {scores.overall:.2f}{new} "
-            f"({evaluation.seconds:.0f} s)",
-            flush=True,
-        )
+        step, seconds = step_of(job.checkpoint), evaluation.seconds
+        print(f"evaluate: step {step}: {in_brief(evaluation)} ({seconds:.0f} s)", flush=True)
 
     def _cut_short(self, checkpoint: Path, record: Record) -> Record:
         """Records that the last attempt went with its driver."""

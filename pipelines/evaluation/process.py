@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from repfusion.tracking import Tracker
 
 T = TypeVar("T")
-BEST_BY = "eval/overall"
-"""The registry's alias `best` is the checkpoint with the highest of this."""
 TRACKING = ("repfusion.tracking", "mlflow")
 """In this order: the first decides settings that the other reads when it is imported."""
 RUN_FILE = "run.json"
@@ -87,11 +85,14 @@ class Evaluator:
         a process that waits for the training.
         """
         task = self.task
-        import_heavy(self.pace, "torch", "repfusion.evaluation", *(TRACKING if task["tracking"] else ()))
+        import_heavy(
+            self.pace, "torch", "repfusion.evaluation.checkpoints", *(TRACKING if task["tracking"] else ())
+        )
         import torch
 
         from pipelines.evaluation.records import LOGGED, finished
-        from repfusion.evaluation import EvaluationConfig, evaluate_checkpoint
+        from repfusion.evaluation.checkpoints import evaluate_checkpoint
+        from repfusion.evaluation.record import GALLERY, SCORES, EvaluationConfig
         from repfusion.files import write_json
         from repfusion.runs.checkpoint import step_of
 
@@ -108,15 +109,15 @@ class Evaluator:
             evaluation = evaluate_checkpoint(checkpoint, out, config, self.pace)
         if tracker is None or child is None:
             return
-        metrics = evaluation.scores.metrics()
+        metrics, best_by = evaluation.metrics(), evaluation.best_metric(task["best_by"])
         child.log_metrics(metrics, step)
         if task["is_scheduled"] and not (out / LOGGED).exists():
-            tracker.log_scores(step, metrics, best_by=BEST_BY)
-            tracker.log_image(out / "gallery.png", "gallery", step)
-            tracker.log_artifact(out / "scores.json", f"evaluate/{checkpoint.name}")
+            tracker.log_scores(step, metrics, best_by=best_by if best_by in metrics else None)
+            tracker.log_image(out / GALLERY, "gallery", step)
+            tracker.log_artifact(out / SCORES, f"evaluate/{checkpoint.name}")
             write_json(out / LOGGED, {"run_id": tracker.run_id, "step": step})
         elif not task["is_scheduled"]:
-            for name in ("gallery.png", "scores.json"):
+            for name in (GALLERY, SCORES):
                 child.log_artifact(out / name)
         child.finish("FINISHED")
 

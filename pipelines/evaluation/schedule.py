@@ -22,7 +22,7 @@ from pipelines.evaluation.records import (
     write_record,
 )
 from pipelines.runtime.session import StageError, brief
-from repfusion.evaluation import Evaluation
+from repfusion.evaluation.record import Evaluation
 from repfusion.files import write_json
 from repfusion.runs.checkpoint import STEP_FOLDER, checkpoint_folder, complete_checkpoints, step_of
 from repfusion.train import TrainConfig
@@ -140,7 +140,7 @@ class EvaluationScheduler:
         if not self._to_unpin:
             return
         if self.jobs.variant is None:
-            pin_best(self.checkpoints(), self.folder, self.config.scoring)
+            pin_best(self.checkpoints(), self.folder, self.config)
         while self._to_unpin:
             unpin(self._to_unpin.pop())
 

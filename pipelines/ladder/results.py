@@ -43,14 +43,17 @@ class Point(Strict):
     """Scores of one checkpoint."""
 
     step: int
-    overall: float
-    """Mean accuracy of the six tasks."""
-    per_task: dict[str, float]
-    shuffled: float
-    """The same against other prompts: the floor."""
+    headline: str
+    """Name of the value that is compared."""
+    values: dict[str, float]
+    """What the suite found, by name."""
     num_prompts: int
     validation_loss: float
     """Velocity loss on held-out scenes; comparable within one latent space only."""
+
+    @property
+    def score(self) -> float:
+        return self.values[self.headline]
 
 
 class Result(Line):
@@ -79,14 +82,15 @@ class Result(Line):
 
     @property
     def score(self) -> float:
-        return self.points[-1].overall
+        return self.points[-1].score
 
 
 class ComputePoint(Line):
     """A final checkpoint sampled with some number of steps."""
 
     num_steps: int
-    overall: float | None = None
+    score: float | None = None
+    """The suite's headline."""
     num_prompts: int = 0
     flops_per_image: float | None = None
     seconds: float | None = None

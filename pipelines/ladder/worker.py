@@ -58,7 +58,7 @@ def _score(task: Task) -> list[Point]:
     import torch
 
     from pipelines.evaluation.records import finished
-    from repfusion.evaluation import evaluate_checkpoint
+    from repfusion.evaluation.checkpoints import evaluate_checkpoint
     from repfusion.runs.checkpoint import complete_checkpoints, prune, step_of
 
     if not torch.cuda.is_available():
@@ -70,14 +70,13 @@ def _score(task: Task) -> list[Point]:
         config = task.final if step == task.train.num_steps else task.curve
         out = task.train.output_dir / "evaluations" / folder.name
         evaluation = finished(out, config) or evaluate_checkpoint(folder, out, config)
-        scores = evaluation.scores
+        found = evaluation.first
         points.append(
             Point(
                 step=step,
-                overall=scores.overall,
-                per_task={str(name): value for name, value in scores.per_task.items()},
-                shuffled=scores.shuffled_overall,
-                num_prompts=scores.num_prompts,
+                headline=found.scores.headline,
+                values=found.scores.values,
+                num_prompts=found.num_items,
                 validation_loss=validation_loss(folder, task.num_validation, task.world),
             )
         )
@@ -162,13 +161,13 @@ def _track(task: Task, result: Result) -> None:
     """Scores by step, in the training's own MLflow run."""
     if result.run_id is None:
         return
+    from repfusion.evaluation.record import GALLERY
     from repfusion.tracking import Tracker
 
     config = task.train.tracking.model_copy(update={"run_id": result.run_id})
     tracker = Tracker(config, attach=True)
     for point in result.points:
-        named = {"eval/overall": point.overall, "eval/shuffled_overall": point.shuffled}
-        named |= {f"eval/task/{name}": value for name, value in point.per_task.items()}
+        named = {f"eval/{name}": value for name, value in point.values.items()}
         tracker.log_metrics({**named, "ladder/validation_loss": point.validation_loss}, point.step)
         if point is not result.points[-1]:
             tracker.forget_checkpoint(point.step)
@@ -180,7 +179,7 @@ def _track(task: Task, result: Result) -> None:
         tracker.set_tag(name, value)
     evaluations = sorted((task.train.output_dir / "evaluations").glob("step_*"))
     if evaluations:
-        tracker.log_image(evaluations[-1] / "gallery.png", "gallery", result.points[-1].step)
+        tracker.log_image(evaluations[-1] / GALLERY, "gallery", result.points[-1].step)
 
 
 def now() -> str:

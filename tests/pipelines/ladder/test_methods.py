@@ -53,7 +53,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Task]:
             "data": {"scenes": {"num_samples": 24}, "num_validation": 6},
             "training": {"num_steps": 3, "global_batch_size": 4, "engine": {"micro_batch_size": 4}},
             "scoring": {
-                "final": {"num_prompts": 12, "sampler": {"num_steps": 2}},
+                "final": {"suites": {"scenes": {"num_prompts": 12}}, "sampler": {"num_steps": 2}},
                 "curve_prompts": 6,
                 "num_points": 1,
             },
