@@ -89,7 +89,7 @@ def test_no_module_and_no_room_imports_in_a_circle():
 
 
 LAYERS = [
-    {"config", "files", "inputs", "layers", "request", "weights", "scenes"},
+    {"config", "files", "inputs", "layers", "request", "tables", "weights", "scenes"},
     {"latents", "data", "diffusion", "llm"},
     {"conditioning"},
     {"model"},
@@ -122,6 +122,21 @@ def test_there_is_one_base_of_configurations_and_one_loader():
     text = {path: path.read_text() for path in SOURCES}
     assert sum(one.count("ConfigDict(") for one in text.values()) <= 2
     assert [path.name for path, one in text.items() if "def load_config(" in one] == ["config.py"]
+
+
+SCENES = (
+    "repfusion/scenes/",
+    "repfusion/foundation/",
+    "repfusion/evaluation/suites/scenes.py",
+    "pipelines/sources/scenes.py",
+    "pipelines/ladder/worker.py",  # its validation loss
+)
+"""Who may know the embedded world; all others know suites."""
+
+
+def test_the_embedded_world_is_known_where_it_is_drawn_and_judged_alone():
+    knowing = {str(path.relative_to(ROOT)) for path in SOURCES if "from repfusion.scenes" in path.read_text()}
+    assert not {name for name in knowing if not name.startswith(SCENES)}
 
 
 def test_the_library_loads_without_what_it_may_not_import():

@@ -101,7 +101,7 @@ class EvaluationJobs:
         (out / RUN_FILE).unlink(missing_ok=True)
         record = record.begin()
         write_record(out, record)
-        task = self._task(checkpoint, record.attempts[-1].number, is_idle)
+        task = self.task(checkpoint, record.attempts[-1].number, is_idle)
         options = {
             "num_cpus": self.config.num_cpus,
             "num_gpus": self.config.num_gpus,
@@ -115,7 +115,8 @@ class EvaluationJobs:
         self.running[checkpoint.name] = _Job(checkpoint, task, record, lock, actor, result, heard)
         return True
 
-    def _task(self, checkpoint: Path, attempt: int, is_idle: bool) -> dict[str, Any]:
+    def task(self, checkpoint: Path, attempt: int, is_idle: bool) -> dict[str, Any]:
+        """What an attempt is given: plain values, for a process of its own."""
         return {
             "directory": os.getcwd(),
             "checkpoint": str(checkpoint),
@@ -207,7 +208,7 @@ class EvaluationJobs:
 
     def _cut_short(self, checkpoint: Path, record: Record) -> Record:
         """Records that the last attempt went with its driver."""
-        task = self._task(checkpoint, record.attempts[-1].number, is_idle=True)
+        task = self.task(checkpoint, record.attempts[-1].number, is_idle=True)
         self._report(task, "KILLED", "its driver ended first", "")
         record = record.end("cut_short", "its driver ended first")
         write_record(self.place(checkpoint), record)

@@ -50,8 +50,8 @@ class ScoringConfig(Config):
     final: EvaluationConfig = EvaluationConfig(
         suites={"scenes": ScenesSuiteConfig(num_prompts=480, include_new=False, split="train")}
     )
-    """Of the last checkpoint; the rows are compared by the first suite's headline. The prompts and their noise
-    are the same for every row and seed.
+    """Of the last checkpoint; the rows are compared by the first suite's headline. Prompts and noise are
+    the same for every row and seed.
     """
     curve_prompts: int = Field(default=120, ge=6)
     """Prompts of the checkpoints before it: the first so many of the same."""

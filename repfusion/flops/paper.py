@@ -22,7 +22,6 @@ from repfusion.flops.count import (
     train_flops,
 )
 from repfusion.flops.memory import Frozen, rank_memory, sizes
-from repfusion.flops.tables import markdown
 from repfusion.model.meta import CONFIGS, meta_decoder, meta_from_config
 from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import load_model_config

@@ -97,18 +97,32 @@ class Suite(Protocol):
     anew, and neither draws.
     """
 
-    values: Sequence[Value]
-    """In the order in which they are shown; the headline is among them."""
-    subject: str
-    """What the items are, in words: `held-out prompts`."""
-    about: str
-    """How outputs are judged: goes on after `Percent of 240 held-out prompts`, up to a full stop. Words
-    between asterisks are set apart.
-    """
-    judge_version: str
-    """Changes with whatever may change an answer."""
-    rule_version: str
-    """Changes with whatever may change a score."""
+    @property
+    def values(self) -> Sequence[Value]:
+        """In the order in which they are shown; the headline is among them."""
+        ...
+
+    @property
+    def subject(self) -> str:
+        """What the items are, in words: `held-out prompts`."""
+        ...
+
+    @property
+    def about(self) -> str:
+        """How outputs are judged: goes on after `Percent of 240 held-out prompts`, up to a full stop. Words
+        between asterisks are set apart.
+        """
+        ...
+
+    @property
+    def judge_version(self) -> str:
+        """Changes with whatever may change an answer."""
+        ...
+
+    @property
+    def rule_version(self) -> str:
+        """Changes with whatever may change a score."""
+        ...
 
     def items(self) -> Sequence[Item]:
         """The same ones at every call, in a fixed order."""
