@@ -16,6 +16,7 @@ from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.process import RUN_FILE, Evaluator, report_failure, report_missed
 from pipelines.evaluation.records import Record, finished, hold, read_record, write_record
 from pipelines.runtime.session import PATIENCE_SEC, StageError, brief, check_ray_lives
+from pipelines.runtime.tasks import AtWork
 from repfusion.evaluation.shown import in_brief
 from repfusion.runs.checkpoint import step_of
 from repfusion.train import TrainConfig
@@ -34,7 +35,6 @@ class _Job:
     record: Record
     lock: IO[str]
     actor: Any
-    result: Any
     heard: Any
     """Reference to the process's next answer about how long it was held back."""
     asked: float = field(default_factory=time.monotonic)
@@ -68,6 +68,7 @@ class EvaluationJobs:
         self.folder = train.output_dir / "evaluations"
         self.errors: dict[str, str] = {}
         self.running: dict[str, _Job] = {}
+        self._at_work: AtWork[_Job] = AtWork()
         self._reports: list[Any] = []
         self._no_room_since: float | None = None
 
@@ -112,7 +113,8 @@ class EvaluationJobs:
             options["memory"] = self.config.memory_mib << 20
         actor = ray.remote(**options)(Evaluator).remote(task)
         result, heard = actor.evaluate.remote(), actor.waited_sec.remote()
-        self.running[checkpoint.name] = _Job(checkpoint, task, record, lock, actor, result, heard)
+        job = self.running[checkpoint.name] = _Job(checkpoint, task, record, lock, actor, heard)
+        self._at_work.add(job, result)
         return True
 
     def task(self, checkpoint: Path, attempt: int, is_idle: bool) -> dict[str, Any]:
@@ -132,33 +134,26 @@ class EvaluationJobs:
 
     def poll(self, timeout_sec: float) -> None:
         """Takes note of those that ended within the time, and kills those that take too long."""
-        import ray
-
         if not self.running:
             time.sleep(timeout_sec)
             return
-        results = [job.result for job in self.running.values()]
-        ray.wait(results, num_returns=1, timeout=timeout_sec)
-        done = set(ray.wait(results, num_returns=len(results), timeout=0)[0])
+        for job, outcome in self._at_work.ended(timeout_sec):
+            self._collect(job, outcome)
         for job in list(self.running.values()):
-            if job.result in done:
-                self._collect(job)
-            elif self._is_overdue(job):
+            if self._is_overdue(job):
                 message = f"took longer than deadline_sec {self.config.deadline_sec:g}"
                 self._end(job, "failed", message, f"stopped by the driver: {message}")
 
-    def _collect(self, job: _Job) -> None:
-        import ray
+    def _collect(self, job: _Job, outcome: Any) -> None:
         from ray.exceptions import RayError, RayTaskError
 
-        try:
-            ray.get(job.result)
-        except RayTaskError as error:
-            self._end(job, "failed", brief(error), COLOUR.sub("", str(error)))
-        except RayError as error:
-            self._end(job, "failed", f"its process died: {brief(error)}", str(error))
-        else:
-            self._end(job, "finished")
+        match outcome:
+            case RayTaskError():
+                self._end(job, "failed", brief(outcome), COLOUR.sub("", str(outcome)))
+            case RayError():
+                self._end(job, "failed", f"its process died: {brief(outcome)}", str(outcome))
+            case _:
+                self._end(job, "finished")
 
     def _is_overdue(self, job: _Job) -> bool:
         """Its time begins when its process answers, and stands still while others use its processor."""
@@ -187,6 +182,7 @@ class EvaluationJobs:
         import ray
 
         ray.kill(job.actor)
+        self._at_work.forget(job)
         del self.running[job.checkpoint.name]
         write_record(job.out, job.record.end(status, error or None))
         job.lock.close()
@@ -283,4 +279,5 @@ class EvaluationJobs:
         for job in self.running.values():
             ray.kill(job.actor)
             job.lock.close()
+            self._at_work.forget(job)
         self.running.clear()

@@ -9,10 +9,11 @@ from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.data import prepare
 from pipelines.ladder.results import ComputePoint, append, finished, read
 from pipelines.ladder.rows import ROWS
-from pipelines.ladder.schedule import run_on_ray
+from pipelines.ladder.schedule import resources_of
 from pipelines.ladder.task import Task, tasks_of
 from pipelines.ladder.worker import hardware, now
 from pipelines.runtime.session import brief, ray_session
+from pipelines.runtime.tasks import run_on_ray
 from pipelines.workflow.run import locked
 from repfusion.evaluation.record import EvaluationConfig
 
@@ -96,7 +97,7 @@ def run_compute(config: LadderConfig, say: Callable[[str], None] = print) -> int
             return 0
         session.enter_context(ray_session(config.ray))
         failed = 0
-        for one, outcome in run_on_ray(run_sampling, todo, config.resources):
+        for one, outcome in run_on_ray(run_sampling, todo, resources_of(config.resources)):
             point = _point(one, outcome)
             append(config.compute_results, point)
             failed += point.status == "failed"

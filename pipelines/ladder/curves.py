@@ -4,9 +4,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.ladder.results import ComputePoint
+from pipelines.ladder.results import ComputePoint, Selection
 from pipelines.ladder.rows import LADDERS, ROWS
-from pipelines.ladder.selection import Selection
 from pipelines.reporting.charts import Line, chart
 from repfusion.files import write_text
 

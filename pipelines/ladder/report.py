@@ -5,12 +5,11 @@ taken over as it is.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipelines.ladder.claims import CLAIMS, LEVEL, MARGIN, Verdict, disagreements, judge
+from pipelines.ladder.claims import CLAIMS, LEVEL, MARGIN, Assessment, assess, disagreements
 from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.curves import write_charts
-from pipelines.ladder.results import ComputePoint, Result, read
+from pipelines.ladder.results import ComputePoint, Result, Selection, read, select, select_points
 from pipelines.ladder.rows import LADDERS, ROWS
-from pipelines.ladder.selection import Selection, select, select_points
 from pipelines.ladder.statistics import Seeds, compare, mean_and_error
 from repfusion.evaluation.record import EvaluationConfig
 from repfusion.evaluation.suites.base import Suite
@@ -214,10 +213,10 @@ def _curves(selection: Selection) -> str:
 
 
 def _claims(scores: Mapping[str, Seeds]) -> str:
-    rows, verdicts = [], judge(scores)
-    num_tests = sum(verdict.adjusted is not None for verdict in verdicts)
-    for verdict in verdicts:
-        claim, difference = verdict.claim, verdict.difference
+    rows, assessed = [], assess(scores)
+    num_tests = sum(one.adjusted is not None for one in assessed)
+    for one in assessed:
+        claim, difference = one.claim, one.difference
         if difference is None:
             rows.append([claim.number, claim.text, MISSING, *[""] * 6, MISSING])
             continue
@@ -228,11 +227,11 @@ def _claims(scores: Mapping[str, Seeds]) -> str:
                 show_change(difference.mean, difference.error),
                 str(difference.num_pairs),
                 show_p(difference.p_paired),
-                show_p(verdict.adjusted),
+                show_p(one.adjusted),
                 show_p(difference.p_welch),
                 show_p(difference.p_exact),
                 show_p(difference.p_labels),
-                _outcome(verdict),
+                _outcome(one),
             ]
         )
     head = ["claim", "", "difference", "seeds", "p paired t", "p Holm", "p Welch", "p signs", "p labels", ""]
@@ -272,11 +271,11 @@ def _losses(selection: Selection) -> str:
     )
 
 
-def _outcome(verdict: Verdict) -> str:
-    difference = verdict.difference
-    if verdict.claim.kind == "no_better" and difference is not None and difference.upper is not None:
-        return f"{verdict.outcome}: at most {difference.upper:+.3f}"
-    return verdict.outcome
+def _outcome(one: Assessment) -> str:
+    difference = one.difference
+    if one.claim.kind == "no_better" and difference is not None and difference.upper is not None:
+        return f"{one.outcome}: at most {difference.upper:+.3f}"
+    return one.outcome
 
 
 def _order(scores: Mapping[str, Seeds]) -> str:

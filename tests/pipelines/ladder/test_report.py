@@ -7,8 +7,7 @@ import pytest
 
 from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.report import write_report
-from pipelines.ladder.results import ComputePoint, Point, Result, append
-from pipelines.ladder.selection import select
+from pipelines.ladder.results import ComputePoint, Point, Result, append, select
 from pipelines.ladder.task import budget_of
 
 SETTINGS = budget_of(LadderConfig(), "fingerprint")
