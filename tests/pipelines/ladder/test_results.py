@@ -66,6 +66,7 @@ def test_only_what_ended_well_need_not_run_again():
 
 
 def task(folder: Path) -> Task:
+    data = DataConfig(images=folder / "no", columns={"image_features": folder / "no"})
     return Task(
         row="repfusion",
         seed=0,
@@ -74,7 +75,7 @@ def task(folder: Path) -> Task:
         model="m" * 64,
         settings={},
         weights={},
-        train=TrainConfig(output_dir=folder, data=DataConfig(images=folder / "no", features=folder / "no")),
+        train=TrainConfig(output_dir=folder, data=data),
         final=EvaluationConfig(),
         curve=EvaluationConfig(),
         num_validation=1,

@@ -29,7 +29,7 @@ CONFIG = EvaluationConfig.model_validate({"sampler": {"num_steps": 1}, "batch_si
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
     root = tmp_path_factory.mktemp("model")
-    statistics = LatentStatistics.load(make_columns(root) / "latents" / "statistics.safetensors")
+    statistics = LatentStatistics.load(make_columns(root) / "image_features" / "statistics.safetensors")
     return Generator.build(tiny_model(make_foundation(root)), statistics)
 
 
