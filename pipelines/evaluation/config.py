@@ -17,8 +17,8 @@ class EvaluateConfig(EvaluationConfig):
     every_steps: int | None = Field(default=None, ge=1)
     """Checkpoints at multiples of this, the first and the last; None takes every checkpoint."""
     every_minutes: float | None = Field(default=None, gt=0)
-    """By the clock instead: each time this has passed since the last one began, the newest checkpoint that
-    has no scores; the last one in any case. Changes no scores.
+    """Evaluates by the clock instead: each time this has passed since the last one began, the newest
+    checkpoint that has no scores; the last one in any case. Changes no scores.
     """
     beside_training: bool = True
     """Evaluate while training goes on, in the time that the machine has to spare, or all after it."""

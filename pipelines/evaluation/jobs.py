@@ -156,7 +156,9 @@ class EvaluationJobs:
                 self._end(job, "finished")
 
     def _is_overdue(self, job: _Job) -> bool:
-        """Its time begins when its process answers, and stands still while others use its processor."""
+        """Whether an attempt takes too long. Time counts from when its process answers, and not while others
+        use its processor.
+        """
         import ray
         from ray.exceptions import RayError
 

@@ -77,7 +77,7 @@ def show(values: Sequence[float]) -> str:
 
 
 def show_change(mean: float, error: float | None) -> str:
-    """With its sign, and the standard error where there is one."""
+    """A difference with its sign, and the standard error where there is one."""
     return f"{mean:+.3f}" if error is None else f"{mean:+.3f} ± {error:.3f}"
 
 

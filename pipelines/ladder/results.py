@@ -70,9 +70,9 @@ class Result(Line):
     weights: dict[str, str] = {}
     """sha256 of each folder of weights it stands on, by name."""
     points: tuple[Point, ...] = ()
-    """By step; the last one is the result."""
+    """Checkpoints by step; the last one is the result."""
     samples_per_sec: float | None = None
-    """Of a run that was resumed: since then."""
+    """Rate of the training; of a resumed one, since it was resumed."""
     final_loss: float | None = None
     train_sec: float | None = None
     """What all steps take at that rate."""
@@ -122,7 +122,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def read(path: Path, kind: type[L]) -> list[L]:
-    """In the order in which they ended; none where there is no file.
+    """All results in the order in which they ended; none where there is no file.
 
     Raises:
         ValueError: a line that is no result, with its number.
@@ -161,15 +161,15 @@ class Selection:
     budget: str | None
     results: tuple[Result, ...] = ()
     failed: tuple[Result, ...] = ()
-    """Those that no later run of the same row and seed made good."""
+    """Failures that no later run of the same row and seed made good."""
     other_budgets: dict[str, int] = field(default_factory=dict)
     """Results by budget (name and digest)."""
     other_weights: tuple[Result, ...] = ()
-    """Of this budget, on weights or a model that later results do not share."""
+    """Results of this budget, on weights or a model that later results do not share."""
 
     @property
     def rows(self) -> dict[str, list[Result]]:
-        """By row, in the order of ROWS; only rows that have results."""
+        """Results by row, in the order of ROWS; only rows that have results."""
         by_row = {name: [one for one in self.results if one.row == name] for name in ROWS}
         return {name: sorted(found, key=lambda one: one.seed) for name, found in by_row.items() if found}
 

@@ -72,7 +72,7 @@ def _result(task: Task, outcome: str | Exception) -> Result:
 
 
 def resources_of(config: ResourcesConfig) -> dict[str, float]:
-    """Of one run, by Ray's names."""
+    """What one run reserves, by Ray's names."""
     import ray
 
     share = config.num_gpus

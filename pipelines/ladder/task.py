@@ -44,7 +44,7 @@ class Task:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Of the result's line."""
+        """What identifies the result's line."""
         return {name: getattr(self, name) for name in ("row", "seed", "budget_name", "budget", "model")}
 
 
@@ -113,7 +113,7 @@ def tasks_of(config: LadderConfig, columns: Columns) -> list[Task]:
 
 
 def model_digest(row: Row, model: ModelConfig, weights: dict[str, str]) -> str:
-    """Of the model and the weights it stands on, wherever they lie."""
+    """Digest of the model and the weights it stands on, wherever they lie."""
     fields = model.model_dump(mode="json", exclude={"mllm", "decoder"})
     fields["encoder"].pop("path")
     encoder, decoder = SPACES[row.space]

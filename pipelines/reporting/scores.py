@@ -10,7 +10,7 @@ from pathlib import Path
 from pipelines.reporting.charts import INK, Line, chart
 from repfusion.evaluation.record import GALLERY, Evaluation, SuiteResult
 from repfusion.evaluation.shown import ShownSuite, shown_suites
-from repfusion.evaluation.suites.base import Value
+from repfusion.evaluation.suites.base import Role, Value
 from repfusion.tables import html
 
 ACCENT, MUTED = "#b5532a", "#8a8a90"
@@ -21,12 +21,12 @@ class SuiteHistory:
     """One suite's results, by step."""
 
     suite: ShownSuite
-    """As the last evaluation shows it."""
+    """The suite as the last evaluation shows it."""
     results: Sequence[tuple[int | None, SuiteResult]]
     evaluation: Evaluation
     """The last one."""
 
-    def values(self, role: str) -> list[Value]:
+    def values(self, role: Role) -> list[Value]:
         """The values that any of the results has, in the suite's order."""
         found = {name for _, result in self.results for name in result.scores.values}
         return [one for one in self.suite.suite.values if one.role == role and one.name in found]
@@ -37,7 +37,7 @@ class SuiteHistory:
 
 
 def histories(evaluations: Sequence[tuple[Path, Evaluation]]) -> list[SuiteHistory]:
-    """Of each suite of the last evaluation; `evaluations` are folders and what they hold, by step."""
+    """The history of each suite of the last evaluation; `evaluations` are folders and contents, by step."""
     if not evaluations:
         return []
     last = evaluations[-1][1]

@@ -60,7 +60,7 @@ class Drawing:
         if self._loaded is None:
             self._loaded = self.run(self._load)
         requests = [item.request for item in items for _ in range(item.num_outputs)]
-        return to_uint8(torch.cat(list(self._batches(requests))))
+        return np.concatenate([to_uint8(batch) for batch in self._batches(requests)])
 
     def _batches(self, requests: Sequence[Request]) -> Iterator[Float[Tensor, "b 3 h w"]]:
         assert self._loaded is not None

@@ -24,7 +24,7 @@ class EvaluationConfig(Config):
     max_items: int | None = Field(default=None, ge=1)
     """The first so many items of each suite; None takes all."""
     seed: int = 0
-    """Of noise, and of whatever a suite draws: the same seed gives every checkpoint the same."""
+    """Decides noise and whatever a suite draws: the same seed gives every checkpoint the same."""
     batch_size: int = Field(default=60, ge=1)
     """Images sampled at once; they do not depend on it."""
     sampler: SamplerConfig = SamplerConfig()
@@ -46,7 +46,7 @@ class EvaluationConfig(Config):
         return {name: build_suite(one, self.seed) for name, one in self.suites.items()}
 
     def versions(self) -> dict[str, dict[str, str]]:
-        """Of each suite, by its name, the present versions of judge and rule."""
+        """The present versions of judge and rule, by the suite's name."""
         suites = self.build_suites().items()
         return {name: {"judge": one.judge_version, "rule": one.rule_version} for name, one in suites}
 
@@ -70,13 +70,13 @@ class Evaluation(Strict):
     """Training step of the checkpoint; None where it does not say."""
     config: EvaluationConfig
     suites: dict[str, SuiteResult]
-    """By name, in the configuration's order."""
+    """What each suite found, by its name, in the configuration's order."""
     seconds: float
     """Loading, sampling, judging and scoring, as far as these had to be done."""
 
     @property
     def first(self) -> SuiteResult:
-        """Of the suite whose headline picks the best checkpoint."""
+        """The result of the suite whose headline picks the best checkpoint."""
         return next(iter(self.suites.values()))
 
     def is_made_with(self, config: EvaluationConfig) -> bool:

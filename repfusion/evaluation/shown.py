@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from repfusion.evaluation.record import Evaluation
-from repfusion.evaluation.suites.base import Count, Suite, Value
+from repfusion.evaluation.suites.base import Count, Role, Suite, Value
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ShownSuite:
     suite: Suite
     values: Sequence[Shown]
 
-    def of(self, role: str) -> list[Shown]:
+    def of(self, role: Role) -> list[Shown]:
         return [one for one in self.values if one.value.role == role]
 
     @property

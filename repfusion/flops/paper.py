@@ -42,7 +42,7 @@ class Figure:
 
     name: str
     config: str
-    """Of `configs/`."""
+    """Name of a file in `configs/`."""
     published: int
     """TFLOPs per image."""
     is_dense: bool = False
@@ -69,9 +69,9 @@ COMPARED = (
 @dataclass(frozen=True)
 class Settings:
     num_evaluations: int
-    """Of the guided velocity; one a step for Euler's method."""
+    """Evaluations of the guided velocity; one a step for Euler's method."""
     num_text_tokens: int
-    """Of the prompt; the empty one is padded to it."""
+    """Tokens of the prompt; the empty one is padded to as many."""
     halve_causal: bool
     """Whether of causal attention only the scores that the mask leaves are counted."""
     with_decoder: bool
@@ -115,7 +115,7 @@ def once_and_each(row: Figure, num_text_tokens: int, halve: bool, rereads: bool)
 
 
 def image_flops(row: Figure, settings: Settings) -> float:
-    """Of one guided image: two rows."""
+    """FLOPs of one guided image: two rows."""
     rereads = settings.rereads_prompt and row.config.startswith("queries_timestep")
     once, each = once_and_each(row, settings.num_text_tokens, settings.halve_causal, rereads)
     return 2 * (once + settings.num_evaluations * each) + settings.with_decoder * decoder_flops()
@@ -127,7 +127,7 @@ def difference(row: Figure, settings: Settings) -> float:
 
 
 def best_settings(rows: Sequence[Figure], evaluations: Iterable[int] = EVALUATIONS) -> Settings:
-    """Those whose largest relative difference over the rows is the smallest."""
+    """The settings whose largest relative difference over the rows is the smallest."""
     yes_no = (False, True)
     tried = (Settings(*one) for one in product(evaluations, TEXT_TOKENS, yes_no, yes_no, yes_no))
     return min(tried, key=lambda settings: max(abs(difference(row, settings)) for row in rows))

@@ -69,6 +69,9 @@ class Scores(Strict):
         return self
 
 
+Role = Literal["headline", "part", "beside", "floor"]
+
+
 @dataclass(frozen=True)
 class Value:
     """How people see one value of a suite. `part`: a share of the headline, such as a task; `beside`: another
@@ -79,7 +82,7 @@ class Value:
     """In `Scores.values`."""
     title: str
     """Heads its column in tables."""
-    role: Literal["headline", "part", "beside", "floor"]
+    role: Role
     legend: str = ""
     """Names its curve in charts; empty takes the title."""
     meaning: str = ""
@@ -99,7 +102,7 @@ class Suite(Protocol):
 
     @property
     def values(self) -> Sequence[Value]:
-        """In the order in which they are shown; the headline is among them."""
+        """The values that it may find, in the order in which they are shown; the headline is among them."""
         ...
 
     @property
@@ -125,7 +128,7 @@ class Suite(Protocol):
         ...
 
     def items(self) -> Sequence[Item]:
-        """The same ones at every call, in a fixed order."""
+        """The items: the same ones at every call, in a fixed order."""
         ...
 
     def judge(self, device: str) -> Judge:

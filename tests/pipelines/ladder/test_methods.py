@@ -22,7 +22,7 @@ BLOCKS = {
     "layers_per_block": (1,) * 4,
     "qkv_multiscales": ((),) * 4,
 }
-"""Of encoder and decoder alike: an eighth of the image's side."""
+"""Blocks of encoder and decoder alike: an eighth of the image's side."""
 
 
 def make_weights(folder: Path) -> Path:
