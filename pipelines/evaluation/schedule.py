@@ -106,7 +106,7 @@ class EvaluationScheduler:
         return complete_checkpoints(self.train.output_dir / "checkpoints")
 
     def is_wanted(self, checkpoint: Path, newest: Path) -> bool:
-        """Whether the schedule takes a checkpoint; by the clock, what has begun and, in the end, the newest."""
+        """Whether the schedule takes a checkpoint; by the clock, what has begun and, at last, the newest."""
         if self.config.every_minutes is None:
             return self.config.includes(step_of(checkpoint), self.train.num_steps)
         return bool(self._record(checkpoint).attempts) or (self._stopped.is_set() and checkpoint == newest)

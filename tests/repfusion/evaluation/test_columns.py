@@ -19,7 +19,8 @@ from repfusion.evaluation.record import EvaluationConfig
 from repfusion.evaluation.suites.base import Answer, Scores
 from repfusion.generate import generate
 from repfusion.latents.statistics import LatentStatistics
-from repfusion.model.text_to_image import Generator
+from repfusion.model.build import build_model
+from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import save_checkpoint
 from tests.extending.brightness import BrightnessConfig, BrightnessSuite
 
@@ -27,16 +28,16 @@ CONFIG = EvaluationConfig.model_validate({"sampler": {"num_steps": 1}, "batch_si
 
 
 @pytest.fixture(scope="module")
-def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
+def model(tmp_path_factory: pytest.TempPathFactory) -> TextToImage:
     root = tmp_path_factory.mktemp("model")
     statistics = LatentStatistics.load(make_columns(root) / "image_features" / "statistics.safetensors")
-    return Generator.build(tiny_model(make_foundation(root)), statistics)
+    return build_model(tiny_model(make_foundation(root)), statistics)
 
 
 @pytest.fixture
-def checkpoint(generator: Generator, tmp_path: Path) -> Path:
+def checkpoint(model: TextToImage, tmp_path: Path) -> Path:
     folder = tmp_path / "checkpoints" / "step_00000002"
-    save_checkpoint(folder, generator, generator.trainable_state(), step=2)
+    save_checkpoint(folder, model, model.trainable_state(), step=2)
     return folder
 
 
@@ -121,13 +122,13 @@ def test_another_seed_or_sampler_draws_again(score: Counted, change: dict[str, A
 
 
 def test_another_checkpoint_of_the_same_step_is_drawn_again(
-    score: Counted, checkpoint: Path, generator: Generator
+    score: Counted, checkpoint: Path, model: TextToImage
 ):
     score()
-    save_checkpoint(checkpoint, generator, generator.trainable_state(), step=2)
+    save_checkpoint(checkpoint, model, model.trainable_state(), step=2)
     assert score()[1] == (0, 0, 0)  # the same weights
-    other = {name: weights + 1 for name, weights in generator.trainable_state().items()}
-    save_checkpoint(checkpoint, generator, other, step=2)
+    other = {name: weights + 1 for name, weights in model.trainable_state().items()}
+    save_checkpoint(checkpoint, model, other, step=2)
     assert score()[1] == (2, 1, 1)
 
 
