@@ -21,6 +21,7 @@ from repfusion.export import export
 from repfusion.generate import generate, main, to_uint8
 from repfusion.model.text_to_image import TextToImage
 from repfusion.pipeline import RepFusionPipeline
+from repfusion.request import Request
 from repfusion.runs.checkpoint import read_config, save_checkpoint
 from repfusion.scenes.captions import draw_prompts
 
@@ -97,7 +98,8 @@ def test_an_evaluation_scores_the_images_of_the_averaged_weights(generator, chec
     texts = [prompt.text for prompt in draw_prompts(6, 2, True)]
     items = (tmp_path / "out" / "scenes" / "items.jsonl").read_text().splitlines()
     assert [json.loads(item)["prompt"] for item in items] == texts
-    expected = generate(generator, generator.load_decoder(), texts, 2, SAMPLER)
+    requests = [Request(text) for text in texts]
+    expected = generate(generator, generator.load_decoder(), requests, 2, SAMPLER)
     assert len(scored) == 1 and torch.equal(scored[0], expected)
     np.testing.assert_array_equal(np.load(tmp_path / "out" / "scenes" / "outputs.npy"), to_uint8(expected))
     assert evaluation.step == 5 and evaluation.config.sampler == SAMPLER
