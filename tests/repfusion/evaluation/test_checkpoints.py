@@ -82,3 +82,20 @@ def test_an_incomplete_checkpoint_is_refused_and_leaves_nothing(checkpoint, tmp_
         evaluate_checkpoint(tmp_path / "step_00000001", tmp_path / "out", CONFIG)
     assert not (tmp_path / "out").exists()
     assert read_evaluation(tmp_path / "out") is None
+
+
+def test_one_that_was_cut_short_goes_on_without_drawing_what_is_there(checkpoint, tmp_path):
+    first = evaluate_checkpoint(checkpoint, tmp_path, CONFIG)
+    picture = (tmp_path / "gallery.png").read_bytes()
+    for name in ("scores.json", "gallery.png"):
+        (tmp_path / name).unlink()
+    results = []
+
+    def run(work):
+        results.append(work())
+        return results[-1]
+
+    again = evaluate_checkpoint(checkpoint, tmp_path, CONFIG, run)
+    assert again.suites == first.suites and (tmp_path / "gallery.png").read_bytes() == picture
+    assert not any(isinstance(one, torch.Tensor | tuple) for one in results)  # neither drawn nor loaded
+    assert evaluate_checkpoint(checkpoint, tmp_path, CONFIG.model_copy(update={"seed": 1})) != first
