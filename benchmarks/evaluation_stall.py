@@ -32,7 +32,7 @@ from repfusion.training.engine import EngineConfig
 
 EVALUATE: dict[str, dict[str, Any]] = {
     "none": {"beside_training": False},
-    "slow": {"num_prompts": 5000, "batch_size": 16, "deadline_sec": None},
+    "slow": {"suites": {"scenes": {"num_prompts": 5000}}, "batch_size": 16, "deadline_sec": None},
     # no machine has it: the error comes once the checkpoint is loaded
     "crash": {"device": "cuda:99"},
 }

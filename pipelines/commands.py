@@ -23,7 +23,7 @@ from pipelines.runtime.session import StageError
 from pipelines.shards.storage import Folder, is_store_error
 from pipelines.sources.build import source_entries
 from pipelines.stages.build import build_stages, data_stages, probe_stages
-from pipelines.workflow.inspection import describe, states
+from pipelines.workflow.inspection import contents, states
 from pipelines.workflow.run import run
 from pipelines.workflow.summary import write_summary
 from repfusion.config import load_config, to_yaml
@@ -53,7 +53,7 @@ def print_status(config: WorkflowConfig) -> None:
     """A line per stage: fresh, partial, stale or missing, and why."""
     for name, state in states(build_stages(config)).items():
         output = state.output if state.status == "fresh" else None
-        print(f"{name:<9} {state.status:<8} {state.reason if output is None else describe(output.manifest)}")
+        print(f"{name:<9} {state.status:<8} {state.reason if output is None else contents(output.manifest)}")
 
 
 def print_plan(config: WorkflowConfig, num_samples: int, rates: Sequence[str]) -> None:

@@ -23,6 +23,8 @@ import torch
 from safetensors.torch import save_file
 
 from repfusion.conditioning.noisy_latents import NoisyLatentConditioner
+from repfusion.evaluation.record import Evaluation, read_evaluation
+from repfusion.evaluation.shown import shown_suites
 from repfusion.files import file_sha256, write_json
 from repfusion.latents.geometry import is_vae, latent_geometry
 from repfusion.latents.statistics import LatentStatistics
@@ -34,6 +36,7 @@ from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import WEIGHTS_MARK, check_complete, load_checkpoint, portable, read_weights
 from repfusion.runs.exported import MARK, SCHEMA, check_export, is_export
+from repfusion.tables import markdown
 from repfusion.weights import WEIGHTS
 
 INDEX = "model_index.json"
@@ -71,8 +74,8 @@ def export(checkpoint: Path, out: Path, use_ema: bool = True) -> Path:
         del model  # at full size there is not always room for its language model twice
         kind = write_language_model(config, tokenizer, working / LANGUAGE_MODEL)
         write_json(working / INDEX, model_index(kind, is_vae(config.decoder)))
-        scores = read_scores(checkpoint)
-        (working / CARD).write_text(model_card(lineage, config, scores))
+        card = model_card(lineage, config, find_evaluation(checkpoint))
+        (working / CARD).write_text(card)
         mode = (working / CARD).stat().st_mode
         for path in working.rglob("*.safetensors"):
             path.chmod(mode)  # safetensors lets nobody else read what it writes
@@ -186,17 +189,16 @@ def model_index(language_model: str, has_vae: bool) -> dict[str, Any]:
     }
 
 
-def read_scores(checkpoint: Path) -> dict[str, Any] | None:
-    """Of the evaluation beside the training or of the workflow; None where there is none."""
+def find_evaluation(checkpoint: Path) -> Evaluation | None:
+    """The evaluation of a checkpoint beside the training or of the workflow; None where there is none."""
     run = checkpoint.resolve().parent.parent
     for folder in (run / "evaluations", run.parent / "evaluate", run / "evaluate"):
-        path = folder / checkpoint.resolve().name / "scores.json"
-        if path.is_file():
-            return json.loads(path.read_text()).get("scores")
+        if (found := read_evaluation(folder / checkpoint.resolve().name)) is not None:
+            return found
     return None
 
 
-def model_card(lineage: dict[str, Any], config: ModelConfig, scores: dict[str, Any] | None) -> str:
+def model_card(lineage: dict[str, Any], config: ModelConfig, evaluation: Evaluation | None) -> str:
     saved, training = lineage["checkpoint"], lineage["training"] or {}
     facts = {
         "checkpoint": f"{Path(saved['path']).name}, digest {saved['digest'][:12]}",
@@ -216,12 +218,12 @@ def model_card(lineage: dict[str, Any], config: ModelConfig, scores: dict[str, A
         "",
         'pipe = RepFusionPipeline.from_pretrained(".").to("cuda")',
         'pipe("a red circle", num_inference_steps=30, guidance_scale=4.0).images[0].save("x.png")',
-        *("```", "", "| lineage | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())),
+        *("```", "", markdown(("lineage", ""), facts.items())),
     ]
-    if scores is not None:
-        measured = {"overall": scores["overall"], **scores["per_task"]}
-        lines += ["", "| task | score |", "|---|---|"]
-        lines += [f"| {task} | {value:.3f} |" for task, value in measured.items()]
+    for suite in () if evaluation is None else shown_suites(evaluation):
+        measured = [suite.headline, *suite.of("part")]
+        rows = [(one.value.short_name, f"{one.share:.3f}") for one in measured]
+        lines += ["", markdown(("task" if suite.is_first else suite.name, "score"), rows)]
     lines += [
         "",
         "`python -m repfusion.lineage .` follows all of it back. This card may be edited; the other",

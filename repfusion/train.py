@@ -30,7 +30,7 @@ from repfusion.files import write_json
 from repfusion.flops import peak_flops, train_flops
 from repfusion.inputs import to_device
 from repfusion.latents.statistics import LatentStatistics
-from repfusion.lineage.describe import describe
+from repfusion.lineage.describe import lineage_record
 from repfusion.model.build import build_model, columns_of
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
@@ -263,7 +263,7 @@ def train(
     tracker = start_tracking(config, dataset)
     run = {"run_id": tracker.run_id, "tracking_uri": tracker.uri and without_password(tracker.uri)}
     made_of = {"datasets": dataset.folders, "digests": digests, "init_from": config.init_from}
-    lineage = describe(step=first_step, **made_of, **run) if is_main else {}
+    lineage = lineage_record(step=first_step, **made_of, **run) if is_main else {}
     status = "FAILED"
 
     def save(step: int) -> None:

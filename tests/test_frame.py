@@ -89,7 +89,7 @@ def test_no_module_and_no_room_imports_in_a_circle():
 
 
 LAYERS = [
-    {"config", "files", "inputs", "layers", "request", "weights", "scenes"},
+    {"config", "files", "inputs", "layers", "request", "tables", "weights", "scenes"},
     {"latents", "data", "diffusion", "llm"},
     {"conditioning"},
     {"model"},
@@ -124,12 +124,27 @@ def test_there_is_one_base_of_configurations_and_one_loader():
     assert [path.name for path, one in text.items() if "def load_config(" in one] == ["config.py"]
 
 
+SCENES = (
+    "repfusion/scenes/",
+    "repfusion/foundation/",
+    "repfusion/evaluation/suites/scenes.py",
+    "pipelines/sources/scenes.py",
+    "pipelines/ladder/worker.py",  # its validation loss
+)
+"""Who may know the embedded world; all others know suites."""
+
+
+def test_the_embedded_world_is_known_where_it_is_drawn_and_judged_alone():
+    knowing = {str(path.relative_to(ROOT)) for path in SOURCES if "from repfusion.scenes" in path.read_text()}
+    assert not {name for name in knowing if not name.startswith(SCENES)}
+
+
 def test_the_library_loads_without_what_it_may_not_import():
     code = (
         "import sys\n"
         "for name in ('ray', 'pipelines', 'deepspeed', 'mlflow', 'img2dataset', 'diffusers'):\n"
         "    sys.modules[name] = None\n"
-        "import repfusion.generate, repfusion.evaluation, repfusion.train\n"
+        "import repfusion.generate, repfusion.evaluation.checkpoints, repfusion.train\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,20 +1,24 @@
 """Which checkpoints are evaluated, when, on what and by what means."""
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from repfusion.evaluation.checkpoints import EvaluationConfig
+from repfusion.evaluation.record import EvaluationConfig
 
 
 class EvaluateConfig(EvaluationConfig):
-    """Which checkpoints are evaluated, on what, and the prompts, sampler and seed of each evaluation."""
+    """Which checkpoints are evaluated, and the suites, sampler and seed of each evaluation."""
 
+    best_by: str | None = None
+    """SUITE/VALUE that picks the best checkpoint, such as scenes/task/counting, the higher the better; None
+    takes the headline of the first suite. Changes no scores.
+    """
     every_steps: int | None = Field(default=None, ge=1)
     """Checkpoints at multiples of this, the first and the last; None takes every checkpoint."""
     every_minutes: float | None = Field(default=None, gt=0)
-    """By the clock instead: each time this has passed since the last one began, the newest checkpoint that
-    has no scores; the last one in any case. Changes no scores.
+    """Evaluates by the clock instead: each time this has passed since the last one began, the newest
+    checkpoint that has no scores; the last one in any case. Changes no scores.
     """
     beside_training: bool = True
     """Evaluate while training goes on, in the time that the machine has to spare, or all after it."""
@@ -43,10 +47,25 @@ class EvaluateConfig(EvaluationConfig):
             raise ValueError("every_steps and every_minutes are two schedules; give one of them")
         return self
 
+    @model_validator(mode="after")
+    def _best_by_is_a_value(self) -> Self:
+        if self.best_by is None:
+            return self
+        known = [f"{name}/{one.name}" for name, suite in self.build_suites().items() for one in suite.values]
+        if self.best_by not in known:
+            raise ValueError(f"best_by {self.best_by!r} is no value of a suite; expected one of {known}")
+        return self
+
     @property
     def scoring(self) -> EvaluationConfig:
         """What decides the scores."""
         return EvaluationConfig(**{name: getattr(self, name) for name in EvaluationConfig.model_fields})
+
+    @property
+    def decides(self) -> dict[str, Any]:
+        """What decides the scores and of which checkpoints there are any."""
+        fields = self.scoring.model_dump(mode="json")
+        return {**fields, "versions": self.versions(), "every_steps": self.every_steps}
 
     @property
     def resources(self) -> dict[str, float]:

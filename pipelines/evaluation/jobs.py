@@ -16,6 +16,8 @@ from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.process import RUN_FILE, Evaluator, report_failure, report_missed
 from pipelines.evaluation.records import Record, finished, hold, read_record, write_record
 from pipelines.runtime.session import PATIENCE_SEC, StageError, brief, check_ray_lives
+from pipelines.runtime.tasks import AtWork
+from repfusion.evaluation.shown import in_brief
 from repfusion.runs.checkpoint import step_of
 from repfusion.train import TrainConfig
 
@@ -33,7 +35,6 @@ class _Job:
     record: Record
     lock: IO[str]
     actor: Any
-    result: Any
     heard: Any
     """Reference to the process's next answer about how long it was held back."""
     asked: float = field(default_factory=time.monotonic)
@@ -67,6 +68,7 @@ class EvaluationJobs:
         self.folder = train.output_dir / "evaluations"
         self.errors: dict[str, str] = {}
         self.running: dict[str, _Job] = {}
+        self._at_work: AtWork[_Job] = AtWork()
         self._reports: list[Any] = []
         self._no_room_since: float | None = None
 
@@ -100,7 +102,7 @@ class EvaluationJobs:
         (out / RUN_FILE).unlink(missing_ok=True)
         record = record.begin()
         write_record(out, record)
-        task = self._task(checkpoint, record.attempts[-1].number, is_idle)
+        task = self.task(checkpoint, record.attempts[-1].number, is_idle)
         options = {
             "num_cpus": self.config.num_cpus,
             "num_gpus": self.config.num_gpus,
@@ -111,15 +113,18 @@ class EvaluationJobs:
             options["memory"] = self.config.memory_mib << 20
         actor = ray.remote(**options)(Evaluator).remote(task)
         result, heard = actor.evaluate.remote(), actor.waited_sec.remote()
-        self.running[checkpoint.name] = _Job(checkpoint, task, record, lock, actor, result, heard)
+        job = self.running[checkpoint.name] = _Job(checkpoint, task, record, lock, actor, heard)
+        self._at_work.add(job, result)
         return True
 
-    def _task(self, checkpoint: Path, attempt: int, is_idle: bool) -> dict[str, Any]:
+    def task(self, checkpoint: Path, attempt: int, is_idle: bool) -> dict[str, Any]:
+        """What an attempt is given: plain values, for a process of its own."""
         return {
             "directory": os.getcwd(),
             "checkpoint": str(checkpoint),
             "out": str(self.place(checkpoint)),
             "config": self.config.scoring.model_dump(mode="json"),
+            "best_by": self.config.best_by,
             "tracking": tracking_of(self.train),
             "attempt": attempt,
             "is_idle": is_idle,
@@ -129,36 +134,31 @@ class EvaluationJobs:
 
     def poll(self, timeout_sec: float) -> None:
         """Takes note of those that ended within the time, and kills those that take too long."""
-        import ray
-
         if not self.running:
             time.sleep(timeout_sec)
             return
-        results = [job.result for job in self.running.values()]
-        ray.wait(results, num_returns=1, timeout=timeout_sec)
-        done = set(ray.wait(results, num_returns=len(results), timeout=0)[0])
+        for job, outcome in self._at_work.ended(timeout_sec):
+            self._collect(job, outcome)
         for job in list(self.running.values()):
-            if job.result in done:
-                self._collect(job)
-            elif self._is_overdue(job):
+            if self._is_overdue(job):
                 message = f"took longer than deadline_sec {self.config.deadline_sec:g}"
                 self._end(job, "failed", message, f"stopped by the driver: {message}")
 
-    def _collect(self, job: _Job) -> None:
-        import ray
+    def _collect(self, job: _Job, outcome: Any) -> None:
         from ray.exceptions import RayError, RayTaskError
 
-        try:
-            ray.get(job.result)
-        except RayTaskError as error:
-            self._end(job, "failed", brief(error), COLOUR.sub("", str(error)))
-        except RayError as error:
-            self._end(job, "failed", f"its process died: {brief(error)}", str(error))
-        else:
-            self._end(job, "finished")
+        match outcome:
+            case RayTaskError():
+                self._end(job, "failed", brief(outcome), COLOUR.sub("", str(outcome)))
+            case RayError():
+                self._end(job, "failed", f"its process died: {brief(outcome)}", str(outcome))
+            case _:
+                self._end(job, "finished")
 
     def _is_overdue(self, job: _Job) -> bool:
-        """Its time begins when its process answers, and stands still while others use its processor."""
+        """Whether an attempt takes too long. Time counts from when its process answers, and not while others
+        use its processor.
+        """
         import ray
         from ray.exceptions import RayError
 
@@ -184,6 +184,7 @@ class EvaluationJobs:
         import ray
 
         ray.kill(job.actor)
+        self._at_work.forget(job)
         del self.running[job.checkpoint.name]
         write_record(job.out, job.record.end(status, error or None))
         job.lock.close()
@@ -200,17 +201,12 @@ class EvaluationJobs:
         evaluation = finished(job.out, self.config.scoring)
         if evaluation is None:
             return
-        scores = evaluation.scores
-        new = "" if scores.new_concept is None else f", new concept {scores.new_concept:.2f}"
-        print(
-            f"evaluate: step {step_of(job.checkpoint)}: overall {scores.overall:.2f}{new} "
-            f"({evaluation.seconds:.0f} s)",
-            flush=True,
-        )
+        step, seconds = step_of(job.checkpoint), evaluation.seconds
+        print(f"evaluate: step {step}: {in_brief(evaluation)} ({seconds:.0f} s)", flush=True)
 
     def _cut_short(self, checkpoint: Path, record: Record) -> Record:
         """Records that the last attempt went with its driver."""
-        task = self._task(checkpoint, record.attempts[-1].number, is_idle=True)
+        task = self.task(checkpoint, record.attempts[-1].number, is_idle=True)
         self._report(task, "KILLED", "its driver ended first", "")
         record = record.end("cut_short", "its driver ended first")
         write_record(self.place(checkpoint), record)
@@ -285,4 +281,5 @@ class EvaluationJobs:
         for job in self.running.values():
             ray.kill(job.actor)
             job.lock.close()
+            self._at_work.forget(job)
         self.running.clear()

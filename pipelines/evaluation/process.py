@@ -5,59 +5,18 @@ Nothing heavy is imported with this module: the imports too are work for idle ti
 
 import importlib
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
+
+from pipelines.runtime.pace import Pace
 
 if TYPE_CHECKING:
     from repfusion.tracking import Tracker
 
-T = TypeVar("T")
-BEST_BY = "eval/overall"
-"""The registry's alias `best` is the checkpoint with the highest of this."""
 TRACKING = ("repfusion.tracking", "mlflow")
 """In this order: the first decides settings that the other reads when it is imported."""
 RUN_FILE = "run.json"
-CAN_IDLE = hasattr(os, "SCHED_IDLE")
-
-
-class Pace:
-    """Calls pieces of work in a thread that Linux runs only where a processor has nothing else to do; after
-    `lift`, right here.
-
-    A process without privileges cannot take a thread out of SCHED_IDLE, but its other threads never entered
-    it: what is lifted goes on in them at the next piece at the latest.
-    """
-
-    def __init__(self, is_idle: bool):
-        self.is_idle = is_idle and CAN_IDLE
-        self._thread = ThreadPoolExecutor(1, "idle", initializer=self._sink)
-        self._thread_id: int | None = None
-
-    def _sink(self) -> None:
-        self._thread_id = int(Path("/proc/thread-self").readlink().name)
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-
-    def __call__(self, work: Callable[[], T]) -> T:
-        return self._thread.submit(work).result() if self.is_idle else work()
-
-    def lift(self) -> None:
-        self.is_idle = False
-        if self._thread_id is not None:
-            with suppress(OSError):
-                os.sched_setscheduler(self._thread_id, os.SCHED_OTHER, os.sched_param(0))
-
-    def waited_sec(self) -> float:
-        """How long the work was ready to run while others had the processor."""
-        if self._thread_id is None:
-            return 0.0
-        with suppress(OSError):
-            text = Path(f"/proc/self/task/{self._thread_id}/schedstat").read_text()
-            return int(text.split()[1]) / 1e9
-        return 0.0
 
 
 def import_heavy(pace: Pace, *names: str) -> None:
@@ -87,11 +46,14 @@ class Evaluator:
         a process that waits for the training.
         """
         task = self.task
-        import_heavy(self.pace, "torch", "repfusion.evaluation", *(TRACKING if task["tracking"] else ()))
+        import_heavy(
+            self.pace, "torch", "repfusion.evaluation.checkpoints", *(TRACKING if task["tracking"] else ())
+        )
         import torch
 
         from pipelines.evaluation.records import LOGGED, finished
-        from repfusion.evaluation import EvaluationConfig, evaluate_checkpoint
+        from repfusion.evaluation.checkpoints import evaluate_checkpoint
+        from repfusion.evaluation.record import GALLERY, SCORES, EvaluationConfig
         from repfusion.files import write_json
         from repfusion.runs.checkpoint import step_of
 
@@ -108,15 +70,15 @@ class Evaluator:
             evaluation = evaluate_checkpoint(checkpoint, out, config, self.pace)
         if tracker is None or child is None:
             return
-        metrics = evaluation.scores.metrics()
+        metrics, best_by = evaluation.metrics(), evaluation.best_metric(task["best_by"])
         child.log_metrics(metrics, step)
         if task["is_scheduled"] and not (out / LOGGED).exists():
-            tracker.log_scores(step, metrics, best_by=BEST_BY)
-            tracker.log_image(out / "gallery.png", "gallery", step)
-            tracker.log_artifact(out / "scores.json", f"evaluate/{checkpoint.name}")
+            tracker.log_scores(step, metrics, best_by=best_by if best_by in metrics else None)
+            tracker.log_image(out / GALLERY, "gallery", step)
+            tracker.log_artifact(out / SCORES, f"evaluate/{checkpoint.name}")
             write_json(out / LOGGED, {"run_id": tracker.run_id, "step": step})
         elif not task["is_scheduled"]:
-            for name in ("gallery.png", "scores.json"):
+            for name in (GALLERY, SCORES):
                 child.log_artifact(out / name)
         child.finish("FINISHED")
 

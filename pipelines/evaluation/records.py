@@ -3,6 +3,7 @@
 train/evaluations/config.json                    what the training's evaluations are made with
 train/evaluations/step_00000500/  attempts.json  every attempt, for the next driver
                                   run.json       the nested MLflow run of the attempt at work
+                                  scenes/        items, outputs, answers and scores of a suite
                                   scores.json    written last: the evaluation is complete
                                   logged.json    and is in the training's MLflow run
                                   .lock          held by the driver whose attempt is at work
@@ -20,8 +21,9 @@ from typing import IO, Literal
 
 from pydantic import ValidationError
 
+from pipelines.evaluation.config import EvaluateConfig
 from repfusion.config import Strict
-from repfusion.evaluation.checkpoints import Evaluation, EvaluationConfig, read_evaluation
+from repfusion.evaluation.record import Evaluation, EvaluationConfig, read_evaluation
 from repfusion.files import digest_of, write_json
 
 ATTEMPTS, LOGGED = "attempts.json", "logged.json"
@@ -92,12 +94,12 @@ def write_record(folder: Path, record: Record) -> None:
 
 
 def finished(folder: Path, config: EvaluationConfig) -> Evaluation | None:
-    """An evaluation that is complete and was made with this configuration."""
+    """An evaluation that is complete and was made with this configuration by the present judges and rules."""
     try:
         evaluation = read_evaluation(folder)
     except ValidationError:
         return None  # of other code, or damaged: made again
-    return evaluation if evaluation is not None and evaluation.config == config else None
+    return evaluation if evaluation is not None and evaluation.is_made_with(config) else None
 
 
 def hold(folder: Path) -> IO[str] | None:
@@ -131,17 +133,18 @@ def unpin(checkpoint: Path, name: str = PIN) -> None:
         os.rmdir(pins)  # refused while it holds another
 
 
-def best_checkpoint(checkpoints: Sequence[Path], folder: Path, config: EvaluationConfig) -> Path | None:
-    """The one with the highest overall score, the first of several; None where none has scores."""
-    scores = {
-        checkpoint: evaluation.scores.overall
-        for checkpoint in checkpoints
-        if (evaluation := finished(folder / checkpoint.name, config)) is not None
-    }
+def best_checkpoint(checkpoints: Sequence[Path], folder: Path, config: EvaluateConfig) -> Path | None:
+    """The one with the highest value of `best_by`, the first of several; None where none has it."""
+    scores: dict[Path, float] = {}
+    for checkpoint in checkpoints:
+        evaluation = finished(folder / checkpoint.name, config.scoring)
+        if evaluation is not None:
+            metrics, metric = evaluation.metrics(), evaluation.best_metric(config.best_by)
+            scores |= {checkpoint: metrics[metric]} if metric in metrics else {}
     return max(scores, key=lambda checkpoint: scores[checkpoint], default=None)
 
 
-def pin_best(checkpoints: Sequence[Path], folder: Path, config: EvaluationConfig) -> None:
+def pin_best(checkpoints: Sequence[Path], folder: Path, config: EvaluateConfig) -> None:
     """Retention leaves the best checkpoint, until another is better."""
     best = best_checkpoint(checkpoints, folder, config)
     if best is None:

@@ -22,7 +22,7 @@ from pipelines.evaluation.records import (
     write_record,
 )
 from pipelines.runtime.session import StageError, brief
-from repfusion.evaluation import Evaluation
+from repfusion.evaluation.record import Evaluation
 from repfusion.files import write_json
 from repfusion.runs.checkpoint import STEP_FOLDER, checkpoint_folder, complete_checkpoints, step_of
 from repfusion.train import TrainConfig
@@ -106,7 +106,7 @@ class EvaluationScheduler:
         return complete_checkpoints(self.train.output_dir / "checkpoints")
 
     def is_wanted(self, checkpoint: Path, newest: Path) -> bool:
-        """By the schedule; by the clock, what it has begun and the newest one in the end."""
+        """Whether the schedule takes a checkpoint; by the clock, what has begun and, at last, the newest."""
         if self.config.every_minutes is None:
             return self.config.includes(step_of(checkpoint), self.train.num_steps)
         return bool(self._record(checkpoint).attempts) or (self._stopped.is_set() and checkpoint == newest)
@@ -117,7 +117,7 @@ class EvaluationScheduler:
         return [path for path in found if self.is_wanted(path, found[-1])]
 
     def pending(self) -> list[Path]:
-        """Those of them that have no scores, or whose scores are not in MLflow."""
+        """Wanted checkpoints that have no scores, or whose scores are not in MLflow."""
         found = self.checkpoints()
         left = [path for path in found if path.name not in self._done]
         return [path for path in left if self.is_wanted(path, found[-1]) and not self.is_done(path)]
@@ -140,7 +140,7 @@ class EvaluationScheduler:
         if not self._to_unpin:
             return
         if self.jobs.variant is None:
-            pin_best(self.checkpoints(), self.folder, self.config.scoring)
+            pin_best(self.checkpoints(), self.folder, self.config)
         while self._to_unpin:
             unpin(self._to_unpin.pop())
 
@@ -173,7 +173,7 @@ class EvaluationScheduler:
         return read_record(folder, self.config.scoring).attempts
 
     def _folders(self) -> list[Path]:
-        """Of all evaluations, by step; those of checkpoints that are gone as well."""
+        """Folders of all evaluations, by step; those of checkpoints that are gone as well."""
         if self.jobs.variant is not None:
             return []
         found = [path for path in self.folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name)]

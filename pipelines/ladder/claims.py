@@ -69,7 +69,7 @@ CLAIMS = (
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Assessment:
     """`adjusted` is p after Holm over all claims that are tests; None where there are too few seeds."""
 
     claim: Claim
@@ -89,7 +89,7 @@ def difference_of(claim: Claim, scores: Mapping[str, Seeds]) -> Difference | Non
     return of_differences([(a[s] - b[s]) - (c[s] - d[s]) for s in shared]) if shared else None
 
 
-def judge(scores: Mapping[str, Seeds]) -> list[Verdict]:
+def assess(scores: Mapping[str, Seeds]) -> list[Assessment]:
     """`holds` needs p < 5% after Holm over the claims that can be tested, by the paired t test; `reversed`
     the same of the opposite. `no_better` holds where a 95% bound lies within MARGIN.
     """
@@ -97,7 +97,7 @@ def judge(scores: Mapping[str, Seeds]) -> list[Verdict]:
     tested = [d if claim.kind != "no_better" else None for claim, d in zip(CLAIMS, found, strict=True)]
     ahead = holm([d and d.p_paired for d in tested])
     behind = holm([None if d is None or d.p_paired is None else 1 - d.p_paired for d in tested])
-    verdicts = []
+    assessed = []
     for claim, difference, p, opposite in zip(CLAIMS, found, ahead, behind, strict=True):
         if difference is None:
             outcome = "missing"
@@ -108,8 +108,8 @@ def judge(scores: Mapping[str, Seeds]) -> list[Verdict]:
             outcome = "holds"
         else:
             outcome = "reversed" if opposite is not None and opposite < LEVEL else "not shown"
-        verdicts.append(Verdict(claim, difference, p, outcome))
-    return verdicts
+        assessed.append(Assessment(claim, difference, p, outcome))
+    return assessed
 
 
 def disagreements(means: Mapping[str, float], least: float = 0.015) -> tuple[int, list[tuple[str, str]]]:

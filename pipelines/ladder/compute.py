@@ -9,12 +9,13 @@ from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.data import prepare
 from pipelines.ladder.results import ComputePoint, append, finished, read
 from pipelines.ladder.rows import ROWS
-from pipelines.ladder.schedule import run_on_ray
+from pipelines.ladder.schedule import resources_of
 from pipelines.ladder.task import Task, tasks_of
 from pipelines.ladder.worker import hardware, now
 from pipelines.runtime.session import brief, ray_session
+from pipelines.runtime.tasks import run_on_ray
 from pipelines.workflow.run import locked
-from repfusion.evaluation import EvaluationConfig
+from repfusion.evaluation.record import EvaluationConfig
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Sampling:
 
     @property
     def key(self) -> tuple[object, ...]:
-        return *self.task.key, self.evaluation.sampler.num_steps, self.evaluation.num_prompts
+        return *self.task.key, self.evaluation.sampler.num_steps, self.evaluation.max_items
 
 
 def run_sampling(sampling: Sampling) -> str:
@@ -41,7 +42,7 @@ def run_sampling(sampling: Sampling) -> str:
 
     import torch
 
-    from repfusion.evaluation import evaluate_checkpoint
+    from repfusion.evaluation.checkpoints import evaluate_checkpoint
     from repfusion.flops import sample_flops
     from repfusion.model.meta import meta_from_config
 
@@ -51,13 +52,14 @@ def run_sampling(sampling: Sampling) -> str:
         torch.set_num_threads(task.train.engine.num_threads or 1)
     out = task.train.output_dir / "compute" / f"steps_{config.sampler.num_steps}"
     evaluation = evaluate_checkpoint(sampling.checkpoint, out, config)
+    found = evaluation.first
     generator = meta_from_config(task.train.model)
     return ComputePoint(
         **task.identity,
         time=now(),
         num_steps=config.sampler.num_steps,
-        overall=evaluation.scores.overall,
-        num_prompts=config.num_prompts,
+        score=found.scores.headline_value,
+        num_prompts=found.num_items,
         flops_per_image=sample_flops(generator, task.prompt_tokens, config.sampler),
         seconds=evaluation.seconds,
         hardware=hardware(),
@@ -95,11 +97,11 @@ def run_compute(config: LadderConfig, say: Callable[[str], None] = print) -> int
             return 0
         session.enter_context(ray_session(config.ray))
         failed = 0
-        for one, outcome in run_on_ray(run_sampling, todo, config.resources):
+        for one, outcome in run_on_ray(run_sampling, todo, resources_of(config.resources)):
             point = _point(one, outcome)
             append(config.compute_results, point)
             failed += point.status == "failed"
-            what = f"FAILED: {point.error}" if point.error else f"{point.overall:.3f}"
+            what = f"FAILED: {point.error}" if point.error else f"{point.score:.3f}"
             say(f"{one.task.row} seed {one.task.seed}, {point.num_steps} sampling steps: {what}")
     return failed
 
@@ -107,18 +109,17 @@ def run_compute(config: LadderConfig, say: Callable[[str], None] = print) -> int
 def _evaluation(config: LadderConfig, num_steps: int) -> EvaluationConfig:
     final = config.scoring.final
     sampler = final.sampler.model_copy(update={"num_steps": num_steps})
-    return final.model_copy(update={"num_prompts": config.compute.num_prompts, "sampler": sampler})
+    return final.model_copy(update={"max_items": config.compute.num_prompts, "sampler": sampler})
 
 
 def _point(one: Sampling, outcome: str | Exception) -> ComputePoint:
     if isinstance(outcome, str):
         return ComputePoint.model_validate_json(outcome)
-    num_steps, num_prompts = one.evaluation.sampler.num_steps, one.evaluation.num_prompts
     return ComputePoint(
         **one.task.identity,
         status="failed",
         error=brief(outcome),
         time=now(),
-        num_steps=num_steps,
-        num_prompts=num_prompts,
+        num_steps=one.evaluation.sampler.num_steps,
+        num_prompts=one.evaluation.max_items or 0,
     )

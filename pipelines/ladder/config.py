@@ -9,7 +9,8 @@ from pipelines.runtime.session import RayConfig
 from pipelines.sources.scenes import ScenesConfig
 from repfusion.config import Config
 from repfusion.diffusion.flow import FlowConfig
-from repfusion.evaluation import EvaluationConfig
+from repfusion.evaluation.record import EvaluationConfig
+from repfusion.evaluation.suites.scenes import ScenesSuiteConfig
 from repfusion.model.dit import DiTConfig
 from repfusion.training.engine import EngineConfig
 from repfusion.weights import WEIGHTS
@@ -46,8 +47,12 @@ class TrainingConfig(Config):
 class ScoringConfig(Config):
     """How checkpoints are scored."""
 
-    final: EvaluationConfig = EvaluationConfig(num_prompts=480, include_new=False, split="train")
-    """Of the last checkpoint. The prompts and their noise are the same for every row and seed."""
+    final: EvaluationConfig = EvaluationConfig(
+        suites={"scenes": ScenesSuiteConfig(num_prompts=480, include_new=False, split="train")}
+    )
+    """How the last checkpoint is scored; the rows are compared by the first suite's headline. Prompts and
+    noise are the same for every row and seed.
+    """
     curve_prompts: int = Field(default=120, ge=6)
     """Prompts of the checkpoints before it: the first so many of the same."""
     num_points: int = Field(default=4, ge=1)
@@ -99,7 +104,7 @@ class LadderConfig(Config):
     rows: tuple[str, ...] = tuple(ROWS)
     """Which rows to run now."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of initial weights, order of samples, noise and dropped conditions. Data and prompts stay."""
+    """Seeds of initial weights, order of samples, noise and dropped conditions. Data and prompts stay."""
     weights: Path = WEIGHTS
     """Holds llava_fluent/, llava_large/, language/, vision_tower/, decoder/, vae/."""
     dit: DiTConfig = DiTConfig()
@@ -118,7 +123,7 @@ class LadderConfig(Config):
     """Tokens of the prompt for which FLOPs are counted, the begin token included.
     The scenes' prompts have 5.6."""
     resources: ResourcesConfig = ResourcesConfig()
-    """Of each run."""
+    """What each run takes."""
     tracking_uri: str | None = "sqlite:///runs/mlflow.db"
     """MLflow's store; None tracks nothing."""
     ray: RayConfig = RayConfig()

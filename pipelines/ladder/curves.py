@@ -4,9 +4,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.ladder.results import ComputePoint
+from pipelines.ladder.results import ComputePoint, Selection
 from pipelines.ladder.rows import LADDERS, ROWS
-from pipelines.ladder.selection import Selection
 from pipelines.reporting.charts import Line, chart
 from repfusion.files import write_text
 
@@ -50,7 +49,7 @@ def _against_step(selection: Selection, rows: Sequence[str], title: str) -> str:
         curve: dict[float, list[float]] = defaultdict(list)
         for result in found.get(row, []):
             for point in result.points:
-                curve[point.step].append(point.overall)
+                curve[point.step].append(point.score)
         if curve:
             curves[row] = curve
     return chart(_lines(curves), WIDTH, HEIGHT, "training step", title) if len(curves) > 1 else ""
@@ -62,8 +61,8 @@ def _against_compute(points: Sequence[ComputePoint]) -> str:
     for row in ROWS:
         curve: dict[float, list[float]] = defaultdict(list)
         for point in points:
-            if point.row == row and point.overall is not None and point.flops_per_image:
-                curve[point.flops_per_image / 1e9].append(point.overall)
+            if point.row == row and point.score is not None and point.flops_per_image:
+                curve[point.flops_per_image / 1e9].append(point.score)
         if curve:
             curves[row] = curve
     return chart(_lines(curves), WIDTH, HEIGHT, "GFLOPs an image", "Test-time compute", x_log=True)

@@ -5,15 +5,16 @@ taken over as it is.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipelines.ladder.claims import CLAIMS, LEVEL, MARGIN, Verdict, disagreements, judge
+from pipelines.ladder.claims import CLAIMS, LEVEL, MARGIN, Assessment, assess, disagreements
 from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.curves import write_charts
-from pipelines.ladder.results import ComputePoint, Result, read
+from pipelines.ladder.results import ComputePoint, Result, Selection, read, select, select_points
 from pipelines.ladder.rows import LADDERS, ROWS
-from pipelines.ladder.selection import Selection, select, select_points
 from pipelines.ladder.statistics import Seeds, compare, mean_and_error
+from repfusion.evaluation.record import EvaluationConfig
+from repfusion.evaluation.suites.base import Suite
 from repfusion.files import write_text
-from repfusion.scenes.captions import TASKS
+from repfusion.tables import markdown
 
 MISSING = "missing"
 
@@ -57,8 +58,14 @@ def render(selection: Selection, points: Sequence[ComputePoint], charts: Sequenc
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+    return markdown(head, rows) + "\n"
+
+
+def suite_of(selection: Selection) -> Suite:
+    """The suite whose headline is compared, as the results' own settings describe it."""
+    final = selection.results[0].settings["scoring"]["final"]
+    config = EvaluationConfig.model_validate({"suites": final["suites"], "seed": final["seed"]})
+    return next(iter(config.build_suites().values()))
 
 
 def show(values: Sequence[float]) -> str:
@@ -70,7 +77,7 @@ def show(values: Sequence[float]) -> str:
 
 
 def show_change(mean: float, error: float | None) -> str:
-    """With its sign, and the standard error where there is one."""
+    """A difference with its sign, and the standard error where there is one."""
     return f"{mean:+.3f}" if error is None else f"{mean:+.3f} ± {error:.3f}"
 
 
@@ -83,9 +90,7 @@ def _setting(selection: Selection) -> str:
     settings = first.settings
     training, scoring, dit = settings["training"], settings["scoring"], settings["dit"]
     engine, sampler = training["engine"], scoring["final"]["sampler"]
-    shown = {"train": "of combinations that training shows", "held_out": "of held-out combinations"}[
-        scoring["final"]["split"]
-    ]
+    scored_on = f"{first.points[-1].num_prompts} {suite_of(selection).subject}"
     machines = sorted({one.hardware for one in selection.results})
     commits = sorted({f"{(one.commit or 'none')[:7]}" for one in selection.results})
     hours = sum((one.train_sec or 0) + (one.score_sec or 0) for one in selection.results) / 3600
@@ -94,7 +99,7 @@ def _setting(selection: Selection) -> str:
         f"{settings['num_samples']:,} scenes, {training['num_steps']:,} steps of "
         f"{training['global_batch_size']}, peak learning rate {engine['lr']:g} ({engine['schedule']}), DiT "
         f"{dit['depth']} x {dit['hidden_size']}, averaged weights ({training['ema_decay']}). Scored on "
-        f"{scoring['final']['num_prompts']} prompts {shown}, {sampler['num_steps']} sampling steps, "
+        f"{scored_on}, {sampler['num_steps']} sampling steps, "
         f"guidance {sampler['guidance_scale']:g}; the same prompts and noise for all. Hardware: "
         f"{'; '.join(machines)}; {hours:.1f} hours of runs in all. Commits: {', '.join(commits)}.\n\n"
         "± is the standard error over seeds, which change initial weights, order and noise of training, not "
@@ -139,10 +144,11 @@ def _ladders(selection: Selection) -> str:
 
 def _all_rows(selection: Selection) -> str:
     found, rows = selection.rows, []
+    floors = [value.name for value in suite_of(selection).values if value.role == "floor"]
     for name, row in ROWS.items():
         results = found.get(name, [])
         if not results:
-            rows.append([row.label, _paper(name), MISSING, "0", *[""] * 6, row.note])
+            rows.append([row.label, _paper(name), MISSING, "0", *[""] * (5 + len(floors)), row.note])
             continue
         last = results[-1]
         rates = [one.samples_per_sec for one in results if one.samples_per_sec is not None]
@@ -152,7 +158,7 @@ def _all_rows(selection: Selection) -> str:
                 _paper(name),
                 show([one.score for one in results]),
                 str(len(results)),
-                show([one.points[-1].shuffled for one in results]),
+                *(show([one.points[-1].values[floor] for one in results]) for floor in floors),
                 show([one.points[-1].validation_loss for one in results]),
                 f"{(last.trainable_parameters or 0) / 1e6:.2f}M",
                 f"{(last.flops_per_image or 0) / 1e9:.2f}",
@@ -161,8 +167,8 @@ def _all_rows(selection: Selection) -> str:
                 row.note,
             ]
         )
-    head = ["row", "paper", "score", "seeds", "floor", "validation loss", "trained", "GFLOPs an image"]
-    head += ["samples/s", "DiT", "note"]
+    head = ["row", "paper", "score", "seeds", *["floor"] * len(floors), "validation loss", "trained"]
+    head += ["GFLOPs an image", "samples/s", "DiT", "note"]
     return (
         f"## All rows\n\n{table(head, rows)}\n"
         "Floor: the same images against other prompts. Validation loss: velocity on held-out scenes at fixed "
@@ -181,11 +187,12 @@ def _paper(name: str) -> str:
 
 
 def _tasks(selection: Selection) -> str:
+    parts = [value for value in suite_of(selection).values if value.role == "part"]
     rows = [
-        [ROWS[name].label, *(show([one.points[-1].per_task[task] for one in results]) for task in TASKS)]
-        for name, results in selection.rows.items()
+        [ROWS[row].label, *(show([one.points[-1].values[part.name] for one in results]) for part in parts)]
+        for row, results in selection.rows.items()
     ]
-    return f"## By task\n\n{table(['row', *(task.replace('_', ' ') for task in TASKS)], rows)}"
+    return f"## By task\n\n{table(['row', *(part.title for part in parts)], rows)}"
 
 
 def _curves(selection: Selection) -> str:
@@ -193,7 +200,7 @@ def _curves(selection: Selection) -> str:
     rows = []
     for name, results in selection.rows.items():
         at: Mapping[int, list[float]] = {
-            step: [point.overall for one in results for point in one.points if point.step == step]
+            step: [point.score for one in results for point in one.points if point.step == step]
             for step in steps
         }
         rows.append([ROWS[name].label, *(show(at[step]) for step in steps)])
@@ -206,10 +213,10 @@ def _curves(selection: Selection) -> str:
 
 
 def _claims(scores: Mapping[str, Seeds]) -> str:
-    rows, verdicts = [], judge(scores)
-    num_tests = sum(verdict.adjusted is not None for verdict in verdicts)
-    for verdict in verdicts:
-        claim, difference = verdict.claim, verdict.difference
+    rows, assessed = [], assess(scores)
+    num_tests = sum(one.adjusted is not None for one in assessed)
+    for one in assessed:
+        claim, difference = one.claim, one.difference
         if difference is None:
             rows.append([claim.number, claim.text, MISSING, *[""] * 6, MISSING])
             continue
@@ -220,11 +227,11 @@ def _claims(scores: Mapping[str, Seeds]) -> str:
                 show_change(difference.mean, difference.error),
                 str(difference.num_pairs),
                 show_p(difference.p_paired),
-                show_p(verdict.adjusted),
+                show_p(one.adjusted),
                 show_p(difference.p_welch),
                 show_p(difference.p_exact),
                 show_p(difference.p_labels),
-                _outcome(verdict),
+                _outcome(one),
             ]
         )
     head = ["claim", "", "difference", "seeds", "p paired t", "p Holm", "p Welch", "p signs", "p labels", ""]
@@ -264,11 +271,11 @@ def _losses(selection: Selection) -> str:
     )
 
 
-def _outcome(verdict: Verdict) -> str:
-    difference = verdict.difference
-    if verdict.claim.kind == "no_better" and difference is not None and difference.upper is not None:
-        return f"{verdict.outcome}: at most {difference.upper:+.3f}"
-    return verdict.outcome
+def _outcome(one: Assessment) -> str:
+    difference = one.difference
+    if one.claim.kind == "no_better" and difference is not None and difference.upper is not None:
+        return f"{one.outcome}: at most {difference.upper:+.3f}"
+    return one.outcome
 
 
 def _order(scores: Mapping[str, Seeds]) -> str:
@@ -300,9 +307,7 @@ def _compute(points: Sequence[ComputePoint]) -> str:
     for name in [row for row in ROWS if any(point.row == row for point in points)]:
         own = [point for point in points if point.row == name]
         flops = {point.num_steps: point.flops_per_image or 0.0 for point in own}
-        at = {
-            step: [p.overall for p in own if p.num_steps == step and p.overall is not None] for step in steps
-        }
+        at = {step: [p.score for p in own if p.num_steps == step and p.score is not None] for step in steps}
         cells = [f"{show(at[n])} ({flops[n] / 1e9:.2f})" if at[n] else MISSING for n in steps]
         rows.append([ROWS[name].label, *cells])
     prompts = ", ".join(str(number) for number in sorted({point.num_prompts for point in points}))

@@ -1,14 +1,20 @@
-"""What runs leave: one JSON line each in a file that is committed, appended to as a whole or not at all."""
+"""What runs leave: one JSON line each in a file that is committed, appended to as a whole or not at all; and
+which of them may share a table: those of one budget, with the same weights throughout.
+"""
 
 import fcntl
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
+from pipelines.ladder.rows import ROWS
+from pipelines.ladder.statistics import Seeds
 from repfusion.config import Strict
 from repfusion.files import atomic_path
 
@@ -43,14 +49,17 @@ class Point(Strict):
     """Scores of one checkpoint."""
 
     step: int
-    overall: float
-    """Mean accuracy of the six tasks."""
-    per_task: dict[str, float]
-    shuffled: float
-    """The same against other prompts: the floor."""
+    headline: str
+    """Name of the value that is compared."""
+    values: dict[str, float]
+    """What the suite found, by name."""
     num_prompts: int
     validation_loss: float
     """Velocity loss on held-out scenes; comparable within one latent space only."""
+
+    @property
+    def score(self) -> float:
+        return self.values[self.headline]
 
 
 class Result(Line):
@@ -61,9 +70,9 @@ class Result(Line):
     weights: dict[str, str] = {}
     """sha256 of each folder of weights it stands on, by name."""
     points: tuple[Point, ...] = ()
-    """By step; the last one is the result."""
+    """Checkpoints by step; the last one is the result."""
     samples_per_sec: float | None = None
-    """Of a run that was resumed: since then."""
+    """Rate of the training; of a resumed one, since it was resumed."""
     final_loss: float | None = None
     train_sec: float | None = None
     """What all steps take at that rate."""
@@ -79,14 +88,15 @@ class Result(Line):
 
     @property
     def score(self) -> float:
-        return self.points[-1].overall
+        return self.points[-1].score
 
 
 class ComputePoint(Line):
     """A final checkpoint sampled with some number of steps."""
 
     num_steps: int
-    overall: float | None = None
+    score: float | None = None
+    """The suite's headline."""
     num_prompts: int = 0
     flops_per_image: float | None = None
     seconds: float | None = None
@@ -112,7 +122,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def read(path: Path, kind: type[L]) -> list[L]:
-    """In the order in which they ended; none where there is no file.
+    """All results in the order in which they ended; none where there is no file.
 
     Raises:
         ValueError: a line that is no result, with its number.
@@ -142,3 +152,83 @@ def append(path: Path, line: Line) -> None:
 def finished(lines: Sequence[Line]) -> set[tuple[Any, ...]]:
     """Keys of what need not run again; what failed does."""
     return {line.key for line in lines if line.status == "ok"}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Results of one budget, the last of each row and seed, and what was left out of the file."""
+
+    budget: str | None
+    results: tuple[Result, ...] = ()
+    failed: tuple[Result, ...] = ()
+    """Failures that no later run of the same row and seed made good."""
+    other_budgets: dict[str, int] = field(default_factory=dict)
+    """Results by budget (name and digest)."""
+    other_weights: tuple[Result, ...] = ()
+    """Results of this budget, on weights or a model that later results do not share."""
+
+    @property
+    def rows(self) -> dict[str, list[Result]]:
+        """Results by row, in the order of ROWS; only rows that have results."""
+        by_row = {name: [one for one in self.results if one.row == name] for name in ROWS}
+        return {name: sorted(found, key=lambda one: one.seed) for name, found in by_row.items() if found}
+
+    @property
+    def scores(self) -> dict[str, Seeds]:
+        """Final scores by row and seed."""
+        return {row: {one.seed: one.score for one in found} for row, found in self.rows.items()}
+
+    @property
+    def losses(self) -> dict[str, Seeds]:
+        """Final validation losses by row and seed."""
+        return {
+            row: {one.seed: one.points[-1].validation_loss for one in found}
+            for row, found in self.rows.items()
+        }
+
+
+def label(line: Line) -> str:
+    return f"{line.budget_name} {line.budget[:8]}"
+
+
+def select(results: Sequence[Result], budget: str | None = None) -> Selection:
+    """`budget` is a name or the start of a digest; None takes the one with the most finished results, of
+    equals the latest.
+
+    Raises:
+        ValueError: no such budget, or a name of several; the message lists them.
+    """
+    complete = [one for one in results if one.status == "ok"]
+    counts = Counter(one.budget for one in complete)
+    names = {one.budget: label(one) for one in results}
+    if budget is None:
+        order = {one.budget: number for number, one in enumerate(complete)}
+        chosen = max(counts, key=lambda digest: (counts[digest], order[digest]), default=None)
+    else:
+        fitting = {
+            one.budget for one in results if one.budget_name == budget or one.budget.startswith(budget)
+        }
+        if len(fitting) != 1:
+            raise ValueError(f"budget {budget}: {len(fitting)} fit; there are {', '.join(names.values())}")
+        chosen = fitting.pop()
+    mine = [one for one in complete if one.budget == chosen]
+    # later lines say which weights and which model of a row are the present ones
+    weights = {name: digest for one in mine for name, digest in one.weights.items()}
+    models = {one.row: one.model for one in mine}
+    fits = [one.weights.items() <= weights.items() and one.model == models[one.row] for one in mine]
+    latest = {(one.row, one.seed): one for one, good in zip(mine, fits, strict=True) if good}
+    failed = {(one.row, one.seed): one for one in results if one.status == "failed" and one.budget == chosen}
+    return Selection(
+        budget=chosen,
+        results=tuple(latest.values()),
+        failed=tuple(one for key, one in failed.items() if key not in latest),
+        other_budgets={names[digest]: number for digest, number in counts.items() if digest != chosen},
+        other_weights=tuple(one for one, good in zip(mine, fits, strict=True) if not good),
+    )
+
+
+def select_points(points: Sequence[ComputePoint], selection: Selection) -> list[ComputePoint]:
+    """Points of the checkpoints that a selection's results are about."""
+    wanted = {one.run for one in selection.results}
+    latest = {one.key: one for one in points if one.status == "ok" and one.run in wanted}
+    return list(latest.values())

@@ -160,7 +160,7 @@ ROWS: dict[str, Row] = {
         Row("timestep_queries_large", "timestep queries, larger MLLM", "llava_large", "rae", TIMED),
     )
 }
-"""In the order in which they run: what the first claim needs comes first."""
+"""All rows, in the order in which they run: what the first claim needs comes first."""
 
 LADDERS: dict[str, tuple[Step, ...]] = {
     "From TextEmbed": (
@@ -218,7 +218,7 @@ def model_of(row: Row, common: Common) -> ModelConfig:
 
 
 def image_flops(model: ModelConfig, common: Common) -> float:
-    """Of one image without the decoder, which is the same for all rows of a latent space."""
+    """FLOPs of one image without the decoder, which is the same for all rows of a latent space."""
     return sample_flops(meta_from_config(model), common.prompt_tokens, common.sampler)
 
 

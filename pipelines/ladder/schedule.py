@@ -2,10 +2,9 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeVar
 
 from pipelines.ladder.config import LadderConfig, ResourcesConfig
 from pipelines.ladder.data import prepare
@@ -13,14 +12,12 @@ from pipelines.ladder.results import Result, append, finished, read
 from pipelines.ladder.rows import ROWS
 from pipelines.ladder.task import Task, tasks_of
 from pipelines.ladder.worker import PROGRESS, now, run_task
-from pipelines.runtime.session import PATIENCE_SEC, brief, check_ray_lives, ray_session
+from pipelines.runtime.session import brief, ray_session
+from pipelines.runtime.tasks import run_on_ray
 from pipelines.workflow.run import locked
 from repfusion.tracking import prepare_store
 
-T = TypeVar("T")
 GPU_SHARE = 1 / 12
-SAY_SEC = 60.0
-"""Between two lines about the runs at work."""
 
 
 def run_ladder(config: LadderConfig, say: Callable[[str], None] = print) -> int:
@@ -48,7 +45,9 @@ def run_ladder(config: LadderConfig, say: Callable[[str], None] = print) -> int:
             (Path(task.train.output_dir) / PROGRESS).unlink(missing_ok=True)
         failed, started = 0, time.perf_counter()
         by_key = {task.key: task for task in todo}
-        outcomes = run_on_ray(run_task, todo, config.resources, lambda left: say_progress(left, say))
+        outcomes = run_on_ray(
+            run_task, todo, resources_of(config.resources), lambda left: say_progress(left, say)
+        )
         for number, (task, outcome) in enumerate(outcomes, 1):
             result = _result(by_key[task.key], outcome)
             append(config.results, result)
@@ -73,46 +72,13 @@ def _result(task: Task, outcome: str | Exception) -> Result:
 
 
 def resources_of(config: ResourcesConfig) -> dict[str, float]:
-    """Of one run, by Ray's names."""
+    """What one run reserves, by Ray's names."""
     import ray
 
     share = config.num_gpus
     if share is None:
         share = GPU_SHARE if ray.cluster_resources().get("GPU", 0) else 0
     return {"num_cpus": config.num_cpus, **({"num_gpus": share} if share else {})}
-
-
-def run_on_ray(
-    function: Callable[[T], str],
-    tasks: Sequence[T],
-    config: ResourcesConfig,
-    on_wait: Callable[[Sequence[T]], None] = lambda left: None,
-) -> Iterator[tuple[T, str | Exception]]:
-    """Each task with what the function returned or the error it ended in, as they end. Each has a process of
-    its own; they start in order, as resources become free.
-
-    Raises:
-        StageError: Ray has no node left.
-    """
-    import ray
-    from ray.exceptions import RayError
-
-    remote = ray.remote(max_calls=1, max_retries=0, **resources_of(config))(function)
-    waiting = {remote.remote(task): task for task in tasks}
-    said = time.monotonic()
-    while waiting:
-        ended, _ = ray.wait(list(waiting), timeout=PATIENCE_SEC)
-        for reference in ended:
-            task = waiting.pop(reference)
-            try:
-                yield task, ray.get(reference)
-            except RayError as error:
-                yield task, error
-        if not ended:
-            check_ray_lives()
-        if time.monotonic() - said > SAY_SEC:
-            said = time.monotonic()
-            on_wait(list(waiting.values()))
 
 
 def say_progress(left: Sequence[Task], say: Callable[[str], None]) -> None:

@@ -58,7 +58,7 @@ def compare(first: Seeds, second: Seeds) -> Difference | None:
 def of_differences(
     differences: Sequence[float], ours: Sequence[float] = (), others: Sequence[float] = ()
 ) -> Difference:
-    """Of paired differences; `ours` and `others` for the tests that ignore the pairs."""
+    """Mean and tests of paired differences; `ours` and `others` for the tests that ignore the pairs."""
     n = len(differences)
     mean, error = mean_and_error(differences)
     p_paired = p_welch = upper = None

@@ -10,7 +10,7 @@ from pipelines.ladder.data import Columns
 from pipelines.ladder.rows import LADDERS, ROWS, SPACES, Row, model_of
 from pipelines.stages.build import ROUNDING
 from pipelines.workflow.digests import Digests
-from repfusion.evaluation import EvaluationConfig
+from repfusion.evaluation.record import EvaluationConfig
 from repfusion.files import digest_of
 from repfusion.model.config import ModelConfig
 from repfusion.tracking import TrackingConfig
@@ -44,7 +44,7 @@ class Task:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Of the result's line."""
+        """What identifies the result's line."""
         return {name: getattr(self, name) for name in ("row", "seed", "budget_name", "budget", "model")}
 
 
@@ -102,9 +102,7 @@ def tasks_of(config: LadderConfig, columns: Columns) -> list[Task]:
                     weights=weights,
                     train=_train_config(config, row, model, seed, folder, columns, budget),
                     final=config.scoring.final,
-                    curve=config.scoring.final.model_copy(
-                        update={"num_prompts": config.scoring.curve_prompts}
-                    ),
+                    curve=config.scoring.final.model_copy(update={"max_items": config.scoring.curve_prompts}),
                     num_validation=config.data.num_validation,
                     world=config.data.scenes.world.model_dump(mode="json"),
                     prompt_tokens=config.prompt_tokens,
@@ -115,7 +113,7 @@ def tasks_of(config: LadderConfig, columns: Columns) -> list[Task]:
 
 
 def model_digest(row: Row, model: ModelConfig, weights: dict[str, str]) -> str:
-    """Of the model and the weights it stands on, wherever they lie."""
+    """Digest of the model and the weights it stands on, wherever they lie."""
     fields = model.model_dump(mode="json", exclude={"mllm", "decoder"})
     fields["encoder"].pop("path")
     encoder, decoder = SPACES[row.space]

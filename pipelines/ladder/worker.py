@@ -58,7 +58,7 @@ def _score(task: Task) -> list[Point]:
     import torch
 
     from pipelines.evaluation.records import finished
-    from repfusion.evaluation import evaluate_checkpoint
+    from repfusion.evaluation.checkpoints import evaluate_checkpoint
     from repfusion.runs.checkpoint import complete_checkpoints, prune, step_of
 
     if not torch.cuda.is_available():
@@ -70,14 +70,13 @@ def _score(task: Task) -> list[Point]:
         config = task.final if step == task.train.num_steps else task.curve
         out = task.train.output_dir / "evaluations" / folder.name
         evaluation = finished(out, config) or evaluate_checkpoint(folder, out, config)
-        scores = evaluation.scores
+        found = evaluation.first
         points.append(
             Point(
                 step=step,
-                overall=scores.overall,
-                per_task={str(name): value for name, value in scores.per_task.items()},
-                shuffled=scores.shuffled_overall,
-                num_prompts=scores.num_prompts,
+                headline=found.scores.headline,
+                values=found.scores.values,
+                num_prompts=found.num_items,
                 validation_loss=validation_loss(folder, task.num_validation, task.world),
             )
         )
@@ -93,6 +92,7 @@ def validation_loss(checkpoint: Path, num_scenes: int, world: dict[str, Any]) ->
     import torch
 
     from repfusion.diffusion.flow import draw, interpolate, velocity
+    from repfusion.request import Request
     from repfusion.runs.checkpoint import load_checkpoint
     from repfusion.scenes.captions import caption_scene
     from repfusion.scenes.world import WorldConfig, draw_scene, render
@@ -100,20 +100,20 @@ def validation_loss(checkpoint: Path, num_scenes: int, world: dict[str, Any]) ->
     drawn = WorldConfig.model_validate(world)
     scenes = [draw_scene(seed, drawn, "held_out") for seed in range(num_scenes)]
     captions = [caption_scene(scene, np.random.default_rng([i, 1])) for i, scene in enumerate(scenes)]
-    generator = load_checkpoint(checkpoint)
-    encoder = generator.config.encoder.load()
+    model = load_checkpoint(checkpoint)
+    encoder = model.config.encoder.load()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator.to(device)
-    draws = draw(range(num_scenes), generator.latent_shape, generator.shift)
+    model.to(device)
+    draws = draw(range(num_scenes), model.latent_shape, model.shift)
     losses = []
     with torch.no_grad():
         for part in torch.arange(num_scenes).split(64):
             rows = part.tolist()
             pixels = torch.from_numpy(np.stack([render(scenes[i], drawn) for i in rows]))
-            latents = generator.normalise(encoder(pixels).to(device))
+            latents = model.normalise(encoder(pixels).to(device))
             noise, t = draws.noise[part].to(device), draws.t[part].to(device)
-            prompts = generator.prompt_batch([captions[i] for i in rows])
-            predicted = generator.velocity(interpolate(latents, noise, t), t, prompts).float()
+            prompted = model.read([Request(captions[i]) for i in rows], ["full"] * len(rows))
+            predicted = model.velocity(interpolate(latents, noise, t), t, prompted).float()
             losses.append((predicted - velocity(latents, noise)).square().mean(dim=(1, 2)).cpu())
     return float(torch.cat(losses).mean())
 
@@ -137,7 +137,7 @@ def _result(task: Task, summary: dict[str, Any], points: list[Point], score_sec:
     from repfusion.lineage import environment
     from repfusion.model.meta import meta_from_config
 
-    generator = meta_from_config(task.train.model)
+    model = meta_from_config(task.train.model)
     return Result(
         **task.identity,
         time=now(),
@@ -148,8 +148,8 @@ def _result(task: Task, summary: dict[str, Any], points: list[Point], score_sec:
         final_loss=summary["final_loss"],
         train_sec=task.train.num_steps * task.train.global_batch_size / summary["samples_per_sec"],
         score_sec=score_sec,
-        flops_per_image=sample_flops(generator, task.prompt_tokens, task.final.sampler),
-        trainable_parameters=sum(p.numel() for p in generator.trainable_state().values()),
+        flops_per_image=sample_flops(model, task.prompt_tokens, task.final.sampler),
+        trainable_parameters=sum(p.numel() for p in model.trainable_state().values()),
         dit=task.train.model.dit.model_dump(mode="json"),
         hardware=hardware(),
         commit=environment.git_commit(),
@@ -162,13 +162,13 @@ def _track(task: Task, result: Result) -> None:
     """Scores by step, in the training's own MLflow run."""
     if result.run_id is None:
         return
+    from repfusion.evaluation.record import GALLERY
     from repfusion.tracking import Tracker
 
     config = task.train.tracking.model_copy(update={"run_id": result.run_id})
     tracker = Tracker(config, attach=True)
     for point in result.points:
-        named = {"eval/overall": point.overall, "eval/shuffled_overall": point.shuffled}
-        named |= {f"eval/task/{name}": value for name, value in point.per_task.items()}
+        named = {f"eval/{name}": value for name, value in point.values.items()}
         tracker.log_metrics({**named, "ladder/validation_loss": point.validation_loss}, point.step)
         if point is not result.points[-1]:
             tracker.forget_checkpoint(point.step)
@@ -180,7 +180,7 @@ def _track(task: Task, result: Result) -> None:
         tracker.set_tag(name, value)
     evaluations = sorted((task.train.output_dir / "evaluations").glob("step_*"))
     if evaluations:
-        tracker.log_image(evaluations[-1] / "gallery.png", "gallery", result.points[-1].step)
+        tracker.log_image(evaluations[-1] / GALLERY, "gallery", result.points[-1].step)
 
 
 def now() -> str:

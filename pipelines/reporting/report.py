@@ -1,25 +1,22 @@
 """The files of a workflow -> one self-contained HTML page: data, training, scores, galleries, lineage."""
 
-import base64
 import json
 import shutil
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from pipelines.reporting import scores
 from pipelines.reporting.charts import INK, STYLE, Line, chart
 from pipelines.shards.manifest import Manifest, read_output
 from pipelines.shards.storage import Folder
-from repfusion.evaluation import Evaluation, read_evaluation
+from repfusion.evaluation.record import GALLERY, Evaluation, read_evaluation
 from repfusion.files import atomic_path, write_text
 from repfusion.runs.checkpoint import COMPLETE, STEP_FOLDER
-from repfusion.scenes.captions import TASKS
+from repfusion.tables import html
 from repfusion.tracking import metric_history
-
-ACCENT, MUTED = "#b5532a", "#8a8a90"
 
 
 @dataclass(frozen=True)
@@ -65,17 +62,6 @@ def read_workflow(root: Path, data: Folder | None = None) -> Finished:
     return Finished(root, [found[name] for name in order if name in found], training, losses, evaluations)
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric_from: int = 1) -> str:
-    """Cells are HTML; columns from `numeric_from` on are set right."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        sides = ("" if i < numeric_from else ' class="n"' for i in range(len(cells)))
-        return "<tr>" + "".join(f"<{tag}{s}>{c}</{tag}>" for c, s in zip(cells, sides, strict=True)) + "</tr>"
-
-    body = "".join(line(row, "td") for row in rows)
-    return f"<table><thead>{line(head, 'th')}</thead><tbody>{body}</tbody></table>"
-
-
 def short(digest: str) -> str:
     """The first twelve characters, the rest on hovering."""
     return f'<code title="{escape(digest)}">{escape(digest[:12])}</code>'
@@ -89,18 +75,6 @@ def size(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:,.1f} kB"
 
 
-def percent(value: float | None) -> str:
-    """A share with a bar behind it."""
-    if value is None:
-        return "&ndash;"
-    return f'<span class="bar" style="--share:{value:.3f}">{100 * value:.0f}</span>'
-
-
-def image(path: Path, text: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{escape(text)}" src="data:image/png;base64,{data}">'
-
-
 def headline(data: Finished) -> str:
     """The few numbers a reader looks for first."""
     facts: list[tuple[str, str]] = []
@@ -110,12 +84,7 @@ def headline(data: Finished) -> str:
     if data.training:
         facts.append((f"{data.training['steps']:,}", "training steps"))
         facts.append((f"{data.training['samples_per_sec']:.0f}", "training samples/s"))
-    if data.evaluations:
-        first, last = data.evaluations[0][1].scores, data.evaluations[-1][1].scores
-        facts.append((f"{100 * last.overall:.0f}%", "prompts followed (mean over tasks)"))
-        if last.new_concept is not None and first.new_concept is not None and len(data.evaluations) > 1:
-            change = f"{100 * first.new_concept:.0f} &rarr; {100 * last.new_concept:.0f}%"
-            facts.append((change, "prompts with the new shape or colour"))
+    facts += scores.facts(data.evaluations)
     total = sum(manifest.seconds for manifest in data.manifests)
     facts.append((duration(total), "in all stages"))
     return (
@@ -139,7 +108,7 @@ def stages(data: Finished) -> str:
             )
         )
     head = ("stage", "time", "shards", "samples", "size", "dropped", '<span class="left">reasons</span>')
-    return "<h2>Data and stages</h2>" + table(head, rows)
+    return "<h2>Data and stages</h2>" + html(head, rows)
 
 
 def training(data: Finished) -> str:
@@ -157,62 +126,6 @@ def training(data: Finished) -> str:
     return f"<h2>Training</h2><p>{text}</p>" + chart(
         [line], 880, 240, "step", "velocity loss, mean squared error"
     )
-
-
-def scores(data: Finished) -> str:
-    if not data.evaluations:
-        return ""
-    all_scores = [(float(one.step or 0), one.scores) for _, one in data.evaluations]
-    last = data.evaluations[-1][1]
-    new = [(step, s.new_concept) for step, s in all_scores if s.new_concept is not None]
-    main = [
-        Line("overall", [(step, s.overall) for step, s in all_scores], INK),
-        Line("new concept", new, ACCENT),
-        Line("shuffled prompts", [(step, s.shuffled_overall) for step, s in all_scores], MUTED, dashed=True),
-    ]
-    small = "".join(
-        chart(
-            [Line("", [(step, s.per_task[task]) for step, s in all_scores if task in s.per_task], INK)],
-            282,
-            130,
-            title=task.replace("_", " "),
-            y_range=(0, 1),
-        )
-        for task in TASKS
-    )
-    head = ("step", "overall", *(task.replace("_", " ") for task in TASKS), "new concept", "shuffled")
-    rows = [
-        (
-            f"{one.step if one.step is not None else '?'}",
-            percent(one.scores.overall),
-            *(percent(one.scores.per_task.get(task)) for task in TASKS),
-            percent(one.scores.new_concept),
-            percent(one.scores.shuffled_overall),
-        )
-        for _, one in data.evaluations
-    ]
-    sampler = last.config.sampler
-    return (
-        f"<h2>Scores</h2><p>Percent of {last.scores.num_prompts} held-out prompts that the image satisfies, "
-        f"checked by an exact detector of shapes and colours; <i>overall</i> is the mean over the six tasks, "
-        f"<i>shuffled</i> the same images against other prompts of the same task. "
-        f"{sampler.num_steps} sampling steps, guidance {sampler.guidance_scale:g}. Step 0 is the checkpoint "
-        "that training started from.</p>"
-        + chart(main, 880, 240, "step", y_range=(0, 1))
-        + f'<div class="small">{small}</div>'
-        + table(head, rows)
-    )
-
-
-def galleries(data: Finished) -> str:
-    if not data.evaluations:
-        return ""
-    parts = ["<h2>Images</h2><p>Drawn from held-out prompts; green frames are right, red ones wrong.</p>"]
-    for position, (folder, one) in enumerate(reversed(data.evaluations)):
-        picture = image(folder / "gallery.png", f"images of step {one.step}")
-        opened = ' open=""' if position == 0 else ""
-        parts.append(f"<details{opened}><summary>step {one.step}</summary>{picture}</details>")
-    return "".join(parts)
 
 
 def lineage(data: Finished) -> str:
@@ -236,10 +149,10 @@ def lineage(data: Finished) -> str:
         for m in data.manifests
         for name, value in m.fields.items()
     ]
-    decided = table(("stage", "field", "value"), fields, numeric_from=3)
+    decided = html(("stage", "field", "value"), fields, numeric_from=3)
     return (
         "<h2>Lineage</h2>"
-        + table(("what", "which"), rows, numeric_from=2)
+        + html(("what", "which"), rows, numeric_from=2)
         + f"<details><summary>everything that decided the data</summary>{decided}</details>"
     )
 
@@ -252,10 +165,10 @@ def write_report(root: Path, data: Folder | None = None) -> Path:
     """
     found = read_workflow(root, data)
     if found.evaluations:
-        with atomic_path(root / "gallery.png") as temporary:
-            shutil.copyfile(found.evaluations[-1][0] / "gallery.png", temporary)
-    sections = (headline, galleries, scores, training, stages, lineage)
-    body = "".join(section(found) for section in sections)
+        with atomic_path(root / GALLERY) as temporary:
+            shutil.copyfile(found.evaluations[-1][0] / GALLERY, temporary)
+    evaluated = scores.galleries(found.evaluations) + scores.scores(found.evaluations)
+    body = headline(found) + evaluated + "".join(part(found) for part in (training, stages, lineage))
     name = escape(root.resolve().name)
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}: RepFusion</title>'

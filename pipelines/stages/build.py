@@ -253,8 +253,7 @@ def _evaluate(config: WorkflowConfig, train: Stage) -> WholeStage:
 
         return run_evaluate(config)
 
-    values = {**config.evaluate.scoring.model_dump(mode="json"), "every_steps": config.evaluate.every_steps}
-    fields = flatten(values, "evaluate.")
+    fields = flatten(config.evaluate.decides, "evaluate.")
     return WholeStage("evaluate", fields, _local(config, "evaluate"), (train,), execute)
 
 

@@ -16,7 +16,8 @@ from pipelines.evaluation.records import best_checkpoint, config_digest, finishe
 from pipelines.evaluation.schedule import CONFIG, EvaluationScheduler
 from pipelines.runtime.session import RayConfig, StageError, ray_session
 from repfusion.config import Config, load_config
-from repfusion.evaluation import Evaluation
+from repfusion.evaluation.record import GALLERY, SCORES, Evaluation
+from repfusion.evaluation.shown import by_part
 from repfusion.files import atomic_path
 from repfusion.runs.checkpoint import COMPLETE, complete_checkpoints, step_of
 from repfusion.train import TrainConfig
@@ -30,21 +31,19 @@ __all__ = ["EvaluateConfig", "EvaluationScheduler", "evaluate_now", "finished", 
 def publish(source: Path, target: Path) -> None:
     """Copies an evaluation; `scores.json`, which marks it complete, comes last."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in ("gallery.png", "scores.json"):
+    for name in (GALLERY, SCORES):
         with atomic_path(target / name) as temporary:
             shutil.copyfile(source / name, temporary)
 
 
 def summarise(evaluation: Evaluation, step: int) -> dict[str, Any]:
     """One checkpoint's line in the summary."""
-    scores = evaluation.scores
     return {
         "step": step,
-        "overall": scores.overall,
-        "per_task": dict(scores.per_task),
-        "new_concept": scores.new_concept,
-        "shuffled_overall": scores.shuffled_overall,
-        "num_prompts": scores.num_prompts,
+        "suites": {
+            name: {"headline": one.scores.headline, "num_items": one.num_items, "values": one.scores.values}
+            for name, one in evaluation.suites.items()
+        },
         "checkpoint": evaluation.checkpoint,
         "seconds": evaluation.seconds,
     }
@@ -66,8 +65,8 @@ def run_evaluate(config: "WorkflowConfig") -> dict[str, Any]:
         raise StageError("evaluate: all checkpoints that were to be evaluated are gone")
     for folder, _ in found:
         publish(folder, config.root / "evaluate" / folder.name)
-    with atomic_path(config.root / "gallery.png") as temporary:
-        shutil.copyfile(found[-1][0] / "gallery.png", temporary)
+    with atomic_path(config.root / GALLERY) as temporary:
+        shutil.copyfile(found[-1][0] / GALLERY, temporary)
     evaluations = [summarise(evaluation, step_of(folder)) for folder, evaluation in found]
     waited_sec = round(time.perf_counter() - started, 3)
     return {"evaluations": evaluations, "missed": sorted(scheduler.missed), "waited_sec": waited_sec}
@@ -121,7 +120,7 @@ def find_target(path: Path, overrides: Sequence[str] = ()) -> Target:
 
 
 def _means(folder: Path, overrides: Sequence[str]) -> _Means:
-    """Those of the training's own schedule, where it has one, with overrides."""
+    """The means of the training's own schedule, where it has one, with overrides."""
     path = folder / "evaluations" / CONFIG
     saved = {"evaluate": json.loads(path.read_text())} if path.is_file() else {}
     return load_config(_Means, saved, overrides)
@@ -149,7 +148,7 @@ def choose(target: Target, step: str) -> list[Path]:
         case "latest":
             return found[-1:]
         case "best":
-            best = best_checkpoint(found, target.train.output_dir / "evaluations", _scheduled(target).scoring)
+            best = best_checkpoint(found, target.train.output_dir / "evaluations", _scheduled(target))
             if best is None:
                 raise ValueError(f"step best: none of the {len(found)} checkpoints in {root} has scores yet")
             return [best]
@@ -190,6 +189,4 @@ def evaluate_now(path: Path, step: str, overrides: Sequence[str] = (), is_urgent
         if evaluation is None:
             print(f"step {step_of(checkpoint)}: missed, its checkpoint is gone")
             continue
-        scores = evaluation.scores
-        tasks = ", ".join(f"{task} {value:.2f}" for task, value in scores.per_task.items())
-        print(f"step {step_of(checkpoint)}: overall {scores.overall:.3f} ({tasks}); {folder}")
+        print(f"step {step_of(checkpoint)}: {by_part(evaluation)}; {folder}")

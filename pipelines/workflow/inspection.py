@@ -200,7 +200,7 @@ def _show(value: Any) -> str:
     return text[:12] if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
 
 
-def describe(manifest: Manifest) -> str:
+def contents(manifest: Manifest) -> str:
     """`8 shards, 3,960 samples`, with the drops where there are any."""
     if not manifest.num_shards:
         return "done"

@@ -22,6 +22,7 @@ from pipelines.shards.store import Sidecar
 from pipelines.shards.tars import END_BYTES
 from pipelines.workflow.inspection import State, states
 from pipelines.workflow.run import complete
+from repfusion.tables import aligned
 
 NUM_PROBE_SAMPLES = 128
 PROBE_SHARDS = {"00000": 1.0, "00001": 0.25}
@@ -273,15 +274,7 @@ def table(plans: Sequence[StagePlan]) -> str:
     sums = ((one.bytes, one.bytes_todo, one.seconds_todo) for one in plans)
     total = [sum(column) for column in zip(*sums, strict=True)]
     rows.append(("total", "", "", "", "", size(total[0]), size(total[1]), duration(total[2]), ""))
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    lines = []
-    for row in [head, *rows]:
-        cells = [
-            cell.ljust(width) if column < 2 or column == len(head) - 1 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return aligned([head, *rows], left=(0, 1, len(head) - 1))
 
 
 def size(num_bytes: float) -> str:

@@ -28,7 +28,7 @@ from pipelines.shards.manifest import (
 )
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import SCHEMA, Sidecar, SideFile, read_sidecar
-from pipelines.workflow.inspection import STAGE, State, describe, inspect, read_asked, states, wrong_files
+from pipelines.workflow.inspection import STAGE, State, contents, inspect, read_asked, states, wrong_files
 from repfusion.files import file_sha256, json_bytes
 
 Redo = Mapping[str, Mapping[str, dict[str, Any]]]
@@ -92,7 +92,7 @@ def run(
             if state.status == "fresh" and not again:
                 assert state.output is not None
                 output = state.output
-                say(f"{stage.name}: fresh, skipped ({describe(output.manifest)})")
+                say(f"{stage.name}: fresh, skipped ({contents(output.manifest)})")
             else:
                 if state.reason and state.status != "missing":
                     say(f"{stage.name}: {state.status}: {state.reason}")
@@ -104,7 +104,7 @@ def run(
                     # its own workers need the CPUs
                     pool.close()
                 output = _bring_up_to_date(stage, state, above, pool, again)
-                say(f"{stage.name}: {describe(output.manifest)} in {output.manifest.seconds:.1f} s")
+                say(f"{stage.name}: {contents(output.manifest)} in {output.manifest.seconds:.1f} s")
             above[stage.name] = output
             results.append(StageResult(stage.name, state.status == "fresh" and not again, output))
     return results

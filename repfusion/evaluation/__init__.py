@@ -1,20 +1,3 @@
-"""A checkpoint -> images of held-out prompts -> scores per task, checked by the exact detector."""
-
-from repfusion.evaluation.checkpoints import (
-    Evaluation,
-    EvaluationConfig,
-    evaluate_checkpoint,
-    read_evaluation,
-)
-from repfusion.evaluation.gallery import gallery
-from repfusion.evaluation.scores import Scores, score_images
-
-__all__ = [
-    "Evaluation",
-    "EvaluationConfig",
-    "Scores",
-    "evaluate_checkpoint",
-    "gallery",
-    "read_evaluation",
-    "score_images",
-]
+"""A checkpoint -> images that suites ask for -> a judge's answers -> scores. `checkpoints.py` makes an
+evaluation, `record.py` reads it.
+"""

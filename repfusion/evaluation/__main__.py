@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 from repfusion.config import load_config
-from repfusion.evaluation.checkpoints import EvaluationConfig, evaluate_checkpoint
+from repfusion.evaluation.checkpoints import evaluate_checkpoint
+from repfusion.evaluation.record import GALLERY, SCORES, EvaluationConfig
+from repfusion.evaluation.shown import as_lines
 
 
 def main() -> None:
@@ -25,13 +27,8 @@ def main() -> None:
         evaluation = evaluate_checkpoint(args.checkpoint, out, config)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    scores = evaluation.scores
-    for task, value in scores.per_task.items():
-        print(f"{task:20} {value:.3f}  ({scores.counts[task].correct}/{scores.counts[task].total})")
-    print(f"{'overall':20} {scores.overall:.3f}  (shuffled prompts: {scores.shuffled_overall:.3f})")
-    if scores.new_concept is not None:
-        print(f"{'new concept':20} {scores.new_concept:.3f}")
-    print(f"{evaluation.seconds:.1f} s; {out / 'scores.json'}, {out / 'gallery.png'}")
+    print("\n".join(as_lines(evaluation)))
+    print(f"{evaluation.seconds:.1f} s; {out / SCORES}, {out / GALLERY}")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.flops.count import Cost, sample_costs, train_costs
 from repfusion.flops.memory import Frozen, column_bytes, rank_memory, sizes
 from repfusion.flops.paper import paper_markdown
-from repfusion.flops.tables import aligned
 from repfusion.latents.load import Decoder
 from repfusion.model.config import ModelConfig
 from repfusion.model.meta import GEOMETRY, absent_folders, meta_decoder, meta_from_config
 from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import load_model_config, read_config
+from repfusion.tables import aligned
 from repfusion.training.engine import EngineConfig
 from repfusion.weights import WEIGHTS
 

@@ -22,10 +22,10 @@ from repfusion.flops.count import (
     train_flops,
 )
 from repfusion.flops.memory import Frozen, rank_memory, sizes
-from repfusion.flops.tables import markdown
 from repfusion.model.meta import CONFIGS, meta_decoder, meta_from_config
 from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import load_model_config
+from repfusion.tables import markdown
 from repfusion.training.engine import EngineConfig
 
 TERA = 1e12
@@ -37,10 +37,12 @@ NUM_RANKS = 128
 
 
 @dataclass(frozen=True)
-class Row:
+class Figure:
+    """The paper's TFLOPs of one model."""
+
     name: str
     config: str
-    """Of `configs/`."""
+    """Name of a file in `configs/`."""
     published: int
     """TFLOPs per image."""
     is_dense: bool = False
@@ -48,17 +50,17 @@ class Row:
 
 
 FITTED = (
-    Row("RepFusion, 7B + 1.3B", "repfusion_7b_1.3b", 547),
-    Row("timestep queries, 7B + 1.3B", "queries_timestep_7b_1.3b", 552),
-    Row("static queries, 7B + 1.3B", "queries_static_7b_1.3b", 113),
-    Row("TextEmbed, 7B + 8.0B", "text_embed_7b_8b", 559),
+    Figure("RepFusion, 7B + 1.3B", "repfusion_7b_1.3b", 547),
+    Figure("timestep queries, 7B + 1.3B", "queries_timestep_7b_1.3b", 552),
+    Figure("static queries, 7B + 1.3B", "queries_static_7b_1.3b", 113),
+    Figure("TextEmbed, 7B + 8.0B", "text_embed_7b_8b", 559),
 )
-TRANSFUSION = Row("Transfusion, 7B", "transfusion_7b", 552)
+TRANSFUSION = Figure("Transfusion, 7B", "transfusion_7b", 552)
 COMPARED = (
-    Row("TextEmbed, all 8.0B on the latents", "text_embed_7b_8b", 559, is_dense=True),
+    Figure("TextEmbed, all 8.0B on the latents", "text_embed_7b_8b", 559, is_dense=True),
     TRANSFUSION,
-    Row("RepFusion, 3B + 5.5B", "repfusion_3b_5.5b", 540),
-    Row("RepFusion, 1B + 7.3B", "repfusion_1b_7.3b", 540),
+    Figure("RepFusion, 3B + 5.5B", "repfusion_3b_5.5b", 540),
+    Figure("RepFusion, 1B + 7.3B", "repfusion_1b_7.3b", 540),
 )
 """Not fitted: another count of a row above, language models that the paper does not name, and 540 is 'about'.
 """
@@ -67,9 +69,9 @@ COMPARED = (
 @dataclass(frozen=True)
 class Settings:
     num_evaluations: int
-    """Of the guided velocity; one a step for Euler's method."""
+    """Evaluations of the guided velocity; one a step for Euler's method."""
     num_text_tokens: int
-    """Of the prompt; the empty one is padded to it."""
+    """Tokens of the prompt; the empty one is padded to as many."""
     halve_causal: bool
     """Whether of causal attention only the scores that the mask leaves are counted."""
     with_decoder: bool
@@ -101,7 +103,7 @@ def decoder_flops() -> float:
 
 
 @cache
-def once_and_each(row: Row, num_text_tokens: int, halve: bool, rereads: bool) -> tuple[float, float]:
+def once_and_each(row: Figure, num_text_tokens: int, halve: bool, rereads: bool) -> tuple[float, float]:
     model = generator_of(row.config)
     costs = row_costs(model, num_text_tokens, halve, rereads)
     each = costs.each
@@ -112,30 +114,30 @@ def once_and_each(row: Row, num_text_tokens: int, halve: bool, rereads: bool) ->
     return float(sum(costs.once.values())), float(sum(each.values()))
 
 
-def image_flops(row: Row, settings: Settings) -> float:
-    """Of one guided image: two rows."""
+def image_flops(row: Figure, settings: Settings) -> float:
+    """FLOPs of one guided image: two rows."""
     rereads = settings.rereads_prompt and row.config.startswith("queries_timestep")
     once, each = once_and_each(row, settings.num_text_tokens, settings.halve_causal, rereads)
     return 2 * (once + settings.num_evaluations * each) + settings.with_decoder * decoder_flops()
 
 
-def difference(row: Row, settings: Settings) -> float:
+def difference(row: Figure, settings: Settings) -> float:
     """Ours over the published figure, less 1."""
     return image_flops(row, settings) / TERA / row.published - 1
 
 
-def best_settings(rows: Sequence[Row], evaluations: Iterable[int] = EVALUATIONS) -> Settings:
-    """Those whose largest relative difference over the rows is the smallest."""
+def best_settings(rows: Sequence[Figure], evaluations: Iterable[int] = EVALUATIONS) -> Settings:
+    """The settings whose largest relative difference over the rows is the smallest."""
     yes_no = (False, True)
     tried = (Settings(*one) for one in product(evaluations, TEXT_TOKENS, yes_no, yes_no, yes_no))
     return min(tried, key=lambda settings: max(abs(difference(row, settings)) for row in rows))
 
 
-def num_layers(row: Row) -> int:
+def num_layers(row: Figure) -> int:
     return len(generator_of(row.config).conditioner.llm.language_model.layers)
 
 
-def layers_for(row: Row, settings: Settings) -> float:
+def layers_for(row: Figure, settings: Settings) -> float:
     """How many layers of its width the language model of `row` needs for the published figure."""
     return num_layers(row) / (1 + difference(row, settings))
 
@@ -145,32 +147,27 @@ def fit_markdown() -> str:
     the same DiT (B), and those that fit best the rows whose language model reads at every step (C).
     """
     chosen = tuple(best_settings(rows) for rows in (FITTED, FITTED[:3], FITTED[:2]))
-    table = [("TFLOPs per image", "paper", "A", "", "B", "", "C", "")]
+    rows = []
     for row in (*FITTED, *COMPARED):
         cells = [row.name, ("about " if row.published == 540 else "") + str(row.published)]
         for settings in chosen:
             cells += [f"{image_flops(row, settings) / TERA:.1f}", f"{100 * difference(row, settings):+.1f}%"]
-        table.append(tuple(cells))
+        rows.append(cells)
     lines = [f"- **{name}**: {settings.describe()}." for name, settings in zip("ABC", chosen, strict=True)]
     needed = layers_for(TRANSFUSION, chosen[0])
     lines.append(
         f"- Transfusion's {TRANSFUSION.published} would take {needed:.0f} layers of LLaMA-7B's width in "
         f"place of {num_layers(TRANSFUSION)} (under A)."
     )
-    return "\n\n".join((markdown(table), "\n".join(lines)))
+    head = ("TFLOPs per image", "paper", "A", "", "B", "", "C", "")
+    return "\n\n".join((markdown(head, rows), "\n".join(lines)))
 
 
 def sizes_markdown() -> str:
     """Each configuration's parameters, FLOPs of training and of an image, and bytes of a rank."""
-    heading = (
-        "configuration",
-        "trained",
-        "of it denoiser",
-        "TFLOPs a sample",
-        "ZFLOPs in all",
-        "TFLOPs an image",
-    )
-    rows = [(*heading, "a rank, ZeRO 2, GB", "a rank, ZeRO 3, GB")]
+    head = ["configuration", "trained", "of it denoiser", "TFLOPs a sample", "ZFLOPs in all"]
+    head += ["TFLOPs an image", "a rank, ZeRO 2, GB", "a rank, ZeRO 3, GB"]
+    rows = []
     for path in sorted(CONFIGS.glob("*.yaml")):
         model, fields = generator_of(path.stem), read_values(path)
         flops = train_flops(model, TEXT, has_text_features=False)
@@ -188,8 +185,8 @@ def sizes_markdown() -> str:
             engine = EngineConfig(zero_stage=stage)
             held = rank_memory(trained, Frozen.of(model, engine), engine, NUM_RANKS)
             row.append(f"{held.device / 1e9:.1f}")
-        rows.append(tuple(row))
-    return markdown(rows)
+        rows.append(row)
+    return markdown(head, rows)
 
 
 def paper_markdown() -> str:

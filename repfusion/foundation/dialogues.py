@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from repfusion.scenes.captions import ask, caption_scene, claim, describe
+from repfusion.scenes.captions import ask, canonical_caption, caption_scene, claim
 from repfusion.scenes.world import Scene, draw_scene
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<image>"]
@@ -28,7 +28,7 @@ def write_dialogue(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     if kind < 0.4:
         text, is_true = claim(scene, rng)
         return f"{text} <image>", "yes" if is_true else "no"
-    question, answer = (DESCRIBE, describe(scene)) if kind < 0.7 else ask(scene, rng)
+    question, answer = (DESCRIBE, canonical_caption(scene)) if kind < 0.7 else ask(scene, rng)
     question = f"<image> {question}" if rng.random() < 0.5 else f"{question} <image>"
     return f"{question} answer:", answer
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration
 from repfusion.foundation.dialogues import DESCRIBE
 from repfusion.foundation.perception import PIXEL_MEAN, PIXEL_STD, FoundationConfig
 from repfusion.latents.load import EncoderConfig, load_decoder
-from repfusion.scenes.captions import ask, describe, possible_tasks, write_prompt
+from repfusion.scenes.captions import ask, canonical_caption, possible_tasks, write_prompt
 from repfusion.scenes.detector import score_image
 from repfusion.scenes.world import Scene, WorldConfig, draw_scene, render
 
@@ -67,7 +67,7 @@ def measure_llava(
     captions, replies = said([DESCRIBE] * len(scenes)), said(list(questions))
     return {
         "caption_exact_match": float(
-            np.mean([a == describe(b) for a, b in zip(captions, scenes, strict=True)])
+            np.mean([a == canonical_caption(b) for a, b in zip(captions, scenes, strict=True)])
         ),
         "answer_accuracy": float(np.mean([a == b for a, b in zip(replies, answers, strict=True)])),
     }

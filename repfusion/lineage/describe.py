@@ -42,7 +42,7 @@ def describe_column(folder: Path) -> dict[str, str | None]:
     }
 
 
-def describe(
+def lineage_record(
     *,
     step: int,
     datasets: Mapping[str, Mapping[str, Path]],

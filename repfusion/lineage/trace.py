@@ -19,6 +19,7 @@ from repfusion.runs.checkpoint import (
     read_config,
 )
 from repfusion.runs.exported import MARK, check_export
+from repfusion.tables import aligned
 from repfusion.weights import WEIGHTS
 
 State = Literal["agrees", "differs", "missing", "elsewhere", "recorded", "unknown"]
@@ -203,7 +204,5 @@ def frozen_weights(digests: Mapping[str, str], folders: Mapping[str, Path], abse
 
 def table(links: list[Link]) -> str:
     """Aligned plain text, a line a link."""
-    name = max(len(link.name) for link in links)
-    state = max(len(link.state) for link in links)
-    rows = (f"{one.name:{name}}  {one.state:{state}}  {one.value}  {one.note}".rstrip() for one in links)
-    return "\n".join(rows)
+    rows = [(one.name, one.state, f"{one.value}  {one.note}".rstrip()) for one in links]
+    return aligned(rows, left=(0, 1, 2))

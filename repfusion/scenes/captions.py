@@ -135,7 +135,7 @@ def caption_scene(scene: Scene, rng: np.random.Generator) -> str:
     return write_prompt(scene, task, rng, coloured=bool(rng.random() < 0.85)).text
 
 
-def describe(scene: Scene) -> str:
+def canonical_caption(scene: Scene) -> str:
     """The one canonical caption: everything the scene shows, things in reading order (columns first within a
     row).
     """

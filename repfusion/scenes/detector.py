@@ -39,7 +39,7 @@ POSITION_MARGIN = 0.1
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Finding:
     """Whether an image satisfies a prompt and, if not, the first fact that fails."""
 
     correct: bool
@@ -193,29 +193,29 @@ def _stands(first: Thing, relation: Relation, second: Thing) -> bool:
             return bool(dy > 0.5)
 
 
-def judge(things: list[Thing], prompt: Prompt) -> Verdict:
+def check(things: list[Thing], prompt: Prompt) -> Finding:
     """Whether found things satisfy a prompt's facts, and the first that fails."""
     for want in prompt.wanted:
         look = f"{want.colour + ' ' if want.colour else ''}{want.shape}"
         if not any(_fits(thing, want) for thing in things):
             if any(thing.shape == want.shape for thing in things):
-                return Verdict(False, f"no {look}: the {want.shape} has another colour")
-            return Verdict(False, f"no {look}")
+                return Finding(False, f"no {look}: the {want.shape} has another colour")
+            return Finding(False, f"no {look}")
         # Counting is exact: things of the shape in another colour are too many as well.
         number = sum(thing.shape == want.shape for thing in things)
         if prompt.task == "counting" and (
             number != want.number or not all(_fits(t, want) for t in things if t.shape == want.shape)
         ):
-            return Verdict(
+            return Finding(
                 False, f"{number} of {want.number} things of the shape {want.shape}, or in another colour"
             )
     if prompt.relation is not None:
         first, second = ([thing for thing in things if _fits(thing, want)] for want in prompt.wanted)
         if not any(_stands(a, prompt.relation, b) for a, b in product(first, second)):
-            return Verdict(False, f"the first does not stand {prompt.relation} the second")
-    return Verdict(True)
+            return Finding(False, f"the first does not stand {prompt.relation} the second")
+    return Finding(True)
 
 
 def score_image(pixels: Float[np.ndarray, "3 h w"], prompt: Prompt) -> bool:
     """Whether an image (RGB in [0, 1]) shows what the prompt states."""
-    return judge(detect(pixels), prompt).correct
+    return check(detect(pixels), prompt).correct

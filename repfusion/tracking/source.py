@@ -21,7 +21,7 @@ class WebDatasetSource(DatasetSource):
         self.columns = {name: dict(fields) for name, fields in columns.items()}
 
     @classmethod
-    def describe(cls, folders: Mapping[str, Path]) -> "WebDatasetSource":
+    def of_columns(cls, folders: Mapping[str, Path]) -> "WebDatasetSource":
         return cls({name: describe_column(folder) for name, folder in folders.items()})
 
     def digest(self) -> str:

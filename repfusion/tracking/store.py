@@ -265,7 +265,7 @@ def send_dataset(client: Any, run_id: str, name: str, columns: Mapping[str, Path
     from repfusion.tracking import source as sources
 
     sources.register()
-    source = sources.WebDatasetSource.describe(columns)
+    source = sources.WebDatasetSource.of_columns(columns)
     digest = source.digest()
     dataset = mlflow.entities.Dataset(
         name=name,

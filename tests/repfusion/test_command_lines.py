@@ -37,9 +37,11 @@ def test_overrides_may_stand_before_and_after_an_option(command: Command, capsys
 
     monkeypatch.setattr(evaluation, "evaluate_checkpoint", evaluate)
     with pytest.raises(SystemExit, match="error: seen"):
-        command(evaluation.main, "a", "num_prompts=24", "--out", tmp_path, "sampler.num_steps=5")
+        command(
+            evaluation.main, "a", "suites.scenes.num_prompts=24", "--out", tmp_path, "sampler.num_steps=5"
+        )
     assert (seen["checkpoint"], seen["out"]) == (Path("a"), tmp_path)
-    assert (seen["config"].num_prompts, seen["config"].sampler.num_steps) == (24, 5)
+    assert (seen["config"].suites["scenes"].num_prompts, seen["config"].sampler.num_steps) == (24, 5)
 
 
 def test_a_field_that_does_not_exist_is_said_without_a_traceback(command: Command, tmp_path):
@@ -48,7 +50,7 @@ def test_a_field_that_does_not_exist_is_said_without_a_traceback(command: Comman
     with pytest.raises(SystemExit, match=r"(?s)error: .*no_such.yaml"):
         command(train.main, tmp_path / "no_such.yaml")
     with pytest.raises(SystemExit, match=r"(?s)error: .*num_prompt\b"):
-        command(evaluation.main, tmp_path, "num_prompt=24")
+        command(evaluation.main, tmp_path, "suites.scenes.num_prompt=24")
 
 
 def test_a_checkpoint_that_does_not_exist_is_said_without_a_traceback(command: Command, tmp_path):

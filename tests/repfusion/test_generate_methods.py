@@ -2,6 +2,7 @@
 which method it is; the pixels are the same all along.
 """
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,13 @@ from PIL import Image
 from tiny_training import METHODS
 
 from repfusion.diffusion.sampler import SamplerConfig
-from repfusion.evaluation import EvaluationConfig, evaluate_checkpoint
+from repfusion.evaluation.checkpoints import evaluate_checkpoint
+from repfusion.evaluation.record import EvaluationConfig
 from repfusion.export import export
 from repfusion.generate import generate, main, to_uint8
 from repfusion.model.text_to_image import TextToImage
 from repfusion.pipeline import RepFusionPipeline
+from repfusion.request import Request
 from repfusion.runs.checkpoint import read_config, save_checkpoint
 from repfusion.scenes.captions import draw_prompts
 
@@ -87,10 +90,16 @@ def test_an_evaluation_scores_the_images_of_the_averaged_weights(generator, chec
             scored.append(result)
         return result
 
-    config = EvaluationConfig(num_prompts=6, seed=2, sampler=SAMPLER, device="cpu")
+    suites = {"scenes": {"num_prompts": 6}}
+    config = EvaluationConfig.model_validate(
+        {"suites": suites, "seed": 2, "sampler": SAMPLER, "device": "cpu"}
+    )
     evaluation = evaluate_checkpoint(checkpoint, tmp_path / "out", config, run)
     texts = [prompt.text for prompt in draw_prompts(6, 2, True)]
-    assert [sample.prompt for sample in evaluation.samples] == texts
-    expected = generate(generator, generator.load_decoder(), texts, 2, SAMPLER)
+    items = (tmp_path / "out" / "scenes" / "items.jsonl").read_text().splitlines()
+    assert [json.loads(item)["prompt"] for item in items] == texts
+    requests = [Request(text) for text in texts]
+    expected = generate(generator, generator.load_decoder(), requests, 2, SAMPLER)
     assert len(scored) == 1 and torch.equal(scored[0], expected)
+    np.testing.assert_array_equal(np.load(tmp_path / "out" / "scenes" / "outputs.npy"), to_uint8(expected))
     assert evaluation.step == 5 and evaluation.config.sampler == SAMPLER

@@ -18,11 +18,16 @@ from repfusion.runs.checkpoint import checkpoint_folder, save_checkpoint
 from repfusion.tracking import Tracker, TrackingConfig
 from repfusion.train import TrainConfig
 
-QUICK = {"num_prompts": 6, "batch_size": 6, "sampler": {"num_steps": 1}, "backoff_sec": 0.2}
+QUICK = {
+    "suites": {"scenes": {"num_prompts": 6}},
+    "batch_size": 6,
+    "sampler": {"num_steps": 1},
+    "backoff_sec": 0.2,
+}
 
 
 def evaluate_config(**changes: Any) -> EvaluateConfig:
-    """One step of six prompts."""
+    """One step of six prompts of the scenes suite."""
     return EvaluateConfig.model_validate({**QUICK, **changes})
 
 

@@ -31,7 +31,7 @@ def steps(target: Target, step: str) -> list[int]:
 def test_a_training_its_checkpoint_its_workflow_and_the_yaml_lead_to_the_same(training: EvaluatedTraining):
     root = training.folder.parent
     (training.folder / "evaluations").mkdir()
-    config = evaluate_config(num_prompts=12)
+    config = evaluate_config(suites={"scenes": {"num_prompts": 12}})
     write_json(training.folder / "evaluations" / "config.json", config.model_dump(mode="json"))
     values = training.train.model_dump(mode="json")
     (root / "my.yaml").write_text(
@@ -61,7 +61,7 @@ def test_what_is_nothing_of_these_is_said(training: EvaluatedTraining, tmp_path:
     with pytest.raises(ValueError, match="no such config file"):
         find_target(tmp_path / "none.yaml")
     with pytest.raises(ValueError, match="num_promts"):
-        find_target(training.folder, ["evaluate.num_promts=3"])
+        find_target(training.folder, ["evaluate.suites.scenes.num_promts=3"])
 
 
 def test_steps_by_number_and_by_name(training: EvaluatedTraining):
@@ -89,7 +89,7 @@ def test_another_configuration_leaves_the_scheduled_scores_alone(ray_local, pool
     assert scheduled == (2, 0.0)
     assert [step_of(path) for path in choose(find_target(training.folder), "best")] == [2]
 
-    evaluate_now(training.folder, "best", ["evaluate.num_prompts=12"], is_urgent=True)
+    evaluate_now(training.folder, "best", ["evaluate.suites.scenes.num_prompts=12"], is_urgent=True)
     assert finished(training.evaluation(2), config.scoring) is not None
     assert metric_history(training.uri, training.run_id, "eval/overall") == [scheduled]
     first, second = sorted(training.children(2), key=lambda run: run.info.start_time)
@@ -104,8 +104,10 @@ def test_what_a_killed_driver_left_is_done_by_the_next(tmp_path: Path):
     training = EvaluatedTraining(tmp_path, (2, 4))
     training.hang(2)
     command = [sys.executable, "-m", "pipelines", "evaluate", str(training.folder), "--step"]
-    settings = [f"evaluate.{name}={value}" for name, value in QUICK.items() if name != "sampler"]
-    settings += ["evaluate.sampler.num_steps=1", "evaluate.max_concurrent=1", *RAY]
+    simple = {name: value for name, value in QUICK.items() if not isinstance(value, dict)}
+    settings = [f"evaluate.{name}={value}" for name, value in simple.items()]
+    settings += ["evaluate.suites.scenes.num_prompts=6", "evaluate.sampler.num_steps=1"]
+    settings += ["evaluate.max_concurrent=1", *RAY]
     driver = subprocess.Popen([*command, "all", *settings], stdout=subprocess.PIPE, text=True)
     end = time.monotonic() + 120
     while not (training.evaluation(2) / "run.json").exists():

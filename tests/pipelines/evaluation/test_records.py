@@ -7,8 +7,18 @@ from pathlib import Path
 import pytest
 from evaluated_training import EvaluatedTraining, evaluate_config
 
-from pipelines.evaluation.records import Record, pin, pin_best, read_record, unpin, write_record
-from repfusion.evaluation import Evaluation, Scores
+from pipelines.evaluation.records import (
+    Record,
+    best_checkpoint,
+    finished,
+    pin,
+    pin_best,
+    read_record,
+    unpin,
+    write_record,
+)
+from repfusion.evaluation.record import Evaluation, SuiteResult
+from repfusion.evaluation.suites.base import Scores
 from repfusion.runs.checkpoint import complete_checkpoints, prune, step_of
 
 
@@ -23,13 +33,11 @@ def left(training: EvaluatedTraining) -> list[int]:
     return [step_of(path) for path in complete_checkpoints(root)]
 
 
-def score(training: EvaluatedTraining, step: int, overall: float) -> None:
-    scores = Scores(
-        overall=overall, per_task={}, new_concept=None, shuffled_overall=0, num_prompts=0, counts={}
-    )
-    evaluation = Evaluation(
-        checkpoint="", step=step, config=evaluate_config().scoring, scores=scores, seconds=0, samples=[]
-    )
+def score(training: EvaluatedTraining, step: int, overall: float, counting: float = 0.0) -> None:
+    scores = Scores(headline="overall", values={"overall": overall, "task/counting": counting})
+    config = evaluate_config().scoring
+    result = SuiteResult(num_items=6, scores=scores, **config.versions()["scenes"])
+    evaluation = Evaluation(checkpoint="", step=step, config=config, suites={"scenes": result}, seconds=0)
     training.evaluation(step).mkdir(parents=True)
     (training.evaluation(step) / "scores.json").write_text(evaluation.model_dump_json())
 
@@ -37,17 +45,45 @@ def score(training: EvaluatedTraining, step: int, overall: float) -> None:
 def test_a_pinned_checkpoint_and_the_best_one_stay(training: EvaluatedTraining):
     score(training, 2, 0.5)
     score(training, 6, 0.4)
-    folder, scoring = training.folder / "evaluations", evaluate_config().scoring
+    folder, config = training.folder / "evaluations", evaluate_config()
     found = complete_checkpoints(training.folder / "checkpoints")
-    pin_best(found, folder, scoring)
+    pin_best(found, folder, config)
     assert pin(training.checkpoint(4))
     assert left(training) == [2, 4, 8]
     score(training, 8, 0.6)
-    pin_best(complete_checkpoints(training.folder / "checkpoints"), folder, scoring)
+    pin_best(complete_checkpoints(training.folder / "checkpoints"), folder, config)
     unpin(training.checkpoint(4))
     assert left(training) == [8]
     assert not pin(training.checkpoint(4))  # gone, and not made again
     assert not training.checkpoint(4).exists()
+
+
+def test_the_best_one_may_be_picked_by_another_value(
+    training: EvaluatedTraining,
+):
+    score(training, 2, 0.5, counting=0.1)
+    score(training, 6, 0.4, counting=0.2)
+    folder, found = training.folder / "evaluations", complete_checkpoints(training.folder / "checkpoints")
+    by_counting = evaluate_config(best_by="scenes/task/counting")
+    assert best_checkpoint(found, folder, evaluate_config()) == training.checkpoint(2)
+    assert best_checkpoint(found, folder, by_counting) == training.checkpoint(6)
+    by_new_concept = evaluate_config(best_by="scenes/new_concept")
+    assert best_checkpoint(found, folder, by_new_concept) is None  # no item was about it
+    with pytest.raises(
+        ValueError, match=r"best_by 'scenes/speed' is no value of a suite; .*'scenes/overall'"
+    ):
+        evaluate_config(best_by="scenes/speed")
+
+
+def test_scores_of_another_judge_or_rule_are_not_finished(training: EvaluatedTraining):
+    score(training, 2, 0.5)
+    folder, scoring = training.evaluation(2), evaluate_config().scoring
+    assert finished(folder, scoring) is not None
+    written = (folder / "scores.json").read_text()
+    for name in ("judge", "rule"):
+        present = scoring.versions()["scenes"][name]
+        (folder / "scores.json").write_text(written.replace(f'"{present}"', '"an earlier one"'))
+        assert finished(folder, scoring) is None
 
 
 def test_a_pin_in_use_is_renewed_and_a_forgotten_one_lapses(training: EvaluatedTraining):

@@ -22,7 +22,7 @@ BLOCKS = {
     "layers_per_block": (1,) * 4,
     "qkv_multiscales": ((),) * 4,
 }
-"""Of encoder and decoder alike: an eighth of the image's side."""
+"""Blocks of encoder and decoder alike: an eighth of the image's side."""
 
 
 def make_weights(folder: Path) -> Path:
@@ -53,7 +53,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Task]:
             "data": {"scenes": {"num_samples": 24}, "num_validation": 6},
             "training": {"num_steps": 3, "global_batch_size": 4, "engine": {"micro_batch_size": 4}},
             "scoring": {
-                "final": {"num_prompts": 12, "sampler": {"num_steps": 2}},
+                "final": {"suites": {"scenes": {"num_prompts": 12}}, "sampler": {"num_steps": 2}},
                 "curve_prompts": 6,
                 "num_points": 1,
             },

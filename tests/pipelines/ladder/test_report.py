@@ -7,8 +7,7 @@ import pytest
 
 from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.report import write_report
-from pipelines.ladder.results import ComputePoint, Point, Result, append
-from pipelines.ladder.selection import select
+from pipelines.ladder.results import ComputePoint, Point, Result, append, select
 from pipelines.ladder.task import budget_of
 
 SETTINGS = budget_of(LadderConfig(), "fingerprint")
@@ -19,9 +18,8 @@ def result(row: str, seed: int, score: float, budget: str = "b", name: str = "ba
     points = tuple(
         Point(
             step=step,
-            overall=value,
-            per_task=dict.fromkeys(TASKS, value),
-            shuffled=0.02,
+            headline="overall",
+            values={"overall": value, **{f"task/{t}": value for t in TASKS}, "shuffled_overall": 0.02},
             num_prompts=prompts,
             validation_loss=1.0 - value,
         )
@@ -206,10 +204,10 @@ def test_a_ladder_of_which_one_row_has_run_has_no_chart(config: LadderConfig):
 
 
 def test_compute_is_shown_for_the_checkpoints_of_the_table(config: LadderConfig):
-    def point(seed: int, num_steps: int, overall: float, **changes) -> ComputePoint:
+    def point(seed: int, num_steps: int, score: float, **changes) -> ComputePoint:
         identity = LADDER[0].model_dump(include={"row", "budget_name", "budget", "model", "time"})
         values = {"num_steps": num_steps, "num_prompts": 240, "flops_per_image": num_steps * 1e9}
-        return ComputePoint(**{**identity, **values, "seed": seed, "overall": overall, **changes})
+        return ComputePoint(**{**identity, **values, "seed": seed, "score": score, **changes})
 
     for line in (point(0, 5, 0.2), point(1, 5, 0.4), point(0, 30, 0.6), point(0, 30, 0.9, model="old")):
         append(config.compute_results, line)

@@ -10,12 +10,12 @@ from pipelines.ladder.results import Point, Result, append, finished, read
 from pipelines.ladder.task import Task
 from pipelines.ladder.worker import RECORD, run_task
 from repfusion.data.config import DataConfig
-from repfusion.evaluation import EvaluationConfig
+from repfusion.evaluation.record import EvaluationConfig
 from repfusion.train import TrainConfig
 
 
 def result(row: str = "repfusion", seed: int = 0, score: float = 0.5, **changes) -> Result:
-    point = Point(step=10, overall=score, per_task={}, shuffled=0.0, num_prompts=6, validation_loss=1.0)
+    point = Point(step=10, headline="overall", values={"overall": score}, num_prompts=6, validation_loss=1.0)
     values = {"row": row, "seed": seed, "budget_name": "base", "budget": "b" * 64, "model": "m" * 64}
     return Result(**{**values, "time": "2026-11-21T00:00:00+00:00", "points": (point,), **changes})
 
@@ -66,6 +66,7 @@ def test_only_what_ended_well_need_not_run_again():
 
 
 def task(folder: Path) -> Task:
+    data = DataConfig(images=folder / "no", columns={"image_features": folder / "no"})
     return Task(
         row="repfusion",
         seed=0,
@@ -74,7 +75,7 @@ def task(folder: Path) -> Task:
         model="m" * 64,
         settings={},
         weights={},
-        train=TrainConfig(output_dir=folder, data=DataConfig(images=folder / "no", features=folder / "no")),
+        train=TrainConfig(output_dir=folder, data=data),
         final=EvaluationConfig(),
         curve=EvaluationConfig(),
         num_validation=1,

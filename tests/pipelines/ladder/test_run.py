@@ -36,7 +36,7 @@ def config(tmp_path: Path) -> LadderConfig:
             "data": {"scenes": {"num_samples": 24}, "num_validation": 6},
             "training": {"num_steps": 4, "global_batch_size": 4, "engine": {"micro_batch_size": 4}},
             "scoring": {
-                "final": {"num_prompts": 12, "sampler": {"num_steps": 2}},
+                "final": {"suites": {"scenes": {"num_prompts": 12}}, "sampler": {"num_steps": 2}},
                 "curve_prompts": 6,
                 "num_points": 2,
             },

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipelines.ladder.claims import CLAIMS, disagreements, judge
+from pipelines.ladder.claims import CLAIMS, assess, disagreements
 from pipelines.ladder.rows import ROWS
 from pipelines.ladder.statistics import compare, holm, mean_and_error, relabellings, sign_flips
 
@@ -98,7 +98,7 @@ NAMED = {
 
 
 def test_scores_as_the_papers_bear_out_every_claim():
-    assert {verdict.outcome for verdict in judge(PAPER)} == {"holds"}
+    assert {one.outcome for one in assess(PAPER)} == {"holds"}
 
 
 @pytest.mark.parametrize(
@@ -112,13 +112,13 @@ def test_scores_as_the_papers_bear_out_every_claim():
     ],
 )
 def test_what_is_otherwise_is_said(changed: dict[str, float], expected: dict[str, str]):
-    outcomes = {verdict.claim.rows: verdict.outcome for verdict in judge(PAPER | scores(**changed))}
+    outcomes = {one.claim.rows: one.outcome for one in assess(PAPER | scores(**changed))}
     assert {name: outcomes[NAMED[name]] for name in expected} == expected
 
 
 def test_a_missing_row_leaves_its_claims_open_and_the_others_their_correction():
     without = {row: own for row, own in PAPER.items() if row != "tuned"}
-    missing = {verdict.claim.rows for verdict in judge(without) if verdict.outcome == "missing"}
+    missing = {one.claim.rows for one in assess(without) if one.outcome == "missing"}
     assert missing == {NAMED["3 tuned"], NAMED["3 flip"]}
     assert {row for claim in CLAIMS for row in claim.rows} <= set(ROWS)
 

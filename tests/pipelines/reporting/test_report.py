@@ -16,9 +16,8 @@ from pipelines.shards.manifest import Manifest, ShardTable, write_output
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import Sidecar
 from repfusion.data.columns import manifest_digest
-from repfusion.evaluation import Evaluation, EvaluationConfig, gallery, score_images
-from repfusion.evaluation.checkpoints import ScoredPrompt
-from repfusion.scenes.captions import draw_prompts
+from repfusion.evaluation.gallery import Tile, gallery
+from repfusion.evaluation.record import Evaluation, EvaluationConfig, SuiteResult
 from repfusion.tracking import Tracker, TrackingConfig
 
 
@@ -59,21 +58,16 @@ def write_stage(
 
 
 def write_evaluation(folder, step: int, num_right: int) -> None:
-    prompts = draw_prompts(12)
-    pixels = np.full((12, 3, 32, 32), 0.1, np.float32)
-    scores = score_images(pixels, prompts).scores.model_copy(update={"overall": num_right / 12})
+    config = EvaluationConfig.model_validate({"suites": {"scenes": {"num_prompts": 12}}})
+    (suite,) = config.build_suites().values()
+    items, image = suite.items(), np.full((32, 32, 3), 25, np.uint8)
+    scores = suite.score(items, [[] for _ in items])
+    scores = scores.model_copy(update={"values": {**scores.values, "overall": num_right / 12}})
     folder.mkdir(parents=True)
-    gallery(pixels, [p.text for p in prompts], [i < num_right for i in range(12)]).save(
-        folder / "gallery.png"
-    )
-    evaluation = Evaluation(
-        checkpoint="c",
-        step=step,
-        config=EvaluationConfig(),
-        scores=scores,
-        seconds=1,
-        samples=[ScoredPrompt(prompt="p", task="colours", is_new=False, correct=False, reason="no")],
-    )
+    tiles = [Tile(image, item.request.prompt, i < num_right) for i, item in enumerate(items)]
+    gallery([("", tiles)]).save(folder / "gallery.png")
+    result = SuiteResult(num_items=12, scores=scores, **config.versions()["scenes"])
+    evaluation = Evaluation(checkpoint="c", step=step, config=config, suites={"scenes": result}, seconds=1)
     (folder / "scores.json").write_text(evaluation.model_dump_json())
 
 
@@ -133,6 +127,19 @@ def test_holds_stages_drops_curve_scores_pictures_and_lineage(workflow):
     assert re.search(r'<details open=""><summary>step 30</summary>', page)
     assert page.count("<svg") == 2 + 6  # loss, scores, one per task
     assert "--share:0.750" in page and "--share:0.250" in page
+    for text in (
+        "<b>75%</b><span>prompts followed (mean over tasks)</span>",
+        "<b>0 &rarr; 0%</b><span>prompts with the new shape or colour</span>",
+        "Percent of 12 held-out prompts that the image satisfies, checked by an exact detector of shapes and "
+        "colours; <i>overall</i> is the mean over the six tasks, <i>shuffled</i> the same images against "
+        "other prompts of the same task. 30 sampling steps, guidance 4. Step 0 is the checkpoint that "
+        "training started from.",
+        "Drawn from held-out prompts; green frames are right, red ones wrong.",
+        '<tr><th>step</th><th class="n">overall</th><th class="n">single object</th>',
+        '<th class="n">new concept</th><th class="n">shuffled</th></tr>',
+        ">shuffled prompts</text>",
+    ):
+        assert text in page
 
 
 def test_is_self_contained_and_well_formed(workflow):

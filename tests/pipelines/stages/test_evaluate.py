@@ -46,7 +46,7 @@ def test_scores_land_in_the_training_s_run(tmp_path: Path):
     training = EvaluatedTraining(tmp_path, (2, 4, 6))
     found = EvaluationScheduler(evaluate_config(every_steps=4), training.train).finish()
     assert [step_of(folder) for folder, _ in found] == [4, 6]
-    scores = [(step_of(folder), one.scores.overall) for folder, one in found]
+    scores = [(step_of(folder), one.suites["scenes"].scores.values["overall"]) for folder, one in found]
     assert metric_history(training.uri, training.run_id, "eval/overall") == scores
     for step in (4, 6):
         (child,) = training.children(step)

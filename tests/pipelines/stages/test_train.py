@@ -22,7 +22,7 @@ from repfusion.data.columns import manifest_digest
 from repfusion.tracking import TrackingConfig, metric_history
 from repfusion.train import TrainConfig, train
 
-EVALUATE = {"num_prompts": 6, "sampler": {"num_steps": 1}, "batch_size": 6}
+EVALUATE = {"suites": {"scenes": {"num_prompts": 6}}, "sampler": {"num_steps": 1}, "batch_size": 6}
 
 
 def workflow(root: Path) -> tuple[WorkflowConfig, TrainConfig]:
@@ -63,7 +63,8 @@ def test_one_mlflow_run_holds_the_training_and_the_scores(trained):
     uri, run_id = summary["tracking_uri"], summary["run_id"]
     assert [step for step, _ in metric_history(uri, run_id, "train/loss")] == [1, 2, 3, 4]
     scores = metric_history(uri, run_id, "eval/overall")
-    assert scores == [(one["step"], one["overall"]) for one in evaluated["evaluations"]]
+    found = [(one["step"], one["suites"]["scenes"]) for one in evaluated["evaluations"]]
+    assert scores == [(step, scenes["values"][scenes["headline"]]) for step, scenes in found]
     client = mlflow.MlflowClient(uri)
     assert client.get_run(run_id).info.status == "FINISHED"
     assert len(client.list_artifacts(run_id, "evaluate")) == 3

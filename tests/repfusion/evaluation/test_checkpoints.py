@@ -9,13 +9,21 @@ from safetensors.torch import load_file
 from tiny_training import make_columns, make_foundation, tiny_model
 
 from repfusion.diffusion.sampler import SamplerConfig
-from repfusion.evaluation import EvaluationConfig, evaluate_checkpoint, read_evaluation
+from repfusion.evaluation.checkpoints import evaluate_checkpoint
+from repfusion.evaluation.record import EvaluationConfig, read_evaluation
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.model.build import build_model
 from repfusion.runs.checkpoint import save_checkpoint
 from repfusion.scenes.captions import TASKS
 
-CONFIG = EvaluationConfig(num_prompts=36, batch_size=10, sampler=SamplerConfig(num_steps=2), device="cpu")
+CONFIG = EvaluationConfig.model_validate(
+    {
+        "suites": {"scenes": {"num_prompts": 36}},
+        "batch_size": 10,
+        "sampler": SamplerConfig(num_steps=2),
+        "device": "cpu",
+    }
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +43,17 @@ def test_writes_scores_and_a_gallery_and_reads_them_back(checkpoint, tmp_path):
     evaluation = evaluate_checkpoint(checkpoint, tmp_path / "out", CONFIG)
     assert evaluation == read_evaluation(tmp_path / "out")
     assert evaluation.step == 7
-    assert len(evaluation.samples) == evaluation.scores.num_prompts == 36
-    assert {evaluation.scores.counts[task].total for task in TASKS} == {6}
-    assert evaluation.scores.overall == 0  # untrained: a 16 px image of noise
-    assert all(sample.reason for sample in evaluation.samples)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["gallery.png", "scores.json"]
+    scenes = evaluation.suites["scenes"]
+    assert len(scenes.scores.by_item) == scenes.num_items == 36
+    assert {scenes.scores.counts[f"task/{task}"].total for task in TASKS} == {6}
+    assert scenes.scores.values["overall"] == 0  # untrained: a 16 px image of noise
+    assert len(scenes.scores.reasons) == 36 and all(scenes.scores.reasons.values())
+    assert evaluation.metrics()["eval/task/counting"] == scenes.scores.values["task/counting"]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["gallery.png", "scenes", "scores.json"]
+    items = [json.loads(line) for line in (tmp_path / "out" / "scenes" / "items.jsonl").open()]
+    assert [item["key"] for item in items] == list(scenes.scores.by_item)
+    assert all(item["prompt"] and item["truth"]["task"] in TASKS for item in items)
     assert Image.open(tmp_path / "out" / "gallery.png").size[0] > 6 * 128
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["config"]["sampler"]["num_steps"] == 2
 
@@ -68,3 +82,20 @@ def test_an_incomplete_checkpoint_is_refused_and_leaves_nothing(checkpoint, tmp_
         evaluate_checkpoint(tmp_path / "step_00000001", tmp_path / "out", CONFIG)
     assert not (tmp_path / "out").exists()
     assert read_evaluation(tmp_path / "out") is None
+
+
+def test_one_that_was_cut_short_goes_on_without_drawing_what_is_there(checkpoint, tmp_path):
+    first = evaluate_checkpoint(checkpoint, tmp_path, CONFIG)
+    picture = (tmp_path / "gallery.png").read_bytes()
+    for name in ("scores.json", "gallery.png"):
+        (tmp_path / name).unlink()
+    results = []
+
+    def run(work):
+        results.append(work())
+        return results[-1]
+
+    again = evaluate_checkpoint(checkpoint, tmp_path, CONFIG, run)
+    assert again.suites == first.suites and (tmp_path / "gallery.png").read_bytes() == picture
+    assert not any(isinstance(one, torch.Tensor | tuple) for one in results)  # neither drawn nor loaded
+    assert evaluate_checkpoint(checkpoint, tmp_path, CONFIG.model_copy(update={"seed": 1})) != first

@@ -39,7 +39,7 @@ from repfusion.latents.statistics import LatentStatistics
 from repfusion.latents.tower import RepresentationEncoder
 from repfusion.llm.load import load_language_model
 from repfusion.runs.checkpoint import load_checkpoint, save_checkpoint
-from repfusion.scenes.captions import NUMBERS, describe
+from repfusion.scenes.captions import NUMBERS, canonical_caption
 from repfusion.scenes.world import COLOURS, NEW_COLOUR, NEW_SHAPE, SHAPES, WorldConfig, draw_scene, render
 
 TINY = FoundationConfig(
@@ -159,7 +159,7 @@ def test_dialogues_hold_one_image_and_true_answers():
         assert question.count("<image>") == 1
         if DESCRIBE in question:
             kinds["describe"] += 1
-            assert answer == describe(scene)
+            assert answer == canonical_caption(scene)
         elif answer in ("yes", "no"):
             kinds["claim"] += 1
             assert question.endswith(" <image>")  # the order in which RepFusion reads: text, then vision

@@ -16,7 +16,7 @@ from repfusion.files import file_sha256, write_json
 from repfusion.generate import main as generate_main
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.lineage.__main__ import main
-from repfusion.lineage.describe import code_version, describe, lock_digest, png_info, read_png
+from repfusion.lineage.describe import code_version, lineage_record, lock_digest, png_info, read_png
 from repfusion.lineage.trace import trace
 from repfusion.model.build import build_model
 from repfusion.runs.checkpoint import frozen_digests, save_checkpoint
@@ -45,7 +45,7 @@ class World:
         generator = build_model(tiny_model(self.foundation), statistics)
         self.checkpoint = root / "train" / "checkpoints" / "step_00000042"
         save_checkpoint(self.checkpoint, generator, generator.trainable_state(), step=42)
-        self.lineage = describe(
+        self.lineage = lineage_record(
             step=42,
             datasets={"main": self.data},
             digests=frozen_digests(generator),
@@ -103,7 +103,7 @@ def test_the_code_is_the_commit_and_says_when_it_was_changed():
 
 def test_a_column_without_a_manifest_is_described_as_such(world):
     (world.columns / "image_features" / "manifest.json").unlink()
-    found = describe(step=0, datasets={"main": world.data}, digests={})
+    found = lineage_record(step=0, datasets={"main": world.data}, digests={})
     column = found["datasets"]["main"]["image_features"]
     assert column["manifest_digest"] is None and column["fingerprint"] is None and found["run_id"] is None
 
@@ -179,7 +179,7 @@ def test_a_fine_tuned_checkpoint_names_the_one_it_started_from(world):
     parent = world.checkpoint.parent / "step_00000007"
     shutil.copytree(world.checkpoint, parent)
     (parent / "complete.json").write_text((parent / "complete.json").read_text().replace("42", "7"))
-    lineage = describe(step=42, datasets={"main": world.data}, digests={}, init_from=parent)
+    lineage = lineage_record(step=42, datasets={"main": world.data}, digests={}, init_from=parent)
     write_json(world.checkpoint / "lineage.json", lineage)
     links = {link.name: link for link in trace(world.checkpoint)}
     assert links["init from"].value == str(parent) and links["init from"].state == "agrees"
@@ -188,7 +188,7 @@ def test_a_fine_tuned_checkpoint_names_the_one_it_started_from(world):
 
 
 def test_every_data_set_of_a_mix_is_checked(world):
-    lineage = describe(step=42, datasets={"main": world.data, "photos": world.data}, digests={})
+    lineage = lineage_record(step=42, datasets={"main": world.data, "photos": world.data}, digests={})
     write_json(world.checkpoint / "lineage.json", lineage)
     write_manifest(world.columns / "image_features", "other")
     assert list(broken(world.checkpoint)) == [FEATURES, "data photos/image_features"]

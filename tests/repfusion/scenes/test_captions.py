@@ -9,9 +9,9 @@ from repfusion.scenes.captions import (
     TASKS,
     Wanted,
     ask,
+    canonical_caption,
     caption_scene,
     claim,
-    describe,
     draw_prompts,
     possible_tasks,
     write_prompt,
@@ -124,7 +124,7 @@ def test_tasks_follow_the_scene(scenes):
 def test_a_description_is_canonical_and_complete(scenes):
     """One text per content, whatever the order in which the scene lists its things, and the jitter."""
     for scene in scenes:
-        text = describe(scene)
+        text = canonical_caption(scene)
         assert holds(text, scene)
         wanted, relation = read(text)
         assert sum(want.number for want in wanted) == len(scene.things)
@@ -133,7 +133,7 @@ def test_a_description_is_canonical_and_complete(scenes):
         assert (relation is None) == (scene.relation is None)
         turned = Scene(scene.things[::-1], INVERSE[scene.relation] if scene.relation else None)
         moved = tuple(Thing(t.shape, t.colour, t.x + 0.01, t.y - 0.01, t.size * 0.95) for t in scene.things)
-        assert describe(turned) == describe(Scene(moved, scene.relation)) == text
+        assert canonical_caption(turned) == canonical_caption(Scene(moved, scene.relation)) == text
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_description_is_canonical_and_complete(scenes):
     ],
 )
 def test_descriptions(scene, text):
-    assert describe(scene) == text
+    assert canonical_caption(scene) == text
 
 
 def test_claims_are_true_when_they_say_so_and_false_by_one_fact_otherwise(scenes):

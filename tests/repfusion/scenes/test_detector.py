@@ -7,7 +7,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from repfusion.scenes.captions import TASKS, Prompt, Wanted, possible_tasks, write_prompt
-from repfusion.scenes.detector import detect, judge, score_image
+from repfusion.scenes.detector import check, detect, score_image
 from repfusion.scenes.world import Scene, Thing, WorldConfig, draw_scene, render
 
 LEFT_RED_CIRCLE = Thing("circle", "red", 0.25, 0.27, 0.36)
@@ -39,9 +39,9 @@ def test_held_out_renderings_satisfy_their_prompts_and_hardly_any_other(image_si
     for i, (scene, _) in enumerate(shown):
         for task in possible_tasks(scene):
             prompt = write_prompt(scene, task)
-            own.append(judge(things[i], prompt).correct)
+            own.append(check(things[i], prompt).correct)
             if task not in ("single_object", "two_objects"):  # prompts without colours fit many scenes
-                other.append(judge(things[(i + 1) % len(shown)], prompt).correct)
+                other.append(check(things[(i + 1) % len(shown)], prompt).correct)
     assert np.mean(own) >= 0.99
     assert np.mean(other) <= 0.05
 
@@ -80,9 +80,9 @@ def single(shape, colour, number=1) -> Prompt:
     ],
 )
 def test_one_wrong_fact_fails_and_is_named(scene, prompt, reason):
-    verdict = judge(detect(render(scene)), prompt)
-    assert not verdict.correct
-    assert reason in verdict.reason
+    finding = check(detect(render(scene)), prompt)
+    assert not finding.correct
+    assert reason in finding.reason
 
 
 @pytest.mark.parametrize("swap", ["relation", "places", "colours"])

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from pipelines.evaluation.process import CAN_IDLE
+from pipelines.runtime.pace import CAN_IDLE
 
 BESIDE_A_BUSY_PROCESS = """
 import json, os, subprocess, sys, time
-from pipelines.evaluation.process import Pace
+from pipelines.runtime.pace import Pace
 
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])

@@ -1,0 +1,136 @@
+"""Evaluations -> the parts of the page that show them: facts, scores and images, whatever their suites."""
+
+import base64
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from pipelines.reporting.charts import INK, Line, chart
+from repfusion.evaluation.record import GALLERY, Evaluation, SuiteResult
+from repfusion.evaluation.shown import ShownSuite, shown_suites
+from repfusion.evaluation.suites.base import Role, Value
+from repfusion.tables import html
+
+ACCENT, MUTED = "#b5532a", "#8a8a90"
+
+
+@dataclass(frozen=True)
+class SuiteHistory:
+    """One suite's results, by step."""
+
+    suite: ShownSuite
+    """The suite as the last evaluation shows it."""
+    results: Sequence[tuple[int | None, SuiteResult]]
+    evaluation: Evaluation
+    """The last one."""
+
+    def values(self, role: Role) -> list[Value]:
+        """The values that any of the results has, in the suite's order."""
+        found = {name for _, result in self.results for name in result.scores.values}
+        return [one for one in self.suite.suite.values if one.role == role and one.name in found]
+
+    def line(self, value: Value, colour: str, name: str, dashed: bool = False) -> Line:
+        every = [(float(step or 0), result.scores.values.get(value.name)) for step, result in self.results]
+        return Line(name, [(x, y) for x, y in every if y is not None], colour, dashed)
+
+
+def histories(evaluations: Sequence[tuple[Path, Evaluation]]) -> list[SuiteHistory]:
+    """The history of each suite of the last evaluation; `evaluations` are folders and contents, by step."""
+    if not evaluations:
+        return []
+    last = evaluations[-1][1]
+    return [
+        SuiteHistory(
+            suite,
+            [(one.step, one.suites[suite.name]) for _, one in evaluations if suite.name in one.suites],
+            last,
+        )
+        for suite in shown_suites(last)
+    ]
+
+
+def facts(evaluations: Sequence[tuple[Path, Evaluation]]) -> list[tuple[str, str]]:
+    """Number and meaning: each suite's headline now, and how what is followed beside it has changed."""
+    return [fact for history in histories(evaluations) for fact in _facts(history)]
+
+
+def _facts(history: SuiteHistory) -> list[tuple[str, str]]:
+    headline = history.suite.headline
+    found = [(f"{100 * headline.share:.0f}%", headline.value.meaning or headline.value.title)]
+    first, last = history.results[0][1].scores.values, history.results[-1][1].scores.values
+    for value in history.values("beside"):
+        if len(history.results) > 1 and value.name in first and value.name in last:
+            change = f"{100 * first[value.name]:.0f} &rarr; {100 * last[value.name]:.0f}%"
+            found.append((change, value.meaning or value.title))
+    return found
+
+
+def scores(evaluations: Sequence[tuple[Path, Evaluation]]) -> str:
+    found = histories(evaluations)
+    return "".join(_suite(one, f": {escape(one.suite.name)}" if len(found) > 1 else "") for one in found)
+
+
+def _suite(history: SuiteHistory, name: str) -> str:
+    sampler, last = history.evaluation.config.sampler, history.results[-1][1]
+    suite = history.suite.suite
+    about = re.sub(r"\*(.+?)\*", r"<i>\1</i>", escape(suite.about))
+    return (
+        f"<h2>Scores{name}</h2><p>Percent of {last.num_items} {escape(suite.subject)} {about}. "
+        f"{sampler.num_steps} sampling steps, guidance {sampler.guidance_scale:g}. Step 0 is the checkpoint "
+        "that training started from.</p>" + _charts(history) + _table(history)
+    )
+
+
+def _charts(history: SuiteHistory) -> str:
+    """Headline, what is followed beside it and the floor in one; a small one for each part."""
+    main = [
+        *(history.line(one, INK, one.title) for one in history.values("headline")),
+        *(history.line(one, ACCENT, one.title) for one in history.values("beside")),
+        *(history.line(one, MUTED, one.legend or one.title, dashed=True) for one in history.values("floor")),
+    ]
+    parts = history.suite.suite.values
+    small = "".join(
+        chart([history.line(one, INK, "")], 282, 130, title=one.title, y_range=(0, 1))
+        for one in parts
+        if one.role == "part"
+    )
+    return chart(main, 880, 240, "step", y_range=(0, 1)) + f'<div class="small">{small}</div>'
+
+
+def _table(history: SuiteHistory) -> str:
+    values = history.suite.suite.values
+    rows = [
+        (
+            f"{step if step is not None else '?'}",
+            *(percent(result.scores.values.get(value.name)) for value in values),
+        )
+        for step, result in history.results
+    ]
+    return html(("step", *(value.title for value in values)), rows)
+
+
+def percent(value: float | None) -> str:
+    """A share with a bar behind it."""
+    if value is None:
+        return "&ndash;"
+    return f'<span class="bar" style="--share:{value:.3f}">{100 * value:.0f}</span>'
+
+
+def galleries(evaluations: Sequence[tuple[Path, Evaluation]]) -> str:
+    """The pictures of all evaluations, the last one open."""
+    if not evaluations:
+        return ""
+    subjects = " and ".join(dict.fromkeys(one.suite.suite.subject for one in histories(evaluations)))
+    parts = [f"<h2>Images</h2><p>Drawn from {escape(subjects)}; green frames are right, red ones wrong.</p>"]
+    for position, (folder, one) in enumerate(reversed(evaluations)):
+        picture = image(folder / GALLERY, f"images of step {one.step}")
+        opened = ' open=""' if position == 0 else ""
+        parts.append(f"<details{opened}><summary>step {one.step}</summary>{picture}</details>")
+    return "".join(parts)
+
+
+def image(path: Path, text: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{escape(text)}" src="data:image/png;base64,{data}">'

@@ -1,0 +1,111 @@
+"""Outputs, answers and scores of a suite on disk: each file beside the identity of what decided it.
+
+evaluations/step_00000500/scenes/  items.jsonl
+                                   outputs.npy    outputs.identity.json
+                                   answers.jsonl  answers.identity.json
+                                   scores.json    scores.identity.json
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from jaxtyping import UInt8
+
+from repfusion.evaluation.suites.base import Answer, Item, Scores
+from repfusion.files import atomic_path, file_sha256, json_bytes, write_json, write_text
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Column(Generic[T]):
+    """A file that is made again only when what decides it changes."""
+
+    path: Path
+    write: Callable[[Path, T], None]
+    """Writes a value to a temporary path."""
+    read: Callable[[Path], T]
+
+    @property
+    def identity_path(self) -> Path:
+        return self.path.with_suffix(".identity.json")
+
+    def digest(self) -> str:
+        """sha256 of the file."""
+        return file_sha256(self.path)
+
+    def get(self, identity: Mapping[str, Any], make: Callable[[], T]) -> T:
+        """The value that this identity decides: read where it lies whole on disk, otherwise made and written,
+        its identity last.
+        """
+        if self._holds(identity):
+            return self.read(self.path)
+        value = make()
+        with atomic_path(self.path) as temporary:
+            self.write(temporary, value)
+        write_json(self.identity_path, {"identity": dict(identity), "sha256": self.digest()})
+        return value
+
+    def _holds(self, identity: Mapping[str, Any]) -> bool:
+        try:
+            known = json.loads(self.identity_path.read_text())
+        except (FileNotFoundError, ValueError):
+            return False
+        # a file written since, by one that was killed before it wrote the identity, has another digest
+        expected = {"identity": dict(identity)}
+        return self.path.is_file() and known == {**expected, "sha256": self.digest()}
+
+
+def outputs_column(folder: Path) -> Column[UInt8[np.ndarray, "n h w 3"]]:
+    """Images, item by item, an item's outputs beside each other."""
+
+    def write(path: Path, images: np.ndarray) -> None:
+        with path.open("wb") as stream:
+            np.save(stream, images)
+
+    return Column(folder / "outputs.npy", write, np.load)
+
+
+def answers_column(folder: Path) -> Column[list[Answer]]:
+    """One line of JSON for each item."""
+    return Column(folder / "answers.jsonl", _write_lines, _read_lines)
+
+
+def scores_column(folder: Path) -> Column[Scores]:
+    def write(path: Path, scores: Scores) -> None:
+        path.write_bytes(json_bytes(scores.model_dump(mode="json")))
+
+    return Column(folder / "scores.json", write, lambda path: Scores.model_validate_json(path.read_text()))
+
+
+def asked(items: Sequence[Item]) -> list[dict[str, Any]]:
+    """What a model is asked for: all of the items that decides their outputs."""
+    return [
+        {"key": item.key, "prompt": item.request.prompt, "num_outputs": item.num_outputs} for item in items
+    ]
+
+
+def known(items: Sequence[Item]) -> list[dict[str, Any]]:
+    """What decides judge and rule: what was asked for, and what is true of it."""
+    return [{**one, "truth": dict(item.truth)} for one, item in zip(asked(items), items, strict=True)]
+
+
+def write_items(folder: Path, items: Sequence[Item]) -> None:
+    """Writes `items.jsonl`, for whoever reads the other columns."""
+    write_text(folder / "items.jsonl", _lines(known(items)))
+
+
+def _lines(values: Sequence[Any]) -> str:
+    return "".join(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n" for value in values)
+
+
+def _write_lines(path: Path, values: list[Any]) -> None:
+    path.write_text(_lines(values))
+
+
+def _read_lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

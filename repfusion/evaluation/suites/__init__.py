@@ -1,0 +1,1 @@
+"""Evaluation suites, a file each; `build.py` makes one from its configuration."""

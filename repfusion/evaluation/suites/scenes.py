@@ -1,0 +1,190 @@
+"""Prompts over GenEval's six tasks (arXiv 2310.11513), and what an exact detector sees in their images ->
+accuracy per task, overall, and against shuffled prompts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from repfusion.config import Config
+from repfusion.evaluation.suites.base import Answer, Count, Image, Item, Judge, Scores, Value
+from repfusion.request import Request
+from repfusion.scenes.captions import TASKS, Prompt, Task, Wanted, draw_prompts
+from repfusion.scenes.detector import check, detect
+from repfusion.scenes.world import INVERSE, Split, Thing
+
+GALLERY_COLUMNS = 6
+TITLES = {task: task.replace("_", " ") for task in TASKS}
+VALUES = (
+    Value("overall", "overall", "headline", meaning="prompts followed (mean over tasks)"),
+    *(Value(f"task/{task}", title, "part") for task, title in TITLES.items()),
+    Value("new_concept", "new concept", "beside", meaning="prompts with the new shape or colour"),
+    Value("shuffled_overall", "shuffled", "floor", legend="shuffled prompts"),
+)
+
+
+class ScenesSuiteConfig(Config):
+    kind: Literal["scenes"] = "scenes"
+    num_prompts: int = Field(default=240, ge=1)
+    """The six tasks in turn."""
+    split: Split = "held_out"
+    """Prompts that each state a fact that no training image shows, or such as training shows."""
+    include_new: bool = True
+    """Whether prompts may name the new shape and colour."""
+
+
+class ScenesSuite:
+    """Prompts about scenes, judged without any learned part."""
+
+    values: Sequence[Value] = VALUES
+    about = (
+        "that the image satisfies, checked by an exact detector of shapes and colours; *overall* is the mean "
+        "over the six tasks, *shuffled* the same images against other prompts of the same task"
+    )
+    judge_version = "detector 1"
+    rule_version = "geneval 1"
+
+    def __init__(self, config: ScenesSuiteConfig, seed: int):
+        self.config, self.seed = config, seed
+        self.subject = {
+            "held_out": "held-out prompts",
+            "train": "prompts of combinations that training shows",
+        }[config.split]
+
+    def items(self) -> list[Item]:
+        config = self.config
+        return items_of(draw_prompts(config.num_prompts, self.seed, config.include_new, config.split))
+
+    def judge(self, device: str) -> Judge:
+        return find_things
+
+    def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> Scores:
+        """Accuracies of the tasks (`task/...`) and their mean; `shuffled_overall` is that of the same images
+        against other prompts of the same task: what chance and leniency give.
+
+        Raises:
+            ValueError: where items and answers differ in number, or there are none.
+        """
+        if len(items) != len(answers) or not items:
+            raise ValueError(
+                f"{len(answers)} answers and {len(items)} items; expected as many, and at least one"
+            )
+        prompts, found = [prompt_of(item) for item in items], [things_of(answer) for answer in answers]
+        checked = [check(things, prompt) for things, prompt in zip(found, prompts, strict=True)]
+        right = [finding.correct for finding in checked]
+        partners = shuffled_partners(prompts, self.seed)
+        own = _count_by_task(prompts, right)
+        shuffled = _count_by_task(
+            prompts,
+            [
+                None if partner is None else check(things, prompts[partner]).correct
+                for things, partner in zip(found, partners, strict=True)
+            ],
+        )
+        new = count([correct for correct, prompt in zip(right, prompts, strict=True) if prompt.is_new])
+        values = {
+            "overall": _mean_share(own),
+            **{f"task/{task}": one.correct / one.total for task, one in own.items()},
+            **({} if new.share is None else {"new_concept": new.share}),
+            "shuffled_overall": _mean_share(shuffled),
+        }
+        return Scores(
+            headline="overall",
+            values=values,
+            counts={
+                **{f"task/{task}": one for task, one in own.items()},
+                "new_concept": new,
+                **{f"shuffled/{task}": one for task, one in shuffled.items()},
+            },
+            by_item={item.key: float(correct) for item, correct in zip(items, right, strict=True)},
+            reasons={i.key: f.reason for i, f in zip(items, checked, strict=True) if not f.correct},
+        )
+
+    def gallery(self, items: Sequence[Item]) -> Mapping[str, Sequence[int]]:
+        """A full row of each task, of different prompts as far as there are."""
+        rows: dict[str, list[int]] = {}
+        for task in TASKS:
+            own = [i for i, item in enumerate(items) if item.truth["task"] == task]
+            first = {items[i].request.prompt: i for i in reversed(own)}
+            order = sorted(own, key=lambda i: (first[items[i].request.prompt] != i, i))
+            rows[TITLES[task]] = order[:GALLERY_COLUMNS]
+        return {title: row for title, row in rows.items() if len(row) == GALLERY_COLUMNS}
+
+
+def items_of(prompts: Sequence[Prompt]) -> list[Item]:
+    """Prompts as items, numbered; what they state is their truth."""
+    return [
+        Item(
+            key=f"{number:05d}",
+            request=Request(prompt.text),
+            truth={
+                "task": prompt.task,
+                "wanted": [asdict(want) for want in prompt.wanted],
+                "relation": prompt.relation,
+            },
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+def prompt_of(item: Item) -> Prompt:
+    """The prompt that `items_of` made an item of."""
+    wanted = tuple(Wanted(**want) for want in item.truth["wanted"])
+    return Prompt(item.request.prompt, item.truth["task"], wanted, item.truth["relation"])
+
+
+def find_things(items: Sequence[Item], outputs: Sequence[Sequence[Image]]) -> list[Answer]:
+    """The things that each item's image shows, in fractions of its side."""
+    return [[asdict(thing) for thing in detect(_pixels(images[0]))] for images in outputs]
+
+
+def things_of(answer: Answer) -> list[Thing]:
+    return [Thing(**thing) for thing in answer]
+
+
+def _pixels(image: Image) -> Any:
+    """RGB in [0, 1], channels first."""
+    return np.moveaxis(image, -1, 0).astype(np.float32) / 255
+
+
+def facts(prompt: Prompt) -> object:
+    """What a prompt states, whatever its wording and order; equal facts are met by the same images."""
+    if prompt.relation is None:
+        return frozenset(prompt.wanted)
+    return frozenset([(prompt.wanted, prompt.relation), (prompt.wanted[::-1], INVERSE[prompt.relation])])
+
+
+def shuffled_partners(prompts: list[Prompt], seed: int) -> list[int | None]:
+    """For each prompt the index of another of its task with different facts; None where there is none."""
+    rng = np.random.default_rng(seed)
+    partners: list[int | None] = []
+    for prompt in prompts:
+        others = [
+            index
+            for index, other in enumerate(prompts)
+            if other.task == prompt.task and facts(other) != facts(prompt)
+        ]
+        partners.append(others[rng.integers(len(others))] if others else None)
+    return partners
+
+
+def count(values: Sequence[bool]) -> Count:
+    return Count(correct=sum(values), total=len(values))
+
+
+def _count_by_task(prompts: Sequence[Prompt], right: Sequence[bool | None]) -> dict[Task, Count]:
+    """Counts of the tasks that have any; None in `right` does not count."""
+    by_task: dict[Task, list[bool]] = {task: [] for task in TASKS}
+    for prompt, correct in zip(prompts, right, strict=True):
+        if correct is not None:
+            by_task[prompt.task].append(correct)
+    return {task: count(values) for task, values in by_task.items() if values}
+
+
+def _mean_share(counts: Mapping[Task, Count]) -> float:
+    """The mean over the tasks' accuracies, as GenEval, not over the prompts."""
+    shares = [one.share for one in counts.values() if one.share is not None]
+    return float(np.mean(shares)) if shares else 0.0

@@ -1,0 +1,128 @@
+"""Perfect images score one, shuffled prompts near nothing, and every count adds up."""
+
+import json
+
+import numpy as np
+import pytest
+
+from repfusion.evaluation.draw import per_item
+from repfusion.evaluation.suites.base import Scores
+from repfusion.evaluation.suites.scenes import (
+    ScenesSuite,
+    ScenesSuiteConfig,
+    facts,
+    items_of,
+    prompt_of,
+    shuffled_partners,
+)
+from repfusion.scenes.captions import TASKS, Prompt, Wanted, draw_prompts, possible_tasks, write_prompt
+from repfusion.scenes.world import draw_scene, render
+
+
+def prompts_with_images(per_task: int) -> tuple[list[Prompt], np.ndarray]:
+    """As many prompts of each task, with a rendering of the scene that each was written about."""
+    prompts: list[Prompt] = []
+    images = []
+    counts = dict.fromkeys(TASKS, 0)
+    seed = 0
+    while min(counts.values()) < per_task:
+        scene = draw_scene(seed, split="held_out")
+        seed += 1
+        for task in possible_tasks(scene):
+            if counts[task] < per_task:
+                counts[task] += 1
+                prompts.append(write_prompt(scene, task))
+                images.append(render(scene))
+    return prompts, np.stack(images)
+
+
+SUITE = ScenesSuite(ScenesSuiteConfig(), seed=0)
+
+
+def score(images: np.ndarray, prompts: list[Prompt]) -> Scores:
+    """The suite's judge on images in [0, 1], its answers written as JSON and read, and its rule."""
+    items = items_of(prompts)
+    outputs = [[image] for image in np.rint(np.moveaxis(images, 1, -1) * 255).astype(np.uint8)]
+    return SUITE.score(items, json.loads(json.dumps(SUITE.judge("cpu")(items, outputs))))
+
+
+def test_items_carry_their_prompts_and_a_row_of_each_task_is_shown():
+    items, prompts = SUITE.items(), draw_prompts(240)
+    assert [prompt_of(item) for item in items] == prompts
+    assert json.loads(json.dumps([item.truth for item in items])) == [item.truth for item in items]
+    rows = SUITE.gallery(items)
+    assert list(rows) == [task.replace("_", " ") for task in TASKS]
+    for task, row in zip(TASKS, rows.values(), strict=True):
+        texts = {prompt.text for prompt in prompts if prompt.task == task}
+        assert {prompts[i].task for i in row} == {task} and len(row) == 6
+        assert len({prompts[i].text for i in row}) == min(6, len(texts))
+    assert SUITE.gallery(items[:12]) == {}  # no full row: all items are shown
+
+
+def test_perfect_images_score_one_and_shuffled_prompts_little():
+    prompts, images = prompts_with_images(12)
+    scores = score(images, prompts)
+    assert scores.headline == "overall" and scores.values["overall"] >= 0.99
+    tasks = [f"task/{task}" for task in TASKS]
+    assert list(scores.values) == ["overall", *tasks, "new_concept", "shuffled_overall"]
+    assert list(scores.values) == [value.name for value in SUITE.values]
+    assert scores.values["new_concept"] >= 0.99
+    assert scores.values["shuffled_overall"] <= 0.1
+    assert len(scores.by_item) == len(prompts) == sum(scores.counts[task].total for task in tasks)
+    assert scores.counts["new_concept"].total == sum(prompt.is_new for prompt in prompts)
+    assert sum(scores.by_item.values()) == sum(scores.counts[task].correct for task in tasks)
+    assert {key for key, share in scores.by_item.items() if not share} == scores.reasons.keys()
+
+
+def test_overall_is_the_mean_over_tasks_not_over_prompts():
+    prompts, images = prompts_with_images(2)
+    counting = [i for i, prompt in enumerate(prompts) if prompt.task == "counting"]
+    extra = prompts + [prompts[counting[0]]] * 10
+    blank = np.full((10, 3, 32, 32), 0.1, np.float32)
+    scores = score(np.concatenate([images, blank]), extra)
+    assert scores.values["task/counting"] == pytest.approx(2 / 12)
+    assert scores.values["overall"] == pytest.approx((5 + 2 / 12) / 6)
+
+
+def test_blank_images_score_nothing():
+    prompts, images = prompts_with_images(2)
+    scores = score(np.full_like(images, 0.1), prompts)
+    assert set(scores.values.values()) == {0.0}
+    assert len(scores.values) == 9 and all(scores.reasons[item.key] for item in items_of(prompts))
+
+
+def test_what_is_counted_for_no_item_is_no_value():
+    prompts, images = prompts_with_images(1)
+    old = [i for i, prompt in enumerate(prompts) if not prompt.is_new]
+    scores = score(images[old], [prompts[i] for i in old])
+    assert "new_concept" not in scores.values and scores.counts["new_concept"].total == 0
+
+
+def test_partners_share_the_task_and_never_the_facts():
+    prompts, _ = prompts_with_images(10)
+    partners = shuffled_partners(prompts, seed=3)
+    for prompt, partner in zip(prompts, partners, strict=True):
+        assert partner is not None
+        assert prompts[partner].task == prompt.task
+        assert facts(prompts[partner]) != facts(prompt)
+    assert partners == shuffled_partners(prompts, seed=3)
+    assert partners != shuffled_partners(prompts, seed=4)
+
+
+def test_facts_do_not_depend_on_order_or_wording():
+    circle, cross = Wanted("circle", "red"), Wanted("cross", "blue")
+    first = Prompt("a red circle and a blue cross", "colour_attribution", (circle, cross))
+    second = Prompt("draw a blue cross and a red circle", "colour_attribution", (cross, circle))
+    assert facts(first) == facts(second)
+    left = Prompt("", "position", (circle, cross), "left of")
+    assert facts(left) != facts(Prompt("", "position", (circle, cross), "right of"))
+    assert facts(left) == facts(Prompt("", "position", (cross, circle), "right of"))
+
+
+def test_refuses_unequal_numbers():
+    prompts, _ = prompts_with_images(1)
+    items = items_of(prompts[:6])
+    with pytest.raises(ValueError, match="5 answers and 6 items"):
+        SUITE.score(items, [[]] * 5)
+    with pytest.raises(ValueError, match="5 images; 6 items ask for 6"):
+        per_item(np.zeros((5, 32, 32, 3), np.uint8), items)
