@@ -28,7 +28,7 @@ def write_config(folder: Path, num_samples: int, num_shards: int) -> Path:
     values = yaml.safe_load(DEMO.read_text())
     values["last_stage"] = "features"
     values["source"]["shard_size"] = -(-num_samples // num_shards)
-    values["source"]["scenes"]["num_samples"] = num_samples
+    values["source"]["num_samples"] = num_samples
     values["ray"] = {"num_cpus": 2, "object_store_mib": 80}
     path = folder / "workflow.yaml"
     path.write_text(yaml.safe_dump(values))

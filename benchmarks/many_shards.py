@@ -86,7 +86,7 @@ def write_workflow(root: Path, num_shards: int) -> Path:
         "root": root,
         "last_stage": "features",
         "source.shard_size": SHARD_SIZE,
-        "source.scenes.num_samples": num_shards * SHARD_SIZE,
+        "source.num_samples": num_shards * SHARD_SIZE,
     }
     demo = Path(__file__).parents[1] / "pipelines" / "configs" / "demo.yaml"
     config: WorkflowConfig = load_config(

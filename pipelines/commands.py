@@ -21,8 +21,7 @@ from typing import NoReturn
 from pipelines.config import WorkflowConfig
 from pipelines.runtime.session import StageError
 from pipelines.shards.storage import Folder, is_store_error
-from pipelines.sources.build import source_entries
-from pipelines.stages.build import build_stages, data_stages, probe_stages
+from pipelines.stages.build import build_stages, data_stages, probe_stages, source_entries
 from pipelines.workflow.inspection import describe, states
 from pipelines.workflow.run import run
 from pipelines.workflow.summary import write_summary

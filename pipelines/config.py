@@ -3,16 +3,12 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from pipelines.runtime.pool import ActorsConfig
 from pipelines.runtime.session import RayConfig
 from pipelines.shards.storage import Folder
-from pipelines.sources.folder import FolderConfig
-from pipelines.sources.parquet import ParquetConfig
+from pipelines.sources.build import SourceConfig
 from pipelines.sources.scenes import ScenesConfig
-from pipelines.sources.tars import TarsConfig
-from pipelines.sources.urls import UrlsConfig
 from pipelines.stages.captions import CaptionsConfig
 from pipelines.stages.curate import CurateConfig
 from pipelines.stages.evaluate import EvaluateConfig
@@ -26,43 +22,6 @@ from repfusion.training.engine import grad_accum_steps
 StageName = Literal[
     "source", "ingest", "judge", "curate", "captions", "latents", "features", "train", "evaluate", "report"
 ]
-
-
-class SourceConfig(Config):
-    """Where image addresses and captions come from."""
-
-    kind: Literal["scenes", "urls", "tars", "folder", "parquet"] = "scenes"
-    """The embedded world, rendered and served on loopback; a list of addresses; WebDataset tars; a folder of
-    images; parquet files with images in them. The first two are downloaded, the others read.
-    """
-    scenes: ScenesConfig = ScenesConfig()
-    """For kind: scenes."""
-    urls: UrlsConfig | None = None
-    """For kind: urls."""
-    tars: TarsConfig | None = None
-    """For kind: tars."""
-    folder: FolderConfig | None = None
-    """For kind: folder."""
-    parquet: ParquetConfig | None = None
-    """For kind: parquet."""
-    shard_size: int = Field(default=500, ge=1)
-    """Entries per shard, the unit of work, failure and resume of every later stage. Of tars, each is a shard.
-    """
-    port: int = Field(default=0, ge=0, le=65535)
-    """Port of the loopback server of kind: scenes; 0 takes any free one. Changes no bytes."""
-    actors: ActorsConfig = ActorsConfig()
-    """Its pool. Changes no bytes."""
-
-    @model_validator(mode="after")
-    def _has_path(self) -> "SourceConfig":
-        if getattr(self, self.kind) is None:
-            raise ValueError(f"kind is {self.kind}, so source.{self.kind}.path has to say where they are")
-        return self
-
-    @property
-    def makes_lists(self) -> bool:
-        """Whether there is a stage `source` that lists what `ingest` downloads."""
-        return self.kind in ("scenes", "urls")
 
 
 class WorkflowConfig(Config):
@@ -81,8 +40,10 @@ class WorkflowConfig(Config):
     """
     last_stage: StageName = "report"
     """Where to stop; `features` prepares data without training."""
-    source: SourceConfig = SourceConfig()
-    """Image addresses and captions."""
+    source: SourceConfig = ScenesConfig()
+    """Where images and captions come from. Scenes unless another `kind` is given, whose name alone stands for
+    its defaults.
+    """
     ingest: IngestConfig = IngestConfig()
     """Download and resize."""
     curate: CurateConfig = CurateConfig()
@@ -105,6 +66,13 @@ class WorkflowConfig(Config):
     """Scores of every checkpoint."""
     ray: RayConfig = RayConfig()
     """The cluster. Changes no bytes."""
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _has_a_kind(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"kind": value}
+        return {"kind": "scenes", **value} if isinstance(value, dict) else value
 
     @property
     def data_folder(self) -> Folder:

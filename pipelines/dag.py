@@ -11,7 +11,19 @@ from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.manifest import ShardTable, Upstream
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import SCHEMA
+from pipelines.workflow.digests import Digests
 from repfusion.files import canonical_json, digest_of
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a workflow's stages lie, and the digests of the weights and lists that they read."""
+
+    data: Folder
+    """Holds the folders of the data stages."""
+    root: Path
+    """Holds those of the others."""
+    digests: Digests
 
 
 @dataclass(frozen=True)

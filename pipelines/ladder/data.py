@@ -49,7 +49,7 @@ def _workflow(config: LadderConfig, space: Space) -> WorkflowConfig:
         {
             "root": data_root(config),
             "last_stage": "latents",
-            "source": {"scenes": config.data.scenes, "shard_size": config.data.shard_size},
+            "source": config.data.scenes,
             "ingest": {"image_size": size},
             "curate": {"min_side_px": min(16, size), "max_caption_chars": 200, "duplicates": "keep"},
             "features": {"enabled": False},

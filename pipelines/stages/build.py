@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pipelines.config import StageName, WorkflowConfig
-from pipelines.dag import ShardStage, Stage, WholeStage
+from pipelines.dag import Place, ShardStage, Stage, WholeStage
 from pipelines.duplicates.find import DUPLICATES, find_duplicates
 from pipelines.runtime.session import in_worker
 from pipelines.shards.manifest import MANIFEST, ShardTable, Upstream
 from pipelines.shards.storage import Folder
-from pipelines.sources.build import ingest_stage, source_stage
+from pipelines.sources.base import Entries
+from pipelines.sources.build import source_of
 from pipelines.stages import captions, curate, image_features, judge, prompt_features
 from pipelines.workflow.digests import Digests, flatten
 from pipelines.workflow.inspection import MIX
@@ -58,19 +59,16 @@ def build_stages(
     """
     last = get_args(StageName).index(config.last_stage)
     absent = {
-        "source": not config.source.makes_lists,
         "captions": not config.captions.columns,
         "features": not config.features.enabled,
     }
     wanted = [name for name in get_args(StageName)[: last + 1] if not absent.get(name)]
     digests = digests or Digests(config.root)
-    stages: dict[str, Stage] = {}
+    place = Place(config.data_folder, config.root, digests)
+    first = source_of(config.source).stages(config.ingest, place)
+    stages: dict[str, Stage] = {stage.name: stage for stage in first if stage.name in wanted}
     for name in wanted:
         match name:
-            case "source":
-                stages[name] = source_stage(config, digests)
-            case "ingest":
-                stages[name] = ingest_stage(config, stages.get("source"))
             case "judge":
                 stages[name] = _judge(config, stages["ingest"])
             case "curate":
@@ -95,6 +93,11 @@ def build_stages(
 def data_stages(config: WorkflowConfig) -> list[ShardStage]:
     """Those made of shards: source to features."""
     return [stage for stage in build_stages(config) if isinstance(stage, ShardStage)]
+
+
+def source_entries(config: WorkflowConfig) -> Entries:
+    """How many entries the source has, and how to take a few."""
+    return source_of(config.source).entries()
 
 
 def probe_stages(config: WorkflowConfig) -> Callable[[Path], list[ShardStage]]:

@@ -20,22 +20,13 @@ from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.manifest import ShardTable, StageOutput
 from pipelines.shards.store import Sidecar
 from pipelines.shards.tars import END_BYTES
+from pipelines.sources.base import Entries
 from pipelines.workflow.inspection import State, states
 from pipelines.workflow.run import complete
 
 NUM_PROBE_SAMPLES = 128
 PROBE_SHARDS = {"00000": 1.0, "00001": 0.25}
 """The probe's shards and their share of its samples."""
-
-
-@dataclass(frozen=True)
-class Entries:
-    """What a source holds, and how to take a few of them."""
-
-    num_entries: int
-    shard_names: Sequence[str]
-    probe: Callable[[int, int], tuple[ShardJob, ...]]
-    """(how many samples, offset) -> jobs that read about as many, evenly spread."""
 
 
 @dataclass(frozen=True)

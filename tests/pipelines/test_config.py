@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from pipelines.config import WorkflowConfig
+from pipelines.sources.scenes import ScenesConfig
+from pipelines.sources.urls import UrlsConfig
 from pipelines.stages.build import build_stages
 from repfusion.config import ConfigError, load_config, to_yaml, validate
 from repfusion.data.columns import MANIFEST
@@ -19,7 +21,7 @@ FINETUNE = CONFIGS[0].with_name("finetune.yaml")
 def test_shipped_configs_parse_and_round_trip(path):
     config = load_config(WorkflowConfig, path)
     assert validate(WorkflowConfig, yaml.safe_load(to_yaml(config))) == config
-    assert config.ingest.image_size == config.source.scenes.world.image_size
+    assert config.ingest.image_size == config.source.world.image_size
 
 
 def test_overrides_win_over_the_file(tmp_path):
@@ -28,14 +30,26 @@ def test_overrides_win_over_the_file(tmp_path):
     config = load_config(
         WorkflowConfig,
         path,
-        ["latents.batch_size=16", "source.scenes.num_samples=5", "ingest.image_size=null"],
+        ["latents.batch_size=16", "source.num_samples=5", "ingest.image_size=null"],
     )
-    assert (config.latents.batch_size, config.source.scenes.num_samples, config.ingest.image_size) == (
+    assert (config.latents.batch_size, config.source.num_samples, config.ingest.image_size) == (
         16,
         5,
         None,
     )
     assert config.train.output_dir == Path("here/train") and config.train.data.images == Path("here/curate")
+
+
+def test_another_source_takes_the_place_of_the_files(tmp_path):
+    """What the file says of scenes is no mistake in a list of addresses."""
+    demo = CONFIGS[0].with_name("demo.yaml")
+    config = load_config(WorkflowConfig, demo, ["source.kind=urls", "source.path=list.csv"])
+    assert config.source == UrlsConfig(path="list.csv")
+    same = load_config(WorkflowConfig, demo, ["source.kind=scenes", "source.seed=5"])
+    assert (same.source.seed, same.source.num_samples) == (5, 4000)
+    assert load_config(WorkflowConfig, demo, ["source=scenes"]).source == ScenesConfig()
+    with pytest.raises(ConfigError, match=r"unknown key 'source.num_samples'"):
+        load_config(WorkflowConfig, demo, ["source.kind=urls", "source.path=l", "source.num_samples=3"])
 
 
 @pytest.mark.parametrize(
@@ -47,7 +61,7 @@ def test_overrides_win_over_the_file(tmp_path):
         ({"data_url": "/data/x/"}, "/data/x/curate"),
         (
             {
-                "source": {"kind": "urls", "urls": {"path": "s3://lists/*.parquet", "extra_columns": ["a"]}},
+                "source": {"kind": "urls", "path": "s3://lists/*.parquet", "extra_columns": ["a"]},
                 "ingest": {"encode": "jpg", "quality": 90, "max_requests_per_sec_per_host": 2.5},
                 "curate": {"duplicates": "near", "max_aspect": 3.0},
                 "train": {"model": {"encoder": {"image_size": 48}}},
@@ -97,17 +111,21 @@ def test_finetuning_says_what_has_to_run_before_it(tmp_path):
     [
         ("latents.bath_size=3", r"unknown key 'latents.bath_size'; did you mean 'latents.batch_size'\?"),
         ("trian.num_steps=3", r"unknown key 'trian'; did you mean 'train'\?"),
-        ("source.scenes.image_size=3", r"did you mean 'source.scenes.world.image_size'\?"),
+        ("source.image_size=3", r"unknown key 'source.image_size'; did you mean 'source.world.image_size'\?"),
         ("train.model.encoder.leyer=-1", r"did you mean 'train.model.encoder.layer'\?"),
         ("ingest.actors.number=3", r"did you mean '\w+.actors.num_actors'\?"),
         ("storage_option.profile=p", r"unknown key 'storage_option'; did you mean 'storage_options'\?"),
         ("curate.min_size=3", r"unknown key 'curate.min_size'; did you mean 'curate.min_side_px'\?"),
-        ("source.urls.url_col=u", r"did you mean 'source.urls.url_column'\?"),
+        (
+            "source={kind: urls, path: l.csv, url_col: u}",
+            r"'source.url_col'; did you mean 'source.url_column'\?",
+        ),
         ("last_stage=latent", r"last_stage: Input should be .*'latents'.*got 'latent'"),
         ("latents.actors.num_actors=0", r"latents.actors.num_actors: .*greater than or equal to 1.*got 0"),
         ("ingest.quality=10", r"ingest: .*quality 10 with encode png"),
         ("ingest.image_size=big", r"ingest.image_size: Input should be a valid integer.*got 'big'"),
-        ("source.kind=urls", r"source: .*source.urls.path has to say"),
+        ("source.kind=urls", r"source.path: Field required"),
+        ("source=url", r"source: .*'url'.*'scenes', 'urls', 'tars', 'folder', 'parquet'"),
         ("no-equals-sign", r"expected key.path=value"),
     ],
 )

@@ -111,7 +111,7 @@ def test_one_or_two_actors_and_a_restart_give_the_same_bytes(pool, make_config):
 
 
 def test_a_changed_field_is_named_and_only_what_follows_is_rebuilt(pool, make_config):
-    small = {"source": {"scenes": {"num_samples": 20, "defects": {}}}}
+    small = {"source": {"num_samples": 20, "defects": {}}}
     run_all(make_config(**small), pool)
     changed = make_config(**small, curate={"max_caption_chars": 60})
     for name, state in found(changed).items():
@@ -136,7 +136,7 @@ def test_other_weights_make_a_column_stale(pool, make_config, models, tmp_path):
     tower = tmp_path / "tower"
     shutil.copytree(models["tower"], tower)
     settings = {
-        "source": {"scenes": {"num_samples": 10, "defects": {}}},
+        "source": {"num_samples": 10, "defects": {}},
         "train": {"model": {"encoder": {"path": tower}}},
         "last_stage": "latents",
     }

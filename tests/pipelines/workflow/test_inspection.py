@@ -25,7 +25,7 @@ def stale(config: WorkflowConfig) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("sections", "first", "reason"),
     [
-        ({"source": {"scenes": {"seed": 5}}}, "source", "source.scenes.seed 0 -> 5"),
+        ({"source": {"seed": 5}}, "source", "source.seed 0 -> 5"),
         ({"source": {"shard_size": 20}}, "source", "source.shard_size 10 -> 20"),
         ({"ingest": {"quality": 1}}, "ingest", "ingest.quality 6 -> 1"),
         ({"ingest": {"resize": "border"}}, "ingest", "ingest.resize center_crop -> border"),
@@ -162,7 +162,7 @@ def test_a_run_after_damage_makes_what_is_gone_and_nothing_else(run_copy, pool):
 def test_another_image_size_of_the_encoder_makes_the_latents_alone_anew(make_config, pool):
     def sections(size: int) -> dict:
         return {
-            "source": {"scenes": {"num_samples": 20}},
+            "source": {"num_samples": 20},
             "ingest": {"image_size": 64},
             "train": {"model": {"encoder": {"image_size": size}}},
         }

@@ -11,8 +11,7 @@ from PIL import Image
 from running import DATA_STAGES, found, manifests, run_all
 
 from pipelines.commands import print_plan
-from pipelines.sources.build import source_entries
-from pipelines.stages.build import data_stages, probe_stages
+from pipelines.stages.build import data_stages, probe_stages, source_entries
 from pipelines.workflow.plan import StagePlan, plan, table
 
 pytestmark = pytest.mark.ray
@@ -47,10 +46,8 @@ def test_scenes_are_planned_within_a_tenth(pool, make_config):
     config = make_config(
         source={
             "shard_size": 250,
-            "scenes": {
-                "num_samples": 2000,
-                "defects": {"missing": 20, "undecodable": 20, "empty_caption": 40},
-            },
+            "num_samples": 2000,
+            "defects": {"missing": 20, "undecodable": 20, "empty_caption": 40},
         },
     )
     plans = planned(config)
@@ -88,7 +85,7 @@ def test_photos_of_all_sizes_are_planned_within_a_tenth(pool, configure, tmp_pat
         stream.flush()
         config = configure(
             tmp_path / "run",
-            source={"kind": "urls", "urls": {"path": stream.name}, "shard_size": 100},
+            source={"kind": "urls", "path": stream.name, "shard_size": 100},
             ingest={
                 "allow_private_addresses": True,
                 "encode": "jpg",
@@ -154,7 +151,7 @@ def test_a_source_that_gives_nothing_is_an_error(configure, tmp_path):
     (tmp_path / "list.csv").write_text("url,caption\n" + "http://127.0.0.1:9/a.png,a circle\n" * 40)
     config = configure(
         tmp_path / "run",
-        source={"kind": "urls", "urls": {"path": str(tmp_path / "list.csv")}, "shard_size": 10},
+        source={"kind": "urls", "path": str(tmp_path / "list.csv"), "shard_size": 10},
         ingest={"allow_private_addresses": True, "retries": 0, "timeout_sec": 1},
     )
     with pytest.raises(ValueError, match=r"stage ingest: of the probe's \d+ samples none is left \(.+ \d+\)"):

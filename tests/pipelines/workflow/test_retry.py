@@ -57,7 +57,7 @@ def make_workflow(configure, tmp_path, server):
     def make(root: str):
         return configure(
             tmp_path / root,
-            source={"kind": "urls", "urls": {"path": str(path)}, "shard_size": SHARD_SIZE},
+            source={"kind": "urls", "path": str(path), "shard_size": SHARD_SIZE},
             ingest={"allow_private_addresses": True, "retries": 0, "timeout_sec": 1},
         )
 
@@ -132,17 +132,11 @@ def test_another_list_makes_everything_stale_the_same_list_elsewhere_nothing(
     run_all(config, pool)
     elsewhere = tmp_path / "elsewhere.csv"
     elsewhere.write_bytes((tmp_path / "list.csv").read_bytes())
-    moved = config.model_copy(
-        update={
-            "source": config.source.model_copy(
-                update={"urls": config.source.urls.model_copy(update={"path": str(elsewhere)})}
-            )
-        }
-    )
+    moved = config.model_copy(update={"source": config.source.model_copy(update={"path": str(elsewhere)})})
     assert set(statuses(moved).values()) == {"fresh"}
     time.sleep(0.01)
     write_list(tmp_path / "list.csv", server.address, "a blue square")
     states = found(config)
     assert {state.status for state in states.values()} == {"stale"}
     for state in states.values():
-        assert state.reason.startswith("source.urls.path ") and " -> " in state.reason
+        assert state.reason.startswith("source.path ") and " -> " in state.reason
