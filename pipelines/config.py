@@ -5,13 +5,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pipelines.evaluation.config import EvaluateConfig
 from pipelines.runtime.session import RayConfig
 from pipelines.shards.storage import Folder
 from pipelines.sources.build import SourceConfig
 from pipelines.sources.scenes import ScenesConfig
 from pipelines.stages.captions import CaptionsConfig
 from pipelines.stages.curate import CurateConfig
-from pipelines.stages.evaluate import EvaluateConfig
 from pipelines.stages.image_features import LatentsConfig
 from pipelines.stages.ingest import IngestConfig
 from pipelines.stages.prompt_features import FeaturesConfig

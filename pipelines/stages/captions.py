@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
+from pipelines.dag import Place, ShardStage, Stage
 from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.manifest import ShardTable
 from pipelines.shards.storage import Folder
@@ -334,3 +335,21 @@ def count_coverage(config: CaptionsConfig, folder: Folder, shards: ShardTable) -
         columns[name] = {"present": shards.samples - sum(reasons.values()), "missing": reasons}
     folder.write(COVERAGE, json_bytes({"samples": shards.samples, "columns": columns}))
     return [COVERAGE]
+
+
+def captions_stage(name: str, config: CaptionsConfig, images: Stage, place: Place) -> ShardStage:
+    """The stage of a column of alternative captions. Raises ValueError where a table is missing."""
+
+    def finish(folder: Folder, shards: ShardTable) -> list[str]:
+        return count_coverage(config, folder, shards)
+
+    return ShardStage(
+        name,
+        fingerprint_fields(config, place.digests.url),
+        place.data / name,
+        (images,),
+        CaptionsWorker,
+        {"source": images.folder, "config": config},
+        config.actors,
+        finish=finish,
+    )

@@ -20,7 +20,9 @@ import numpy as np
 from jaxtyping import UInt8
 from pydantic import Field
 
+from pipelines.dag import Place, ShardStage, Stage
 from pipelines.runtime.pool import ActorsConfig, ShardJob
+from pipelines.shards.manifest import ShardTable
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
 from pipelines.shards.tars import TarSamples, read_samples, tar_shard
@@ -38,6 +40,8 @@ Batch = tuple[list[str], UInt8[np.ndarray, "b h w 3"]]
 PNG_START = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR"
 MALLOC_OPTIONS = {-1: 1 << 30, -3: 1 << 30, -8: 1}
 """glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in bytes, and M_ARENA_MAX."""
+STATISTICS = "statistics.safetensors"
+"""File of the stage as a whole: the statistics of all shards."""
 STATISTICS_AT_ONCE = 16
 """Shards' statistics in memory at a time: at 576 x 1024 each takes 9 MiB."""
 
@@ -276,3 +280,25 @@ def merge_statistics(folder: Folder, names: Iterable[str], file: str) -> None:
     with folder.staging(file) as staging:
         merged.save(staging / file)
         folder.put(file, staging / file)
+
+
+def image_features_stage(
+    name: str, config: LatentsConfig, encoder: "EncoderConfig", images: Stage, place: Place
+) -> ShardStage:
+    """The stage of a column of image features. Raises ValueError where the encoder's folder is missing."""
+
+    def finish(folder: Folder, shards: ShardTable) -> list[str]:
+        merge_statistics(folder, shards.names, STATISTICS)
+        return [STATISTICS]
+
+    digest = place.digests.folder(encoder.path, "train.model.encoder.path")
+    return ShardStage(
+        name,
+        fingerprint_fields(encoder, digest),
+        place.data / name,
+        (images,),
+        LatentsWorker,
+        {"source": images.folder, "config": config, "encoder": encoder},
+        config.actors,
+        finish=finish,
+    )

@@ -14,6 +14,7 @@ from typing import IO, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from pipelines.dag import Place, ShardStage, Stage
 from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
@@ -194,3 +195,36 @@ class FeaturesWorker:
                     scratch.seek(offset)
                     members[member] = scratch.read(size)
                 samples.write(key, members)
+
+
+def prompt_features_stage(
+    name: str,
+    config: FeaturesConfig,
+    mllm: Path,
+    mllm_dtype: Literal["float32", "bfloat16"],
+    images: Stage,
+    captions: Stage | None,
+    caption_names: tuple[str, ...],
+    place: Place,
+) -> ShardStage:
+    """The stage of a column of prompt features, of the main captions and of those of these names in the
+    stage `captions`. Raises ValueError where the MLLM's folder is missing.
+    """
+    digest = place.digests.folder(mllm, "train.model.mllm")
+    arguments = {
+        "source": images.folder,
+        "config": config,
+        "mllm": mllm,
+        "mllm_dtype": mllm_dtype,
+        "captions": None if captions is None else captions.folder,
+        "names": caption_names,
+    }
+    return ShardStage(
+        name,
+        fingerprint_fields(digest, mllm_dtype, config, caption_names),
+        place.data / name,
+        (images,) if captions is None else (images, captions),
+        FeaturesWorker,
+        arguments,
+        config.actors,
+    )

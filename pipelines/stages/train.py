@@ -12,14 +12,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
-from pipelines.runtime.session import PATIENCE_SEC, StageError, brief, check_ray_lives, ray_session
+from pipelines.dag import Place, Stage, WholeStage
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.schedule import EvaluationScheduler
+from pipelines.runtime.session import (
+    PATIENCE_SEC,
+    RayConfig,
+    StageError,
+    brief,
+    check_ray_lives,
+    ray_session,
+)
+from pipelines.shards.manifest import MANIFEST, Upstream
 from pipelines.shards.mirror import mirror
 from pipelines.shards.storage import Folder
-from pipelines.stages.evaluate import EvaluationScheduler
+from pipelines.workflow.digests import Digests, flatten
+from pipelines.workflow.inspection import MIX
+from repfusion.data.columns import manifest_digest
+from repfusion.data.config import DataConfig
 from repfusion.files import write_json
 from repfusion.model.build import columns_of
 from repfusion.runs.checkpoint import latest_checkpoint, step_of
@@ -29,9 +43,29 @@ from repfusion.training.engine import NonFiniteError
 from repfusion.training.meters import Report
 from repfusion.training.snapshot import CheckpointError
 
-if TYPE_CHECKING:
-    from pipelines.config import WorkflowConfig
-
+NOT_BYTES = (
+    "output_dir",
+    "data",
+    "tracking",
+    "keep_resume",
+    "keep_last",
+    "keep_every_steps",
+    "log_every_steps",
+)
+"""Fields of the training that do not change its weights."""
+ROUNDING = (
+    "zero_stage",
+    "frozen",
+    "offload_optimizer",
+    "activation_checkpointing",
+    "compile",
+    "micro_batch_size",
+    "attention",
+    "num_threads",
+)
+"""Fields of `train.engine` by which its weights differ in rounding alone, as they do by the number of ranks:
+a training goes on from its checkpoint on other hardware.
+"""
 STOP = "stop"
 """Made by the driver for the ranks to write a checkpoint and end."""
 STOP_POLL_SEC = 1.0
@@ -259,27 +293,90 @@ def wait(ended: Event, stop: Path) -> KeyboardInterrupt | None:
     return interrupt
 
 
-def remote_columns(config: "WorkflowConfig") -> list[tuple[Folder, Path]]:
+def remote_columns(train: TrainConfig, place: Place) -> list[tuple[Folder, Path]]:
     """Columns that training reads and that are not on local disk, each with the place of its copy."""
-    if config.data_folder.is_local:
+    if place.data.is_local:
         return []
-    data, read = config.train.data, {"captions", *columns_of(config.train.model)}
+    data, read = train.data, {"captions", *columns_of(train.model)}
     paths = [data.images, *(folder for name, folder in data.columns.items() if name in read)]
-    return [(config.data_folder / path.name, path) for path in paths]
+    return [(place.data / path.name, path) for path in paths]
 
 
-def run_train(config: "WorkflowConfig") -> dict[str, Any]:
+def run_train(
+    train: TrainConfig,
+    num_workers: int | tuple[int, int],
+    max_failures: int,
+    columns: Sequence[tuple[Folder, Path]],
+    evaluate: EvaluateConfig,
+    ray: RayConfig,
+) -> dict[str, Any]:
     """Trains to the end, resuming from the last complete checkpoint; returns what train.json says.
 
     Raises:
         ValueError: the cluster is too small for the ranks.
         StageError: the training failed; its checkpoints stay, and the next run resumes from the last.
     """
-    train = config.train
     train.output_dir.mkdir(parents=True, exist_ok=True)
     if train.tracking.uri is not None:
         # Before any worker: two processes that first use a new SQLite file at the same time fail.
         prepare_store(train.tracking.uri, train.tracking.experiment, train.tracking.artifacts)
-    with ray_session(config.ray), EvaluationScheduler(config.evaluate, train), progress_bar(train):
-        launch(train, config.num_train_workers, remote_columns(config), config.train_max_failures)
+    with ray_session(ray), EvaluationScheduler(evaluate, train), progress_bar(train):
+        launch(train, num_workers, columns, max_failures)
     return json.loads((train.output_dir / "train.json").read_text())
+
+
+def fingerprint_fields(config: TrainConfig, digests: Digests) -> dict[str, Any]:
+    """What decides the weights: the configuration, and the digests of the folders that it names. Raises
+    ValueError, naming the config key, where one is missing.
+    """
+    values = config.model_dump(mode="json", exclude=set(NOT_BYTES))
+    values["engine"] = {key: value for key, value in values["engine"].items() if key not in ROUNDING}
+    fields = flatten(values, "train.")
+    for key, path in {
+        "train.model.encoder.path": config.model.encoder.path,
+        "train.model.mllm": config.model.mllm,
+        "train.model.decoder": config.model.decoder,
+        "train.init_from": config.init_from,
+    }.items():
+        fields[key] = None if path is None else digests.folder(path, key)
+    fields["train.data.caption_weights"] = config.data.caption_weights
+    return fields | _mixed_data(config.data)
+
+
+def _mixed_data(data: DataConfig) -> dict[str, Any]:
+    """How often the data sets mixed into the workflow's own are drawn, and the digests of their columns.
+    Raises ValueError, naming the config key, where a column is not complete.
+    """
+    fields: dict[str, Any] = {}
+    if data.mix and data.weight != 1:
+        fields["train.data.weight"] = data.weight
+    for name, dataset in sorted(data.mix.items()):
+        fields[f"{MIX}{name}.weight"] = dataset.weight
+        fields[f"{MIX}{name}.caption_weights"] = dataset.caption_weights
+        for column, folder in dataset.folders.items():
+            digest = fields[f"{MIX}{name}.{column}"] = manifest_digest(folder)
+            if digest is None:
+                raise ValueError(
+                    f"{MIX}{name}.{column}: {folder} holds no complete stage (no {MANIFEST}); expected "
+                    "a local folder that a workflow wrote: run that workflow to its end, or correct the path"
+                )
+    return fields
+
+
+def train_stage(
+    config: TrainConfig,
+    num_workers: int | tuple[int, int],
+    max_failures: int,
+    upstream: tuple[Stage, ...],
+    evaluate: EvaluateConfig,
+    ray: RayConfig,
+    place: Place,
+) -> WholeStage:
+    """The stage of a training that reads the `upstream` columns, evaluations beside it."""
+
+    def execute(above: Upstream) -> dict[str, Any]:
+        columns = remote_columns(config, place)
+        return run_train(config, num_workers, max_failures, columns, evaluate, ray)
+
+    fields = fingerprint_fields(config, place.digests)
+    return WholeStage("train", fields, Folder(str(place.root / "train")), upstream, execute)

@@ -6,17 +6,21 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 from tiny_training import make_columns, make_foundation, tiny_train
 
 from pipelines.config import WorkflowConfig
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.records import finished
+from pipelines.evaluation.schedule import EvaluationScheduler
 from pipelines.runtime.session import StageError
 from pipelines.shards.manifest import Manifest, ShardTable, write_output
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import SCHEMA, Sidecar
-from pipelines.stages.evaluate import EvaluateConfig, EvaluationScheduler, finished, run_evaluate
+from pipelines.stages.evaluate import run_evaluate
 from pipelines.stages.train import launch, run_train
 from repfusion.data.columns import manifest_digest
 from repfusion.tracking import TrackingConfig, metric_history
@@ -35,6 +39,15 @@ def workflow(root: Path) -> tuple[WorkflowConfig, TrainConfig]:
     return WorkflowConfig.model_validate(values), base
 
 
+def trains(config: WorkflowConfig) -> dict[str, Any]:
+    ranks = config.num_train_workers, config.train_max_failures
+    return run_train(config.train, *ranks, [], config.evaluate, config.ray)
+
+
+def evaluates(config: WorkflowConfig) -> dict[str, Any]:
+    return run_evaluate(config.evaluate, config.train, config.ray, config.root)
+
+
 @pytest.fixture(scope="module")
 def trained(ray_local, pool, tmp_path_factory: pytest.TempPathFactory):
     config, base = workflow(tmp_path_factory.mktemp("workflow"))
@@ -42,7 +55,7 @@ def trained(ray_local, pool, tmp_path_factory: pytest.TempPathFactory):
     start = base.output_dir / "checkpoints" / "step_00000001"
     config = config.model_copy(update={"train": config.train.model_copy(update={"init_from": start})})
     pool.close()  # its idle actors hold the CPUs
-    return config, run_train(config), run_evaluate(config)
+    return config, trains(config), evaluates(config)
 
 
 @pytest.mark.ray
@@ -77,8 +90,8 @@ def test_nothing_is_trained_or_scored_twice(trained):
     config, summary, evaluated = trained
     scores = config.train.output_dir / "evaluations" / "step_00000002" / "scores.json"
     before = scores.stat().st_mtime_ns
-    assert run_train(config) == summary
-    assert run_evaluate(config)["evaluations"] == evaluated["evaluations"]
+    assert trains(config) == summary
+    assert evaluates(config)["evaluations"] == evaluated["evaluations"]
     assert scores.stat().st_mtime_ns == before
 
 
