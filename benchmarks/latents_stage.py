@@ -31,7 +31,12 @@ from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit
 from pipelines.shards.tars import tar_shard
 from pipelines.sources.scenes import to_uint8
-from pipelines.stages.image_features import LatentsConfig, LatentsWorker, decoded_batches, keep_freed_memory
+from pipelines.stages.image_features import (
+    ImageFeaturesConfig,
+    ImageFeaturesWorker,
+    decoded_batches,
+    keep_freed_memory,
+)
 from repfusion.latents.load import EncoderConfig
 from repfusion.latents.tower import RepresentationEncoder
 from repfusion.scenes.world import WorldConfig, draw_scene, render
@@ -102,12 +107,12 @@ def bare_loop(encoder: RepresentationEncoder, batches: list[torch.Tensor]) -> tu
 class TimedWorker:
     """The stage's worker; says for each shard when it began and ended, and the process's CPU seconds then."""
 
-    concurrency = LatentsWorker.concurrency
+    concurrency = ImageFeaturesWorker.concurrency
 
     def __init__(self, cores: int | None, **arguments: Any):
         if cores is not None:
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-        self.worker = LatentsWorker(**arguments)
+        self.worker = ImageFeaturesWorker(**arguments)
 
     def __call__(self, job: ShardJob) -> tuple[float, float, float, float]:
         start, start_cpu = time.perf_counter(), time.process_time()
@@ -158,7 +163,7 @@ def main() -> None:
             "cores": cores,
             "folder": root / "latents",
             "source": root / "curate",
-            "config": LatentsConfig(batch_size=args.batch_size, actors=actors),
+            "config": ImageFeaturesConfig(batch_size=args.batch_size, actors=actors),
             "encoder": config,
         }
         pool = ActorPool()

@@ -31,8 +31,8 @@ from repfusion.config import load_config, to_yaml
 from repfusion.files import json_bytes
 
 SHARD_SIZE = 1000
-SIDE_FILES = {"source": "{}.images.tar", "latents": "{}.statistics.safetensors"}
-STAGE_FILES = {"judge": [DUPLICATES], "latents": [STATISTICS]}
+SIDE_FILES = {"source": "{}.images.tar", "image_features": "{}.statistics.safetensors"}
+STAGE_FILES = {"judge": [DUPLICATES], "image_features": [STATISTICS]}
 BYTES = 10240
 TARGET_SEC, TARGET_BYTES = 10, 1 << 30
 
@@ -85,7 +85,7 @@ def write_workflow(root: Path, num_shards: int) -> Path:
     """The workflow's configuration file."""
     values = {
         "root": root,
-        "last_stage": "features",
+        "last_stage": "prompt_features",
         "source.shard_size": SHARD_SIZE,
         "source.num_samples": num_shards * SHARD_SIZE,
     }

@@ -31,7 +31,7 @@ from benchmarks.latents_stage import GEOMETRIES, make_encoder, stage_seconds, wr
 from pipelines.runtime.pool import ActorPool, ActorsConfig, ShardJob
 from pipelines.runtime.session import RayConfig, ray_session
 from pipelines.shards.storage import Folder
-from pipelines.stages.image_features import LatentsConfig
+from pipelines.stages.image_features import ImageFeaturesConfig
 from repfusion.latents.load import EncoderConfig
 
 Place = Literal["read", "actor"]
@@ -89,7 +89,7 @@ def our_seconds(
         "cores": None,
         "folder": root / name,
         "source": root / "curate",
-        "config": LatentsConfig(batch_size=args.batch_size, actors=actors),
+        "config": ImageFeaturesConfig(batch_size=args.batch_size, actors=actors),
         "encoder": encoder,
     }
     pool = ActorPool()

@@ -41,7 +41,8 @@ def run_workflow(config: WorkflowConfig, started: float) -> None:
         print(f"nothing to do: all {len(results)} stages are fresh ({total_sec:.1f} s)")
     else:
         Folder.at(config.root).write("config.yaml", to_yaml(config).encode())
-        write_summary(config.root, {result.name: result.manifest for result in results}, total_sec)
+        manifests = {result.name: result.manifest for result in results}
+        write_summary(config.root, manifests, config.scored, total_sec)
         print(f"total: {total_sec:.1f} s")
     for name in ("summary.json", "gallery.png", "report.html"):
         if (config.root / name).is_file():
@@ -50,9 +51,13 @@ def run_workflow(config: WorkflowConfig, started: float) -> None:
 
 def print_status(config: WorkflowConfig) -> None:
     """A line per stage: fresh, partial, stale or missing, and why."""
-    for name, state in states(build_stages(config)).items():
+    found = states(build_stages(config))
+    width = max(map(len, found), default=0)
+    for name, state in found.items():
         output = state.output if state.status == "fresh" else None
-        print(f"{name:<9} {state.status:<8} {state.reason if output is None else describe(output.manifest)}")
+        print(
+            f"{name:<{width}} {state.status:<8} {state.reason if output is None else describe(output.manifest)}"
+        )
 
 
 def print_plan(config: WorkflowConfig, num_samples: int, rates: Sequence[str]) -> None:

@@ -25,6 +25,16 @@ class Place:
     """Holds those of the others."""
     digests: Digests
 
+    @property
+    def columns(self) -> Path:
+        """Holds the columns that training reads."""
+        return local_columns(self.data, self.root)
+
+
+def local_columns(data: Folder, root: Path) -> Path:
+    """Where training finds the columns: beside each other on local disk, or copied there from a URL."""
+    return data.path if data.is_local else root / "columns"
+
 
 @dataclass(frozen=True)
 class Stage:

@@ -10,6 +10,8 @@ from repfusion.evaluation.checkpoints import EvaluationConfig
 class EvaluateConfig(EvaluationConfig):
     """Which checkpoints are evaluated, on what, and the prompts, sampler and seed of each evaluation."""
 
+    training: str | None = None
+    """Name of the workflow's training whose checkpoints these are; None takes the last."""
     every_steps: int | None = Field(default=None, ge=1)
     """Checkpoints at multiples of this, the first and the last; None takes every checkpoint."""
     every_minutes: float | None = Field(default=None, gt=0)

@@ -1,25 +1,23 @@
 """A workflow's configuration -> its stages, each with the fields that decide its bytes and what to run."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
-from pipelines.config import StageName, WorkflowConfig
-from pipelines.dag import Place, ShardStage, Stage
+from pipelines.config import WorkflowConfig
+from pipelines.dag import Place, ShardStage, Stage, WholeStage
 from pipelines.sources.base import Entries
 from pipelines.sources.build import source_of
-from pipelines.stages.captions import captions_stage
+from pipelines.stages.captions import CaptionsConfig, captions_stage
 from pipelines.stages.curate import curate_stage
 from pipelines.stages.evaluate import evaluate_stage
-from pipelines.stages.image_features import image_features_stage
+from pipelines.stages.image_features import ImageFeaturesConfig, image_features_stage
 from pipelines.stages.judge import judge_stage
-from pipelines.stages.prompt_features import prompt_features_stage
+from pipelines.stages.prompt_features import PromptFeaturesConfig, prompt_features_stage
 from pipelines.stages.report import report_stage
-from pipelines.stages.train import train_stage
+from pipelines.stages.train import Reference, train_stage
 from pipelines.workflow.digests import Digests
-from repfusion.data.readers import PROMPT_FEATURES
-from repfusion.model.build import columns_of
 
 
 def build_stages(
@@ -29,58 +27,113 @@ def build_stages(
     run began (perf_counter); `digests` are those remembered in the root unless given.
 
     Raises:
-        ValueError: where a url list, a weights folder or a column of a data set of the mix is missing.
+        ValueError: where a url list, a weights folder or a column of a data set of the mix is missing, or a
+            column is to be made by two models.
     """
-    last = get_args(StageName).index(config.last_stage)
-    absent = {
-        "captions": not config.captions.columns,
-        "features": not config.features.enabled,
-    }
-    wanted = [name for name in get_args(StageName)[: last + 1] if not absent.get(name)]
-    digests = digests or Digests(config.root)
-    place = Place(config.data_folder, config.root, digests)
+    names = config.stage_names
+    place = Place(config.data_folder, config.root, digests or Digests(config.root))
     first = source_of(config.source).stages(config.ingest, place)
-    stages: dict[str, Stage] = {stage.name: stage for stage in first if stage.name in wanted}
-    train, ray = config.train, config.ray
-    for name in wanted:
+    found: dict[str, Stage] = {stage.name: stage for stage in first}
+    for name in names[: names.index(config.last_stage) + 1]:
         match name:
+            case "source" | "ingest":
+                pass  # the source's own
             case "judge":
-                stages[name] = judge_stage(config.curate, stages["ingest"], place)
+                found[name] = judge_stage(config.curate, found["ingest"], place)
             case "curate":
-                stages[name] = curate_stage(config.curate, stages["ingest"], stages["judge"], place)
-            case "captions":
-                stages[name] = captions_stage(name, config.captions, stages["curate"], place)
-            case "latents":
-                stages[name] = image_features_stage(
-                    name, config.latents, train.model.encoder, stages["curate"], place
-                )
-            case "features":
-                stages[name] = prompt_features_stage(
-                    name,
-                    config.features,
-                    train.model.mllm,
-                    train.model.mllm_dtype,
-                    stages["curate"],
-                    stages.get("captions"),
-                    tuple(config.captions.columns),
-                    place,
-                )
-            case "train":
-                reads_prompts = PROMPT_FEATURES in columns_of(train.model)
-                columns = ["curate", "latents", "captions", *(["features"] if reads_prompts else [])]
-                above = tuple(stages[one] for one in columns if one in stages)
-                ranks = config.num_train_workers, config.train_max_failures
-                stages[name] = train_stage(train, *ranks, above, config.evaluate, ray, place)
+                found[name] = curate_stage(config.curate, found["ingest"], found["judge"], place)
             case "evaluate":
-                stages[name] = evaluate_stage(config.evaluate, train, ray, stages["train"], place)
+                training = config.trainings[config.scored].plain
+                found[name] = evaluate_stage(
+                    config.evaluate, training, config.ray, found[config.scored], place
+                )
             case "report":
                 began = time.perf_counter() if started is None else started
-                stages[name] = report_stage(stages["evaluate"], began, place)
-    return list(stages.values())
+                found[name] = report_stage(config.scored, found["evaluate"], began, place)
+            case _ if name in config.columns:
+                found[name] = _column(config, name, found, place)
+            case _:
+                found[name] = _training(config, name, found, place)
+    return [found[name] for name in names[: names.index(config.last_stage) + 1] if name in found]
+
+
+def _column(config: WorkflowConfig, name: str, above: Mapping[str, Stage], place: Place) -> ShardStage:
+    images = above["curate"]
+    match column := config.columns[name]:
+        case CaptionsConfig():
+            return captions_stage(name, column, images, place)
+        case ImageFeaturesConfig():
+            encoder, key = _maker(config, name, "encoder", column.encoder)
+            return image_features_stage(name, column, encoder, key, images, place)
+        case PromptFeaturesConfig():
+            mllm, key = _maker(config, name, "mllm", column.mllm)
+            mllm_dtype, _ = _maker(config, name, "mllm_dtype", column.mllm_dtype)
+            captions = _captions(config, name)
+            return prompt_features_stage(
+                name,
+                column,
+                mllm,
+                key,
+                mllm_dtype,
+                images,
+                None if captions is None else above[captions],
+                () if captions is None else tuple(config.columns[captions].captions),
+                place,
+            )
+
+
+def _maker(config: WorkflowConfig, column: str, field: str, own: Any) -> tuple[Any, str]:
+    """What a column is made by, its own or that of the trainings that read it, and the key that says so.
+
+    Raises:
+        ValueError: two of them differ.
+    """
+    said = {} if own is None else {f"columns.{column}.{field}": own}
+    for name in config.readers(column):
+        said[f"trainings.{name}.model.{field}"] = getattr(config.trainings[name].model, field)
+    (key, value), *others = said.items()
+    for other, another in others:
+        if another != value:
+            raise ValueError(
+                f"{other} is {another}, but the column {column!r} that this training reads is made by {key}, "
+                f"which is {value}; give the training a column of its own"
+            )
+    return value, key
+
+
+def _captions(config: WorkflowConfig, column: str) -> str | None:
+    """The column of alternative captions whose prompt features a column holds: that of its readers.
+
+    Raises:
+        ValueError: they read several.
+    """
+    read = {other for name in config.readers(column) for other in config.columns_read(name)}
+    found = [other for other in config.columns if other in read and config.columns[other].kind == "captions"]
+    if len(found) > 1:
+        raise ValueError(
+            f"columns.{column}: its trainings read captions of {' and '.join(found)}, prompt features are of "
+            "one column of captions; give each training prompt features of its own"
+        )
+    return found[0] if found else None
+
+
+def _training(config: WorkflowConfig, name: str, above: Mapping[str, Stage], place: Place) -> WholeStage:
+    training = config.trainings[name]
+    start = Reference.of(training.init_from)
+    upstream = ["curate", *config.columns_read(name), *([] if start is None else [start.stage])]
+    return train_stage(
+        name,
+        training,
+        tuple(above[one] for one in upstream),
+        None if start is None else config.trainings[start.stage].output_dir,
+        config.evaluate if name == config.scored else None,
+        config.ray,
+        place,
+    )
 
 
 def data_stages(config: WorkflowConfig) -> list[ShardStage]:
-    """Those made of shards: source to features."""
+    """Those made of shards: source to the last column."""
     return [stage for stage in build_stages(config) if isinstance(stage, ShardStage)]
 
 

@@ -16,11 +16,11 @@ from pydantic import Field
 
 from pipelines.dag import Place, ShardStage, Stage
 from pipelines.runtime.pool import ActorsConfig, ShardJob
+from pipelines.shards.arrays import npy_bytes
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
 from pipelines.shards.tars import read_samples, tar_shard
-from pipelines.stages.image_features import npy_bytes
-from repfusion.config import Config
+from repfusion.config import Config, WeightsFolder
 from repfusion.data.readers import PROMPT_FEATURES, CaptionArray
 from repfusion.llm.load import load_language_model
 
@@ -32,11 +32,14 @@ def prompt_member(caption: str) -> str:
     return CaptionArray().member(PROMPT_FEATURES, caption)
 
 
-class FeaturesConfig(Config):
-    """Encodes captions."""
+class PromptFeaturesConfig(Config):
+    """A column of what a frozen language model makes of the captions, made where a training reads it."""
 
-    enabled: bool = True
-    """Whether to make the column; only the text-only baseline feeds on it."""
+    kind: Literal["prompt_features"] = "prompt_features"
+    mllm: WeightsFolder | None = None
+    """Folder of the language model; None takes that of the trainings that read the column."""
+    mllm_dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision in which it computes; None takes that of the trainings that read the column."""
     dtype: Literal["float16", "float32"] = "float16"
     """In which the features are stored. A value beyond float16's range is an error."""
     batch_size: int = Field(default=64, ge=1)
@@ -44,23 +47,30 @@ class FeaturesConfig(Config):
     almost always, and in float32's last digits.
     """
     actors: ActorsConfig = ActorsConfig()
-    """Its pool. Changes no bytes."""
+    """The pool that encodes. Changes no bytes."""
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether the column can be made though no training reads it."""
+        return self.mllm is not None and self.mllm_dtype is not None
 
 
 def fingerprint_fields(
-    mllm_digest: str, mllm_dtype: str, config: FeaturesConfig, names: Iterable[str]
+    name: str, mllm_digest: str, mllm_dtype: str, config: PromptFeaturesConfig, captions: Iterable[str]
 ) -> dict[str, Any]:
-    """What decides the bytes: the MLLM's weights, not their place, and the columns of captions encoded."""
+    """What decides the bytes of the column of a name: the MLLM's weights, not their place, and the names of
+    the captions that are encoded beside the main one.
+    """
     return {
-        "train.model.mllm": mllm_digest,
-        "train.model.mllm_dtype": mllm_dtype,
-        "features.dtype": config.dtype,
-        "features.captions": sorted(names),
-        "features.prompt_template": PROMPT_TEMPLATE,
+        f"columns.{name}.mllm": mllm_digest,
+        f"columns.{name}.mllm_dtype": mllm_dtype,
+        f"columns.{name}.dtype": config.dtype,
+        f"columns.{name}.captions": sorted(captions),
+        f"columns.{name}.prompt_template": PROMPT_TEMPLATE,
     }
 
 
-class FeaturesWorker:
+class PromptFeaturesWorker:
     """Makes `NAME.tar` of prompt features; the MLLM is loaded once.
 
     Args:
@@ -79,7 +89,7 @@ class FeaturesWorker:
         self,
         folder: Folder,
         source: Folder,
-        config: FeaturesConfig,
+        config: PromptFeaturesConfig,
         mllm: Path,
         mllm_dtype: Literal["float32", "bfloat16"],
         captions: Folder | None = None,
@@ -89,7 +99,7 @@ class FeaturesWorker:
 
         if names and captions is None:
             raise ValueError(
-                f"features: captions {', '.join(names)} are asked for, but there is no folder of captions"
+                f"prompt features: captions {', '.join(names)} are asked for, but there is no folder of captions"
             )
         torch.set_num_threads(max(1, int(config.actors.num_cpus)))
         self.folder, self.source, self.config = folder, source, config
@@ -161,7 +171,7 @@ class FeaturesWorker:
         except ValueError as error:
             raise ShardError(
                 f"shard {self.source / name}.tar: a caption does not fit the MLLM: {error} "
-                "(lower curate.max_caption_chars, or its column's max_chars in captions, so that it is "
+                "(lower curate.max_caption_chars, or its max_chars in the captions column, so that it is "
                 "left out and counted)"
             ) from error
         # one transfer from the device for all of them
@@ -171,7 +181,7 @@ class FeaturesWorker:
                 raise ShardError(
                     f"shard {self.source / name}.tar: prompt features of {caption!r} are not finite in "
                     f"{self.config.dtype}"
-                    + ("; set features.dtype=float32" if self.config.dtype == "float16" else "")
+                    + ("; set its column's dtype=float32" if self.config.dtype == "float16" else "")
                 )
         return (npy_bytes(row.numpy()) for row in stored)
 
@@ -199,8 +209,9 @@ class FeaturesWorker:
 
 def prompt_features_stage(
     name: str,
-    config: FeaturesConfig,
+    config: PromptFeaturesConfig,
     mllm: Path,
+    key: str,
     mllm_dtype: Literal["float32", "bfloat16"],
     images: Stage,
     captions: Stage | None,
@@ -208,9 +219,10 @@ def prompt_features_stage(
     place: Place,
 ) -> ShardStage:
     """The stage of a column of prompt features, of the main captions and of those of these names in the
-    stage `captions`. Raises ValueError where the MLLM's folder is missing.
+    stage `captions`. `key` is where the configuration says what the MLLM is. Raises ValueError where its
+    folder is missing.
     """
-    digest = place.digests.folder(mllm, "train.model.mllm")
+    digest = place.digests.folder(mllm, key)
     arguments = {
         "source": images.folder,
         "config": config,
@@ -221,10 +233,10 @@ def prompt_features_stage(
     }
     return ShardStage(
         name,
-        fingerprint_fields(digest, mllm_dtype, config, caption_names),
+        fingerprint_fields(name, digest, mllm_dtype, config, caption_names),
         place.data / name,
         (images,) if captions is None else (images, captions),
-        FeaturesWorker,
+        PromptFeaturesWorker,
         arguments,
         config.actors,
     )

@@ -10,14 +10,14 @@ from pipelines.shards.storage import Folder
 from pipelines.workflow.summary import write_summary
 
 
-def report_stage(evaluate: Stage, started: float, place: Place) -> WholeStage:
-    """`started` is when the run began (perf_counter)."""
+def report_stage(training: str, evaluate: Stage, started: float, place: Place) -> WholeStage:
+    """The stage `report` of the evaluated training of a name; the run began at `started` (perf_counter)."""
 
     def execute(above: Upstream) -> dict[str, Any]:
         # the page shows the summary; its own seconds are added when the run ends
         manifests = {name: output.manifest for name, output in above.items()}
-        write_summary(place.root, manifests, time.perf_counter() - started)
-        write_report(place.root, place.data)
+        write_summary(place.root, manifests, training, time.perf_counter() - started)
+        write_report(place.root, place.data, training)
         return {}
 
     outputs = (place.root / "report.html", place.root / "gallery.png")

@@ -6,17 +6,20 @@ restarts all of them, on as many nodes as are left, from the last complete check
 
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from pipelines.dag import Place, Stage, WholeStage
+from pipelines.dag import Place, ShardStage, Stage, WholeStage
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.schedule import EvaluationScheduler
 from pipelines.runtime.session import (
@@ -31,15 +34,15 @@ from pipelines.shards.manifest import MANIFEST, Upstream
 from pipelines.shards.mirror import mirror
 from pipelines.shards.storage import Folder
 from pipelines.workflow.digests import Digests, flatten
-from pipelines.workflow.inspection import MIX
+from repfusion.config import weights_of
 from repfusion.data.columns import manifest_digest
-from repfusion.data.config import DataConfig
+from repfusion.data.config import CAPTIONS, DataConfig
 from repfusion.files import write_json
 from repfusion.model.build import columns_of
-from repfusion.runs.checkpoint import latest_checkpoint, step_of
+from repfusion.runs.checkpoint import complete_checkpoints, latest_checkpoint, step_of
 from repfusion.tracking import prepare_store
 from repfusion.train import TrainConfig, TrainingStopped
-from repfusion.training.engine import NonFiniteError
+from repfusion.training.engine import NonFiniteError, grad_accum_steps
 from repfusion.training.meters import Report
 from repfusion.training.snapshot import CheckpointError
 
@@ -63,9 +66,10 @@ ROUNDING = (
     "attention",
     "num_threads",
 )
-"""Fields of `train.engine` by which its weights differ in rounding alone, as they do by the number of ranks:
+"""Fields of its `engine` by which its weights differ in rounding alone, as they do by the number of ranks:
 a training goes on from its checkpoint on other hardware.
 """
+REFERENCE = re.compile(r"stage:(?P<stage>[^/]+)(?:/(?P<step>step_\d+))?")
 STOP = "stop"
 """Made by the driver for the ranks to write a checkpoint and end."""
 STOP_POLL_SEC = 1.0
@@ -74,6 +78,67 @@ STOP_PATIENCE_SEC = 600.0
 PROGRESS = "progress.json"
 LINE_SEC = 15.0
 """Between lines of progress where the terminal shows no bar."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Something of a stage of the same workflow, which may not exist yet: a training's last checkpoint,
+    `stage:NAME`, a certain one, `stage:NAME/step_00000500`, or a column, `stage:NAME`.
+    """
+
+    stage: str
+    step: str | None
+
+    @classmethod
+    def of(cls, path: Any) -> "Reference | None":
+        """None for a folder."""
+        found = REFERENCE.fullmatch(str(path))
+        return None if found is None else cls(found["stage"], found["step"])
+
+
+class TrainingConfig(TrainConfig):
+    """A training of a workflow."""
+
+    num_workers: int | tuple[int, int] = 2
+    """Data-parallel ranks; [least, most] takes as many as the cluster has room for, and goes on with fewer
+    after a node was lost. Each number in between has to divide the global batch. Changes rounding alone.
+    """
+    max_failures: int = Field(default=3, ge=1)
+    """How often the ranks start again from the last checkpoint, after one died, before the stage fails.
+    Changes no bytes.
+    """
+
+    @property
+    def plain(self) -> TrainConfig:
+        """What the ranks are given."""
+        return TrainConfig(**{name: getattr(self, name) for name in TrainConfig.model_fields})
+
+    @property
+    def readable(self) -> set[str]:
+        """Kinds of columns that the training can read."""
+        return {CAPTIONS, *columns_of(self.model)}
+
+    @model_validator(mode="after")
+    def _ranks_divide(self) -> "TrainingConfig":
+        """A rank's share of the global batch is whole micro-batches."""
+        workers = self.num_workers
+        least, most = (workers, workers) if isinstance(workers, int) else workers
+        if not 1 <= least <= most:
+            raise ValueError(f"num_workers is {workers}, expected 1 <= least <= most")
+        for world_size in range(least, most + 1):
+            grad_accum_steps(self.global_batch_size, self.engine.micro_batch_size, world_size)
+        return self
+
+
+def with_folders(data: Mapping[str, Any], places: Path, columns: Mapping[str, Path]) -> dict[str, Any]:
+    """A `data` section with the folders that it leaves out: the images and the columns of each kind. A folder
+    `stage:NAME` is that of the column NAME. `places` holds all of them.
+    """
+    given = {
+        kind: folder if (reference := Reference.of(folder)) is None else places / reference.stage
+        for kind, folder in (data.get("columns") or {}).items()
+    }
+    return {"images": places / "curate", **data, "columns": {**columns, **given}}
 
 
 def train_rank(launch: dict[str, Any]) -> None:
@@ -208,8 +273,8 @@ def launch(
     use_gpu = resources.get("GPU", 0) >= least
     if resources.get("CPU", 0) < least:
         raise ValueError(
-            f"num_train_workers is {num_workers}, the cluster has {resources.get('CPU', 0):g} CPUs; "
-            "lower num_train_workers or raise ray.num_cpus"
+            f"num_workers is {num_workers}, the cluster has {resources.get('CPU', 0):g} CPUs; "
+            "lower it or raise ray.num_cpus"
         )
     # One machine: keep gloo off the network. A cluster chooses its interface itself.
     is_local = all(node["NodeManagerAddress"] == "127.0.0.1" for node in ray.nodes() if node["Alive"])
@@ -293,90 +358,111 @@ def wait(ended: Event, stop: Path) -> KeyboardInterrupt | None:
     return interrupt
 
 
-def remote_columns(train: TrainConfig, place: Place) -> list[tuple[Folder, Path]]:
-    """Columns that training reads and that are not on local disk, each with the place of its copy."""
-    if place.data.is_local:
-        return []
-    data, read = train.data, {"captions", *columns_of(train.model)}
-    paths = [data.images, *(folder for name, folder in data.columns.items() if name in read)]
-    return [(place.data / path.name, path) for path in paths]
-
-
 def run_train(
-    train: TrainConfig,
+    config: TrainConfig,
     num_workers: int | tuple[int, int],
     max_failures: int,
     columns: Sequence[tuple[Folder, Path]],
-    evaluate: EvaluateConfig,
+    evaluate: EvaluateConfig | None,
     ray: RayConfig,
 ) -> dict[str, Any]:
-    """Trains to the end, resuming from the last complete checkpoint; returns what train.json says.
+    """Trains to the end, resuming from the last complete checkpoint; returns what train.json says. With
+    `evaluate`, checkpoints are scored beside it.
 
     Raises:
         ValueError: the cluster is too small for the ranks.
         StageError: the training failed; its checkpoints stay, and the next run resumes from the last.
     """
-    train.output_dir.mkdir(parents=True, exist_ok=True)
-    if train.tracking.uri is not None:
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    if config.tracking.uri is not None:
         # Before any worker: two processes that first use a new SQLite file at the same time fail.
-        prepare_store(train.tracking.uri, train.tracking.experiment, train.tracking.artifacts)
-    with ray_session(ray), EvaluationScheduler(evaluate, train), progress_bar(train):
-        launch(train, num_workers, columns, max_failures)
-    return json.loads((train.output_dir / "train.json").read_text())
+        prepare_store(config.tracking.uri, config.tracking.experiment, config.tracking.artifacts)
+    beside = nullcontext() if evaluate is None else EvaluationScheduler(evaluate, config)
+    with ray_session(ray), beside, progress_bar(config):
+        launch(config, num_workers, columns, max_failures)
+    return json.loads((config.output_dir / "train.json").read_text())
 
 
-def fingerprint_fields(config: TrainConfig, digests: Digests) -> dict[str, Any]:
-    """What decides the weights: the configuration, and the digests of the folders that it names. Raises
-    ValueError, naming the config key, where one is missing.
+def fingerprint_fields(name: str, config: TrainConfig, digests: Digests) -> dict[str, Any]:
+    """What decides the weights of the training of a name: the configuration, and the digests of the folders
+    that it names. Raises ValueError, naming the config key, where one is missing.
     """
-    values = config.model_dump(mode="json", exclude=set(NOT_BYTES))
+    prefix = f"trainings.{name}."
+    values = config.model_dump(mode="json", include=TrainConfig.model_fields.keys() - set(NOT_BYTES))
     values["engine"] = {key: value for key, value in values["engine"].items() if key not in ROUNDING}
-    fields = flatten(values, "train.")
-    for key, path in {
-        "train.model.encoder.path": config.model.encoder.path,
-        "train.model.mllm": config.model.mllm,
-        "train.model.decoder": config.model.decoder,
-        "train.init_from": config.init_from,
-    }.items():
-        fields[key] = None if path is None else digests.folder(path, key)
-    fields["train.data.caption_weights"] = config.data.caption_weights
-    return fields | _mixed_data(config.data)
+    fields = flatten(values, prefix)
+    for key, folder in weights_of(config).items():
+        is_made_here = Reference.of(folder) is not None
+        fields[prefix + key] = str(folder) if is_made_here else digests.folder(folder, prefix + key)
+    fields[f"{prefix}data.caption_weights"] = config.data.caption_weights
+    return fields | _mixed_data(config.data, f"{prefix}data.")
 
 
-def _mixed_data(data: DataConfig) -> dict[str, Any]:
+def _mixed_data(data: DataConfig, prefix: str) -> dict[str, Any]:
     """How often the data sets mixed into the workflow's own are drawn, and the digests of their columns.
     Raises ValueError, naming the config key, where a column is not complete.
     """
     fields: dict[str, Any] = {}
     if data.mix and data.weight != 1:
-        fields["train.data.weight"] = data.weight
+        fields[f"{prefix}weight"] = data.weight
     for name, dataset in sorted(data.mix.items()):
-        fields[f"{MIX}{name}.weight"] = dataset.weight
-        fields[f"{MIX}{name}.caption_weights"] = dataset.caption_weights
+        mix = f"{prefix}mix.{name}."
+        fields[f"{mix}weight"] = dataset.weight
+        fields[f"{mix}caption_weights"] = dataset.caption_weights
         for column, folder in dataset.folders.items():
-            digest = fields[f"{MIX}{name}.{column}"] = manifest_digest(folder)
+            digest = fields[f"{mix}{column}"] = manifest_digest(folder)
             if digest is None:
                 raise ValueError(
-                    f"{MIX}{name}.{column}: {folder} holds no complete stage (no {MANIFEST}); expected "
+                    f"{mix}{column}: {folder} holds no complete stage (no {MANIFEST}); expected "
                     "a local folder that a workflow wrote: run that workflow to its end, or correct the path"
                 )
     return fields
 
 
 def train_stage(
-    config: TrainConfig,
-    num_workers: int | tuple[int, int],
-    max_failures: int,
+    name: str,
+    config: TrainingConfig,
     upstream: tuple[Stage, ...],
-    evaluate: EvaluateConfig,
+    start: Path | None,
+    evaluate: EvaluateConfig | None,
     ray: RayConfig,
     place: Place,
 ) -> WholeStage:
-    """The stage of a training that reads the `upstream` columns, evaluations beside it."""
+    """The stage of a training.
+
+    Args:
+        name: of the stage and its folder.
+        config: its section.
+        upstream: the stages that it reads.
+        start: output folder of the training that it goes on from, where `init_from` names one.
+        evaluate: how its checkpoints are scored beside it; None does not.
+        ray: the cluster.
+        place: of the workflow.
+    """
 
     def execute(above: Upstream) -> dict[str, Any]:
-        columns = remote_columns(config, place)
-        return run_train(config, num_workers, max_failures, columns, evaluate, ray)
+        remote = [] if place.data.is_local else [one for one in upstream if isinstance(one, ShardStage)]
+        columns = [(stage.folder, place.columns / stage.name) for stage in remote]
+        resolved = config.plain if start is None else started_from(config.plain, start)
+        return run_train(resolved, config.num_workers, config.max_failures, columns, evaluate, ray)
 
-    fields = fingerprint_fields(config, place.digests)
-    return WholeStage("train", fields, Folder(str(place.root / "train")), upstream, execute)
+    fields = fingerprint_fields(name, config, place.digests)
+    return WholeStage(name, fields, Folder(str(place.root / name)), upstream, execute)
+
+
+def started_from(config: TrainConfig, base: Path) -> TrainConfig:
+    """The training with the checkpoint that `init_from` stands for, of the training in the folder `base`.
+
+    Raises:
+        ValueError: there is no such checkpoint.
+    """
+    reference, root = Reference.of(config.init_from), base / "checkpoints"
+    assert reference is not None
+    found = {path.name: path for path in complete_checkpoints(root)}
+    chosen = found.get(reference.step or max(found, default=""))
+    if chosen is None:
+        raise ValueError(
+            f"init_from is {config.init_from}, but {root} holds no complete {reference.step or 'checkpoint'}; "
+            f"it holds {', '.join(found) or 'none'}"
+        )
+    return config.model_copy(update={"init_from": chosen})

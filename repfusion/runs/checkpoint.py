@@ -169,14 +169,20 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, str]]:
 
 
 def continued_model(folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a model that goes on from a checkpoint: the given ones, else the checkpoint's. Another method
-    of conditioning replaces the checkpoint's whole.
+    """Fields of a model that goes on from a checkpoint: the given ones, else the checkpoint's."""
+    return continued_fields(read_config(folder)[0].model_dump(mode="json"), given)
+
+
+def continued_fields(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a model that goes on from another with the `saved` ones: the given ones, else those. Another
+    method of conditioning replaces the section.
     """
-    saved, given = read_config(folder)[0].model_dump(mode="json"), dict(given)
+    saved, given = dict(saved), dict(given)
     wanted = given.get("conditioning")
     method = wanted.get("method") if isinstance(wanted, Mapping) else wanted
-    if method not in (None, saved["conditioning"]["method"]):
-        del saved["conditioning"]
+    before = saved.get("conditioning")
+    if method not in (None, before["method"] if isinstance(before, Mapping) else before):
+        saved.pop("conditioning", None)
     elif isinstance(wanted, str):
         del given["conditioning"]
     return merge(saved, given)

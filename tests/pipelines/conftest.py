@@ -111,14 +111,22 @@ def configure(models: dict[str, Path]) -> Callable[..., WorkflowConfig]:
     def make(root: Path, **sections: Any) -> WorkflowConfig:
         values: dict[str, Any] = {
             "root": root,
-            "last_stage": "features",
+            "last_stage": "prompt_features",
             "source": {
                 "kind": "scenes",
                 "shard_size": 10,
                 "num_samples": 40,
                 "defects": {"missing": 2, "undecodable": 2, "empty_caption": 2},
             },
-            "train": {"model": {"encoder": {"path": models["tower"]}, "mllm": models["llava"]}},
+            "trainings": {
+                "train": {
+                    "model": {
+                        "encoder": {"path": models["tower"]},
+                        "mllm": models["llava"],
+                        "conditioning": "text_embed",
+                    }
+                }
+            },
             "ray": {"num_cpus": 2, "object_store_mib": 80},
         }
         for section, fields in sections.items():

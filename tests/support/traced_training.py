@@ -131,8 +131,9 @@ def main() -> int:
     pipelines.stages.train.train_rank = trace_ranks(traces, fault)
     signal.signal(signal.SIGTERM, terminate)
     try:
-        ranks = config.num_train_workers, config.train_max_failures
-        pipelines.stages.train.run_train(config.train, *ranks, [], config.evaluate, config.ray)
+        train = config.trainings["train"]
+        ranks = train.num_workers, train.max_failures
+        pipelines.stages.train.run_train(train.plain, *ranks, [], config.evaluate, config.ray)
     except (ValueError, StageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

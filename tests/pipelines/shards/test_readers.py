@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.shards.arrays import npy_bytes
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit
 from pipelines.shards.tars import tar_shard
-from pipelines.stages.image_features import npy_bytes
 from repfusion.files import canonical_json
 
 pytestmark = pytest.mark.slow

@@ -13,7 +13,7 @@ from pipelines.runtime.pool import ShardJob
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar
 from pipelines.shards.tars import read_samples, tar_shard
-from pipelines.stages.prompt_features import FeaturesConfig, FeaturesWorker, fingerprint_fields
+from pipelines.stages.prompt_features import PromptFeaturesConfig, PromptFeaturesWorker, fingerprint_fields
 from repfusion.data.dataset import ColumnDataset
 from repfusion.llm.load import load_language_model
 
@@ -49,13 +49,13 @@ def root(tmp_path: Path) -> Path:
 
 
 def make_worker(root: Path, llava: Path, to: str = "features", names: tuple[str, ...] = ("long",), **fields):
-    config = FeaturesConfig(**{"batch_size": 3, **fields})
+    config = PromptFeaturesConfig(**{"batch_size": 3, **fields})
     captions = Folder.at(root / "captions") if names else None
     folders = Folder.at(root / to), Folder.at(root / "curate")
-    return FeaturesWorker(*folders, config, llava, "float32", captions, names)
+    return PromptFeaturesWorker(*folders, config, llava, "float32", captions, names)
 
 
-def make(worker: FeaturesWorker, *names: str) -> list[Sidecar]:
+def make(worker: PromptFeaturesWorker, *names: str) -> list[Sidecar]:
     return [worker(ShardJob(name, "f", {"curate": "a"})) for name in names]
 
 
@@ -159,8 +159,14 @@ def test_without_alternatives_only_the_main_caption_is_encoded(root, models):
     make(make_worker(root, models["llava"], names=()), "00000")
     assert {name.split(".", 1)[1] for name in members(root)} == {"text.npy", "text.ref"}
     with pytest.raises(ValueError, match="captions long are asked for, but there is no folder"):
-        FeaturesWorker(
-            Folder.at(root), Folder.at(root), FeaturesConfig(), models["llava"], "float32", None, ("long",)
+        PromptFeaturesWorker(
+            Folder.at(root),
+            Folder.at(root),
+            PromptFeaturesConfig(),
+            models["llava"],
+            "float32",
+            None,
+            ("long",),
         )
 
 
@@ -178,7 +184,7 @@ def test_values_beyond_float16_name_the_caption(root, models):
     with torch.no_grad():
         worker.mllm.language_model.norm.weight.fill_(1e6)
     with pytest.raises(
-        ShardError, match=r"prompt features of '.*' are not finite in float16; set features\.dtype="
+        ShardError, match=r"prompt features of '.*' are not finite in float16; set its column's dtype="
     ):
         make(worker, "00000")
 
@@ -195,7 +201,19 @@ def test_captions_of_other_keys_are_refused(root, models):
 
 
 def test_what_decides_the_bytes():
-    base = fingerprint_fields("digest", "float32", FeaturesConfig(), ["short", "long"])
-    assert base["features.captions"] == ["long", "short"]
-    assert fingerprint_fields("digest", "float32", FeaturesConfig(batch_size=1), ["long", "short"]) == base
-    assert fingerprint_fields("digest", "float32", FeaturesConfig(dtype="float32"), ["long", "short"]) != base
+    base = fingerprint_fields(
+        "prompt_features", "digest", "float32", PromptFeaturesConfig(), ["short", "long"]
+    )
+    assert base["columns.prompt_features.captions"] == ["long", "short"]
+    assert (
+        fingerprint_fields(
+            "prompt_features", "digest", "float32", PromptFeaturesConfig(batch_size=1), ["long", "short"]
+        )
+        == base
+    )
+    assert (
+        fingerprint_fields(
+            "prompt_features", "digest", "float32", PromptFeaturesConfig(dtype="float32"), ["long", "short"]
+        )
+        != base
+    )

@@ -35,17 +35,21 @@ def workflow(root: Path) -> tuple[WorkflowConfig, TrainConfig]:
     base = tiny_train(foundation, columns, root / "base")
     train = tiny_train(foundation, columns, root / "run" / "train", {"micro_batch_size": 4})
     values = train.model_dump(mode="json", exclude={"data", "output_dir", "tracking"})
-    values = {"root": root / "run", "train": values, "evaluate": EVALUATE, "num_train_workers": 2}
+    values = {
+        "root": root / "run",
+        "trainings": {"train": {**values, "num_workers": 2}},
+        "evaluate": EVALUATE,
+    }
     return WorkflowConfig.model_validate(values), base
 
 
 def trains(config: WorkflowConfig) -> dict[str, Any]:
-    ranks = config.num_train_workers, config.train_max_failures
-    return run_train(config.train, *ranks, [], config.evaluate, config.ray)
+    train = config.trainings["train"]
+    return run_train(train.plain, train.num_workers, train.max_failures, [], config.evaluate, config.ray)
 
 
 def evaluates(config: WorkflowConfig) -> dict[str, Any]:
-    return run_evaluate(config.evaluate, config.train, config.ray, config.root)
+    return run_evaluate(config.evaluate, config.trainings["train"].plain, config.ray, config.root)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,8 @@ def trained(ray_local, pool, tmp_path_factory: pytest.TempPathFactory):
     config, base = workflow(tmp_path_factory.mktemp("workflow"))
     train(base.model_copy(update={"num_steps": 1}))
     start = base.output_dir / "checkpoints" / "step_00000001"
-    config = config.model_copy(update={"train": config.train.model_copy(update={"init_from": start})})
+    started = config.trainings["train"].model_copy(update={"init_from": start})
+    config = config.model_copy(update={"trainings": {"train": started}})
     pool.close()  # its idle actors hold the CPUs
     return config, trains(config), evaluates(config)
 
@@ -88,7 +93,7 @@ def test_one_mlflow_run_holds_the_training_and_the_scores(trained):
 @pytest.mark.ray
 def test_nothing_is_trained_or_scored_twice(trained):
     config, summary, evaluated = trained
-    scores = config.train.output_dir / "evaluations" / "step_00000002" / "scores.json"
+    scores = config.trainings["train"].output_dir / "evaluations" / "step_00000002" / "scores.json"
     before = scores.stat().st_mtime_ns
     assert trains(config) == summary
     assert evaluates(config)["evaluations"] == evaluated["evaluations"]
@@ -98,8 +103,10 @@ def test_nothing_is_trained_or_scored_twice(trained):
 @pytest.mark.ray
 def test_a_failed_evaluation_fails_the_job_after_the_others(trained, tmp_path: Path):
     config, _, _ = trained
-    untracked = config.train.model_copy(update={"output_dir": tmp_path, "tracking": TrackingConfig()})
-    shutil.copytree(config.train.output_dir / "checkpoints", tmp_path / "checkpoints")
+    untracked = config.trainings["train"].plain.model_copy(
+        update={"output_dir": tmp_path, "tracking": TrackingConfig()}
+    )
+    shutil.copytree(config.trainings["train"].output_dir / "checkpoints", tmp_path / "checkpoints")
     broken = tmp_path / "checkpoints" / "step_00000002" / "ema.safetensors"
     broken.write_bytes(broken.read_bytes()[:100])
     once = config.evaluate.model_copy(update={"max_attempts": 1})
@@ -115,9 +122,14 @@ def test_a_failed_evaluation_fails_the_job_after_the_others(trained, tmp_path: P
 def test_a_rank_that_fails_says_why(trained, tmp_path: Path):
     config, _, _ = trained
     with pytest.raises(StageError, match=r"train: rank 0: ValueError: .*does not exist"):
-        launch(config.train.model_copy(update={"output_dir": tmp_path, "init_from": tmp_path / "none"}), 1)
-    with pytest.raises(ValueError, match="num_train_workers is 64, the cluster has 2 CPUs"):
-        launch(config.train, 64)
+        launch(
+            config.trainings["train"].plain.model_copy(
+                update={"output_dir": tmp_path, "init_from": tmp_path / "none"}
+            ),
+            1,
+        )
+    with pytest.raises(ValueError, match="num_workers is 64, the cluster has 2 CPUs"):
+        launch(config.trainings["train"].plain, 64)
 
 
 def test_which_checkpoints_are_evaluated():

@@ -52,7 +52,10 @@ def test_scenes_are_planned_within_a_tenth(pool, make_config):
     )
     plans = planned(config)
     assert {one.status for one in plans.values()} == {"missing"}
-    assert plans["latents"].num_todo == 8 and plans["latents"].bytes == plans["latents"].bytes_todo
+    assert (
+        plans["image_features"].num_todo == 8
+        and plans["image_features"].bytes == plans["image_features"].bytes_todo
+    )
     results, _ = run_all(config, pool)
     check(plans, results)
 
@@ -113,23 +116,30 @@ def test_what_is_complete_is_taken_as_it_is(run_copy, configure):
 
 def test_what_is_partial_counts_what_is_there(run_copy):
     complete = planned(run_copy)
-    (run_copy.root / "latents" / "00001.json").unlink()
+    (run_copy.root / "image_features" / "00001.json").unlink()
     plans = planned(run_copy, num_samples=16)
-    latents = plans["latents"]
+    latents = plans["image_features"]
     assert (latents.status, latents.num_shards, latents.num_todo) == ("partial", 4, 1)
     assert latents.bytes_todo < latents.bytes / 2 and latents.seconds_todo > 0
-    assert latents.bytes == pytest.approx(complete["latents"].bytes, rel=TOLERANCE)
-    assert plans["features"].status == "fresh" and plans["features"].num_todo == 0
+    assert latents.bytes == pytest.approx(complete["image_features"].bytes, rel=TOLERANCE)
+    assert plans["prompt_features"].status == "fresh" and plans["prompt_features"].num_todo == 0
 
 
 def test_a_given_rate_takes_the_place_of_the_probes(make_config, capsys):
     config = make_config()
-    plans = planned(config, num_samples=8, samples_per_sec={"latents": 0.5})
-    assert plans["latents"].seconds_todo == pytest.approx(plans["curate"].samples / 0.5, rel=0.01)
-    assert plans["features"].seconds_todo < plans["latents"].seconds_todo
+    plans = planned(config, num_samples=8, samples_per_sec={"image_features": 0.5})
+    assert plans["image_features"].seconds_todo == pytest.approx(plans["curate"].samples / 0.5, rel=0.01)
+    assert plans["prompt_features"].seconds_todo < plans["image_features"].seconds_todo
     with pytest.raises(ValueError, match=r"--rate latent=3: expected STAGE=SAMPLES_PER_SEC"):
         print_plan(config, 8, ["latent=3"])
-    for rate in ("latents=0", "latents=-1", "latents=fast", "latents=nan", "latents=inf", "latents"):
+    for rate in (
+        "image_features=0",
+        "image_features=-1",
+        "image_features=fast",
+        "image_features=nan",
+        "image_features=inf",
+        "image_features",
+    ):
         with pytest.raises(ValueError, match=f"--rate {rate}: expected"):
             print_plan(config, 8, [rate])
     assert not config.root.exists() or not any(config.root.glob("*/stage.json"))
@@ -142,7 +152,7 @@ def test_a_probe_that_fails_says_why(make_config, tmp_path):
     ):
         planned(small, num_samples=8)
     missing = make_config(train={"model": {"encoder": {"path": tmp_path / "none"}}})
-    with pytest.raises(ValueError, match=r"train.model.encoder.path: .*none is no folder"):
+    with pytest.raises(ValueError, match=r"trainings.train.model.encoder.path: .*none is no folder"):
         planned(missing, num_samples=8)
 
 

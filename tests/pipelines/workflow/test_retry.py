@@ -74,7 +74,7 @@ def test_only_what_failed_is_asked_for_again(pool, make_workflow, server):
     fall_ill(server)
     results, _ = run_all(ill, pool)
     assert manifests(results)["ingest"].drops == {"http_404": 1, "http_503": 3, "timeout": 1}
-    assert manifests(results)["features"].samples == NUM_SAMPLES - 5
+    assert manifests(results)["prompt_features"].samples == NUM_SAMPLES - 5
     before = shard_times(ill.root)
 
     heal(server)
@@ -90,7 +90,7 @@ def test_only_what_failed_is_asked_for_again(pool, make_workflow, server):
     shards = {shard_of(index) for index in (*BUSY, SLOW)}
     expected = {f"{stage}/{shard}" for stage in DATA_STAGES[1:] for shard in shards}
     # the list of duplicates is made again and is the same: the other shards of curate stay
-    assert again == expected | {"judge/duplicates", "latents/statistics"}
+    assert again == expected | {"judge/duplicates", "image_features/statistics"}
     assert set(statuses(ill).values()) == {"fresh"}
 
     said.clear()
