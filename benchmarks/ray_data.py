@@ -52,7 +52,7 @@ class Encode:
 
             images = np.stack([np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in images])
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div(255)
-        return {"__key__": batch["__key__"], "features.npy": self.encoder(pixels).half().numpy()}
+        return {"__key__": batch["__key__"], "image_features.npy": self.encoder(pixels).half().numpy()}
 
 
 def ray_data_seconds(

@@ -55,9 +55,8 @@ def print_status(config: WorkflowConfig) -> None:
     width = max(map(len, found), default=0)
     for name, state in found.items():
         output = state.output if state.status == "fresh" else None
-        print(
-            f"{name:<{width}} {state.status:<8} {state.reason if output is None else describe(output.manifest)}"
-        )
+        text = state.reason if output is None else describe(output.manifest)
+        print(f"{name:<{width}} {state.status:<8} {text}")
 
 
 def print_plan(config: WorkflowConfig, num_samples: int, rates: Sequence[str]) -> None:

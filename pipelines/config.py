@@ -20,9 +20,10 @@ from pipelines.stages.curate import CurateConfig
 from pipelines.stages.image_features import ImageFeaturesConfig
 from pipelines.stages.ingest import IngestConfig
 from pipelines.stages.prompt_features import PromptFeaturesConfig
-from pipelines.stages.train import Reference, TrainingConfig, with_folders
+from pipelines.stages.train import Reference, TrainingConfig
 from repfusion.config import Config, tags_of
 from repfusion.runs.checkpoint import continued_fields
+from repfusion.train import TrainConfig
 
 BEFORE_COLUMNS = ("source", "ingest", "judge", "curate")
 AFTER_TRAININGS = ("evaluate", "report")
@@ -70,9 +71,10 @@ class WorkflowConfig(Config):
     """
     trainings: dict[str, TrainingConfig]
     """What is trained, one stage each, by the name of the stage and its folder. Without any, one: `train`.
-    Output folders, columns and tracking address follow from `root` unless given. `init_from: stage:NAME`
-    goes on from the last checkpoint of the training NAME, `stage:NAME/step_00000500` from that one; model
-    fields that are not given are then that training's.
+    Output folder and tracking address follow from `root` unless given, and each reads the images and one
+    column of each kind that its model can use: `data.columns.image_features: stage:NAME` chooses another, a
+    folder one of elsewhere. `init_from: stage:NAME` goes on from the last checkpoint of the training NAME,
+    `stage:NAME/step_00000500` from that one; model fields that are not given are then that training's.
     """
     evaluate: EvaluateConfig = EvaluateConfig()
     """Scores of every checkpoint of a training."""
@@ -89,14 +91,13 @@ class WorkflowConfig(Config):
         """Name of the training whose checkpoints are evaluated."""
         return self.evaluate.training or list(self.trainings)[-1]
 
+    def training(self, name: str) -> TrainConfig:
+        """A training as it runs, with the folders of its columns."""
+        return self.trainings[name].plain(local_columns(self.data_folder, self.root))
+
     def readers(self, column: str) -> list[str]:
         """Names of the trainings that read a column of this workflow."""
-        kind, place = self.columns[column].kind, local_columns(self.data_folder, self.root) / column
-        return [name for name, one in self.trainings.items() if one.data.columns.get(kind) == place]
-
-    def columns_read(self, training: str) -> list[str]:
-        """Names of the columns of this workflow that a training reads."""
-        return [name for name in self.columns if training in self.readers(name)]
+        return [name for name, one in self.trainings.items() if column in one.columns_read.values()]
 
     @property
     def made_columns(self) -> list[str]:
@@ -141,13 +142,20 @@ class WorkflowConfig(Config):
                     f"trainings.{name}.init_from: {training.init_from} names no training of this workflow; "
                     f"there are {', '.join(self.trainings)}"
                 )
+            for kind, column in training.columns_read.items():
+                if column not in self.columns or self.columns[column].kind != kind:
+                    there = [other for other, one in self.columns.items() if one.kind == kind]
+                    raise ValueError(
+                        f"trainings.{name}.data.columns.{kind}: stage:{column} is no such column of this "
+                        f"workflow; expected a folder or stage:NAME, NAME one of {', '.join(there)}"
+                    )
         if self.scored not in self.trainings:
             raise ValueError(
                 f"evaluate.training is {self.scored!r}; expected one of {', '.join(self.trainings)}"
             )
         for name in self.columns.keys() - set(self.made_columns) - set(DEFAULT_COLUMNS):
             raise ValueError(
-                f"columns.{name}: no training reads it, and it does not say what makes it; name its model, or "
+                f"columns.{name}: no training reads it, and it does not say what makes it; name its model or "
                 f"give a training data.columns.{self.columns[name].kind}: stage:{name}"
             )
         if self.last_stage not in (names := self.stage_names):
@@ -168,9 +176,7 @@ class WorkflowConfig(Config):
             return values
         columns = _with_kinds(columns)
         if isinstance(values.get("root"), str | Path):
-            root = Path(values["root"])
-            places = local_columns(Folder.at(values.get("data_url") or root), root)
-            layout = _Layout(root, places, _defaults(columns), trainings)
+            layout = _Layout(Path(values["root"]), _defaults(columns), trainings)
             trainings = {name: layout.fill(name) for name in trainings}
         return {**values, "columns": columns, "trainings": trainings}
 
@@ -194,8 +200,6 @@ class _Layout:
     """What `root` decides of the trainings of a file."""
 
     root: Path
-    places: Path
-    """Holds the columns' folders."""
     columns: Mapping[str, str]
     """The column of each kind that a training reads unless it says otherwise."""
     given: Mapping[str, Any]
@@ -220,7 +224,7 @@ class _Layout:
             "output_dir": section.get("output_dir", self.root / name),
             "tracking": {**tracking, **(section.get("tracking") or {})},
         }
-        every = self._with_columns(section, self.columns)
+        every = _with_columns(section, self.columns)
         try:
             draft = TrainingConfig.model_validate(every)
         except ValidationError:
@@ -228,12 +232,8 @@ class _Layout:
         else:
             usable = {kind: one for kind, one in self.columns.items() if kind in draft.readable}
             self.models[name] = draft.model.model_dump(mode="json")
-            self.filled[name] = self._with_columns(section, usable)
+            self.filled[name] = _with_columns(section, usable)
         return self.filled[name]
-
-    def _with_columns(self, section: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-        folders = {kind: self.places / name for kind, name in columns.items()}
-        return {**section, "data": with_folders(section.get("data") or {}, self.places, folders)}
 
     def _inherit(self, section: dict[str, Any], below: tuple[str, ...]) -> dict[str, Any]:
         """The section, its model with the fields of the training that it goes on from."""
@@ -243,6 +243,15 @@ class _Layout:
         self.fill(start.stage, below)
         model = continued_fields(self.models.get(start.stage, {}), section.get("model") or {})
         return {**section, "model": model}
+
+
+def _with_columns(section: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A training's section that reads the workflow's images and its columns of these names, by kind, unless
+    it says otherwise.
+    """
+    data = section.get("data") or {}
+    read = {kind: f"stage:{name}" for kind, name in columns.items()} | dict(data.get("columns") or {})
+    return {**section, "data": {"images": "stage:curate", **data, "columns": read}}
 
 
 def _defaults(columns: Mapping[str, Any]) -> dict[str, str]:

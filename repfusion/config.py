@@ -145,7 +145,8 @@ def validate(kind: type[C], values: Any, place: str = "config") -> C:
                 near = nearest_in(section, key) or nearest_key(kind, key)
                 lines.append(f"unknown key '{key}'" + (f"; did you mean '{near}'?" if near else ""))
             else:
-                lines.append(f"{key}: {problem['msg']} (got {problem['input']!r})")
+                got = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+                lines.append(f"{key}: {problem['msg']}{got}")
         raise ConfigError("\n".join(f"{place}: {line}" for line in lines)) from error
 
 
@@ -171,11 +172,11 @@ def spell(kind: type[BaseModel], loc: Sequence[str | int]) -> tuple[str, list[ty
     last = here
     for part in loc:
         models = [one for one in here if isinstance(one, type) and issubclass(one, BaseModel)]
-        fields = [one.model_fields[str(part)].annotation for one in models if part in one.model_fields]
-        containers = [get_args(one)[-1] for one in here if get_origin(one) in (dict, list, tuple)]
-        if chosen := [one for one in models if not fields and not containers and part in tags_of(one)]:
+        if len(models) > 1 and (chosen := [one for one in models if part in tags_of(one)]):
             here = chosen
             continue
+        fields = [one.model_fields[str(part)].annotation for one in models if part in one.model_fields]
+        containers = [get_args(one)[-1] for one in here if get_origin(one) in (dict, list, tuple)]
         words.append(str(part))
         last, here = here, [leaf for one in fields or containers for leaf in leaves(one)]
     sections = [one for one in last if isinstance(one, type) and issubclass(one, BaseModel)]

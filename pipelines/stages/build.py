@@ -7,6 +7,7 @@ from typing import Any
 
 from pipelines.config import WorkflowConfig
 from pipelines.dag import Place, ShardStage, Stage, WholeStage
+from pipelines.shards.storage import Folder
 from pipelines.sources.base import Entries
 from pipelines.sources.build import source_of
 from pipelines.stages.captions import CaptionsConfig, captions_stage
@@ -18,20 +19,21 @@ from pipelines.stages.prompt_features import PromptFeaturesConfig, prompt_featur
 from pipelines.stages.report import report_stage
 from pipelines.stages.train import Reference, train_stage
 from pipelines.workflow.digests import Digests
+from repfusion.data.config import CAPTIONS
 
 
 def build_stages(
-    config: WorkflowConfig, started: float | None = None, digests: Digests | None = None
+    config: WorkflowConfig, started: float | None = None, place: Place | None = None
 ) -> list[Stage]:
     """The stages up to `last_stage`, in an order in which each follows what it reads. `started` is when the
-    run began (perf_counter); `digests` are those remembered in the root unless given.
+    run began (perf_counter); `place` is the workflow's own unless given.
 
     Raises:
         ValueError: where a url list, a weights folder or a column of a data set of the mix is missing, or a
             column is to be made by two models.
     """
     names = config.stage_names
-    place = Place(config.data_folder, config.root, digests or Digests(config.root))
+    place = place or Place(config.data_folder, config.root, Digests(config.root))
     first = source_of(config.source).stages(config.ingest, place)
     found: dict[str, Stage] = {stage.name: stage for stage in first}
     for name in names[: names.index(config.last_stage) + 1]:
@@ -43,7 +45,7 @@ def build_stages(
             case "curate":
                 found[name] = curate_stage(config.curate, found["ingest"], found["judge"], place)
             case "evaluate":
-                training = config.trainings[config.scored].plain
+                training = config.training(config.scored)
                 found[name] = evaluate_stage(
                     config.evaluate, training, config.ray, found[config.scored], place
                 )
@@ -107,8 +109,8 @@ def _captions(config: WorkflowConfig, column: str) -> str | None:
     Raises:
         ValueError: they read several.
     """
-    read = {other for name in config.readers(column) for other in config.columns_read(name)}
-    found = [other for other in config.columns if other in read and config.columns[other].kind == "captions"]
+    read = [config.trainings[name].columns_read.get(CAPTIONS) for name in config.readers(column)]
+    found = list(dict.fromkeys(one for one in read if one is not None))
     if len(found) > 1:
         raise ValueError(
             f"columns.{column}: its trainings read captions of {' and '.join(found)}, prompt features are of "
@@ -120,7 +122,7 @@ def _captions(config: WorkflowConfig, column: str) -> str | None:
 def _training(config: WorkflowConfig, name: str, above: Mapping[str, Stage], place: Place) -> WholeStage:
     training = config.trainings[name]
     start = Reference.of(training.init_from)
-    upstream = ["curate", *config.columns_read(name), *([] if start is None else [start.stage])]
+    upstream = ["curate", *training.columns_read.values(), *([] if start is None else [start.stage])]
     return train_stage(
         name,
         training,
@@ -147,14 +149,12 @@ def probe_stages(config: WorkflowConfig) -> Callable[[Path], list[ShardStage]]:
 
     def build(scratch: Path) -> list[ShardStage]:
         changes = {
-            "root": scratch,
-            "data_url": None,
-            "storage_options": {},
             "curate": config.curate.model_copy(update={"duplicates": "keep", "max_drop_fraction": 1.0}),
             "ingest": config.ingest.model_copy(update={"max_drop_fraction": 1.0}),
         }
         # with the digests of the real root, or each plan would read all weights again
-        stages = build_stages(config.model_copy(update=changes), digests=Digests(config.root))
+        place = Place(Folder.at(scratch), scratch, Digests(config.root))
+        stages = build_stages(config.model_copy(update=changes), place=place)
         return [stage for stage in stages if isinstance(stage, ShardStage)]
 
     return build

@@ -116,7 +116,7 @@ def find_target(path: Path, overrides: Sequence[str] = ()) -> Target:
     workflow = path / "config.yaml" if (path / "config.yaml").is_file() else path
     if not workflow.is_dir():
         config = load_config(WorkflowConfig, workflow, overrides)
-        return Target(config.trainings[config.scored].plain, config.evaluate, config.ray, None)
+        return Target(config.training(config.scored), config.evaluate, config.ray, None)
     folder = path if checkpoint is None else checkpoint.parent.parent
     if not (folder / "config.json").is_file() and (folder / "train" / "config.json").is_file():
         folder = folder / "train"

@@ -98,9 +98,7 @@ class PromptFeaturesWorker:
         import torch
 
         if names and captions is None:
-            raise ValueError(
-                f"prompt features: captions {', '.join(names)} are asked for, but there is no folder of captions"
-            )
+            raise ValueError(f"captions {', '.join(names)} are asked for, but there is no folder of captions")
         torch.set_num_threads(max(1, int(config.actors.num_cpus)))
         self.folder, self.source, self.config = folder, source, config
         self.captions, self.names = captions, names

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,10 +108,22 @@ class TrainingConfig(TrainConfig):
     Changes no bytes.
     """
 
+    def plain(self, places: Path) -> TrainConfig:
+        """What the ranks are given; `places` holds the folders of the workflow's images and columns."""
+        fields = {name: getattr(self, name) for name in TrainConfig.model_fields}
+
+        def folder(path: Path) -> Path:
+            return path if (reference := Reference.of(path)) is None else places / reference.stage
+
+        columns = {kind: folder(path) for kind, path in self.data.columns.items()}
+        update = {"images": folder(self.data.images), "columns": columns}
+        return TrainConfig(**{**fields, "data": self.data.model_copy(update=update)})
+
     @property
-    def plain(self) -> TrainConfig:
-        """What the ranks are given."""
-        return TrainConfig(**{name: getattr(self, name) for name in TrainConfig.model_fields})
+    def columns_read(self) -> dict[str, str]:
+        """Names of the workflow's columns that the training reads, by kind."""
+        found = {kind: Reference.of(path) for kind, path in self.data.columns.items()}
+        return {kind: one.stage for kind, one in found.items() if one is not None}
 
     @property
     def readable(self) -> set[str]:
@@ -128,17 +140,6 @@ class TrainingConfig(TrainConfig):
         for world_size in range(least, most + 1):
             grad_accum_steps(self.global_batch_size, self.engine.micro_batch_size, world_size)
         return self
-
-
-def with_folders(data: Mapping[str, Any], places: Path, columns: Mapping[str, Path]) -> dict[str, Any]:
-    """A `data` section with the folders that it leaves out: the images and the columns of each kind. A folder
-    `stage:NAME` is that of the column NAME. `places` holds all of them.
-    """
-    given = {
-        kind: folder if (reference := Reference.of(folder)) is None else places / reference.stage
-        for kind, folder in (data.get("columns") or {}).items()
-    }
-    return {"images": places / "curate", **data, "columns": {**columns, **given}}
 
 
 def train_rank(launch: dict[str, Any]) -> None:
@@ -395,6 +396,9 @@ def fingerprint_fields(name: str, config: TrainConfig, digests: Digests) -> dict
         is_made_here = Reference.of(folder) is not None
         fields[prefix + key] = str(folder) if is_made_here else digests.folder(folder, prefix + key)
     fields[f"{prefix}data.caption_weights"] = config.data.caption_weights
+    for column, folder in config.data.folders.items():
+        if Reference.of(folder) is None:
+            fields[f"{prefix}data.{column}"] = manifest_digest(folder)
     return fields | _mixed_data(config.data, f"{prefix}data.")
 
 
@@ -441,13 +445,21 @@ def train_stage(
     """
 
     def execute(above: Upstream) -> dict[str, Any]:
-        remote = [] if place.data.is_local else [one for one in upstream if isinstance(one, ShardStage)]
-        columns = [(stage.folder, place.columns / stage.name) for stage in remote]
-        resolved = config.plain if start is None else started_from(config.plain, start)
-        return run_train(resolved, config.num_workers, config.max_failures, columns, evaluate, ray)
+        plain = config.plain(place.columns)
+        resolved = plain if start is None else started_from(plain, start)
+        ranks = config.num_workers, config.max_failures
+        return run_train(resolved, *ranks, remote_copies(upstream, place), evaluate, ray)
 
     fields = fingerprint_fields(name, config, place.digests)
     return WholeStage(name, fields, Folder(str(place.root / name)), upstream, execute)
+
+
+def remote_copies(upstream: Sequence[Stage], place: Place) -> list[tuple[Folder, Path]]:
+    """Columns that are not on local disk, each with the place of the copy that training reads."""
+    if place.data.is_local:
+        return []
+    columns = (stage for stage in upstream if isinstance(stage, ShardStage))
+    return [(stage.folder, place.columns / stage.name) for stage in columns]
 
 
 def started_from(config: TrainConfig, base: Path) -> TrainConfig:
@@ -461,8 +473,9 @@ def started_from(config: TrainConfig, base: Path) -> TrainConfig:
     found = {path.name: path for path in complete_checkpoints(root)}
     chosen = found.get(reference.step or max(found, default=""))
     if chosen is None:
+        wanted = reference.step or "checkpoint"
         raise ValueError(
-            f"init_from is {config.init_from}, but {root} holds no complete {reference.step or 'checkpoint'}; "
-            f"it holds {', '.join(found) or 'none'}"
+            f"init_from is {config.init_from}, but {root} holds no complete {wanted}; it holds "
+            f"{', '.join(found) or 'none'}"
         )
     return config.model_copy(update={"init_from": chosen})

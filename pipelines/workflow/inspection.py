@@ -183,7 +183,7 @@ def explain(asked: Mapping[str, Any], stage: Stage) -> str:
 
 
 def _change(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """`trainings.train.num_steps 100 -> 200`; of a data set of the mix what happened to it, not its digests."""
+    """`ingest.quality 6 -> 1`; of a data set of the mix what happened to it, not its digests."""
     if (mixed := MIXED.fullmatch(key)) is not None:
         prefix, name, field = mixed.groups()
         if f"{prefix}weight" not in old:

@@ -28,12 +28,12 @@ def command(run_copy, tmp_path, monkeypatch, capsys):
 def test_status_is_a_line_per_stage(command):
     code, out, _ = command("status")
     assert code == 0 and out.splitlines() == [
-        "source    fresh    4 shards, 40 samples",
-        "ingest    fresh    4 shards, 36 samples, dropped: http_404 2, undecodable_image 2",
-        "judge     fresh    4 shards, 36 samples",
-        "curate    fresh    4 shards, 34 samples, dropped: empty_caption 2",
-        "latents   fresh    4 shards, 34 samples",
-        "features  fresh    4 shards, 34 samples",
+        "source          fresh    4 shards, 40 samples",
+        "ingest          fresh    4 shards, 36 samples, dropped: http_404 2, undecodable_image 2",
+        "judge           fresh    4 shards, 36 samples",
+        "curate          fresh    4 shards, 34 samples, dropped: empty_caption 2",
+        "image_features  fresh    4 shards, 34 samples",
+        "prompt_features fresh    4 shards, 34 samples",
     ]
     code, out, _ = command("status", "trainings.train.model.encoder.layer=-1")
     assert (

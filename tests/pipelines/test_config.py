@@ -38,7 +38,7 @@ def test_overrides_win_over_the_file(tmp_path):
         5,
         None,
     )
-    train = config.trainings["train"]
+    train = config.training("train")
     assert train.output_dir == Path("here/train") and train.data.images == Path("here/curate")
 
 
@@ -74,7 +74,7 @@ def test_another_source_takes_the_place_of_the_files(tmp_path):
 )
 def test_what_is_resolved_loads_as_the_same(tmp_path, values, images):
     config = validate(WorkflowConfig, {"root": "here", **values})
-    assert config.trainings["train"].data.images == Path(images)
+    assert config.training("train").data.images == Path(images)
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     assert load_config(WorkflowConfig, path) == config
@@ -92,7 +92,7 @@ def test_shipped_configs_become_stages(path):
 def test_finetuning_says_what_has_to_run_before_it(tmp_path):
     """And with a checkpoint and a complete data set where it looks for them, it becomes stages."""
     overrides = [f"root={tmp_path}/finetune", f"trainings.train.init_from={tmp_path}/checkpoint"]
-    for column in ("images", "features"):
+    for column in ("images", "columns.image_features"):
         overrides.append(f"trainings.train.data.mix.demo.{column}={tmp_path}/{column}")
     config = load_config(WorkflowConfig, FINETUNE, overrides)
     with pytest.raises(
@@ -104,7 +104,7 @@ def test_finetuning_says_what_has_to_run_before_it(tmp_path):
         ValueError, match=r"trainings.train.data.mix.demo.images: .*run that workflow to its end"
     ):
         build_stages(config)
-    for column in ("images", "features"):
+    for column in ("images", "columns.image_features"):
         (tmp_path / column).mkdir()
         (tmp_path / column / MANIFEST).write_text("{}")
     stages = {stage.name: stage for stage in build_stages(config)}
@@ -119,7 +119,7 @@ def test_finetuning_says_what_has_to_run_before_it(tmp_path):
     [
         (
             "columns.image_features.bath_size=3",
-            r"unknown key 'columns.image_features.bath_size'; did you mean 'columns.image_features.batch_size'\?",
+            r"'columns.image_features.bath_size'; did you mean 'columns.image_features.batch_size'\?",
         ),
         ("training.train.num_steps=3", r"unknown key 'training'; did you mean 'trainings'\?"),
         (

@@ -133,7 +133,7 @@ def main() -> int:
     try:
         train = config.trainings["train"]
         ranks = train.num_workers, train.max_failures
-        pipelines.stages.train.run_train(train.plain, *ranks, [], config.evaluate, config.ray)
+        pipelines.stages.train.run_train(config.training("train"), *ranks, [], config.evaluate, config.ray)
     except (ValueError, StageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

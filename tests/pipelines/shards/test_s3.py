@@ -124,16 +124,18 @@ def test_a_plan_of_what_is_complete_asks_nothing_of_the_source(remote):
 
 def test_training_reads_a_checked_copy(remote, complete_run):
     from repfusion.data.dataset import ColumnDataset
+    from repfusion.data.readers import SampleArray
 
     config, _ = remote
-    data = config.train.data
+    data, original = config.training("train").data, complete_run.training("train").data
+    readers = {"image_features": SampleArray()}
+    features = data.columns["image_features"]
     assert data.images == config.root / "columns" / "curate"
-    for name, place in (("curate", data.images), ("image_features", data.features)):
+    for name, place in (("curate", data.images), ("image_features", features)):
         mirror(config.data_folder / name, place)
-    copy = ColumnDataset(data.images, data.features)
-    original = ColumnDataset(complete_run.train.data.images, complete_run.train.data.features)
-    assert len(copy) == len(original) == 34
-    assert (data.features / "statistics.safetensors").read_bytes() == (
+    copy = ColumnDataset(data.images, data.columns, readers)
+    assert len(copy) == len(ColumnDataset(original.images, original.columns, readers)) == 34
+    assert (features / "statistics.safetensors").read_bytes() == (
         complete_run.root / "image_features" / "statistics.safetensors"
     ).read_bytes()
 

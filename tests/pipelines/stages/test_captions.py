@@ -186,19 +186,22 @@ def test_the_loader_draws_them(root):
     from tiny_training import npy, write_tar
 
     from repfusion.data.dataset import ColumnDataset
+    from repfusion.data.readers import SampleArray
 
     run(root, {"long": CaptionConfig(field="long")})
     for shard in range(NUM_SHARDS):
         keys = KEYS[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
         array = npy(np.zeros((2, 4), np.float16))
-        write_tar(root / "latents" / f"{shard:05d}.tar", [(key, {"features.npy": array}) for key in keys])
-    folders = root / "curate", root / "latents"
+        samples = [(key, {"image_features.npy": array}) for key in keys]
+        write_tar(root / "image_features" / f"{shard:05d}.tar", samples)
+    columns = {name: root / name for name in ("image_features", "captions")}
+    readers = {"image_features": SampleArray()}
     weights = {"txt": 1.0, "long.txt": 1.0}
-    dataset = ColumnDataset(*folders, captions=root / "captions", caption_weights=weights)
+    dataset = ColumnDataset(root / "curate", columns, readers, caption_weights=weights)
     assert dataset[0].captions == {"long.txt": ("long 0",), "txt": ("main",)}
     assert dataset[1].captions == {"txt": ("main",)}
     with pytest.raises(ValueError, match=r"has a member 'lnog\.txt'.*\['long\.txt'\]"):
-        ColumnDataset(*folders, captions=root / "captions", caption_weights={"txt": 1.0, "lnog.txt": 1.0})
+        ColumnDataset(root / "curate", columns, readers, caption_weights={"txt": 1.0, "lnog.txt": 1.0})
 
 
 def test_what_decides_the_bytes(root):
@@ -218,7 +221,8 @@ def test_what_decides_the_bytes(root):
         ["columns.captions.captions.x.join_field"],
         ["columns.captions.captions.x.max_chars"],
     ]
-    assert fingerprint_fields("captions", CaptionsConfig(), lambda url, options: "") == {}
+    with pytest.raises(ValueError, match=r"captions\n.*at least 1"):
+        CaptionsConfig(captions={})
 
 
 @pytest.mark.parametrize(
@@ -245,10 +249,10 @@ def test_names_that_cannot_be_members(name):
     [
         (
             {"key_column": "id"},
-            r"columns\.x\.table: .*t\.parquet has no column 'id'; it has \['key', 'caption'\]",
+            r"captions\.x\.table: .*t\.parquet has no column 'id'; it has \['key', 'caption'\]",
         ),
         ({"caption_column": "key", "key_column": "caption"}, None),
-        ({"table": "nowhere.parquet"}, r"captions\.columns\.x\.table: nowhere\.parquet leads to no file"),
+        ({"table": "nowhere.parquet"}, r"captions\.x\.table: nowhere\.parquet leads to no file"),
         ({"table": "bad.parquet"}, r"bad\.parquet is not readable as parquet"),
         ({"table": "floats.parquet"}, r"column 'key' is double; expected text or whole numbers"),
     ],

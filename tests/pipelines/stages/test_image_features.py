@@ -141,7 +141,7 @@ def expected_shard(images: Folder, name: str, encoder: EncoderConfig, target: Pa
             for key, row in zip(keys[first : first + BATCH], features.numpy(), strict=True):
                 stream = io.BytesIO()
                 np.save(stream, row)
-                writer.write({"__key__": key, "features.npy": stream.getvalue()})
+                writer.write({"__key__": key, "image_features.npy": stream.getvalue()})
     return statistics
 
 
@@ -199,7 +199,7 @@ def test_larger_images_are_resized_by_the_shorter_side_and_cropped_in_the_centre
     data = image_bytes(0, size=size)
     write_shard(images, "00000", {"000000000": {"png": data}})
     make_worker(folder, images, encoder)(ShardJob("00000", "f"))
-    made = np.load(io.BytesIO(members_of(folder.path / "00000.tar")["000000000.features.npy"]))
+    made = np.load(io.BytesIO(members_of(folder.path / "00000.tar")["000000000.image_features.npy"]))
     original, short = Image.open(io.BytesIO(data)), min(size)
     left, top = (size[0] - short) / 2, (size[1] - short) / 2
     box = (left, top, left + short, top + short)

@@ -45,11 +45,13 @@ def workflow(root: Path) -> tuple[WorkflowConfig, TrainConfig]:
 
 def trains(config: WorkflowConfig) -> dict[str, Any]:
     train = config.trainings["train"]
-    return run_train(train.plain, train.num_workers, train.max_failures, [], config.evaluate, config.ray)
+    return run_train(
+        config.training("train"), train.num_workers, train.max_failures, [], config.evaluate, config.ray
+    )
 
 
 def evaluates(config: WorkflowConfig) -> dict[str, Any]:
-    return run_evaluate(config.evaluate, config.trainings["train"].plain, config.ray, config.root)
+    return run_evaluate(config.evaluate, config.training("train"), config.ray, config.root)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def test_nothing_is_trained_or_scored_twice(trained):
 @pytest.mark.ray
 def test_a_failed_evaluation_fails_the_job_after_the_others(trained, tmp_path: Path):
     config, _, _ = trained
-    untracked = config.trainings["train"].plain.model_copy(
+    untracked = config.training("train").model_copy(
         update={"output_dir": tmp_path, "tracking": TrackingConfig()}
     )
     shutil.copytree(config.trainings["train"].output_dir / "checkpoints", tmp_path / "checkpoints")
@@ -123,13 +125,13 @@ def test_a_rank_that_fails_says_why(trained, tmp_path: Path):
     config, _, _ = trained
     with pytest.raises(StageError, match=r"train: rank 0: ValueError: .*does not exist"):
         launch(
-            config.trainings["train"].plain.model_copy(
+            config.training("train").model_copy(
                 update={"output_dir": tmp_path, "init_from": tmp_path / "none"}
             ),
             1,
         )
     with pytest.raises(ValueError, match="num_workers is 64, the cluster has 2 CPUs"):
-        launch(config.trainings["train"].plain, 64)
+        launch(config.training("train"), 64)
 
 
 def test_which_checkpoints_are_evaluated():
@@ -149,7 +151,7 @@ def test_the_digest_is_that_of_the_manifest(tmp_path: Path):
     )  # fmt: skip
     shards = ShardTable.of([sidecar])
     manifest = Manifest(
-        stage="latents", fingerprint="f", fields={"ü": 1.5}, upstream={}, lineage={}, num_shards=1,
+        stage="image_features", fingerprint="f", fields={"ü": 1.5}, upstream={}, lineage={}, num_shards=1,
         samples=1, bytes=2, shards_digest=shards.digest, drops={}, seconds=3.0, shard_seconds=1.5, files={},
         extra={},
     )  # fmt: skip

@@ -228,7 +228,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_moment(
         in (config.trainings["train"].output_dir / "train.json").read_text()
     )
     assert weights(config.trainings["train"]) == undisturbed(
-        ranks, config.trainings["train"].plain, tmp_path / "alone"
+        ranks, config.training("train"), tmp_path / "alone"
     )
 
 
@@ -252,7 +252,7 @@ def test_an_error_of_our_own_is_said_once_and_not_repeated(ray_local, pool, worl
     data = make_columns(tmp_path / "data", num_samples=NUM_SAMPLES)
     bad = np.zeros((GRID**2, WIDTH), np.float16)
     bad[1, 2] = np.nan
-    scan_and_replace(data / "latents" / "00001.tar", "000012.features.npy", npy(bad))
+    scan_and_replace(data / "image_features" / "00001.tar", "000012.image_features.npy", npy(bad))
     train = tiny_train(
         world[0], data, tmp_path / "nan", {"micro_batch_size": 4}, num_steps=6, checkpoint_every_steps=1
     )

@@ -71,12 +71,12 @@ def check_columns(config, results) -> None:
             pixels = np.array(Image.open(io.BytesIO(members["png"])))
             original = Image.open(io.BytesIO(drawn[key]["png"]))
             assert np.array_equal(pixels, np.asarray(original)), key
-            row = np.load(io.BytesIO(latent["features.npy"]))
+            row = np.load(io.BytesIO(latent["image_features.npy"]))
             stored.append(row)
             with torch.no_grad():
                 expected = encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)[0]
             assert row.dtype == np.float16 and np.abs(row - expected.numpy()).max() < 5e-3
-            text = np.load(io.BytesIO(feature["text.npy"]))
+            text = np.load(io.BytesIO(feature["prompt_features.npy"]))
             expected = encode_text(mllm, [members["txt"].decode()])[0].numpy()
             assert text.shape == expected.shape and np.abs(text - expected).max() < 5e-3
     statistics = LatentStatistics.load(config.root / "image_features" / "statistics.safetensors")
@@ -87,11 +87,12 @@ def check_columns(config, results) -> None:
 
 
 def test_one_or_two_actors_and_a_restart_give_the_same_bytes(pool, make_config):
-    sections = ("source", "ingest", "curate", "image_features", "prompt_features")
-    one, two = (
-        make_config(root, **{section: {"actors": {"num_actors": number}} for section in sections})
-        for root, number in (("one", 1), ("two", 2))
-    )
+    def sections(number: int) -> dict[str, dict]:
+        actors = {"actors": {"num_actors": number}}
+        columns = dict.fromkeys(("image_features", "prompt_features"), actors)
+        return {"source": actors, "ingest": actors, "curate": actors, "columns": columns}
+
+    one, two = make_config("one", **sections(1)), make_config("two", **sections(2))
     run_all(one, pool)
     run_all(two, pool)
     expected = data_files(one.data_folder)

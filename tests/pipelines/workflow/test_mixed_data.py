@@ -41,7 +41,11 @@ def train_stage(make_config):
 
     def build(weight: float = 1.0, **mix: dict):
         mix = {
-            name: {"images": part.pop("root") / "curate", "features": part.pop("image_features"), **part}
+            name: {
+                "images": part.pop("root") / "curate",
+                "columns": {"image_features": part.pop("features")},
+                **part,
+            }
             for name, part in mix.items()
         }
         return build_stages(
@@ -52,7 +56,7 @@ def train_stage(make_config):
 
 
 def mixed(root: Path, **changes) -> dict:
-    return {"root": root, "image_features": root / "image_features", **changes}
+    return {"root": root, "features": root / "image_features", **changes}
 
 
 def test_the_mix_decides_the_training(train_stage, photos: Path):
@@ -84,9 +88,9 @@ def test_without_a_mix_the_weight_says_nothing(train_stage):
 @pytest.mark.parametrize("column", ["curate", "image_features"])
 def test_a_data_set_that_is_not_complete_is_named(train_stage, photos: Path, column: str):
     (photos / column / "manifest.json").unlink()
-    name = {"curate": "images", "image_features": "features"}[column]
+    name = {"curate": "images", "image_features": "image_features"}[column]
     with pytest.raises(
         ValueError,
-        match=rf"trainings\.train\.data\.mix\.photos\.{name}: {photos / column} holds no complete stage \(no mani",
+        match=rf"trainings\.train\.data\.mix\.photos\.{name}: {photos / column} holds no complete stage \(",
     ):
         train_stage(photos=mixed(photos))

@@ -151,7 +151,7 @@ def test_a_probe_that_fails_says_why(make_config, tmp_path):
         ValueError, match=r"image is 16 x 16 px, smaller than the 32 x 32.*ingest.image_size=32"
     ):
         planned(small, num_samples=8)
-    missing = make_config(train={"model": {"encoder": {"path": tmp_path / "none"}}})
+    missing = make_config(trainings={"train": {"model": {"encoder": {"path": tmp_path / "none"}}}})
     with pytest.raises(ValueError, match=r"trainings.train.model.encoder.path: .*none is no folder"):
         planned(missing, num_samples=8)
 
