@@ -86,6 +86,7 @@ def write_workflow(root: Path, num_shards: int) -> Path:
     values = {
         "root": root,
         "last_stage": "prompt_features",
+        "trainings.train.model.conditioning": "text_embed",
         "source.shard_size": SHARD_SIZE,
         "source.num_samples": num_shards * SHARD_SIZE,
     }

@@ -1,4 +1,4 @@
-"""The latents stage against Ray Data with the same encoder, machine, number of actors, threads and batch
+"""Image features against Ray Data with the same encoder, machine, number of actors, threads and batch
 size: images/s and their ratio.
 
 Ray Data reads tars, encodes on an actor pool and writes tars: `read_webdataset -> map_batches ->
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.latents_stage import GEOMETRIES, make_encoder, stage_seconds, write_images
+from benchmarks.image_features import GEOMETRIES, make_encoder, stage_seconds, write_images
 from pipelines.runtime.pool import ActorPool, ActorsConfig, ShardJob
 from pipelines.runtime.session import RayConfig, ray_session
 from pipelines.shards.storage import Folder

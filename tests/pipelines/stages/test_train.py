@@ -16,12 +16,13 @@ from pipelines.config import WorkflowConfig
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.records import finished
 from pipelines.evaluation.schedule import EvaluationScheduler
+from pipelines.runtime.ranks import launch
 from pipelines.runtime.session import StageError
 from pipelines.shards.manifest import Manifest, ShardTable, write_output
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import SCHEMA, Sidecar
 from pipelines.stages.evaluate import run_evaluate
-from pipelines.stages.train import launch, run_train
+from pipelines.stages.train import run_train
 from repfusion.data.columns import manifest_digest
 from repfusion.tracking import TrackingConfig, metric_history
 from repfusion.train import TrainConfig, train

@@ -19,7 +19,7 @@ from running import until
 from tiny_training import GRID, WIDTH, make_columns, make_foundation, npy, scan_and_replace, tiny_train
 from traced_training import RankTrace, read_traces, trace_ranks
 
-import pipelines.stages.train
+import pipelines.runtime.ranks
 from pipelines.config import WorkflowConfig
 from pipelines.runtime.session import StageError
 from repfusion.config import to_yaml, validate
@@ -98,7 +98,7 @@ def assert_gone(config: WorkflowConfig) -> None:
     assert wait_until_gone(tag_of(config.root)) < 30
     checkpoints = config.trainings["train"].output_dir / "checkpoints"
     assert [path.name for path in checkpoints.glob(".*")] == []
-    assert not (config.trainings["train"].output_dir / pipelines.stages.train.STOP).exists()
+    assert not (config.trainings["train"].output_dir / pipelines.runtime.ranks.STOP).exists()
 
 
 def weights(train: TrainConfig) -> dict[str, bytes]:
@@ -211,7 +211,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_moment(
     )
     path, log = tmp_path / "workflow.yaml", log_of(config)
     path.write_text(to_yaml(config))
-    progress = config.trainings["train"].output_dir / pipelines.stages.train.PROGRESS
+    progress = config.trainings["train"].output_dir / pipelines.runtime.ranks.PROGRESS
     with tagged_process(run_command(path), tag_of(root), log) as process:
         until(progress.exists, process, log)
         (os.killpg if to_all else os.kill)(process.pid, number)
@@ -238,7 +238,7 @@ def test_a_second_interrupt_ends_at_once(world, tmp_path):
     with start_traced(config, STEP_SEC="100") as process:
         until(lambda: steps_read(read_traces(traces_of(config))) >= 0, process, log_of(config))
         os.killpg(process.pid, signal.SIGINT)
-        stop = config.trainings["train"].output_dir / pipelines.stages.train.STOP
+        stop = config.trainings["train"].output_dir / pipelines.runtime.ranks.STOP
         until(stop.exists, process, log_of(config))
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(60) == 130, log_of(config).read_text()
@@ -256,18 +256,18 @@ def test_an_error_of_our_own_is_said_once_and_not_repeated(ray_local, pool, worl
     train = tiny_train(
         world[0], data, tmp_path / "nan", {"micro_batch_size": 4}, num_steps=6, checkpoint_every_steps=1
     )
-    monkeypatch.setattr(pipelines.stages.train, "train_rank", trace_ranks(tmp_path / "nan.traces"))
+    monkeypatch.setattr(pipelines.runtime.ranks, "train_rank", trace_ranks(tmp_path / "nan.traces"))
     with pytest.raises(
         StageError, match=r"^train: rank \d: NonFiniteError: step 1: the loss .*: 000012\. [^\n]*$"
     ):
-        pipelines.stages.train.launch(train, 2, max_failures=3)
+        pipelines.runtime.ranks.launch(train, 2, max_failures=3)
     assert len(read_traces(tmp_path / "nan.traces")) == 1
     assert [step_of(path) for path in complete_checkpoints(train.output_dir / "checkpoints")] == [1]
 
-    monkeypatch.setattr(pipelines.stages.train, "train_rank", trace_ranks(tmp_path / "base.traces"))
+    monkeypatch.setattr(pipelines.runtime.ranks, "train_rank", trace_ranks(tmp_path / "base.traces"))
     missing = train.model_copy(update={"output_dir": tmp_path / "base", "init_from": tmp_path / "none"})
     with pytest.raises(StageError, match=r"^train: rank 0: ValueError: [^\n]*none does not exist[^\n]*$"):
-        pipelines.stages.train.launch(missing, 1, max_failures=3)
+        pipelines.runtime.ranks.launch(missing, 1, max_failures=3)
     assert len(read_traces(tmp_path / "base.traces")) == 1
 
 
