@@ -22,7 +22,6 @@ from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sideca
 from pipelines.shards.tars import read_samples, tar_shard
 from repfusion.config import Config, WeightsFolder
 from repfusion.data.readers import PROMPT_FEATURES, CaptionArray
-from repfusion.llm.load import load_language_model
 
 PROMPT_TEMPLATE = "{bos}{caption}"
 
@@ -97,13 +96,15 @@ class PromptFeaturesWorker:
     ):
         import torch
 
+        from repfusion.llm.load import load_language_model
+
         if names and captions is None:
             raise ValueError(f"captions {', '.join(names)} are asked for, but there is no folder of captions")
         torch.set_num_threads(max(1, int(config.actors.num_cpus)))
         self.folder, self.source, self.config = folder, source, config
         self.captions, self.names = captions, names
-        device = "cuda" if config.actors.num_gpus else "cpu"
-        self.mllm = load_language_model(mllm, getattr(torch, mllm_dtype)).to(device)
+        self.device = torch.device("cuda" if config.actors.num_gpus else "cpu")
+        self.mllm = load_language_model(mllm, getattr(torch, mllm_dtype)).to(self.device)
         self._computing = Lock()
 
     def __call__(self, job: ShardJob) -> Sidecar:
@@ -163,9 +164,10 @@ class PromptFeaturesWorker:
         import torch
 
         from repfusion.conditioning.text_embed import encode_text
+        from repfusion.inputs import to_device
 
         try:
-            rows = encode_text(self.mllm, captions)
+            rows = encode_text(self.mllm, to_device(self.mllm.tokenise(captions), self.device))
         except ValueError as error:
             raise ShardError(
                 f"shard {self.source / name}.tar: a caption does not fit the MLLM: {error} "

@@ -74,7 +74,7 @@ def task(folder: Path) -> Task:
         model="m" * 64,
         settings={},
         weights={},
-        train=TrainConfig(output_dir=folder, data=DataConfig(images=folder / "no", features=folder / "no")),
+        train=TrainConfig(output_dir=folder, data=DataConfig(images=folder / "no")),
         final=EvaluationConfig(),
         curve=EvaluationConfig(),
         num_validation=1,

@@ -77,7 +77,7 @@ def check_columns(config, results) -> None:
                 expected = encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)[0]
             assert row.dtype == np.float16 and np.abs(row - expected.numpy()).max() < 5e-3
             text = np.load(io.BytesIO(feature["prompt_features.npy"]))
-            expected = encode_text(mllm, [members["txt"].decode()])[0].numpy()
+            expected = encode_text(mllm, mllm.tokenise([members["txt"].decode()]))[0].numpy()
             assert text.shape == expected.shape and np.abs(text - expected).max() < 5e-3
     statistics = LatentStatistics.load(config.root / "image_features" / "statistics.safetensors")
     values = np.stack(stored).astype(np.float64)
