@@ -50,7 +50,8 @@ class WorkflowConfig(Config):
     a copy of remote columns under `root`.
     """
     storage_options: dict[str, Any] = {}
-    """For the fsspec file system of `data_url`, such as an endpoint. Credentials belong into the environment.
+    """Options of the fsspec file system of `data_url`, such as an endpoint. Credentials belong into the
+    environment.
     """
     last_stage: str = "report"
     """Where to stop: source, ingest, judge, curate, a column, a training, evaluate or report. The last column
@@ -205,7 +206,7 @@ class _Layout:
     given: Mapping[str, Any]
     """The trainings' sections as they were given."""
     filled: dict[str, Any] = field(default_factory=dict)
-    """Those that were filled in so far."""
+    """The sections that were filled in so far."""
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
     """All fields of their models."""
 

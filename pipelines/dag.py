@@ -70,7 +70,7 @@ class ShardStage(Stage):
 
     worker: type = object
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Of the worker's constructor, beside `folder`."""
+    """Arguments of the worker's constructor, beside `folder`."""
     actors: ActorsConfig = field(default_factory=ActorsConfig)
     first_jobs: tuple[ShardJob, ...] = ()
     """The jobs of a stage without upstream, with the identity of what they read as `inputs`."""

@@ -29,7 +29,7 @@ Duplicates = Literal["keep", "exact", "near"]
 
 DUPLICATES = "duplicates.parquet"
 DIGEST_BYTES = 16
-"""Of a sha256 that stand for an image: two of 10^9 images share them by chance once in 10^21 data sets."""
+"""Bytes of a sha256 that stand for an image: two of 10^9 share them by chance once in 10^21 data sets."""
 
 READERS = 8
 """Shards' verdicts read at the same time."""
@@ -101,7 +101,7 @@ class DuplicateList:
             ) from error
 
     def of(self, keys: "pa.ChunkedArray") -> dict[str, tuple[str, str]]:
-        """Those of the keys that are duplicates -> (reason, key of the sample that stays)."""
+        """The keys that are duplicates -> (reason, key of the sample that stays)."""
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 

@@ -43,14 +43,14 @@ class Manifest(Strict):
     num_shards: int
     samples: int
     bytes: int
-    """Of all shards and their side files."""
+    """Bytes of all shards and their side files."""
     shards_digest: str
     """Names the shards' data: see `ShardTable.digest`."""
     drops: dict[str, int]
     seconds: float
     """From the stage's start to its end, of the run that completed it."""
     shard_seconds: float
-    """Of all shards, one after the other."""
+    """Seconds of all shards, one after the other."""
     files: dict[str, SideFile]
     """Files of the stage as a whole, such as `statistics.safetensors`."""
     extra: dict[str, Any]
@@ -139,7 +139,7 @@ class ShardTable:
 
     @cached_property
     def bytes(self) -> int:
-        """Of the shards and their side files."""
+        """Bytes of the shards and their side files."""
         beside = sum(
             side["bytes"]
             for text in self.column("files")
@@ -196,7 +196,7 @@ def read_output(folder: Folder) -> StageOutput | None:
 
 
 def write_output(folder: Folder, manifest: Manifest, shards: ShardTable) -> StageOutput:
-    """The manifest last."""
+    """Writes the table of shards and then the manifest, which marks the stage complete."""
     if len(shards):
         shards.write(folder)
     folder.write(MANIFEST, json_bytes(manifest.model_dump(mode="json", by_alias=True)))

@@ -37,9 +37,9 @@ class Sidecar(Strict):
     name: str
     """The shard's name without extension, such as `00042`."""
     file: str
-    """Its data file in the stage's folder."""
+    """The data file in the stage's folder."""
     fingerprint: str
-    """Of the stage that wrote it."""
+    """Fingerprint of the stage that wrote the shard."""
     inputs: dict[str, str]
     """sha256 of the upstream shards it was made from, by stage."""
     samples: int

@@ -56,7 +56,7 @@ class FolderConfig(Config):
     extra_columns: Annotated[tuple[str, ...], free_names(OWN_FIELDS)] = ()
     """Further columns of the csv that go into each sample's json, as text, such as alternative captions."""
     options: dict[str, Any] = {}
-    """Of the fsspec file system: an endpoint, a profile. Changes no bytes."""
+    """Options of the fsspec file system: an endpoint, a profile. Changes no bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +75,9 @@ class Entry:
     """An image and its caption, or what there is of them."""
 
     path: str
-    """Of the image, or of the caption that has none."""
+    """Path of the image, or of the caption that has none."""
     image: str | None
-    """Its version; None where there is no such file."""
+    """Version of the image; None where there is no such file."""
     row: Row | None
     is_repeated: bool = False
     """Whether the csv names the image a second time."""

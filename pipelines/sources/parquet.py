@@ -55,7 +55,7 @@ class ParquetConfig(Config):
     values, lists and structs of these.
     """
     options: dict[str, Any] = {}
-    """Of the fsspec file system: an endpoint, a profile. Changes no bytes."""
+    """Options of the fsspec file system: an endpoint, a profile. Changes no bytes."""
 
 
 @dataclass(frozen=True, slots=True)

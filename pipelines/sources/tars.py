@@ -50,7 +50,7 @@ class TarsConfig(Config):
     samples before the damage and count one drop, `truncated_tar`. Changes no bytes of other shards.
     """
     options: dict[str, Any] = {}
-    """Of the fsspec file system: an endpoint, a profile. Changes no bytes."""
+    """Options of the fsspec file system: an endpoint, a profile. Changes no bytes."""
 
 
 @dataclass(frozen=True)

@@ -43,15 +43,15 @@ class UrlsConfig(Config):
     fsspec URL. Several files are read in the order of their names.
     """
     url_column: str = "url"
-    """Its column of addresses."""
+    """The list's column of addresses."""
     caption_column: str = "caption"
-    """Its column of captions; an empty or missing one is dropped, and counted, by `curate`."""
+    """The list's column of captions; an empty or missing one is dropped, and counted, by `curate`."""
     extra_columns: Annotated[tuple[str, ...], free_names(RESERVED)] = ()
     """Further columns (text, numbers, truth values, lists of text or whole numbers) that go into each
     sample's JSON, such as alternative captions.
     """
     options: dict[str, Any] = {}
-    """Of the fsspec file system: an endpoint, a profile. Changes no bytes."""
+    """Options of the fsspec file system: an endpoint, a profile. Changes no bytes."""
     actors: ActorsConfig = ActorsConfig()
     """The pool that reads the list. Changes no bytes."""
 

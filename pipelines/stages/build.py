@@ -135,7 +135,7 @@ def _training(config: WorkflowConfig, name: str, above: Mapping[str, Stage], pla
 
 
 def data_stages(config: WorkflowConfig) -> list[ShardStage]:
-    """Those made of shards: source to the last column."""
+    """The stages that are made of shards: source to the last column."""
     return [stage for stage in build_stages(config) if isinstance(stage, ShardStage)]
 
 

@@ -56,7 +56,7 @@ class CaptionConfig(Strict):
     context.
     """
     options: dict[str, Any] = {}
-    """Of the table's fsspec file system: an endpoint, a profile. Changes no bytes."""
+    """Options of the table's fsspec file system: an endpoint, a profile. Changes no bytes."""
 
     @model_validator(mode="after")
     def _has_one_origin(self) -> "CaptionConfig":

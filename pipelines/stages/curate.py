@@ -29,12 +29,12 @@ class CurateConfig(Config):
     max_caption_chars: int = Field(default=1000, ge=1)
     """Longest caption. Choose it so that captions fit into the MLLM's context."""
     duplicates: Duplicates = "exact"
-    """Of images that occur more than once, in whichever shards, the first stays: `exact` compares the stored
-    bytes, `near` also the perceptual hash, which sees brightness and coarse layout and no colour. Captions
+    """Which images count as the same, so that the first alone stays: `exact` compares the stored bytes,
+    `near` also the perceptual hash, which sees brightness and coarse layout and no colour. Captions
     are not compared: a list with several captions to an image needs `keep`.
     """
     near_duplicate_bits: int = Field(default=4, ge=0, le=8)
-    """For `near`: in how many of 64 bits the hashes of two images may differ."""
+    """In how many of 64 bits the hashes of two images may differ that `near` takes for the same."""
     max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
     """A shard that loses more than this fails instead, duplicates counted. Changes no bytes."""
     actors: ActorsConfig = ActorsConfig()

@@ -132,7 +132,7 @@ def find_target(path: Path, overrides: Sequence[str] = ()) -> Target:
 
 
 def _means(folder: Path, overrides: Sequence[str]) -> _Means:
-    """Those of the training's own schedule, where it has one, with overrides."""
+    """The means of the training's own schedule, where it has one, with overrides."""
     path = folder / "evaluations" / CONFIG
     saved = {"evaluate": json.loads(path.read_text())} if path.is_file() else {}
     return load_config(_Means, saved, overrides)

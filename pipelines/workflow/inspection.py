@@ -146,7 +146,7 @@ def wrong_files(sidecar: Sidecar, sizes: Mapping[str, int]) -> list[str]:
 
 
 def read_sidecars(folder: Folder, names: Sequence[str]) -> dict[str, Sidecar]:
-    """Those that can be read as one."""
+    """The sidecars of these shards that can be read, by name."""
     found: dict[str, Sidecar] = {}
     for name, data in folder.read_many([f"{name}.json" for name in names]):
         try:

@@ -41,7 +41,7 @@ class StagePlan:
     bytes: int
     bytes_todo: int
     seconds_todo: float
-    """Of one actor, whatever their number."""
+    """Seconds of one actor, whatever their number."""
     actors: ActorsConfig
 
     @property
@@ -56,16 +56,16 @@ class Rates:
     kept: float
     """Share of the samples that stay."""
     tar_bytes: float
-    """Of a tar's members, per sample in it."""
+    """Bytes of a tar's members, per sample in it."""
     other_bytes: float
-    """Of other files, per sample given."""
+    """Bytes of other files, per sample given."""
     fixed_bytes: float
-    """Of other files, per shard."""
+    """Bytes of other files, per shard."""
     whole_bytes: int
-    """Of files of the stage as a whole."""
+    """Bytes of files of the stage as a whole."""
     has_tar: bool
     seconds: float
-    """Of one actor, per sample given."""
+    """Seconds of one actor, per sample given."""
 
     def shard_bytes(self, given: float) -> float:
         """Expected size of all files of a shard that is given so many samples."""

@@ -189,7 +189,7 @@ def continued_fields(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict
 
 
 def load_model_config(path: Path) -> ModelConfig:
-    """The `model` of a training's YAML (or of a workflow's `train`), or a YAML of a model alone. As in
+    """The `model` of a training's YAML (or of a workflow's last), or a YAML of a model alone. As in
     training, fields that are not given are those of `init_from`, where it is there.
 
     Raises:
@@ -197,7 +197,8 @@ def load_model_config(path: Path) -> ModelConfig:
             there.
     """
     fields = read_values(path)
-    fields = fields.get("train", fields)
+    if trainings := fields.get("trainings"):
+        fields = trainings[list(trainings)[-1]]
     if not fields.keys() & TRAINING_FIELDS:
         return validate(ModelConfig, fields, str(path))
     given, start = fields.get("model") or {}, fields.get("init_from")

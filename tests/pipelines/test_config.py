@@ -54,6 +54,20 @@ def test_another_source_takes_the_place_of_the_files(tmp_path):
         load_config(WorkflowConfig, demo, ["source.kind=urls", "source.path=l", "source.num_samples=3"])
 
 
+def test_another_method_takes_the_place_of_the_files(tmp_path):
+    path, place = tmp_path / "w.yaml", "trainings.train.model.conditioning"
+    method = {"method": "noisy_latents", "bidirectional": True}
+    path.write_text(
+        yaml.safe_dump({"root": "r", "trainings": {"train": {"model": {"conditioning": method}}}})
+    )
+    other = load_config(WorkflowConfig, path, [f"{place}.method=queries"])
+    assert other.trainings["train"].model.conditioning.method == "queries"
+    same = load_config(WorkflowConfig, path, [f"{place}.method=noisy_latents"])
+    assert same.training("train").model.conditioning.model_dump(exclude_defaults=True) == {
+        "bidirectional": True
+    }
+
+
 @pytest.mark.parametrize(
     ("values", "images"),
     [
@@ -134,6 +148,10 @@ def test_finetuning_says_what_has_to_run_before_it(tmp_path):
         (
             "source={kind: urls, path: l.csv, url_col: u}",
             r"'source.url_col'; did you mean 'source.url_column'\?",
+        ),
+        (
+            "trainings.train.model.conditioning={method: noisy_latents, train_lm: true}",
+            r"'trainings.train.model.conditioning.train_lm'; did you mean '[\w.]+.conditioning.train_llm'\?",
         ),
         ("last_stage=latents", r"last_stage is 'latents'; expected one of .*image_features.*train.*report"),
         (
