@@ -45,7 +45,7 @@ def main() -> None:
                 "root": Path(scratch) / "run",
                 "last_stage": "curate",
                 "source.shard_size": -(-number // args.num_shards),
-                "source.scenes.num_samples": number,
+                "source.num_samples": number,
             }
             overrides = [f"{key}={value}" for key, value in values.items()]
             command = [sys.executable, "-m", "pipelines", "run", str(DEMO), *overrides]

@@ -67,7 +67,7 @@ def measure(folder: Path, config: CurateConfig) -> None:
     shards = ShardTable.read(Folder.at(folder))
     before = peak_mib()
     start = time.perf_counter()
-    find_duplicates(Folder.at(folder), shards, config)
+    find_duplicates(Folder.at(folder), shards, config.duplicates, config.near_duplicate_bits)
     seconds, mib = time.perf_counter() - start, peak_mib() - before
     found = pq.read_table(folder / DUPLICATES)["reason"].value_counts().to_pylist()
     result = {

@@ -22,9 +22,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from tiny_training import make_columns, make_foundation, tiny_data, tiny_model
 
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.schedule import EvaluationScheduler
+from pipelines.runtime.ranks import launch
 from pipelines.runtime.session import RayConfig, ray_session
-from pipelines.stages.evaluate import EvaluateConfig, EvaluationScheduler
-from pipelines.stages.train import launch
 from repfusion.model.dit import DiTConfig
 from repfusion.tracking import TrackingConfig, metric_history, prepare_store
 from repfusion.train import TrainConfig

@@ -26,9 +26,10 @@ DEMO = Path(__file__).parents[1] / "pipelines" / "configs" / "demo.yaml"
 def write_config(folder: Path, num_samples: int, num_shards: int) -> Path:
     """The demo's data, fewer and in smaller shards."""
     values = yaml.safe_load(DEMO.read_text())
-    values["last_stage"] = "features"
+    values["last_stage"] = "prompt_features"
+    values["trainings"]["train"]["model"] = {"conditioning": "text_embed"}  # what reads them
     values["source"]["shard_size"] = -(-num_samples // num_shards)
-    values["source"]["scenes"]["num_samples"] = num_samples
+    values["source"]["num_samples"] = num_samples
     values["ray"] = {"num_cpus": 2, "object_store_mib": 80}
     path = folder / "workflow.yaml"
     path.write_text(yaml.safe_dump(values))

@@ -23,15 +23,16 @@ from pipelines.dag import ShardStage
 from pipelines.duplicates.find import DUPLICATES
 from pipelines.shards.manifest import ShardTable, StageOutput
 from pipelines.shards.store import SCHEMA, Sidecar, SideFile
-from pipelines.stages.build import STATISTICS, data_stages
+from pipelines.stages.build import data_stages
+from pipelines.stages.image_features import STATISTICS
 from pipelines.workflow.inspection import STAGE
 from pipelines.workflow.run import complete
 from repfusion.config import load_config, to_yaml
 from repfusion.files import json_bytes
 
 SHARD_SIZE = 1000
-SIDE_FILES = {"source": "{}.images.tar", "latents": "{}.statistics.safetensors"}
-STAGE_FILES = {"judge": [DUPLICATES], "latents": [STATISTICS]}
+SIDE_FILES = {"source": "{}.images.tar", "image_features": "{}.statistics.safetensors"}
+STAGE_FILES = {"judge": [DUPLICATES], "image_features": [STATISTICS]}
 BYTES = 10240
 TARGET_SEC, TARGET_BYTES = 10, 1 << 30
 
@@ -84,9 +85,10 @@ def write_workflow(root: Path, num_shards: int) -> Path:
     """The workflow's configuration file."""
     values = {
         "root": root,
-        "last_stage": "features",
+        "last_stage": "prompt_features",
+        "trainings.train.model.conditioning": "text_embed",
         "source.shard_size": SHARD_SIZE,
-        "source.scenes.num_samples": num_shards * SHARD_SIZE,
+        "source.num_samples": num_shards * SHARD_SIZE,
     }
     demo = Path(__file__).parents[1] / "pipelines" / "configs" / "demo.yaml"
     config: WorkflowConfig = load_config(

@@ -1,4 +1,4 @@
-"""The latents stage against Ray Data with the same encoder, machine, number of actors, threads and batch
+"""Image features against Ray Data with the same encoder, machine, number of actors, threads and batch
 size: images/s and their ratio.
 
 Ray Data reads tars, encodes on an actor pool and writes tars: `read_webdataset -> map_batches ->
@@ -27,11 +27,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.latents_stage import GEOMETRIES, make_encoder, stage_seconds, write_images
+from benchmarks.image_features import GEOMETRIES, make_encoder, stage_seconds, write_images
 from pipelines.runtime.pool import ActorPool, ActorsConfig, ShardJob
 from pipelines.runtime.session import RayConfig, ray_session
 from pipelines.shards.storage import Folder
-from pipelines.stages.image_features import LatentsConfig
+from pipelines.stages.image_features import ImageFeaturesConfig
 from repfusion.latents.load import EncoderConfig
 
 Place = Literal["read", "actor"]
@@ -52,7 +52,7 @@ class Encode:
 
             images = np.stack([np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in images])
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div(255)
-        return {"__key__": batch["__key__"], "features.npy": self.encoder(pixels).half().numpy()}
+        return {"__key__": batch["__key__"], "image_features.npy": self.encoder(pixels).half().numpy()}
 
 
 def ray_data_seconds(
@@ -89,7 +89,7 @@ def our_seconds(
         "cores": None,
         "folder": root / name,
         "source": root / "curate",
-        "config": LatentsConfig(batch_size=args.batch_size, actors=actors),
+        "config": ImageFeaturesConfig(batch_size=args.batch_size, actors=actors),
         "encoder": encoder,
     }
     pool = ActorPool()

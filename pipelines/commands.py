@@ -21,8 +21,7 @@ from typing import NoReturn
 from pipelines.config import WorkflowConfig
 from pipelines.runtime.session import StageError
 from pipelines.shards.storage import Folder, is_store_error
-from pipelines.sources.build import source_entries
-from pipelines.stages.build import build_stages, data_stages, probe_stages
+from pipelines.stages.build import build_stages, data_stages, probe_stages, source_entries
 from pipelines.workflow.inspection import contents, states
 from pipelines.workflow.run import run
 from pipelines.workflow.summary import write_summary
@@ -42,7 +41,8 @@ def run_workflow(config: WorkflowConfig, started: float) -> None:
         print(f"nothing to do: all {len(results)} stages are fresh ({total_sec:.1f} s)")
     else:
         Folder.at(config.root).write("config.yaml", to_yaml(config).encode())
-        write_summary(config.root, {result.name: result.manifest for result in results}, total_sec)
+        manifests = {result.name: result.manifest for result in results}
+        write_summary(config.root, manifests, config.scored, total_sec)
         print(f"total: {total_sec:.1f} s")
     for name in ("summary.json", "gallery.png", "report.html"):
         if (config.root / name).is_file():
@@ -51,9 +51,12 @@ def run_workflow(config: WorkflowConfig, started: float) -> None:
 
 def print_status(config: WorkflowConfig) -> None:
     """A line per stage: fresh, partial, stale or missing, and why."""
-    for name, state in states(build_stages(config)).items():
+    found = states(build_stages(config))
+    width = max(map(len, found), default=0)
+    for name, state in found.items():
         output = state.output if state.status == "fresh" else None
-        print(f"{name:<9} {state.status:<8} {state.reason if output is None else contents(output.manifest)}")
+        text = state.reason if output is None else contents(output.manifest)
+        print(f"{name:<{width}} {state.status:<8} {text}")
 
 
 def print_plan(config: WorkflowConfig, num_samples: int, rates: Sequence[str]) -> None:

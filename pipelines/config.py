@@ -1,68 +1,41 @@
 """The configuration of a whole workflow."""
 
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from pipelines.runtime.pool import ActorsConfig
+from pipelines.dag import local_columns
+from pipelines.evaluation.config import EvaluateConfig
 from pipelines.runtime.session import RayConfig
 from pipelines.shards.storage import Folder
-from pipelines.sources.folder import FolderConfig
-from pipelines.sources.parquet import ParquetConfig
+from pipelines.sources.build import SourceConfig
 from pipelines.sources.scenes import ScenesConfig
-from pipelines.sources.tars import TarsConfig
-from pipelines.sources.urls import UrlsConfig
 from pipelines.stages.captions import CaptionsConfig
 from pipelines.stages.curate import CurateConfig
-from pipelines.stages.evaluate import EvaluateConfig
-from pipelines.stages.image_features import LatentsConfig
+from pipelines.stages.image_features import ImageFeaturesConfig
 from pipelines.stages.ingest import IngestConfig
-from pipelines.stages.prompt_features import FeaturesConfig
-from repfusion.config import Config
+from pipelines.stages.prompt_features import PromptFeaturesConfig
+from pipelines.stages.train import Reference, TrainingConfig
+from repfusion.config import Config, tags_of
+from repfusion.runs.checkpoint import continued_fields
 from repfusion.train import TrainConfig
-from repfusion.training.engine import grad_accum_steps
 
-StageName = Literal[
-    "source", "ingest", "judge", "curate", "captions", "latents", "features", "train", "evaluate", "report"
+BEFORE_COLUMNS = ("source", "ingest", "judge", "curate")
+AFTER_TRAININGS = ("evaluate", "report")
+RESERVED = {*BEFORE_COLUMNS, *AFTER_TRAININGS, "columns"}
+"""Names that no column or training may have: those of other stages, and of the copies of remote columns."""
+
+ColumnConfig = Annotated[
+    ImageFeaturesConfig | PromptFeaturesConfig | CaptionsConfig, Field(discriminator="kind")
 ]
-
-
-class SourceConfig(Config):
-    """Where image addresses and captions come from."""
-
-    kind: Literal["scenes", "urls", "tars", "folder", "parquet"] = "scenes"
-    """The embedded world, rendered and served on loopback; a list of addresses; WebDataset tars; a folder of
-    images; parquet files with images in them. The first two are downloaded, the others read.
-    """
-    scenes: ScenesConfig = ScenesConfig()
-    """For kind: scenes."""
-    urls: UrlsConfig | None = None
-    """For kind: urls."""
-    tars: TarsConfig | None = None
-    """For kind: tars."""
-    folder: FolderConfig | None = None
-    """For kind: folder."""
-    parquet: ParquetConfig | None = None
-    """For kind: parquet."""
-    shard_size: int = Field(default=500, ge=1)
-    """Entries per shard, the unit of work, failure and resume of every later stage. Of tars, each is a shard.
-    """
-    port: int = Field(default=0, ge=0, le=65535)
-    """Port of the loopback server of kind: scenes; 0 takes any free one. Changes no bytes."""
-    actors: ActorsConfig = ActorsConfig()
-    """Its pool. Changes no bytes."""
-
-    @model_validator(mode="after")
-    def _has_path(self) -> "SourceConfig":
-        if getattr(self, self.kind) is None:
-            raise ValueError(f"kind is {self.kind}, so source.{self.kind}.path has to say where they are")
-        return self
-
-    @property
-    def makes_lists(self) -> bool:
-        """Whether there is a stage `source` that lists what `ingest` downloads."""
-        return self.kind in ("scenes", "urls")
+KINDS = {kind for one in get_args(get_args(ColumnConfig)[0]) for kind in tags_of(one)}
+DEFAULT_COLUMNS = ("image_features", "prompt_features")
+"""Kinds of columns that a workflow has one of, under that name, unless it says otherwise."""
 
 
 class WorkflowConfig(Config):
@@ -73,36 +46,39 @@ class WorkflowConfig(Config):
     given.
     """
     data_url: str | None = None
-    """Folder or fsspec URL (s3://...) of the data stages, source to features; None is `root`. Training reads
+    """Folder or fsspec URL (s3://...) of the data stages, source to columns; None is `root`. Training reads
     a copy of remote columns under `root`.
     """
     storage_options: dict[str, Any] = {}
-    """For the fsspec file system of `data_url`, such as an endpoint. Credentials belong into the environment.
+    """Options of the fsspec file system of `data_url`, such as an endpoint. Credentials belong into the
+    environment.
     """
-    last_stage: StageName = "report"
-    """Where to stop; `features` prepares data without training."""
-    source: SourceConfig = SourceConfig()
-    """Image addresses and captions."""
+    last_stage: str = "report"
+    """Where to stop: source, ingest, judge, curate, a column, a training, evaluate or report. The last column
+    prepares data without training.
+    """
+    source: SourceConfig = ScenesConfig()
+    """Where images and captions come from. Scenes unless another `kind` is given, whose name alone stands for
+    its defaults.
+    """
     ingest: IngestConfig = IngestConfig()
     """Download and resize."""
     curate: CurateConfig = CurateConfig()
     """Which samples stay: stages judge and curate."""
-    captions: CaptionsConfig = CaptionsConfig()
-    """Alternative captions; `train.data.caption_weights` says how often each is drawn."""
-    latents: LatentsConfig = LatentsConfig()
-    """Encoder features, by `train.model.encoder`."""
-    features: FeaturesConfig = FeaturesConfig()
-    """Prompt features, by `train.model.mllm`."""
-    train: TrainConfig
-    """Training. Its `output_dir`, `data` folders and tracking address follow from `root` unless given."""
-    num_train_workers: int | tuple[int, int] = 2
-    """Data-parallel ranks of the training; [least, most] takes as many as the cluster has room for, and goes
-    on with fewer after a node was lost. Each number in between has to divide the global batch.
+    columns: dict[str, ColumnConfig]
+    """What is made of the samples, one stage each, by the name of the stage and its folder. Without any,
+    `image_features` and `prompt_features`, each made where a training's model can read it. A section needs no
+    `kind` where its name is one.
     """
-    train_max_failures: int = Field(default=3, ge=1)
-    """How often the ranks start again from the last checkpoint, after one died, before the stage fails."""
+    trainings: dict[str, TrainingConfig]
+    """What is trained, one stage each, by the name of the stage and its folder. Without any, one: `train`.
+    Output folder and tracking address follow from `root` unless given, and each reads the images and one
+    column of each kind that its model can use: `data.columns.image_features: stage:NAME` chooses another, a
+    folder one of elsewhere. `init_from: stage:NAME` goes on from the last checkpoint of the training NAME,
+    `stage:NAME/step_00000500` from that one; model fields that are not given are then that training's.
+    """
     evaluate: EvaluateConfig = EvaluateConfig()
-    """Scores of every checkpoint."""
+    """Scores of every checkpoint of a training."""
     ray: RayConfig = RayConfig()
     """The cluster. Changes no bytes."""
 
@@ -111,50 +87,193 @@ class WorkflowConfig(Config):
         """Where the data stages' folders lie."""
         return Folder(Folder.at(self.data_url or self.root).url, self.storage_options)
 
-    @model_validator(mode="after")
-    def _ranks_divide(self) -> "WorkflowConfig":
-        """A rank's share of the global batch is whole micro-batches."""
-        least, most = self.train_workers_range
-        if not 1 <= least <= most:
-            raise ValueError(f"num_train_workers is {self.num_train_workers}, expected 1 <= least <= most")
-        for world_size in range(least, most + 1):
-            grad_accum_steps(self.train.global_batch_size, self.train.engine.micro_batch_size, world_size)
-        return self
+    @property
+    def scored(self) -> str:
+        """Name of the training whose checkpoints are evaluated."""
+        return self.evaluate.training or list(self.trainings)[-1]
+
+    def training(self, name: str) -> TrainConfig:
+        """A training as it runs, with the folders of its columns."""
+        return self.trainings[name].plain(local_columns(self.data_folder, self.root))
+
+    def readers(self, column: str) -> list[str]:
+        """Names of the trainings that read a column of this workflow."""
+        return [name for name, one in self.trainings.items() if column in one.columns_read.values()]
 
     @property
-    def train_workers_range(self) -> tuple[int, int]:
-        """Least and largest number of ranks."""
-        workers = self.num_train_workers
-        return (workers, workers) if isinstance(workers, int) else workers
+    def made_columns(self) -> list[str]:
+        """Names of the columns that are made: those that a training reads, or that need none to say what
+        makes them. Captions come first, as other columns are made from them.
+        """
+        made = [name for name, one in self.columns.items() if one.stands_alone or self.readers(name)]
+        return sorted(made, key=lambda name: not isinstance(self.columns[name], CaptionsConfig))
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Every stage, in an order in which each follows what it reads."""
+        return [*BEFORE_COLUMNS, *self.made_columns, *_in_order(self.trainings), *AFTER_TRAININGS]
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _has_a_kind(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"kind": value}
+        return {"kind": "scenes", **value} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> "WorkflowConfig":
+        for name in [*self.columns, *self.trainings]:
+            if name in RESERVED or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(
+                    f"{name!r} cannot name a column or training; expected letters, digits, '_' and '-', and "
+                    f"none of {', '.join(sorted(RESERVED))}"
+                )
+        if both := self.columns.keys() & self.trainings.keys():
+            raise ValueError(f"{', '.join(sorted(both))}: a column and a training have the same name")
+        if not self.trainings:
+            raise ValueError("trainings: there is none; leave the section out for one of the name 'train'")
+        return self
+
+    @model_validator(mode="after")
+    def _references_lead_somewhere(self) -> "WorkflowConfig":
+        for name, training in self.trainings.items():
+            start = Reference.of(training.init_from)
+            if start is not None and start.stage not in self.trainings:
+                raise ValueError(
+                    f"trainings.{name}.init_from: {training.init_from} names no training of this workflow; "
+                    f"there are {', '.join(self.trainings)}"
+                )
+            for kind, column in training.columns_read.items():
+                if column not in self.columns or self.columns[column].kind != kind:
+                    there = [other for other, one in self.columns.items() if one.kind == kind]
+                    raise ValueError(
+                        f"trainings.{name}.data.columns.{kind}: stage:{column} is no such column of this "
+                        f"workflow; expected a folder or stage:NAME, NAME one of {', '.join(there)}"
+                    )
+        if self.scored not in self.trainings:
+            raise ValueError(
+                f"evaluate.training is {self.scored!r}; expected one of {', '.join(self.trainings)}"
+            )
+        for name in self.columns.keys() - set(self.made_columns) - set(DEFAULT_COLUMNS):
+            raise ValueError(
+                f"columns.{name}: no training reads it, and it does not say what makes it; name its model or "
+                f"give a training data.columns.{self.columns[name].kind}: stage:{name}"
+            )
+        if self.last_stage not in (names := self.stage_names):
+            raise ValueError(
+                f"last_stage is {self.last_stage!r}; expected one of this workflow's stages, "
+                f"{', '.join(names)} (prompt features are one where a training's model reads them)"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod
     def _follow_root(cls, values: Any) -> Any:
-        """Fills in what the layout of `root` decides."""
-        if not isinstance(values, dict) or not isinstance(values.get("root"), str | Path):
+        """Fills in default columns and trainings, and what the layout of `root` decides."""
+        if not isinstance(values, dict):
             return values
-        root = Path(values["root"])
-        train = values.get("train") or {}
-        if not isinstance(train, dict):
+        columns, trainings = values.get("columns", {}), values.get("trainings", {"train": {}})
+        if not (isinstance(columns, dict) and isinstance(trainings, dict)):
             return values
-        columns = column_root(root, values.get("data_url"))
-        made = {"image_features": columns / "latents", "prompt_features": columns / "features"}
-        if (values.get("captions") or {}).get("columns"):
-            made["captions"] = columns / "captions"
-        given = train.get("data") or {}
-        data = {"images": columns / "curate", **given, "columns": {**made, **(given.get("columns") or {})}}
+        columns = _with_kinds(columns)
+        if isinstance(values.get("root"), str | Path):
+            layout = _Layout(Path(values["root"]), _defaults(columns), trainings)
+            trainings = {name: layout.fill(name) for name in trainings}
+        return {**values, "columns": columns, "trainings": trainings}
+
+
+def _with_kinds(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a file, each with its kind where its name says it, and one of each default kind."""
+    found: dict[str, Any] = {
+        name: {"kind": name, **(one or {})} if name in KINDS and isinstance(one, dict | None) else one
+        for name, one in columns.items()
+    }
+    kinds = {_kind(one) for one in found.values()}
+    return {**{kind: {"kind": kind} for kind in DEFAULT_COLUMNS if kind not in kinds}, **found}
+
+
+def _kind(column: Any) -> str | None:
+    return column.get("kind") if isinstance(column, dict) else getattr(column, "kind", None)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What `root` decides of the trainings of a file."""
+
+    root: Path
+    columns: Mapping[str, str]
+    """The column of each kind that a training reads unless it says otherwise."""
+    given: Mapping[str, Any]
+    """The trainings' sections as they were given."""
+    filled: dict[str, Any] = field(default_factory=dict)
+    """The sections that were filled in so far."""
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """All fields of their models."""
+
+    def fill(self, name: str, below: tuple[str, ...] = ()) -> Any:
+        """A training's section with what it leaves out. What is wrong with it is said where it is
+        validated.
+        """
+        if name in self.filled or not isinstance(self.given[name], dict | None):
+            return self.filled.get(name, self.given[name])
+        section = self._inherit(self.given[name] or {}, (*below, name))
+        run_name = self.root.name if len(self.given) == 1 else f"{self.root.name}-{name}"
         # relative to the working directory, like `root`: MLflow resolves it where the run is started
-        tracking = {"uri": f"sqlite:///{root.parent / 'mlflow.db'}", "run_name": root.name}
-        followed = {
-            **train,
-            "output_dir": train.get("output_dir", root / "train"),
-            "data": data,
-            "tracking": {**tracking, **(train.get("tracking") or {})},
+        tracking = {"uri": f"sqlite:///{self.root.parent / 'mlflow.db'}", "run_name": run_name}
+        section = {
+            **section,
+            "output_dir": section.get("output_dir", self.root / name),
+            "tracking": {**tracking, **(section.get("tracking") or {})},
         }
-        return {**values, "train": followed}
+        every = _with_columns(section, self.columns)
+        try:
+            draft = TrainingConfig.model_validate(every)
+        except ValidationError:
+            self.filled[name] = every
+        else:
+            usable = {kind: one for kind, one in self.columns.items() if kind in draft.readable}
+            self.models[name] = draft.model.model_dump(mode="json")
+            self.filled[name] = _with_columns(section, usable)
+        return self.filled[name]
+
+    def _inherit(self, section: dict[str, Any], below: tuple[str, ...]) -> dict[str, Any]:
+        """The section, its model with the fields of the training that it goes on from."""
+        start = Reference.of(section.get("init_from"))
+        if start is None or start.stage in below or start.stage not in self.given:
+            return section
+        self.fill(start.stage, below)
+        model = continued_fields(self.models.get(start.stage, {}), section.get("model") or {})
+        return {**section, "model": model}
 
 
-def column_root(root: Path, data_url: str | None) -> Path:
-    """Where training finds the columns: beside each other on local disk, or copied there from a URL."""
-    data = Folder.at(data_url or root)
-    return data.path if data.is_local else root / "columns"
+def _with_columns(section: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A training's section that reads the workflow's images and its columns of these names, by kind, unless
+    it says otherwise.
+    """
+    data = section.get("data") or {}
+    read = {kind: f"stage:{name}" for kind, name in columns.items()} | dict(data.get("columns") or {})
+    return {**section, "data": {"images": "stage:curate", **data, "columns": read}}
+
+
+def _defaults(columns: Mapping[str, Any]) -> dict[str, str]:
+    """The column of each kind that a training reads unless it says otherwise: that of the kind's name, or the
+    first.
+    """
+    found: dict[str, str] = {}
+    for name, one in columns.items():
+        kind = _kind(one)
+        if kind is not None and (kind not in found or name == kind):
+            found[kind] = name
+    return found
+
+
+def _in_order(trainings: Mapping[str, TrainingConfig]) -> list[str]:
+    """Names of the trainings, each after the one that it goes on from; else in the order of the file."""
+    above = {
+        name: [start.stage] if (start := Reference.of(one.init_from)) else []
+        for name, one in trainings.items()
+    }
+    try:
+        return list(TopologicalSorter(above).static_order())
+    except CycleError as error:
+        raise ValueError(f"trainings: {' -> '.join(error.args[1])} go on from each other") from error

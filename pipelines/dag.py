@@ -11,7 +11,29 @@ from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.manifest import ShardTable, Upstream
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import SCHEMA
+from pipelines.workflow.digests import Digests
 from repfusion.files import canonical_json, digest_of
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a workflow's stages lie, and the digests of the weights and lists that they read."""
+
+    data: Folder
+    """Holds the folders of the data stages."""
+    root: Path
+    """Holds those of the others."""
+    digests: Digests
+
+    @property
+    def columns(self) -> Path:
+        """Holds the columns that training reads."""
+        return local_columns(self.data, self.root)
+
+
+def local_columns(data: Folder, root: Path) -> Path:
+    """Where training finds the columns: beside each other on local disk, or copied there from a URL."""
+    return data.path if data.is_local else root / "columns"
 
 
 @dataclass(frozen=True)
@@ -48,7 +70,7 @@ class ShardStage(Stage):
 
     worker: type = object
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Of the worker's constructor, beside `folder`."""
+    """Arguments of the worker's constructor, beside `folder`."""
     actors: ActorsConfig = field(default_factory=ActorsConfig)
     first_jobs: tuple[ShardJob, ...] = ()
     """The jobs of a stage without upstream, with the identity of what they read as `inputs`."""

@@ -4,12 +4,16 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast, get_args
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+TAGS = ("kind", "method")
+"""Fields whose value says which of several classes a section is."""
 
 
 class Strict(BaseModel):
@@ -102,12 +106,26 @@ def read_values(source: Path | Mapping[str, Any], overrides: Sequence[str] = ())
         if "=" not in override:
             raise ConfigError(f"override {override!r}: expected key.path=value")
     try:
-        given = OmegaConf.load(source) if isinstance(source, Path) else dict(source)
+        given = OmegaConf.load(source) if isinstance(source, Path) else OmegaConf.create(dict(source))
+        drop_other_kinds(given, overrides)
         merged = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
         return cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         where = f"{source}: " if isinstance(source, Path) else f"{' '.join(overrides)}: "
         raise ConfigError(f"{where}{error}") from error
+
+
+def drop_other_kinds(given: Any, overrides: Sequence[str]) -> None:
+    """Empties each section whose `kind` (or `method`) an override changes: what the file says there is about
+    the other kind.
+    """
+    for override in overrides:
+        path, _, kind = override.partition("=")
+        section, _, tag = path.rpartition(".")
+        if tag in TAGS and section:
+            found = OmegaConf.select(given, section)
+            if isinstance(found, DictConfig) and found.get(tag, kind) != kind:
+                OmegaConf.update(given, section, {}, merge=False)
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,12 +140,13 @@ def validate(kind: type[C], values: Any, place: str = "config") -> C:
     except ValidationError as error:
         lines = []
         for problem in error.errors(include_url=False):
-            key = ".".join(map(str, problem["loc"])) or "the whole"
+            key, section = spell(kind, problem["loc"])
             if problem["type"] == "extra_forbidden":
-                near = nearest_key(kind, key)
+                near = nearest_in(section, key) or nearest_key(kind, key)
                 lines.append(f"unknown key '{key}'" + (f"; did you mean '{near}'?" if near else ""))
             else:
-                lines.append(f"{key}: {problem['msg']} (got {problem['input']!r})")
+                got = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+                lines.append(f"{key}: {problem['msg']}{got}")
         raise ConfigError("\n".join(f"{place}: {line}" for line in lines)) from error
 
 
@@ -142,6 +161,50 @@ def sections(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for argument in get_args(annotation):
         yield from sections(argument)
+
+
+def spell(kind: type[BaseModel], loc: Sequence[str | int]) -> tuple[str, list[type[BaseModel]]]:
+    """The dotted key of a place in a configuration as a file writes it, and the classes of the section that
+    holds its last part. pydantic also names the member of a union that was chosen, such as `scenes`.
+    """
+    words: list[str] = []
+    here: list[Any] = [kind]
+    last = here
+    for part in loc:
+        models = [one for one in here if isinstance(one, type) and issubclass(one, BaseModel)]
+        if len(models) > 1 and (chosen := [one for one in models if part in tags_of(one)]):
+            here = chosen
+            continue
+        fields = [one.model_fields[str(part)].annotation for one in models if part in one.model_fields]
+        containers = [get_args(one)[-1] for one in here if get_origin(one) in (dict, list, tuple)]
+        words.append(str(part))
+        last, here = here, [leaf for one in fields or containers for leaf in leaves(one)]
+    sections = [one for one in last if isinstance(one, type) and issubclass(one, BaseModel)]
+    return ".".join(words) or "the whole", sections
+
+
+def leaves(annotation: Any) -> Iterator[Any]:
+    """The members of a union, annotations left out; any other type is its own."""
+    if get_origin(annotation) is Annotated:
+        yield from leaves(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, UnionType):
+        for one in get_args(annotation):
+            yield from leaves(one)
+    else:
+        yield annotation
+
+
+def tags_of(kind: type[BaseModel]) -> set[str]:
+    """What a union of sections may call this one."""
+    fields = (kind.model_fields[tag].annotation for tag in TAGS if tag in kind.model_fields)
+    return {value for field in fields for value in get_args(field)}
+
+
+def nearest_in(sections: Sequence[type[BaseModel]], key: str) -> str | None:
+    """The key of the same section, or of one in it, that looks most like a mistaken one."""
+    prefix, dot, _ = key.rpartition(".")
+    known = [known for one in sections for known in known_keys(one, prefix + dot)]
+    return next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.75)), None)
 
 
 def known_keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:

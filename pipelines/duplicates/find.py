@@ -10,7 +10,7 @@ import hashlib
 import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from jaxtyping import Int, UInt64
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from pipelines.shards.manifest import ShardTable
-    from pipelines.stages.curate import CurateConfig
+
+Duplicates = Literal["keep", "exact", "near"]
+"""What counts as a duplicate: nothing, the same bytes, or a like image too."""
 
 DUPLICATES = "duplicates.parquet"
 DIGEST_BYTES = 16
-"""Bytes of a sha256 that stand for an image: two of 10^9 images share them by chance once in 10^21 data
-sets.
-"""
+"""Bytes of a sha256 that stand for an image: two of 10^9 share them by chance once in 10^21 data sets."""
 
 READERS = 8
 """Shards' verdicts read at the same time."""
@@ -37,20 +37,23 @@ ROW_GROUP = 1 << 16
 """Rows of `duplicates.parquet` that are read together."""
 
 
-def find_duplicates(folder: Folder, shards: "ShardTable", config: "CurateConfig") -> list[str]:
+def find_duplicates(
+    folder: Folder, shards: "ShardTable", duplicates: Duplicates, near_duplicate_bits: int = 0
+) -> list[str]:
     """Writes `duplicates.parquet` (key, reason, duplicate_of; ascending keys) into the folder of `judge`;
-    returns its name. Samples that `judge` drops neither count nor are listed.
+    returns its name. Samples that `judge` drops neither count nor are listed. Near duplicates differ in up to
+    `near_duplicate_bits` of their 64.
 
     Raises:
         ShardError: where the verdicts of a shard are missing or changed.
     """
-    if config.duplicates == "keep":
+    if duplicates == "keep":
         _write(folder, [], [], [])
         return [DUPLICATES]
-    positions, digests, hashes = _read_images(folder, shards, config.duplicates == "near")
+    positions, digests, hashes = _read_images(folder, shards, duplicates == "near")
     first = first_equal(digests)
     del digests
-    kept = first if config.duplicates == "exact" else first_near(hashes, config.near_duplicate_bits)
+    kept = first if duplicates == "exact" else first_near(hashes, near_duplicate_bits)
     del hashes
     repeated = np.flatnonzero(kept != np.arange(len(kept)))
     exact = kept[repeated] == first[repeated]
@@ -98,7 +101,7 @@ class DuplicateList:
             ) from error
 
     def of(self, keys: "pa.ChunkedArray") -> dict[str, tuple[str, str]]:
-        """Which of the keys are duplicates -> (reason, key of the sample that stays)."""
+        """The keys that are duplicates -> (reason, key of the sample that stays)."""
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 

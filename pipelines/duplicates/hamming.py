@@ -57,7 +57,7 @@ def _groups_of_equals(
 
 
 def _greedy(hashes: UInt64[np.ndarray, " n"], bits: int) -> Int[np.ndarray, " n"]:
-    """The first hash near each, as `first_near` finds it, for hashes that are all different."""
+    """What `first_near` gives, for hashes that are all different."""
     if bits == 0:
         return np.arange(len(hashes))
     if len(hashes) <= LEAF:

@@ -14,6 +14,8 @@ class EvaluateConfig(EvaluationConfig):
     """SUITE/VALUE that picks the best checkpoint, such as scenes/task/counting, the higher the better; None
     takes the headline of the first suite. Changes no scores.
     """
+    training: str | None = None
+    """Name of the workflow's training whose checkpoints these are; None takes the last."""
     every_steps: int | None = Field(default=None, ge=1)
     """Checkpoints at multiples of this, the first and the last; None takes every checkpoint."""
     every_minutes: float | None = Field(default=None, gt=0)

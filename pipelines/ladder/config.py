@@ -21,10 +21,8 @@ CONFIGS = Path(__file__).parent / "configs"
 class DataConfig(Config):
     """Scenes, encoded once in each latent space."""
 
-    scenes: ScenesConfig = ScenesConfig()
+    scenes: ScenesConfig = ScenesConfig(shard_size=1000)
     """What is drawn. Held-out combinations are in none of it."""
-    shard_size: int = Field(default=1000, ge=1)
-    """Samples of a shard."""
     num_validation: int = Field(default=256, ge=1)
     """Held-out scenes on which the velocity loss is taken, each at one fixed noise level and noise."""
 

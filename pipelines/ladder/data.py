@@ -2,19 +2,18 @@
 stages.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.config import WorkflowConfig
 from pipelines.dag import Stage
 from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.rows import SPACES, Space
-from pipelines.shards.storage import Folder
-from pipelines.stages.build import build_stages
+from pipelines.stages.build import data_stages
 from pipelines.workflow.run import run
 
-COLUMNS: dict[Space, str] = {"rae": "latents", "vae": "latents_vae"}
+COLUMNS: dict[Space, str] = {"rae": "image_features", "vae": "image_features_vae"}
 
 
 @dataclass(frozen=True)
@@ -27,36 +26,30 @@ class Columns:
 
 
 def stages_of(config: LadderConfig, spaces: Iterable[Space]) -> list[Stage]:
-    """Source to curate, then one stage of latents for each space.
+    """Source to curate, then one column of image features for each space.
 
     Raises:
         ValueError: where an encoder's folder is missing.
     """
-    found: list[Stage] = []
-    for space in dict.fromkeys(spaces):
-        stages = build_stages(_workflow(config, space))
-        latents = stages[-1]
-        if COLUMNS[space] != latents.name:
-            folder = Folder(f"{latents.folder.url.rstrip('/')}_{space}")
-            latents = replace(latents, name=COLUMNS[space], folder=folder)
-        found += [latents] if found else [*stages[:-1], latents]
-    return found
+    return list(data_stages(_workflow(config, sorted(set(spaces), key=list(COLUMNS).index))))
 
 
-def _workflow(config: LadderConfig, space: Space) -> WorkflowConfig:
+def _workflow(config: LadderConfig, spaces: Sequence[Space]) -> WorkflowConfig:
     size = config.data.scenes.world.image_size
+    encoders = {space: {"path": config.weights / SPACES[space][0], "image_size": size} for space in spaces}
     return WorkflowConfig.model_validate(
         {
             "root": data_root(config),
-            "last_stage": "latents",
-            "source": {"scenes": config.data.scenes, "shard_size": config.data.shard_size},
+            "last_stage": COLUMNS[spaces[-1]],
+            "source": config.data.scenes,
             "ingest": {"image_size": size},
             "curate": {"min_side_px": min(16, size), "max_caption_chars": 200, "duplicates": "keep"},
-            "features": {"enabled": False},
-            "train": {
-                "model": {"encoder": {"path": config.weights / SPACES[space][0], "image_size": size}},
-                "tracking": {"uri": None},
+            "columns": {
+                COLUMNS[space]: {"kind": "image_features", "encoder": encoder}
+                for space, encoder in encoders.items()
             },
+            # the rows train by themselves; a workflow has a training, which is not reached
+            "trainings": {"train": {"model": {"encoder": encoders[spaces[0]]}, "tracking": {"uri": None}}},
             "ray": config.ray,
         }
     )

@@ -8,7 +8,7 @@ from typing import Any
 from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.data import Columns
 from pipelines.ladder.rows import LADDERS, ROWS, SPACES, Row, model_of
-from pipelines.stages.build import ROUNDING
+from pipelines.stages.train import ROUNDING
 from pipelines.workflow.digests import Digests
 from repfusion.evaluation.record import EvaluationConfig
 from repfusion.files import digest_of

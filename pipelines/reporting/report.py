@@ -24,6 +24,8 @@ class Finished:
     """What the page is made of; everything but the manifests may be missing."""
 
     root: Path
+    trained: Path
+    """Folder of the training that was evaluated."""
     manifests: list[Manifest]
     """Upstream first."""
     training: dict[str, Any]
@@ -33,8 +35,9 @@ class Finished:
     """Folder and scores, by step."""
 
 
-def read_workflow(root: Path, data: Folder | None = None) -> Finished:
-    """`data` is where the data stages lie; None is under `root` too.
+def read_workflow(root: Path, data: Folder | None = None, name: str = "train") -> Finished:
+    """`data` is where the data stages lie; None is under `root` too. `name` is of the training that was
+    evaluated.
 
     Raises:
         ValueError: where no stage of a workflow is complete.
@@ -50,7 +53,7 @@ def read_workflow(root: Path, data: Folder | None = None) -> Finished:
     if not found:
         raise ValueError(f"{root}: no complete stage (no */manifest.json); run the workflow first")
     order = TopologicalSorter({name: sorted(found[name].upstream) for name in sorted(found)}).static_order()
-    train_json = root / "train" / "train.json"
+    train_json = root / name / "train.json"
     training = json.loads(train_json.read_text()) if train_json.is_file() else {}
     losses: list[tuple[int, float]] = []
     if training.get("tracking_uri") and training.get("run_id"):
@@ -59,7 +62,8 @@ def read_workflow(root: Path, data: Folder | None = None) -> Finished:
     evaluations = [
         (folder, one) for folder in sorted(folders) if (one := read_evaluation(folder)) is not None
     ]
-    return Finished(root, [found[name] for name in order if name in found], training, losses, evaluations)
+    manifests = [found[stage] for stage in order if stage in found]
+    return Finished(root, root / name, manifests, training, losses, evaluations)
 
 
 def short(digest: str) -> str:
@@ -131,7 +135,7 @@ def training(data: Finished) -> str:
 def lineage(data: Finished) -> str:
     """From the last checkpoint back to the weights and the data it came from."""
     rows: list[tuple[str, str]] = []
-    train_config = data.root / "train" / "config.json"
+    train_config = data.trained / "config.json"
     checkpoint = Path(data.training["checkpoint"]) if data.training.get("checkpoint") else None
     if checkpoint is not None and (checkpoint / COMPLETE).is_file():
         rows.append(("checkpoint", f"<code>{escape(str(checkpoint))}</code>"))
@@ -157,23 +161,24 @@ def lineage(data: Finished) -> str:
     )
 
 
-def write_report(root: Path, data: Folder | None = None) -> Path:
+def write_report(root: Path, data: Folder | None = None, name: str = "train") -> Path:
     """Writes `report.html` and, from the last checkpoint, `gallery.png` under `root`; returns the page.
+    The arguments are `read_workflow`'s.
 
     Raises:
         ValueError: where no stage is complete.
     """
-    found = read_workflow(root, data)
+    found = read_workflow(root, data, name)
     if found.evaluations:
         with atomic_path(root / GALLERY) as temporary:
             shutil.copyfile(found.evaluations[-1][0] / GALLERY, temporary)
     evaluated = scores.galleries(found.evaluations) + scores.scores(found.evaluations)
     body = headline(found) + evaluated + "".join(part(found) for part in (training, stages, lineage))
-    name = escape(root.resolve().name)
+    title = escape(root.resolve().name)
     page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}: RepFusion</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}: RepFusion</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
-        f"<body><main><h1>{name}</h1>{body}</main></body></html>\n"
+        f"<body><main><h1>{title}</h1>{body}</main></body></html>\n"
     )
     path = root / "report.html"
     write_text(path, page)

@@ -48,9 +48,9 @@ class Manifest(Strict):
     """Names the shards' data: see `ShardTable.digest`."""
     drops: dict[str, int]
     seconds: float
-    """Time from the stage's start to its end, of the run that completed it."""
+    """From the stage's start to its end, of the run that completed it."""
     shard_seconds: float
-    """Time of all shards, one after the other."""
+    """Seconds of all shards, one after the other."""
     files: dict[str, SideFile]
     """Files of the stage as a whole, such as `statistics.safetensors`."""
     extra: dict[str, Any]
@@ -196,7 +196,7 @@ def read_output(folder: Folder) -> StageOutput | None:
 
 
 def write_output(folder: Folder, manifest: Manifest, shards: ShardTable) -> StageOutput:
-    """The manifest last."""
+    """Writes the table of shards and then the manifest, which marks the stage complete."""
     if len(shards):
         shards.write(folder)
     folder.write(MANIFEST, json_bytes(manifest.model_dump(mode="json", by_alias=True)))

@@ -98,9 +98,7 @@ class Folder:
         return {name: size for name, size in files if not name.endswith(TEMPORARY)}
 
     def names(self) -> set[str]:
-        """Names of the files that lie directly in the folder, without their sizes: on local disk
-        several times faster.
-        """
+        """The names of `sizes` alone: on local disk several times faster."""
         if not self.is_local:
             return set(self.sizes())
         with suppress(FileNotFoundError), os.scandir(self.url) as entries:
@@ -139,7 +137,7 @@ class Folder:
         return (self.path / name).read_bytes() if self.is_local else self._files.cat_file(self._at(name))
 
     def read_many(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-        """Names and bytes of those files that are there, many at a time where each takes a round trip."""
+        """The files of these names that are there, many at a time where each takes a round trip."""
         if self.is_local:
             for name in names:
                 with suppress(FileNotFoundError):

@@ -16,7 +16,7 @@ from pipelines.shards.storage import Folder
 from repfusion.config import Strict
 from repfusion.files import file_sha256, json_bytes
 
-SCHEMA = 1
+SCHEMA = 2
 """Raised when a stage's code changes the bytes it writes; part of every fingerprint."""
 
 
@@ -37,9 +37,9 @@ class Sidecar(Strict):
     name: str
     """The shard's name without extension, such as `00042`."""
     file: str
-    """The shard's data file in the stage's folder."""
+    """The data file in the stage's folder."""
     fingerprint: str
-    """Fingerprint of the stage that wrote it."""
+    """Fingerprint of the stage that wrote the shard."""
     inputs: dict[str, str]
     """sha256 of the upstream shards it was made from, by stage."""
     samples: int

@@ -25,7 +25,7 @@ from urllib.response import addinfourl
 TRANSIENT_REASONS = frozenset(
     {"timeout", "connection_error", "dns_failure", "incomplete_read", "http_408", "http_425", "http_429"}
 )
-"""With every http_5xx: why a download failed that may succeed later."""
+"""Reasons of failed downloads that may succeed later, as those with an http_5xx may."""
 MAX_WAIT_SEC = 30.0
 """Longest wait between two attempts, whatever a server asks for."""
 DEFAULT_TIMEOUT_SEC = 10.0
@@ -56,7 +56,7 @@ class DownloadLimits:
     """What a download may do."""
 
     max_bytes: int
-    """Of a body; more is refused, with or without a Content-Length that tells."""
+    """Size of a body; more is refused, with or without a Content-Length that tells."""
     allow_private_addresses: bool = False
     """Whether hosts may be private, loopback, link-local or otherwise not of the public internet."""
     retries: int = 0
@@ -64,7 +64,7 @@ class DownloadLimits:
     backoff_sec: float = 1.0
     """Wait before the second attempt; doubled for each further one."""
     max_requests_per_sec_per_host: float | None = None
-    """Of this process; redirects count. None is no limit."""
+    """Requests of this process; redirects count. None is no limit."""
 
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -330,7 +330,7 @@ class _Response(http.client.HTTPResponse):
         self._max_bytes = max_bytes
 
     def read(self, amt: int | None = None) -> bytes:
-        """As the base class; without `amt`, never more than the limit."""
+        """Reads as the base class does; without `amt`, never more than the limit."""
         if amt is not None:
             return super().read(amt)
         if self.length is not None and self.length <= self._max_bytes:

@@ -8,13 +8,18 @@ import hashlib
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import Field
+
+from pipelines.dag import Place, ShardStage
 from pipelines.runtime.pool import ShardJob
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, sample_key, shard_name
 from pipelines.shards.tars import tar_shard
+from pipelines.sources.base import Entries, read_stage
 from pipelines.sources.inputs import list_folder
 from pipelines.sources.raw_samples import (
     IMAGE_ENDINGS,
@@ -35,6 +40,9 @@ CAPTION_ENDING = ".txt"
 class FolderConfig(Config):
     """Image files to take in."""
 
+    kind: Literal["folder"] = "folder"
+    shard_size: int = Field(default=500, ge=1)
+    """Entries per shard, the unit of work, failure and resume of every later stage."""
     path: str
     """The folder; local or any fsspec URL. Folders in it count, hidden files do not."""
     captions: str | None = None
@@ -48,7 +56,7 @@ class FolderConfig(Config):
     extra_columns: Annotated[tuple[str, ...], free_names(OWN_FIELDS)] = ()
     """Further columns of the csv that go into each sample's json, as text, such as alternative captions."""
     options: dict[str, Any] = {}
-    """Of the fsspec file system: an endpoint, a profile. Changes no bytes."""
+    """Options of the fsspec file system: an endpoint, a profile. Changes no bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +75,9 @@ class Entry:
     """An image and its caption, or what there is of them."""
 
     path: str
-    """Of the image, or of the caption that has none."""
+    """Path of the image, or of the caption that has none."""
     image: str | None
-    """Its version; None where there is no such file."""
+    """Version of the image; None where there is no such file."""
     row: Row | None
     is_repeated: bool = False
     """Whether the csv names the image a second time."""
@@ -79,28 +87,47 @@ class Entry:
         return f"{self.path}\t{self.image}\t{self.row.version if self.row else None}\n"
 
 
+@dataclass(frozen=True)
+class FolderSource:
+    """A folder of images, read by `ingest`."""
+
+    config: FolderConfig
+
+    def stages(self, ingest: IngestConfig, place: Place) -> list[ShardStage]:
+        fields = fingerprint_fields(self.config, ingest)
+        return [read_stage(FolderWorker, self.config, fields, jobs(self.config), ingest, place)]
+
+    def entries(self) -> Entries:
+        names = [job.name for job in jobs(self.config)]
+        return Entries(num_entries(self.config), names, partial(probe_jobs, self.config))
+
+
 def fingerprint_fields(config: FolderConfig, ingest: IngestConfig) -> dict[str, Any]:
     """What decides the bytes, beside the files themselves."""
-    fields: dict[str, Any] = {"source.folder.captions": "txt" if config.captions is None else "csv"}
+    fields: dict[str, Any] = {
+        "source.kind": config.kind,
+        "source.shard_size": config.shard_size,
+        "source.captions": "txt" if config.captions is None else "csv",
+    }
     if config.captions is not None:
-        fields["source.folder.extra_columns"] = list(config.extra_columns)
+        fields["source.extra_columns"] = list(config.extra_columns)
     return {**fields, **image_fields(ingest)}
 
 
-def jobs(config: FolderConfig, shard_size: int) -> tuple[ShardJob, ...]:
-    """Shards of `shard_size` entries. Walks the folder; what is kept of it is a hash for each shard.
+def jobs(config: FolderConfig) -> tuple[ShardJob, ...]:
+    """Shards of `source.shard_size` entries. Walks the folder; what is kept of it is a hash for each shard.
 
     Raises:
         ValueError: where there is no folder or no image in it, or no csv that has the columns.
     """
     entries = FolderEntries(config).walk()
     made: list[ShardJob] = []
-    while shard := _Shard.of(islice(entries, shard_size)):
-        start = len(made) * shard_size
+    while shard := _Shard.of(islice(entries, config.shard_size)):
+        start = len(made) * config.shard_size
         arguments = {"start": start, "stop": start + shard.number, "first": shard.first}
         made.append(ShardJob(shard_name(len(made)), "", {"files": shard.digest}, arguments))
     if not made:
-        raise ValueError(f"source.folder.path: {config.path} holds no images ({' '.join(IMAGE_ENDINGS)})")
+        raise ValueError(f"source.path: {config.path} holds no images ({' '.join(IMAGE_ENDINGS)})")
     return tuple(made)
 
 
@@ -158,7 +185,7 @@ class FolderEntries:
                 yield from self._join(self._walk(self.folder, "", first.split("/")), self._rows.rows(first))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ValueError(
-                f"source.folder.path: {self.config.path}: {error}; expected a folder of images"
+                f"source.path: {self.config.path}: {error}; expected a folder of images"
             ) from error
 
     def _walk(self, folder: Folder, prefix: str, first: list[str]) -> Iterator[Entry]:
@@ -228,11 +255,11 @@ class _Captions:
                     ),
                 )
         except (FileNotFoundError, pa.ArrowInvalid) as error:
-            raise ValueError(f"source.folder.captions: {place} is not readable as csv: {error}") from error
+            raise ValueError(f"source.captions: {place} is not readable as csv: {error}") from error
         for column in columns:
             if column not in table.column_names:
                 raise ValueError(
-                    f"source.folder.captions: {place} has no column {column!r}; it has {table.column_names}"
+                    f"source.captions: {place} has no column {column!r}; it has {table.column_names}"
                 )
         paths = pc.replace_substring_regex(table[config.file_column].fill_null(""), r"^\./", "")
         order = pc.sort_indices(pc.replace_substring(paths, "/", "\0"))

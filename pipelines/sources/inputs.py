@@ -18,7 +18,7 @@ class InputFile:
     """A file that a source reads, as it was when it was listed."""
 
     name: str
-    """Its path within the folder that was asked for."""
+    """Path of the file within the folder that was asked for."""
     url: str
     """Where it lies: a path or a URL."""
     size: int

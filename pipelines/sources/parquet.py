@@ -9,16 +9,22 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from pydantic import Field
+
+from pipelines.dag import Place, ShardStage
 from pipelines.runtime.pool import ShardJob
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, sample_key, shard_name
 from pipelines.shards.tars import tar_shard
+from pipelines.sources.base import Entries, read_stage
 from pipelines.sources.inputs import InputFile, find_inputs
 from pipelines.sources.raw_samples import OWN_FIELDS, PACKAGES, BadEntry, SampleMaker, free_names
 from pipelines.stages.ingest import IngestConfig, image_fields
+from pipelines.workflow.digests import flatten
 from repfusion.config import Config
 
 if TYPE_CHECKING:
@@ -32,6 +38,9 @@ RESERVED = OWN_FIELDS | {"source_row", "source_path"}
 class ParquetConfig(Config):
     """Parquet files with images in them."""
 
+    kind: Literal["parquet"] = "parquet"
+    shard_size: int = Field(default=500, ge=1)
+    """Entries per shard, the unit of work, failure and resume of every later stage."""
     path: str
     """A .parquet file, a folder of them or a pattern such as `data/train-*.parquet`; local or any fsspec URL.
     Several files are read in the order of their names.
@@ -46,7 +55,7 @@ class ParquetConfig(Config):
     values, lists and structs of these.
     """
     options: dict[str, Any] = {}
-    """Of the fsspec file system: an endpoint, a profile. Changes no bytes."""
+    """Options of the fsspec file system: an endpoint, a profile. Changes no bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +74,29 @@ class Part:
         return f"{self.file.size}:{self.file.stamp}:{self.start - self.first}-{self.stop - self.first}"
 
 
+@dataclass(frozen=True)
+class ParquetSource:
+    """Parquet files, read by `ingest`."""
+
+    config: ParquetConfig
+
+    def stages(self, ingest: IngestConfig, place: Place) -> list[ShardStage]:
+        fields = fingerprint_fields(self.config, ingest)
+        return [read_stage(ParquetWorker, self.config, fields, jobs(self.config), ingest, place)]
+
+    def entries(self) -> Entries:
+        names = [job.name for job in jobs(self.config)]
+        return Entries(num_entries(self.config), names, partial(probe_jobs, self.config))
+
+
 def fingerprint_fields(config: ParquetConfig, ingest: IngestConfig) -> dict[str, Any]:
     """What decides the bytes, beside the files themselves."""
-    fields = config.model_dump(mode="json", include={"image_column", "caption_column", "extra_columns"})
-    return {**{f"source.parquet.{name}": value for name, value in fields.items()}, **image_fields(ingest)}
+    fields = config.model_dump(mode="json", exclude={"path", "options"})
+    return {**flatten(fields, "source."), **image_fields(ingest)}
 
 
-def jobs(config: ParquetConfig, shard_size: int) -> tuple[ShardJob, ...]:
-    """Shards of `shard_size` rows over all files. Reads the files' footers.
+def jobs(config: ParquetConfig) -> tuple[ShardJob, ...]:
+    """Shards of `source.shard_size` rows over all files. Reads the files' footers.
 
     Raises:
         ValueError: where there is no file, or one lacks a column or has one of an unfit type.
@@ -81,8 +105,8 @@ def jobs(config: ParquetConfig, shard_size: int) -> tuple[ShardJob, ...]:
     ends = [part.stop for part in parts]
     total = ends[-1]
     made = []
-    for index, start in enumerate(range(0, total, shard_size)):
-        stop = min(start + shard_size, total)
+    for index, start in enumerate(range(0, total, config.shard_size)):
+        stop = min(start + config.shard_size, total)
         touched = parts[bisect_right(ends, start) : bisect_right(ends, stop - 1) + 1]
         own = tuple(
             Part(part.file, part.first, max(start, part.start), min(stop, part.stop)) for part in touched
@@ -108,7 +132,7 @@ def probe_jobs(config: ParquetConfig, wanted: int, offset: int = 0) -> tuple[Sha
 
 def list_parts(config: ParquetConfig) -> list[Part]:
     """The files that have rows, each with all of them."""
-    files = find_inputs(config.path, (".parquet",), "source.parquet.path", config.options)
+    files = find_inputs(config.path, (".parquet",), "source.path", config.options)
     counts = []
     for file in files:
         with _Rows(file, config) as rows:
@@ -120,7 +144,7 @@ def list_parts(config: ParquetConfig) -> list[Part]:
         if count
     ]
     if not parts:
-        raise ValueError(f"source.parquet.path: the {len(files)} files at {config.path} have no rows")
+        raise ValueError(f"source.path: the {len(files)} files at {config.path} have no rows")
     return parts
 
 
@@ -140,9 +164,7 @@ class _Rows:
         except (pa.ArrowException, OSError, ValueError) as error:
             self._stream.close()
             if isinstance(error, pa.ArrowException | OSError) and _is_damage(error):
-                raise ValueError(
-                    f"source.parquet.path: {file.url} is not readable as parquet: {error}"
-                ) from error
+                raise ValueError(f"source.path: {file.url} is not readable as parquet: {error}") from error
             raise
 
     def __enter__(self) -> "_Rows":
@@ -161,12 +183,10 @@ class _Rows:
         ]
         for name, kind, fits in expected:
             if name not in schema.names:
-                raise ValueError(
-                    f"source.parquet: {self.file.url} has no column {name!r}; it has {schema.names}"
-                )
+                raise ValueError(f"source: {self.file.url} has no column {name!r}; it has {schema.names}")
             if not fits(schema.field(name).type):
                 raise ValueError(
-                    f"source.parquet: column {name!r} of {self.file.url} is {schema.field(name).type}; "
+                    f"source: column {name!r} of {self.file.url} is {schema.field(name).type}; "
                     f"expected {kind}"
                 )
 

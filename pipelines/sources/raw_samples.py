@@ -21,7 +21,7 @@ PACKAGES = ("img2dataset", "opencv-python-headless", "pillow")
 
 
 def free_names(reserved: Set[str]) -> AfterValidator:
-    """For a field of column names that become fields of a sample's JSON: none may be a reserved one."""
+    """A check of column names that become fields of a sample's JSON: none may be a reserved one."""
 
     def check(names: tuple[str, ...]) -> tuple[str, ...]:
         if taken := reserved & set(names):

@@ -10,19 +10,24 @@ import tarfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
-from typing import BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from pydantic import Field
 
-from pipelines.runtime.pool import ShardJob
+from pipelines.dag import Place, ShardStage
+from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, Sidecar, sample_key
 from pipelines.shards.tars import TarSamples
+from pipelines.sources.base import Entries, download_stage, list_stage, numbered_entries
+from pipelines.stages.ingest import IngestConfig
+from pipelines.workflow.digests import flatten
 from repfusion.config import Config
 from repfusion.scenes.captions import caption_scene
 from repfusion.scenes.world import WorldConfig, draw_scene, render
@@ -45,8 +50,11 @@ class DefectsConfig(Config):
 
 
 class ScenesConfig(Config):
-    """What the embedded world draws."""
+    """What the embedded world draws. It is served on loopback, and downloaded from there."""
 
+    kind: Literal["scenes"] = "scenes"
+    shard_size: int = Field(default=500, ge=1)
+    """Entries per shard, the unit of work, failure and resume of every later stage."""
     num_samples: int = Field(default=4000, ge=1)
     """Entries of the url list, defects included."""
     seed: int = Field(default=0, ge=0)
@@ -55,6 +63,39 @@ class ScenesConfig(Config):
     """Image size, and which shapes and colours occur how often."""
     defects: DefectsConfig = DefectsConfig()
     """Entries spoilt on purpose."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """Port of the loopback server; 0 takes any free one. Changes no bytes."""
+    actors: ActorsConfig = ActorsConfig()
+    """The pool that draws. Changes no bytes."""
+
+
+@dataclass(frozen=True)
+class ScenesSource:
+    """A list of scenes, and a server that has them for the length of `ingest`."""
+
+    config: ScenesConfig
+
+    def stages(self, ingest: IngestConfig, place: Place) -> list[ShardStage]:
+        config = self.config
+        drawn = list_stage(
+            SceneWorker,
+            {"config": config},
+            flatten(config.model_dump(mode="json", exclude={"port", "actors"}), "source."),
+            config.num_samples,
+            config.shard_size,
+            config.actors,
+            place,
+        )
+
+        @contextmanager
+        def own_server() -> Iterator[dict[str, Any]]:
+            with serve(drawn.folder, config.port) as address:
+                yield {"base_url": address, "own_server": True}
+
+        return [drawn, download_stage(drawn, ingest, config.shard_size, place, own_server)]
+
+    def entries(self) -> Entries:
+        return numbered_entries(self.config.num_samples, self.config.shard_size)
 
 
 def to_uint8(pixels: Float[np.ndarray, "3 h w"]) -> UInt8[np.ndarray, "h w 3"]:
@@ -71,7 +112,7 @@ def defect_positions(config: ScenesConfig) -> dict[int, str]:
     kinds = [kind for kind, number in config.defects for _ in range(number)]
     if len(kinds) > config.num_samples:
         raise ValueError(
-            f"source.scenes.defects: {len(kinds)} defects in {config.num_samples} samples; ask for fewer"
+            f"source.defects: {len(kinds)} defects in {config.num_samples} samples; ask for fewer"
         )
     chosen = np.random.default_rng([config.seed, CAPTION_STREAM]).choice(
         config.num_samples, len(kinds), replace=False

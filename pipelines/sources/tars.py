@@ -7,12 +7,16 @@ Every sample of the input ends as a sample or as a counted drop.
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, NoReturn
 
+from pipelines.dag import Place, ShardStage
 from pipelines.runtime.pool import ShardJob
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, shard_name
 from pipelines.shards.tars import TarSamples, read_samples, tar_shard
+from pipelines.sources.base import Entries, read_stage
 from pipelines.sources.inputs import InputFile, find_inputs
 from pipelines.sources.raw_samples import (
     IMAGE_ENDINGS,
@@ -32,8 +36,9 @@ NUM_COUNTED_SAMPLES = 500
 
 
 class TarsConfig(Config):
-    """WebDataset tars to take in."""
+    """WebDataset tars to take in, each of which becomes a shard."""
 
+    kind: Literal["tars"] = "tars"
     path: str
     """A .tar file, a folder of them or a pattern such as `data/*/*.tar`; local or any fsspec URL. Shards are
     numbered in the order of the names.
@@ -45,20 +50,36 @@ class TarsConfig(Config):
     samples before the damage and count one drop, `truncated_tar`. Changes no bytes of other shards.
     """
     options: dict[str, Any] = {}
-    """Of the fsspec file system: an endpoint, a profile. Changes no bytes."""
+    """Options of the fsspec file system: an endpoint, a profile. Changes no bytes."""
+
+
+@dataclass(frozen=True)
+class TarsSource:
+    """Tars that others wrote, read by `ingest`."""
+
+    config: TarsConfig
+
+    def stages(self, ingest: IngestConfig, place: Place) -> list[ShardStage]:
+        fields = fingerprint_fields(self.config, ingest)
+        return [read_stage(TarWorker, self.config, fields, jobs(self.config), ingest, place)]
+
+    def entries(self) -> Entries:
+        names = [job.name for job in jobs(self.config)]
+        return Entries(num_entries(self.config), names, partial(probe_jobs, self.config))
 
 
 def fingerprint_fields(config: TarsConfig, ingest: IngestConfig) -> dict[str, Any]:
     """What decides the bytes, beside the tars themselves."""
-    return {"source.tars.caption_field": config.caption_field, **image_fields(ingest)}
+    own = {"source.kind": config.kind, "source.caption_field": config.caption_field}
+    return {**own, **image_fields(ingest)}
 
 
 def find_tars(config: TarsConfig) -> tuple[InputFile, ...]:
     """Raises ValueError where there is none."""
-    return find_inputs(config.path, (".tar",), "source.tars.path", config.options)
+    return find_inputs(config.path, (".tar",), "source.path", config.options)
 
 
-def jobs(config: TarsConfig, shard_size: int = 0) -> tuple[ShardJob, ...]:
+def jobs(config: TarsConfig) -> tuple[ShardJob, ...]:
     """One for each tar, whatever its size. Raises ValueError where there is none."""
     return tuple(_job(index, file) for index, file in enumerate(find_tars(config)))
 
@@ -186,7 +207,7 @@ def _refuse(file: InputFile, read: int, config: TarsConfig, error: ShardError) -
         raise ShardError(f"{file.url}: was there when the tars were listed, is gone; run again") from error
     advice = "replace it"
     if read and config.on_truncated == "fail":
-        advice += ", or set source.tars.on_truncated=keep to take the samples before the damage"
+        advice += ", or set source.on_truncated=keep to take the samples before the damage"
     raise ShardError(
         f"{file.url}: not a tar, or cut short or damaged, after {read:,} samples of its {file.size:,} bytes; "
         f"{advice}"

@@ -6,13 +6,20 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, cast
 
-from pipelines.runtime.pool import ShardJob
+from pydantic import Field
+
+from pipelines.dag import Place, ShardStage
+from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, Sidecar, sample_key
+from pipelines.sources.base import Entries, download_stage, list_stage, numbered_entries
 from pipelines.sources.raw_samples import free_names
+from pipelines.stages.ingest import IngestConfig
+from pipelines.workflow.digests import flatten
 from repfusion.config import Config
+from repfusion.files import digest_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,20 +35,50 @@ CSV_BLOCK_BYTES = 1 << 20
 class UrlsConfig(Config):
     """A list of addresses to download."""
 
+    kind: Literal["urls"] = "urls"
+    shard_size: int = Field(default=500, ge=1)
+    """Entries per shard, the unit of work, failure and resume of every later stage."""
     path: str
     """A .parquet or .csv file, a folder of them or a pattern such as `lists/part-*.parquet`; local or any
     fsspec URL. Several files are read in the order of their names.
     """
     url_column: str = "url"
-    """Its column of addresses."""
+    """The list's column of addresses."""
     caption_column: str = "caption"
-    """Its column of captions; an empty or missing one is dropped, and counted, by `curate`."""
+    """The list's column of captions; an empty or missing one is dropped, and counted, by `curate`."""
     extra_columns: Annotated[tuple[str, ...], free_names(RESERVED)] = ()
     """Further columns (text, numbers, truth values, lists of text or whole numbers) that go into each
     sample's JSON, such as alternative captions.
     """
     options: dict[str, Any] = {}
-    """Of the fsspec file system: an endpoint, a profile. Changes no bytes."""
+    """Options of the fsspec file system: an endpoint, a profile. Changes no bytes."""
+    actors: ActorsConfig = ActorsConfig()
+    """The pool that reads the list. Changes no bytes."""
+
+
+@dataclass(frozen=True)
+class UrlsSource:
+    """A list of addresses, cut into shards and then downloaded."""
+
+    config: UrlsConfig
+
+    def stages(self, ingest: IngestConfig, place: Place) -> list[ShardStage]:
+        config, files = self.config, UrlList(self.config).files
+        fields = config.model_dump(mode="json", exclude={"path", "options", "actors"})
+        identities = [place.digests.url(file.url, config.options) for file in files]
+        listed = list_stage(
+            UrlListWorker,
+            {"config": config, "files": files},
+            flatten({**fields, "path": digest_of(identities)}, "source."),
+            sum(file.rows for file in files),
+            config.shard_size,
+            config.actors,
+            place,
+        )
+        return [listed, download_stage(listed, ingest, config.shard_size, place)]
+
+    def entries(self) -> Entries:
+        return numbered_entries(num_rows(self.config), self.config.shard_size)
 
 
 @dataclass(frozen=True)
@@ -68,12 +105,10 @@ def find_files(config: UrlsConfig) -> list[str]:
     else:
         found = files.glob(path)
     if not found:
-        raise ValueError(
-            f"source.urls.path: {config.path} leads to no file; expected .parquet or .csv url lists"
-        )
+        raise ValueError(f"source.path: {config.path} leads to no file; expected .parquet or .csv url lists")
     for name in found:
         if not name.endswith(KINDS):
-            raise ValueError(f"source.urls.path: {name}: expected a name that ends in .parquet or .csv")
+            raise ValueError(f"source.path: {name}: expected a name that ends in .parquet or .csv")
     return sorted(files.unstrip_protocol(name).removeprefix("file://") for name in found)
 
 
@@ -120,7 +155,7 @@ class UrlList:
             return pa.concat_tables(pieces, promote_options="permissive")
         except pa.ArrowTypeError as error:
             raise ValueError(
-                f"source.urls.extra_columns: the files of {self.config.path} disagree about a type: {error}"
+                f"source.extra_columns: the files of {self.config.path} disagree about a type: {error}"
             ) from error
 
     def _batch_at(self, position: int) -> tuple[int, "pa.Table"]:
@@ -132,7 +167,7 @@ class UrlList:
             self._batch = next(self._batches, None)
             if self._batch is None:
                 raise ValueError(
-                    f"source.urls.path: {self.config.path} ends before row {position:,} of {len(self):,}; "
+                    f"source.path: {self.config.path} ends before row {position:,} of {len(self):,}; "
                     "it changed since it was counted: run again"
                 )
         return self._first, self._batch
@@ -166,7 +201,7 @@ class UrlList:
             for name in self.config.extra_columns:
                 if not _fits_json(kind := parquet.schema_arrow.field(name).type):
                     raise ValueError(
-                        f"source.urls.extra_columns: {name!r} of {url} is of type {kind}; expected "
+                        f"source.extra_columns: {name!r} of {url} is of type {kind}; expected "
                         "text, numbers, truth values or lists of text or whole numbers"
                     )
             self._parquet = (url, parquet)
@@ -182,7 +217,7 @@ class UrlList:
     def _check_columns(self, url: str, names: Sequence[str]) -> None:
         for column in self._columns:
             if column not in names:
-                raise ValueError(f"source.urls: {url} has no column {column!r}; it has {list(names)}")
+                raise ValueError(f"source: {url} has no column {column!r}; it has {list(names)}")
 
     @property
     def _columns(self) -> list[str]:
@@ -209,7 +244,7 @@ class UrlList:
                 for batch in batches:
                     yield self._named(pa.Table.from_batches([batch]), url)
         except pa.ArrowInvalid as error:
-            raise ValueError(f"source.urls.path: {url} is not readable as csv: {error}") from error
+            raise ValueError(f"source.path: {url} is not readable as csv: {error}") from error
 
     def _named(self, batch: "pa.Table", url: str) -> "pa.Table":
         """Columns url and caption as text that is never null, and the extra ones."""

@@ -3,98 +3,145 @@
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pipelines.config import StageName, WorkflowConfig
-from pipelines.dag import ShardStage, Stage, WholeStage
-from pipelines.duplicates.find import DUPLICATES, find_duplicates
-from pipelines.runtime.session import in_worker
-from pipelines.shards.manifest import MANIFEST, ShardTable, Upstream
+from pipelines.config import WorkflowConfig
+from pipelines.dag import Place, ShardStage, Stage, WholeStage
 from pipelines.shards.storage import Folder
-from pipelines.sources.build import ingest_stage, source_stage
-from pipelines.stages import captions, curate, image_features, judge, prompt_features
-from pipelines.workflow.digests import Digests, flatten
-from pipelines.workflow.inspection import MIX
-from pipelines.workflow.summary import write_summary
-from repfusion.data.columns import manifest_digest
-from repfusion.data.config import DataConfig
-from repfusion.data.readers import PROMPT_FEATURES
-from repfusion.model.build import columns_of
-
-STATISTICS = "statistics.safetensors"
-NOT_BYTES = (
-    "output_dir",
-    "data",
-    "tracking",
-    "keep_resume",
-    "keep_last",
-    "keep_every_steps",
-    "log_every_steps",
-)
-"""Fields of the training that do not change its weights."""
-ROUNDING = (
-    "zero_stage",
-    "frozen",
-    "offload_optimizer",
-    "activation_checkpointing",
-    "compile",
-    "micro_batch_size",
-    "attention",
-    "num_threads",
-)
-"""Fields of `train.engine` by which its weights differ in rounding alone, as they do by the number of ranks:
-a training goes on from its checkpoint on other hardware.
-"""
+from pipelines.sources.base import Entries
+from pipelines.sources.build import source_of
+from pipelines.stages.captions import CaptionsConfig, captions_stage
+from pipelines.stages.curate import curate_stage
+from pipelines.stages.evaluate import evaluate_stage
+from pipelines.stages.image_features import ImageFeaturesConfig, image_features_stage
+from pipelines.stages.judge import judge_stage
+from pipelines.stages.prompt_features import PromptFeaturesConfig, prompt_features_stage
+from pipelines.stages.report import report_stage
+from pipelines.stages.train import Reference, train_stage
+from pipelines.workflow.digests import Digests
+from repfusion.data.config import CAPTIONS
 
 
 def build_stages(
-    config: WorkflowConfig, started: float | None = None, digests: Digests | None = None
+    config: WorkflowConfig, started: float | None = None, place: Place | None = None
 ) -> list[Stage]:
     """The stages up to `last_stage`, in an order in which each follows what it reads. `started` is when the
-    run began (perf_counter); `digests` are those remembered in the root unless given.
+    run began (perf_counter); `place` is the workflow's own unless given.
 
     Raises:
-        ValueError: where a url list, a weights folder or a column of a data set of the mix is missing.
+        ValueError: where a url list, a weights folder or a column of a data set of the mix is missing, or a
+            column is to be made by two models.
     """
-    last = get_args(StageName).index(config.last_stage)
-    absent = {
-        "source": not config.source.makes_lists,
-        "captions": not config.captions.columns,
-        "features": not config.features.enabled,
-    }
-    wanted = [name for name in get_args(StageName)[: last + 1] if not absent.get(name)]
-    digests = digests or Digests(config.root)
-    stages: dict[str, Stage] = {}
-    for name in wanted:
+    names = config.stage_names
+    place = place or Place(config.data_folder, config.root, Digests(config.root))
+    first = source_of(config.source).stages(config.ingest, place)
+    found: dict[str, Stage] = {stage.name: stage for stage in first}
+    for name in names[: names.index(config.last_stage) + 1]:
         match name:
-            case "source":
-                stages[name] = source_stage(config, digests)
-            case "ingest":
-                stages[name] = ingest_stage(config, stages.get("source"))
+            case "source" | "ingest":
+                pass  # the source's own
             case "judge":
-                stages[name] = _judge(config, stages["ingest"])
+                found[name] = judge_stage(config.curate, found["ingest"], place)
             case "curate":
-                stages[name] = _curate(config, stages["ingest"], stages["judge"])
-            case "captions":
-                stages[name] = _captions(config, stages["curate"], digests)
-            case "latents":
-                stages[name] = _latents(config, stages["curate"], digests)
-            case "features":
-                stages[name] = _features(config, stages["curate"], stages.get("captions"), digests)
-            case "train":
-                stages[name] = _train(config, stages, digests)
+                found[name] = curate_stage(config.curate, found["ingest"], found["judge"], place)
             case "evaluate":
-                stages[name] = _evaluate(config, stages["train"])
-            case "report":
-                stages[name] = _report(
-                    config, stages["evaluate"], time.perf_counter() if started is None else started
+                training = config.training(config.scored)
+                found[name] = evaluate_stage(
+                    config.evaluate, training, config.ray, found[config.scored], place
                 )
-    return list(stages.values())
+            case "report":
+                began = time.perf_counter() if started is None else started
+                found[name] = report_stage(config.scored, found["evaluate"], began, place)
+            case _ if name in config.columns:
+                found[name] = _column(config, name, found, place)
+            case _:
+                found[name] = _training(config, name, found, place)
+    return [found[name] for name in names[: names.index(config.last_stage) + 1] if name in found]
+
+
+def _column(config: WorkflowConfig, name: str, above: Mapping[str, Stage], place: Place) -> ShardStage:
+    images = above["curate"]
+    match column := config.columns[name]:
+        case CaptionsConfig():
+            return captions_stage(name, column, images, place)
+        case ImageFeaturesConfig():
+            encoder, key = _maker(config, name, "encoder", column.encoder)
+            return image_features_stage(name, column, encoder, key, images, place)
+        case PromptFeaturesConfig():
+            mllm, key = _maker(config, name, "mllm", column.mllm)
+            mllm_dtype, _ = _maker(config, name, "mllm_dtype", column.mllm_dtype)
+            captions = _captions(config, name)
+            return prompt_features_stage(
+                name,
+                column,
+                mllm,
+                key,
+                mllm_dtype,
+                images,
+                None if captions is None else above[captions],
+                () if captions is None else tuple(config.columns[captions].captions),
+                place,
+            )
+
+
+def _maker(config: WorkflowConfig, column: str, field: str, own: Any) -> tuple[Any, str]:
+    """What a column is made by, its own or that of the trainings that read it, and the key that says so.
+
+    Raises:
+        ValueError: two of them differ.
+    """
+    said = {} if own is None else {f"columns.{column}.{field}": own}
+    for name in config.readers(column):
+        said[f"trainings.{name}.model.{field}"] = getattr(config.trainings[name].model, field)
+    (key, value), *others = said.items()
+    for other, another in others:
+        if another != value:
+            raise ValueError(
+                f"{other} is {another}, but the column {column!r} that this training reads is made by {key}, "
+                f"which is {value}; give the training a column of its own"
+            )
+    return value, key
+
+
+def _captions(config: WorkflowConfig, column: str) -> str | None:
+    """The column of alternative captions whose prompt features a column holds: that of its readers.
+
+    Raises:
+        ValueError: they read several.
+    """
+    read = [config.trainings[name].columns_read.get(CAPTIONS) for name in config.readers(column)]
+    found = list(dict.fromkeys(one for one in read if one is not None))
+    if len(found) > 1:
+        raise ValueError(
+            f"columns.{column}: its trainings read captions of {' and '.join(found)}, prompt features are of "
+            "one column of captions; give each training prompt features of its own"
+        )
+    return found[0] if found else None
+
+
+def _training(config: WorkflowConfig, name: str, above: Mapping[str, Stage], place: Place) -> WholeStage:
+    training = config.trainings[name]
+    start = Reference.of(training.init_from)
+    upstream = ["curate", *training.columns_read.values(), *([] if start is None else [start.stage])]
+    return train_stage(
+        name,
+        training,
+        tuple(above[one] for one in upstream),
+        None if start is None else config.trainings[start.stage].output_dir,
+        config.evaluate if name == config.scored else None,
+        config.ray,
+        place,
+    )
 
 
 def data_stages(config: WorkflowConfig) -> list[ShardStage]:
-    """Those made of shards: source to features."""
+    """The stages that are made of shards: source to the last column."""
     return [stage for stage in build_stages(config) if isinstance(stage, ShardStage)]
+
+
+def source_entries(config: WorkflowConfig) -> Entries:
+    """How many entries the source has, and how to take a few."""
+    return source_of(config.source).entries()
 
 
 def probe_stages(config: WorkflowConfig) -> Callable[[Path], list[ShardStage]]:
@@ -102,174 +149,12 @@ def probe_stages(config: WorkflowConfig) -> Callable[[Path], list[ShardStage]]:
 
     def build(scratch: Path) -> list[ShardStage]:
         changes = {
-            "root": scratch,
-            "data_url": None,
-            "storage_options": {},
             "curate": config.curate.model_copy(update={"duplicates": "keep", "max_drop_fraction": 1.0}),
             "ingest": config.ingest.model_copy(update={"max_drop_fraction": 1.0}),
         }
         # with the digests of the real root, or each plan would read all weights again
-        stages = build_stages(config.model_copy(update=changes), digests=Digests(config.root))
+        place = Place(Folder.at(scratch), scratch, Digests(config.root))
+        stages = build_stages(config.model_copy(update=changes), place=place)
         return [stage for stage in stages if isinstance(stage, ShardStage)]
 
     return build
-
-
-def _judge(config: WorkflowConfig, raw: Stage) -> ShardStage:
-    def finish(folder: Folder, shards: ShardTable) -> list[str]:
-        # in a task: its memory grows with the number of samples, the driver's must not
-        return in_worker(find_duplicates, folder, shards, config.curate)
-
-    fields, folder = curate.judge_fields(config.curate), config.data_folder / "judge"
-    arguments = {"source": raw.folder, "config": config.curate}
-    actors = config.curate.actors
-    return ShardStage("judge", fields, folder, (raw,), judge.JudgeWorker, arguments, actors, finish=finish)
-
-
-def _curate(config: WorkflowConfig, raw: Stage, judged: Stage) -> ShardStage:
-    fields, folder = curate.curate_fields(config.curate), config.data_folder / "curate"
-    arguments = {"source": raw.folder, "judged": judged.folder, "config": config.curate}
-    return ShardStage(
-        "curate",
-        fields,
-        folder,
-        (raw, judged),
-        curate.CurateWorker,
-        arguments,
-        config.curate.actors,
-        stage_files=(("judge", DUPLICATES),),
-    )
-
-
-def _captions(config: WorkflowConfig, images: Stage, digests: Digests) -> ShardStage:
-    def finish(folder: Folder, shards: ShardTable) -> list[str]:
-        return captions.count_coverage(config.captions, folder, shards)
-
-    return ShardStage(
-        "captions",
-        captions.fingerprint_fields(config.captions, digests.url),
-        config.data_folder / "captions",
-        (images,),
-        captions.CaptionsWorker,
-        {"source": images.folder, "config": config.captions},
-        config.captions.actors,
-        finish=finish,
-    )
-
-
-def _latents(config: WorkflowConfig, images: Stage, digests: Digests) -> ShardStage:
-    encoder = config.train.model.encoder
-    digest = digests.folder(encoder.path, "train.model.encoder.path")
-
-    def finish(folder: Folder, shards: ShardTable) -> list[str]:
-        image_features.merge_statistics(folder, shards.names, STATISTICS)
-        return [STATISTICS]
-
-    fields, folder = image_features.fingerprint_fields(encoder, digest), config.data_folder / "latents"
-    arguments = {"source": images.folder, "config": config.latents, "encoder": encoder}
-    return ShardStage(
-        "latents",
-        fields,
-        folder,
-        (images,),
-        image_features.LatentsWorker,
-        arguments,
-        config.latents.actors,
-        finish=finish,
-    )
-
-
-def _features(config: WorkflowConfig, images: Stage, others: Stage | None, digests: Digests) -> ShardStage:
-    """`others` is the stage of alternative captions."""
-    model, names = config.train.model, tuple(config.captions.columns)
-    digest = digests.folder(model.mllm, "train.model.mllm")
-    arguments = {
-        "source": images.folder,
-        "config": config.features,
-        "mllm": model.mllm,
-        "mllm_dtype": model.mllm_dtype,
-        "captions": None if others is None else others.folder,
-        "names": names,
-    }
-    fields = prompt_features.fingerprint_fields(digest, model.mllm_dtype, config.features, names)
-    folder = config.data_folder / "features"
-    above = (images,) if others is None else (images, others)
-    return ShardStage(
-        "features", fields, folder, above, prompt_features.FeaturesWorker, arguments, config.features.actors
-    )
-
-
-def _train(config: WorkflowConfig, stages: Mapping[str, Stage], digests: Digests) -> WholeStage:
-    values = config.train.model_dump(mode="json", exclude=set(NOT_BYTES))
-    values["engine"] = {key: value for key, value in values["engine"].items() if key not in ROUNDING}
-    fields = flatten(values, "train.")
-    model = config.train.model
-    for key, path in {
-        "train.model.encoder.path": model.encoder.path,
-        "train.model.mllm": model.mllm,
-        "train.model.decoder": model.decoder,
-        "train.init_from": config.train.init_from,
-    }.items():
-        fields[key] = None if path is None else digests.folder(path, key)
-    fields["train.data.caption_weights"] = config.train.data.caption_weights
-    fields |= _mixed_data(config.train.data)
-    upstream = [stages["curate"], stages["latents"]]
-    if "captions" in stages:
-        upstream.append(stages["captions"])
-    if PROMPT_FEATURES in columns_of(model) and "features" in stages:
-        upstream.append(stages["features"])
-
-    def execute(above: Upstream) -> dict[str, Any]:
-        from pipelines.stages.train import run_train
-
-        return run_train(config)
-
-    return WholeStage("train", fields, _local(config, "train"), tuple(upstream), execute)
-
-
-def _mixed_data(data: DataConfig) -> dict[str, Any]:
-    """Of the data sets mixed into the workflow's own: the digests of their columns, and how often they are
-    drawn. Raises ValueError, naming the config key, where a column is not complete.
-    """
-    fields: dict[str, Any] = {}
-    if data.mix and data.weight != 1:
-        fields["train.data.weight"] = data.weight
-    for name, dataset in sorted(data.mix.items()):
-        fields[f"{MIX}{name}.weight"] = dataset.weight
-        fields[f"{MIX}{name}.caption_weights"] = dataset.caption_weights
-        for column, folder in dataset.folders.items():
-            digest = fields[f"{MIX}{name}.{column}"] = manifest_digest(folder)
-            if digest is None:
-                raise ValueError(
-                    f"{MIX}{name}.{column}: {folder} holds no complete stage (no {MANIFEST}); expected "
-                    "a local folder that a workflow wrote: run that workflow to its end, or correct the path"
-                )
-    return fields
-
-
-def _evaluate(config: WorkflowConfig, train: Stage) -> WholeStage:
-    def execute(above: Upstream) -> dict[str, Any]:
-        from pipelines.stages.evaluate import run_evaluate
-
-        return run_evaluate(config)
-
-    fields = flatten(config.evaluate.decides, "evaluate.")
-    return WholeStage("evaluate", fields, _local(config, "evaluate"), (train,), execute)
-
-
-def _report(config: WorkflowConfig, evaluate: Stage, started: float) -> WholeStage:
-    def execute(above: Upstream) -> dict[str, Any]:
-        from pipelines.reporting.report import write_report
-
-        # the page shows the summary; its own seconds are added when the run ends
-        manifests = {name: output.manifest for name, output in above.items()}
-        write_summary(config.root, manifests, time.perf_counter() - started)
-        write_report(config.root, config.data_folder)
-        return {}
-
-    outputs = (config.root / "report.html", config.root / "gallery.png")
-    return WholeStage("report", {}, _local(config, "report"), (evaluate,), execute, outputs, needs_ray=False)
-
-
-def _local(config: WorkflowConfig, name: str) -> Folder:
-    return Folder(str(config.root / name))

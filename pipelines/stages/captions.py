@@ -9,10 +9,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pipelines.dag import Place, ShardStage, Stage
 from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.manifest import ShardTable
 from pipelines.shards.storage import Folder
@@ -31,7 +32,7 @@ MISSING_MEMBER = "missing.json"
 BATCH_ROWS = 1 << 14
 
 
-class CaptionColumn(Strict):
+class CaptionConfig(Strict):
     """Where one alternative caption comes from: a field of each sample's json, or a table."""
 
     field: str | None = None
@@ -55,10 +56,10 @@ class CaptionColumn(Strict):
     context.
     """
     options: dict[str, Any] = {}
-    """Of the table's fsspec file system: an endpoint, a profile. Changes no bytes."""
+    """Options of the table's fsspec file system: an endpoint, a profile. Changes no bytes."""
 
     @model_validator(mode="after")
-    def _has_one_origin(self) -> "CaptionColumn":
+    def _has_one_origin(self) -> "CaptionConfig":
         if (self.field is None) == (self.table is None):
             raise ValueError("give either field (of the json) or table (of captions)")
         if self.field is not None and (
@@ -71,46 +72,52 @@ class CaptionColumn(Strict):
 
 
 class CaptionsConfig(Config):
-    """Alternative captions, which training draws by `train.data.caption_weights`."""
+    """A column of alternative captions, which trainings draw by `data.caption_weights`."""
 
-    columns: dict[str, CaptionColumn] = {}
-    """By name: the column `long` becomes the member `long.txt`. Without any, there is no such stage."""
+    kind: Literal["captions"] = "captions"
+    captions: dict[str, CaptionConfig] = Field(min_length=1)
+    """The captions by name: `long` becomes the member `long.txt`."""
     actors: ActorsConfig = ActorsConfig()
-    """Its pool. Changes no bytes."""
+    """The pool that makes them. Changes no bytes."""
 
-    @field_validator("columns")
+    @property
+    def stands_alone(self) -> bool:
+        """Whether the column can be made though no training reads it."""
+        return True
+
+    @field_validator("captions")
     @classmethod
-    def _names_are_plain(cls, columns: dict[str, CaptionColumn]) -> dict[str, CaptionColumn]:
-        for name in columns:
+    def _names_are_plain(cls, captions: dict[str, CaptionConfig]) -> dict[str, CaptionConfig]:
+        for name in captions:
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise ValueError(f"{name!r}: expected letters, digits, '_' or '-': it names the members")
-        return columns
+        return captions
 
 
 def fingerprint_fields(
-    config: CaptionsConfig, identify: Callable[[str, Mapping[str, Any]], str]
+    column: str, config: CaptionsConfig, identify: Callable[[str, Mapping[str, Any]], str]
 ) -> dict[str, Any]:
-    """What decides the bytes; `identify` gives what changes with a file's content, by its URL and options.
-    Raises ValueError where a table is missing.
+    """What decides the bytes of the column of a name; `identify` gives what changes with a file's content, by
+    its URL and options. Raises ValueError where a table is missing.
     """
     fields: dict[str, Any] = {}
-    for name, column in sorted(config.columns.items()):
-        prefix = f"captions.columns.{name}."
-        fields[f"{prefix}max_chars"] = column.max_chars
-        if column.table is None:
-            fields[f"{prefix}field"] = column.field
+    for name, caption in sorted(config.captions.items()):
+        prefix = f"columns.{column}.captions.{name}."
+        fields[f"{prefix}max_chars"] = caption.max_chars
+        if caption.table is None:
+            fields[f"{prefix}field"] = caption.field
             continue
         for key in ("key_column", "join_field", "caption_column"):
-            fields[prefix + key] = getattr(column, key)
-        files = table_files(name, column)
-        fields[f"{prefix}table"] = digest_of([identify(file.url, column.options) for file in files])
+            fields[prefix + key] = getattr(caption, key)
+        files = table_files(name, caption)
+        fields[f"{prefix}table"] = digest_of([identify(file.url, caption.options) for file in files])
     return fields
 
 
-def table_files(name: str, column: CaptionColumn) -> tuple[InputFile, ...]:
+def table_files(name: str, column: CaptionConfig) -> tuple[InputFile, ...]:
     """Raises ValueError where there is none."""
     assert column.table is not None
-    return find_inputs(column.table, (".parquet",), f"captions.columns.{name}.table", column.options)
+    return find_inputs(column.table, (".parquet",), f"captions.{name}.table", column.options)
 
 
 class _Table:
@@ -120,7 +127,7 @@ class _Table:
         ValueError: where a file is missing, not readable, or lacks a column or has one of an unfit type.
     """
 
-    def __init__(self, name: str, column: CaptionColumn):
+    def __init__(self, name: str, column: CaptionConfig):
         self._name, self._column = name, column
         self._files = table_files(name, column)
         for file in self._files:
@@ -135,7 +142,7 @@ class _Table:
         import pyarrow.parquet as pq
         from pyarrow import types
 
-        place = f"captions.columns.{self._name}.table: {file.url}"
+        place = f"captions.{self._name}.table: {file.url}"
         try:
             schema = pq.read_schema(stream)
         except (pa.ArrowInvalid, EOFError) as error:
@@ -225,12 +232,12 @@ class CaptionsWorker:
     def __init__(self, folder: Folder, source: Folder, config: CaptionsConfig):
         self.folder, self.source, self.config = folder, source, config
         self._tables = {
-            name: _Table(name, one) for name, one in config.columns.items() if one.table is not None
+            name: _Table(name, one) for name, one in config.captions.items() if one.table is not None
         }
 
     def __call__(self, job: ShardJob) -> Sidecar:
         records = self._read(job.name)
-        found = {name: self._column(name, records) for name in sorted(self.config.columns)}
+        found = {name: self._column(name, records) for name in sorted(self.config.captions)}
         missing: list[tuple[str, str, str]] = []
         with ShardCommit(self.folder, job.name, job.fingerprint, job.inputs, ("pyarrow",)) as commit:
             with tar_shard(commit) as samples:
@@ -252,7 +259,7 @@ class CaptionsWorker:
 
     def _read(self, name: str) -> dict[str, dict[str, Any]]:
         """The json of every sample, as far as it is asked for."""
-        asked = {field for one in self.config.columns.values() for field in (one.field, one.join_field)}
+        asked = {field for one in self.config.captions.values() for field in (one.field, one.join_field)}
         records: dict[str, dict[str, Any]] = {}
         samples = read_samples(self.source, f"{name}.tar", read_sidecar(self.source, name), ("txt", "json"))
         for key, members in samples:
@@ -267,7 +274,7 @@ class CaptionsWorker:
 
     def _column(self, name: str, records: dict[str, dict[str, Any]]) -> dict[str, tuple[str, str | None]]:
         """Caption of each key and None, or the reason why it has none."""
-        column = self.config.columns[name]
+        column = self.config.captions[name]
         if column.field is not None:
             field = column.field
             return {
@@ -286,7 +293,7 @@ class CaptionsWorker:
         return captions
 
     @staticmethod
-    def _judge(column: CaptionColumn, absent: str, caption: Any) -> tuple[str, str | None]:
+    def _judge(column: CaptionConfig, absent: str, caption: Any) -> tuple[str, str | None]:
         match caption:
             case None:
                 return "", absent
@@ -329,8 +336,26 @@ def count_coverage(config: CaptionsConfig, folder: Folder, shards: ShardTable) -
                 table = pq.read_table(stream, columns=["caption", "reason"])
             missing.update(zip(*(column.to_pylist() for column in table.columns), strict=True))
     columns = {}
-    for name in sorted(config.columns):
+    for name in sorted(config.captions):
         reasons = {reason: count for (column, reason), count in sorted(missing.items()) if column == name}
         columns[name] = {"present": shards.samples - sum(reasons.values()), "missing": reasons}
     folder.write(COVERAGE, json_bytes({"samples": shards.samples, "columns": columns}))
     return [COVERAGE]
+
+
+def captions_stage(name: str, config: CaptionsConfig, images: Stage, place: Place) -> ShardStage:
+    """The stage of a column of alternative captions. Raises ValueError where a table is missing."""
+
+    def finish(folder: Folder, shards: ShardTable) -> list[str]:
+        return count_coverage(config, folder, shards)
+
+    return ShardStage(
+        name,
+        fingerprint_fields(name, config, place.digests.url),
+        place.data / name,
+        (images,),
+        CaptionsWorker,
+        {"source": images.folder, "config": config},
+        config.actors,
+        finish=finish,
+    )

@@ -2,11 +2,12 @@
 counted reason.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
-from pipelines.duplicates.find import DuplicateList, read_verdicts
+from pipelines.dag import Place, ShardStage, Stage
+from pipelines.duplicates.find import DUPLICATES, DuplicateList, Duplicates, read_verdicts
 from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
@@ -27,13 +28,13 @@ class CurateConfig(Config):
     """Shortest caption, surrounding space not counted."""
     max_caption_chars: int = Field(default=1000, ge=1)
     """Longest caption. Choose it so that captions fit into the MLLM's context."""
-    duplicates: Literal["keep", "exact", "near"] = "exact"
-    """Of images that occur more than once, in whichever shards, the first stays: `exact` compares the stored
-    bytes, `near` also the perceptual hash, which sees brightness and coarse layout and no colour. Captions
+    duplicates: Duplicates = "exact"
+    """Which images count as the same, so that the first alone stays: `exact` compares the stored bytes,
+    `near` also the perceptual hash, which sees brightness and coarse layout and no colour. Captions
     are not compared: a list with several captions to an image needs `keep`.
     """
     near_duplicate_bits: int = Field(default=4, ge=0, le=8)
-    """For `near`: in how many of 64 bits the hashes of two images may differ."""
+    """In how many of 64 bits the hashes of two images may differ that `near` takes for the same."""
     max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
     """A shard that loses more than this fails instead, duplicates counted. Changes no bytes."""
     actors: ActorsConfig = ActorsConfig()
@@ -98,3 +99,17 @@ class CurateWorker:
                 f"shard {name}: {self.source} holds {stored or 'no more samples'} where {self.judged} judged "
                 f"{judged or 'no more samples'}; re-run the stage '{self.judged.name}'"
             )
+
+
+def curate_stage(config: CurateConfig, raw: Stage, judged: Stage, place: Place) -> ShardStage:
+    """The stage `curate` of what `ingest` (`raw`) holds and `judge` says of it."""
+    return ShardStage(
+        "curate",
+        curate_fields(config),
+        place.data / "curate",
+        (raw, judged),
+        CurateWorker,
+        {"source": raw.folder, "judged": judged.folder, "config": config},
+        config.actors,
+        stage_files=((judged.name, DUPLICATES),),
+    )

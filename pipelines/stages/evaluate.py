@@ -9,23 +9,23 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from pipelines.config import WorkflowConfig
+from pipelines.dag import Place, Stage, WholeStage
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.records import best_checkpoint, config_digest, finished
 from pipelines.evaluation.schedule import CONFIG, EvaluationScheduler
 from pipelines.runtime.session import RayConfig, StageError, ray_session
+from pipelines.shards.manifest import Upstream
+from pipelines.shards.storage import Folder
+from pipelines.workflow.digests import flatten
 from repfusion.config import Config, load_config
 from repfusion.evaluation.record import GALLERY, SCORES, Evaluation
 from repfusion.evaluation.shown import by_part
 from repfusion.files import atomic_path
 from repfusion.runs.checkpoint import COMPLETE, complete_checkpoints, step_of
 from repfusion.train import TrainConfig
-
-if TYPE_CHECKING:
-    from pipelines.config import WorkflowConfig
-
-__all__ = ["EvaluateConfig", "EvaluationScheduler", "evaluate_now", "finished", "publish", "run_evaluate"]
 
 
 def publish(source: Path, target: Path) -> None:
@@ -49,27 +49,39 @@ def summarise(evaluation: Evaluation, step: int) -> dict[str, Any]:
     }
 
 
-def run_evaluate(config: "WorkflowConfig") -> dict[str, Any]:
+def run_evaluate(config: EvaluateConfig, train: TrainConfig, ray: RayConfig, root: Path) -> dict[str, Any]:
     """Finishes what was not evaluated beside the training, and publishes all of it under `root`.
 
     Raises:
         StageError: an evaluation failed, with its error, or there is no checkpoint.
     """
-    scheduler = EvaluationScheduler(config.evaluate, config.train)
+    scheduler = EvaluationScheduler(config, train)
     if not scheduler.checkpoints():
-        raise StageError(f"evaluate: {config.train.output_dir}/checkpoints holds no complete checkpoint")
+        raise StageError(f"evaluate: {train.output_dir}/checkpoints holds no complete checkpoint")
     started = time.perf_counter()
-    with ray_session(config.ray):
+    with ray_session(ray):
         found = scheduler.finish()
     if not found:
         raise StageError("evaluate: all checkpoints that were to be evaluated are gone")
     for folder, _ in found:
-        publish(folder, config.root / "evaluate" / folder.name)
-    with atomic_path(config.root / GALLERY) as temporary:
+        publish(folder, root / "evaluate" / folder.name)
+    with atomic_path(root / GALLERY) as temporary:
         shutil.copyfile(found[-1][0] / GALLERY, temporary)
     evaluations = [summarise(evaluation, step_of(folder)) for folder, evaluation in found]
     waited_sec = round(time.perf_counter() - started, 3)
     return {"evaluations": evaluations, "missed": sorted(scheduler.missed), "waited_sec": waited_sec}
+
+
+def evaluate_stage(
+    config: EvaluateConfig, train: TrainConfig, ray: RayConfig, trained: Stage, place: Place
+) -> WholeStage:
+    """The stage `evaluate` of the checkpoints that the stage `trained` leaves."""
+
+    def execute(above: Upstream) -> dict[str, Any]:
+        return run_evaluate(config, train, ray, place.root)
+
+    fields, folder = flatten(config.decides, "evaluate."), Folder(str(place.root / "evaluate"))
+    return WholeStage("evaluate", fields, folder, (trained,), execute)
 
 
 class _Means(Config):
@@ -95,8 +107,6 @@ def find_target(path: Path, overrides: Sequence[str] = ()) -> Target:
     Raises:
         ValueError: it is none of these; ConfigError: an override that does not hold.
     """
-    from pipelines.config import WorkflowConfig
-
     path = Path(path)
     checkpoint = path if (path / COMPLETE).is_file() else None
     if checkpoint is not None:
@@ -104,7 +114,7 @@ def find_target(path: Path, overrides: Sequence[str] = ()) -> Target:
     workflow = path / "config.yaml" if (path / "config.yaml").is_file() else path
     if not workflow.is_dir():
         config = load_config(WorkflowConfig, workflow, overrides)
-        return Target(config.train, config.evaluate, config.ray, None)
+        return Target(config.training(config.scored), config.evaluate, config.ray, None)
     folder = path if checkpoint is None else checkpoint.parent.parent
     if not (folder / "config.json").is_file() and (folder / "train" / "config.json").is_file():
         folder = folder / "train"

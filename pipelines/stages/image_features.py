@@ -14,23 +14,26 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import UInt8
 from pydantic import Field
 
+from pipelines.dag import Place, ShardStage, Stage
 from pipelines.runtime.pool import ActorsConfig, ShardJob
+from pipelines.shards.arrays import npy_bytes
+from pipelines.shards.manifest import ShardTable
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
 from pipelines.shards.tars import TarSamples, read_samples, tar_shard
 from pipelines.stages.judge import IMAGE_EXTENSIONS
 from repfusion.config import Config
+from repfusion.latents.load import EncoderConfig
 
 if TYPE_CHECKING:
     import torch
 
-    from repfusion.latents.load import EncoderConfig
     from repfusion.latents.statistics import LatentStatistics
 
 Batch = tuple[list[str], UInt8[np.ndarray, "b h w 3"]]
@@ -38,47 +41,43 @@ Batch = tuple[list[str], UInt8[np.ndarray, "b h w 3"]]
 PNG_START = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR"
 MALLOC_OPTIONS = {-1: 1 << 30, -3: 1 << 30, -8: 1}
 """glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in bytes, and M_ARENA_MAX."""
+STATISTICS = "statistics.safetensors"
+"""File of the stage as a whole: the statistics of all shards."""
 STATISTICS_AT_ONCE = 16
 """Shards' statistics in memory at a time: at 576 x 1024 each takes 9 MiB."""
 
 
-class LatentsConfig(Config):
-    """Encodes images."""
+class ImageFeaturesConfig(Config):
+    """A column of what an encoder makes of the images, which training denoises."""
 
+    kind: Literal["image_features"] = "image_features"
+    encoder: EncoderConfig | None = None
+    """The vision tower or VAE; None takes that of the trainings that read the column."""
     batch_size: int = Field(default=64, ge=1)
     """Images encoded at once. Counts as changing no bytes: what it does change is below float16's rounding,
     almost always.
     """
     actors: ActorsConfig = ActorsConfig()
-    """Its pool. Changes no bytes."""
+    """The pool that encodes. Changes no bytes."""
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether the column can be made though no training reads it."""
+        return self.encoder is not None
 
 
-def fingerprint_fields(encoder: "EncoderConfig", digest: str) -> dict[str, Any]:
-    """What decides the bytes: the encoder's folder (its digest, not its place), layer and image size; a VAE
-    has no layer. Raises ValueError where its folder has no such tower or size.
+def fingerprint_fields(name: str, encoder: EncoderConfig, digest: str) -> dict[str, Any]:
+    """What decides the bytes of the column of a name: the encoder's folder (its digest, not its place), layer
+    and image size; a VAE has no layer. Raises ValueError where its folder has no such tower or size.
     """
     from repfusion.latents.geometry import is_vae, latent_geometry
 
     return {
-        "train.model.encoder.path": digest,
-        "train.model.encoder.layer": None if is_vae(encoder.path) else encoder.layer,
-        "train.model.encoder.image_size": latent_geometry(encoder.path, encoder.image_size).image_size,
-        "latents.dtype": "float16",
+        f"columns.{name}.encoder.path": digest,
+        f"columns.{name}.encoder.layer": None if is_vae(encoder.path) else encoder.layer,
+        f"columns.{name}.encoder.image_size": latent_geometry(encoder.path, encoder.image_size).image_size,
+        f"columns.{name}.dtype": "float16",
     }
-
-
-@lru_cache(maxsize=1024)
-def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """What an npy file of an array in C order begins with."""
-    stream = io.BytesIO()
-    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(stream, fields)
-    return stream.getvalue()
-
-
-def npy_bytes(array: np.ndarray) -> bytes:
-    """An npy file's bytes, in C order."""
-    return npy_header(array.shape, array.dtype) + array.tobytes()
 
 
 @lru_cache(maxsize=16)
@@ -151,7 +150,7 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
-class LatentsWorker:
+class ImageFeaturesWorker:
     """Makes `NAME.tar` of features and `NAME.statistics.safetensors`; the encoder is loaded once.
 
     Args:
@@ -164,7 +163,7 @@ class LatentsWorker:
     concurrency: ClassVar[int] = 2
     """While one shard is encoded, another is read, decoded, written and committed."""
 
-    def __init__(self, folder: Folder, source: Folder, config: LatentsConfig, encoder: "EncoderConfig"):
+    def __init__(self, folder: Folder, source: Folder, config: ImageFeaturesConfig, encoder: EncoderConfig):
         import torch
 
         from repfusion.latents.geometry import is_vae
@@ -276,3 +275,27 @@ def merge_statistics(folder: Folder, names: Iterable[str], file: str) -> None:
     with folder.staging(file) as staging:
         merged.save(staging / file)
         folder.put(file, staging / file)
+
+
+def image_features_stage(
+    name: str, config: ImageFeaturesConfig, encoder: EncoderConfig, key: str, images: Stage, place: Place
+) -> ShardStage:
+    """The stage of a column of image features. `key` is where the configuration says what the encoder is.
+    Raises ValueError where its folder is missing.
+    """
+
+    def finish(folder: Folder, shards: ShardTable) -> list[str]:
+        merge_statistics(folder, shards.names, STATISTICS)
+        return [STATISTICS]
+
+    digest = place.digests.folder(encoder.path, f"{key}.path")
+    return ShardStage(
+        name,
+        fingerprint_fields(name, encoder, digest),
+        place.data / name,
+        (images,),
+        ImageFeaturesWorker,
+        {"source": images.folder, "config": config, "encoder": encoder},
+        config.actors,
+        finish=finish,
+    )

@@ -60,7 +60,7 @@ class IngestConfig(Config):
     allow_private_addresses: bool = False
     """Whether hosts may be private, loopback or link-local, also by way of a redirect."""
     timeout_sec: int = Field(default=10, ge=1)
-    """Of one request, from connecting to the last byte. Changes no bytes."""
+    """Longest time of one request, from connecting to the last byte. Changes no bytes."""
     retries: int = Field(default=1, ge=0)
     """Further attempts at a download that failed for a reason that may pass: a timeout, a broken connection,
     HTTP 429 or 5xx. Changes no bytes.
@@ -70,13 +70,13 @@ class IngestConfig(Config):
     Changes no bytes.
     """
     max_requests_per_sec_per_host: float | None = Field(default=None, gt=0)
-    """Of the whole stage where `actors.num_actors` is set, else of each actor. Changes no bytes."""
+    """Limit of the whole stage where `actors.num_actors` is set, else of each actor. Changes no bytes."""
     num_threads: int = Field(default=8, ge=1)
     """Downloads at the same time for each shard; an actor works on two shards. Changes no bytes."""
     max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
     """A shard that loses more than this fails instead: an outage is not a data set. Changes no bytes."""
     actors: ActorsConfig = ActorsConfig()
-    """Its pool. Changes no bytes."""
+    """The pool that downloads. Changes no bytes."""
 
     @model_validator(mode="after")
     def _has_fit_quality(self) -> Self:

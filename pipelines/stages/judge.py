@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.duplicates.find import DIGEST_BYTES
+from pipelines.dag import Place, ShardStage, Stage
+from pipelines.duplicates.find import DIGEST_BYTES, find_duplicates
 from pipelines.runtime.pool import ShardJob
+from pipelines.runtime.session import in_worker
+from pipelines.shards.manifest import ShardTable
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, Sidecar, read_sidecar
 from pipelines.shards.tars import read_samples
-from pipelines.stages.curate import CurateConfig
+from pipelines.stages.curate import CurateConfig, judge_fields
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -168,3 +171,22 @@ class JudgeWorker:
             table = pa.Table.from_pylist(rows, pa.schema(list(kinds.items())))
             pq.write_table(table, commit.staging / f"{job.name}.parquet")
             return commit.commit(f"{job.name}.parquet")
+
+
+def judge_stage(config: CurateConfig, raw: Stage, place: Place) -> ShardStage:
+    """The stage `judge` of what `ingest` (`raw`) holds."""
+
+    def finish(folder: Folder, shards: ShardTable) -> list[str]:
+        # in a task: its memory grows with the number of samples, the driver's must not
+        return in_worker(find_duplicates, folder, shards, config.duplicates, config.near_duplicate_bits)
+
+    return ShardStage(
+        "judge",
+        judge_fields(config),
+        place.data / "judge",
+        (raw,),
+        JudgeWorker,
+        {"source": raw.folder, "config": config},
+        config.actors,
+        finish=finish,
+    )

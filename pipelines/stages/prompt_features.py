@@ -14,14 +14,14 @@ from typing import IO, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from pipelines.dag import Place, ShardStage, Stage
 from pipelines.runtime.pool import ActorsConfig, ShardJob
+from pipelines.shards.arrays import npy_bytes
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
 from pipelines.shards.tars import read_samples, tar_shard
-from pipelines.stages.image_features import npy_bytes
-from repfusion.config import Config
+from repfusion.config import Config, WeightsFolder
 from repfusion.data.readers import PROMPT_FEATURES, CaptionArray
-from repfusion.llm.load import load_language_model
 
 PROMPT_TEMPLATE = "{bos}{caption}"
 
@@ -31,11 +31,14 @@ def prompt_member(caption: str) -> str:
     return CaptionArray().member(PROMPT_FEATURES, caption)
 
 
-class FeaturesConfig(Config):
-    """Encodes captions."""
+class PromptFeaturesConfig(Config):
+    """A column of what a frozen language model makes of the captions, made where a training reads it."""
 
-    enabled: bool = True
-    """Whether to make the column; only the text-only baseline feeds on it."""
+    kind: Literal["prompt_features"] = "prompt_features"
+    mllm: WeightsFolder | None = None
+    """Folder of the language model; None takes that of the trainings that read the column."""
+    mllm_dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision in which it computes; None takes that of the trainings that read the column."""
     dtype: Literal["float16", "float32"] = "float16"
     """In which the features are stored. A value beyond float16's range is an error."""
     batch_size: int = Field(default=64, ge=1)
@@ -43,23 +46,30 @@ class FeaturesConfig(Config):
     almost always, and in float32's last digits.
     """
     actors: ActorsConfig = ActorsConfig()
-    """Its pool. Changes no bytes."""
+    """The pool that encodes. Changes no bytes."""
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether the column can be made though no training reads it."""
+        return self.mllm is not None and self.mllm_dtype is not None
 
 
 def fingerprint_fields(
-    mllm_digest: str, mllm_dtype: str, config: FeaturesConfig, names: Iterable[str]
+    name: str, mllm_digest: str, mllm_dtype: str, config: PromptFeaturesConfig, captions: Iterable[str]
 ) -> dict[str, Any]:
-    """What decides the bytes: the MLLM's weights, not their place, and the columns of captions encoded."""
+    """What decides the bytes of the column of a name: the MLLM's weights, not their place, and the names of
+    the captions that are encoded beside the main one.
+    """
     return {
-        "train.model.mllm": mllm_digest,
-        "train.model.mllm_dtype": mllm_dtype,
-        "features.dtype": config.dtype,
-        "features.captions": sorted(names),
-        "features.prompt_template": PROMPT_TEMPLATE,
+        f"columns.{name}.mllm": mllm_digest,
+        f"columns.{name}.mllm_dtype": mllm_dtype,
+        f"columns.{name}.dtype": config.dtype,
+        f"columns.{name}.captions": sorted(captions),
+        f"columns.{name}.prompt_template": PROMPT_TEMPLATE,
     }
 
 
-class FeaturesWorker:
+class PromptFeaturesWorker:
     """Makes `NAME.tar` of prompt features; the MLLM is loaded once.
 
     Args:
@@ -78,7 +88,7 @@ class FeaturesWorker:
         self,
         folder: Folder,
         source: Folder,
-        config: FeaturesConfig,
+        config: PromptFeaturesConfig,
         mllm: Path,
         mllm_dtype: Literal["float32", "bfloat16"],
         captions: Folder | None = None,
@@ -86,15 +96,15 @@ class FeaturesWorker:
     ):
         import torch
 
+        from repfusion.llm.load import load_language_model
+
         if names and captions is None:
-            raise ValueError(
-                f"features: captions {', '.join(names)} are asked for, but there is no folder of captions"
-            )
+            raise ValueError(f"captions {', '.join(names)} are asked for, but there is no folder of captions")
         torch.set_num_threads(max(1, int(config.actors.num_cpus)))
         self.folder, self.source, self.config = folder, source, config
         self.captions, self.names = captions, names
-        device = "cuda" if config.actors.num_gpus else "cpu"
-        self.mllm = load_language_model(mllm, getattr(torch, mllm_dtype)).to(device)
+        self.device = torch.device("cuda" if config.actors.num_gpus else "cpu")
+        self.mllm = load_language_model(mllm, getattr(torch, mllm_dtype)).to(self.device)
         self._computing = Lock()
 
     def __call__(self, job: ShardJob) -> Sidecar:
@@ -154,13 +164,14 @@ class FeaturesWorker:
         import torch
 
         from repfusion.conditioning.text_embed import encode_text
+        from repfusion.inputs import to_device
 
         try:
-            rows = encode_text(self.mllm, captions)
+            rows = encode_text(self.mllm, to_device(self.mllm.tokenise(captions), self.device))
         except ValueError as error:
             raise ShardError(
                 f"shard {self.source / name}.tar: a caption does not fit the MLLM: {error} "
-                "(lower curate.max_caption_chars, or its column's max_chars in captions, so that it is "
+                "(lower curate.max_caption_chars, or its max_chars in the captions column, so that it is "
                 "left out and counted)"
             ) from error
         # one transfer from the device for all of them
@@ -170,7 +181,7 @@ class FeaturesWorker:
                 raise ShardError(
                     f"shard {self.source / name}.tar: prompt features of {caption!r} are not finite in "
                     f"{self.config.dtype}"
-                    + ("; set features.dtype=float32" if self.config.dtype == "float16" else "")
+                    + ("; set its column's dtype=float32" if self.config.dtype == "float16" else "")
                 )
         return (npy_bytes(row.numpy()) for row in stored)
 
@@ -194,3 +205,38 @@ class FeaturesWorker:
                     scratch.seek(offset)
                     members[member] = scratch.read(size)
                 samples.write(key, members)
+
+
+def prompt_features_stage(
+    name: str,
+    config: PromptFeaturesConfig,
+    mllm: Path,
+    key: str,
+    mllm_dtype: Literal["float32", "bfloat16"],
+    images: Stage,
+    captions: Stage | None,
+    caption_names: tuple[str, ...],
+    place: Place,
+) -> ShardStage:
+    """The stage of a column of prompt features, of the main captions and of those of these names in the
+    stage `captions`. `key` is where the configuration says what the MLLM is. Raises ValueError where its
+    folder is missing.
+    """
+    digest = place.digests.folder(mllm, key)
+    arguments = {
+        "source": images.folder,
+        "config": config,
+        "mllm": mllm,
+        "mllm_dtype": mllm_dtype,
+        "captions": None if captions is None else captions.folder,
+        "names": caption_names,
+    }
+    return ShardStage(
+        name,
+        fingerprint_fields(name, digest, mllm_dtype, config, caption_names),
+        place.data / name,
+        (images,) if captions is None else (images, captions),
+        PromptFeaturesWorker,
+        arguments,
+        config.actors,
+    )

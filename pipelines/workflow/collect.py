@@ -34,7 +34,7 @@ class Garbage:
 
 
 def tree_bytes(folder: Folder) -> int:
-    """Of all files below."""
+    """Bytes of all files below a folder."""
     return sum(folder.sizes().values()) + sum(tree_bytes(folder / name) for name in folder.folders())
 
 

@@ -8,9 +8,7 @@ from typing import Any
 from repfusion.files import digest_of, file_sha256, write_json
 
 REMEDY = "give one written by save_pretrained, or run 'make foundation'"
-REMEDIES = {
-    "train.init_from": "give a checkpoint's: first run the workflow that makes it ('make demo' for ours)"
-}
+CHECKPOINT_REMEDY = "give a checkpoint's: first run the workflow that makes it ('make demo' for ours)"
 
 
 class Digests:
@@ -53,7 +51,8 @@ class Digests:
         where it is missing.
         """
         if not path.is_dir():
-            raise ValueError(f"{key}: {path} is no folder; {REMEDIES.get(key, REMEDY)}")
+            remedy = CHECKPOINT_REMEDY if key.endswith("init_from") else REMEDY
+            raise ValueError(f"{key}: {path} is no folder; {remedy}")
         files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
         return digest_of({file.name: self.file(file) for file in files if file.suffix != ".md"})
 

@@ -14,8 +14,8 @@ from pipelines.shards.store import SCHEMA, ShardError, Sidecar
 from repfusion.files import canonical_json
 
 Status = Literal["fresh", "partial", "stale", "missing"]
-MIX = "train.data.mix."
-"""Before the names of the fields of the data sets that a training mixes into the workflow's own."""
+MIXED = re.compile(r"(trainings\.[^.]+\.data\.mix\.([^.]+)\.)(.+)")
+"""Fields of the data sets that a training mixes into the workflow's own."""
 STAGE = "stage.json"
 """What was asked for, written when a stage starts."""
 LISTED_AHEAD = 2
@@ -146,7 +146,7 @@ def wrong_files(sidecar: Sidecar, sizes: Mapping[str, int]) -> list[str]:
 
 
 def read_sidecars(folder: Folder, names: Sequence[str]) -> dict[str, Sidecar]:
-    """Those that can be read as one."""
+    """The sidecars of these shards that can be read, by name."""
     found: dict[str, Sidecar] = {}
     for name, data in folder.read_many([f"{name}.json" for name in names]):
         try:
@@ -183,12 +183,12 @@ def explain(asked: Mapping[str, Any], stage: Stage) -> str:
 
 
 def _change(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """`train.num_steps 100 -> 200`; of a data set of the mix what happened to it, not its digests."""
-    if key.startswith(MIX):
-        name, _, field = key.removeprefix(MIX).partition(".")
-        if f"{MIX}{name}.weight" not in old:
+    """`ingest.quality 6 -> 1`; of a data set of the mix what happened to it, not its digests."""
+    if (mixed := MIXED.fullmatch(key)) is not None:
+        prefix, name, field = mixed.groups()
+        if f"{prefix}weight" not in old:
             return f"data set '{name}' added"
-        if f"{MIX}{name}.weight" not in new:
+        if f"{prefix}weight" not in new:
             return f"data set '{name}' removed"
         if field not in ("weight", "caption_weights"):
             return f"data set '{name}' changed"

@@ -20,6 +20,7 @@ from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.manifest import ShardTable, StageOutput
 from pipelines.shards.store import Sidecar
 from pipelines.shards.tars import END_BYTES
+from pipelines.sources.base import Entries
 from pipelines.workflow.inspection import State, states
 from pipelines.workflow.run import complete
 from repfusion.tables import aligned
@@ -27,16 +28,6 @@ from repfusion.tables import aligned
 NUM_PROBE_SAMPLES = 128
 PROBE_SHARDS = {"00000": 1.0, "00001": 0.25}
 """The probe's shards and their share of its samples."""
-
-
-@dataclass(frozen=True)
-class Entries:
-    """What a source holds, and how to take a few of them."""
-
-    num_entries: int
-    shard_names: Sequence[str]
-    probe: Callable[[int, int], tuple[ShardJob, ...]]
-    """(how many samples, offset) -> jobs that read about as many, evenly spread."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +42,7 @@ class StagePlan:
     bytes: int
     bytes_todo: int
     seconds_todo: float
-    """Of one actor, whatever their number."""
+    """Seconds of one actor, whatever their number."""
     actors: ActorsConfig
 
     @property
@@ -66,16 +57,16 @@ class Rates:
     kept: float
     """Share of the samples that stay."""
     tar_bytes: float
-    """Of a tar's members, per sample in it."""
+    """Bytes of a tar's members, per sample in it."""
     other_bytes: float
-    """Of other files, per sample given."""
+    """Bytes of other files, per sample given."""
     fixed_bytes: float
-    """Of other files, per shard."""
+    """Bytes of other files, per shard."""
     whole_bytes: int
-    """Of files of the stage as a whole."""
+    """Bytes of files of the stage as a whole."""
     has_tar: bool
     seconds: float
-    """Of one actor, per sample given."""
+    """Seconds of one actor, per sample given."""
 
     def shard_bytes(self, given: float) -> float:
         """Expected size of all files of a shard that is given so many samples."""

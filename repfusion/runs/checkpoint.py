@@ -169,21 +169,27 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, str]]:
 
 
 def continued_model(folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a model that goes on from a checkpoint: the given ones, else the checkpoint's. Another method
-    of conditioning replaces the checkpoint's whole.
+    """Fields of a model that goes on from a checkpoint: the given ones, else the checkpoint's."""
+    return continued_fields(read_config(folder)[0].model_dump(mode="json"), given)
+
+
+def continued_fields(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a model that goes on from another with the `saved` ones: the given ones, else those. Another
+    method of conditioning replaces the section.
     """
-    saved, given = read_config(folder)[0].model_dump(mode="json"), dict(given)
+    saved, given = dict(saved), dict(given)
     wanted = given.get("conditioning")
     method = wanted.get("method") if isinstance(wanted, Mapping) else wanted
-    if method not in (None, saved["conditioning"]["method"]):
-        del saved["conditioning"]
+    before = saved.get("conditioning")
+    if method not in (None, before["method"] if isinstance(before, Mapping) else before):
+        saved.pop("conditioning", None)
     elif isinstance(wanted, str):
         del given["conditioning"]
     return merge(saved, given)
 
 
 def load_model_config(path: Path) -> ModelConfig:
-    """The `model` of a training's YAML (or of a workflow's `train`), or a YAML of a model alone. As in
+    """The `model` of a training's YAML (or of a workflow's last), or a YAML of a model alone. As in
     training, fields that are not given are those of `init_from`, where it is there.
 
     Raises:
@@ -191,7 +197,8 @@ def load_model_config(path: Path) -> ModelConfig:
             there.
     """
     fields = read_values(path)
-    fields = fields.get("train", fields)
+    if trainings := fields.get("trainings"):
+        fields = trainings[list(trainings)[-1]]
     if not fields.keys() & TRAINING_FIELDS:
         return validate(ModelConfig, fields, str(path))
     given, start = fields.get("model") or {}, fields.get("init_from")

@@ -111,21 +111,26 @@ def configure(models: dict[str, Path]) -> Callable[..., WorkflowConfig]:
     def make(root: Path, **sections: Any) -> WorkflowConfig:
         values: dict[str, Any] = {
             "root": root,
-            "last_stage": "features",
+            "last_stage": "prompt_features",
             "source": {
+                "kind": "scenes",
                 "shard_size": 10,
-                "scenes": {
-                    "num_samples": 40,
-                    "defects": {"missing": 2, "undecodable": 2, "empty_caption": 2},
-                },
+                "num_samples": 40,
+                "defects": {"missing": 2, "undecodable": 2, "empty_caption": 2},
             },
-            "train": {"model": {"encoder": {"path": models["tower"]}, "mllm": models["llava"]}},
+            "trainings": {
+                "train": {
+                    "model": {
+                        "encoder": {"path": models["tower"]},
+                        "mllm": models["llava"],
+                        "conditioning": "text_embed",
+                    }
+                }
+            },
             "ray": {"num_cpus": 2, "object_store_mib": 80},
         }
         for section, fields in sections.items():
-            values[section] = (
-                _merge(values[section], fields) if isinstance(fields, dict) and section in values else fields
-            )
+            values[section] = _merge(values.get(section), fields)
         return validate(WorkflowConfig, values)
 
     return make
@@ -175,10 +180,12 @@ def s3_folder(s3_options: dict[str, Any], request: pytest.FixtureRequest) -> Fol
     return Folder(f"s3://{BUCKET}/{re.sub(r'[^a-z0-9]+', '-', request.node.name)}", s3_options)
 
 
-def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    both = dict(old)
-    for key, value in new.items():
-        both[key] = (
-            _merge(old[key], value) if isinstance(value, dict) and isinstance(old.get(key), dict) else value
-        )
-    return both
+def _merge(old: Any, new: Any) -> Any:
+    """Nested values, those of `new` where both have a key; a section of another kind takes the old one's
+    place.
+    """
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    if "kind" in new and new["kind"] != old.get("kind"):
+        return new
+    return {**old, **{key: _merge(old.get(key), value) for key, value in new.items()}}

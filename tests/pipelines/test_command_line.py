@@ -28,15 +28,18 @@ def command(run_copy, tmp_path, monkeypatch, capsys):
 def test_status_is_a_line_per_stage(command):
     code, out, _ = command("status")
     assert code == 0 and out.splitlines() == [
-        "source    fresh    4 shards, 40 samples",
-        "ingest    fresh    4 shards, 36 samples, dropped: http_404 2, undecodable_image 2",
-        "judge     fresh    4 shards, 36 samples",
-        "curate    fresh    4 shards, 34 samples, dropped: empty_caption 2",
-        "latents   fresh    4 shards, 34 samples",
-        "features  fresh    4 shards, 34 samples",
+        "source          fresh    4 shards, 40 samples",
+        "ingest          fresh    4 shards, 36 samples, dropped: http_404 2, undecodable_image 2",
+        "judge           fresh    4 shards, 36 samples",
+        "curate          fresh    4 shards, 34 samples, dropped: empty_caption 2",
+        "image_features  fresh    4 shards, 34 samples",
+        "prompt_features fresh    4 shards, 34 samples",
     ]
-    code, out, _ = command("status", "train.model.encoder.layer=-1")
-    assert code == 0 and out.splitlines()[4] == "latents   stale    train.model.encoder.layer -2 -> -1"
+    code, out, _ = command("status", "trainings.train.model.encoder.layer=-1")
+    assert (
+        code == 0
+        and out.splitlines()[4] == "image_features  stale    columns.image_features.encoder.layer -2 -> -1"
+    )
 
 
 def test_a_run_with_nothing_to_do_starts_no_ray(command, run_copy):
@@ -47,13 +50,13 @@ def test_a_run_with_nothing_to_do_starts_no_ray(command, run_copy):
 
 def test_a_plan_is_a_table_and_options_stand_anywhere(command):
     for arguments in (
-        ("--rate", "latents=5", "latents.batch_size=2"),
-        ("latents.batch_size=2", "--probe", "8"),
+        ("--rate", "image_features=5", "columns.image_features.batch_size=2"),
+        ("columns.image_features.batch_size=2", "--probe", "8"),
     ):
         code, out, _ = command("plan", *arguments)
         assert code == 0 and [line.split()[0] for line in out.splitlines()][-1] == "total"
-    code, _, err = command("plan", "--rate", "latents=x")
-    assert code == 1 and err.startswith("error: --rate latents=x: expected STAGE=SAMPLES_PER_SEC")
+    code, _, err = command("plan", "--rate", "image_features=x")
+    assert code == 1 and err.startswith("error: --rate image_features=x: expected STAGE=SAMPLES_PER_SEC")
 
 
 def test_garbage_is_of_all_workflows_given(command, run_copy, tmp_path):
@@ -61,12 +64,12 @@ def test_garbage_is_of_all_workflows_given(command, run_copy, tmp_path):
     short.write_text(to_yaml(run_copy.model_copy(update={"last_stage": "curate"})))
     code, out, _ = command("gc", "--and", str(short))
     assert (code, out) == (0, "nothing to collect\n")
-    code, out, _ = command("gc", "last_stage=latents")
-    assert code == 0 and f"{run_copy.root}/features" in out and "run again with --delete" in out
-    assert (run_copy.root / "features" / "manifest.json").is_file()
-    code, out, _ = command("gc", "last_stage=latents", "--delete")
+    code, out, _ = command("gc", "last_stage=image_features")
+    assert code == 0 and f"{run_copy.root}/prompt_features" in out and "run again with --delete" in out
+    assert (run_copy.root / "prompt_features" / "manifest.json").is_file()
+    code, out, _ = command("gc", "last_stage=image_features", "--delete")
     assert code == 0 and out.splitlines()[-1].startswith("removed 1 items")
-    assert not (run_copy.root / "features").exists()
+    assert not (run_copy.root / "prompt_features").exists()
 
 
 def test_retry_says_when_there_is_nothing_to_retry(command):
@@ -75,16 +78,19 @@ def test_retry_says_when_there_is_nothing_to_retry(command):
 
 
 def test_a_dry_run_prints_what_loads_again(command, run_copy, tmp_path):
-    code, out, _ = command("run", "--dry-run", "latents.batch_size=3")
+    code, out, _ = command("run", "--dry-run", "columns.image_features.batch_size=3")
     (tmp_path / "again.yaml").write_text(out)
-    assert code == 0 and load_config(WorkflowConfig, tmp_path / "again.yaml").latents.batch_size == 3
+    assert (
+        code == 0
+        and load_config(WorkflowConfig, tmp_path / "again.yaml").columns["image_features"].batch_size == 3
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["latents.batch=3"], "did you mean 'latents.batch_size'?"),
-        (["train.model.mllm=/no/such"], "train.model.mllm: /no/such is no folder"),
+        (["columns.image_features.batch=3"], "did you mean 'columns.image_features.batch_size'?"),
+        (["trainings.train.model.mllm=/no/such"], "trainings.train.model.mllm: /no/such is no folder"),
         (["data_url=s3://bucket/*"], "a URL of a folder may not hold *"),
         (["data_url=nothing://bucket/x"], "nothing"),
     ],

@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from pipelines.config import WorkflowConfig
+from pipelines.sources.scenes import ScenesConfig
+from pipelines.sources.urls import UrlsConfig
 from pipelines.stages.build import build_stages
 from repfusion.config import ConfigError, load_config, to_yaml, validate
 from repfusion.data.columns import MANIFEST
@@ -19,23 +21,51 @@ FINETUNE = CONFIGS[0].with_name("finetune.yaml")
 def test_shipped_configs_parse_and_round_trip(path):
     config = load_config(WorkflowConfig, path)
     assert validate(WorkflowConfig, yaml.safe_load(to_yaml(config))) == config
-    assert config.ingest.image_size == config.source.scenes.world.image_size
+    assert config.ingest.image_size == config.source.world.image_size
 
 
 def test_overrides_win_over_the_file(tmp_path):
     path = tmp_path / "w.yaml"
-    path.write_text("root: here\nlatents: {batch_size: 8}\n")
+    path.write_text("root: here\ncolumns: {image_features: {batch_size: 8}}\n")
     config = load_config(
         WorkflowConfig,
         path,
-        ["latents.batch_size=16", "source.scenes.num_samples=5", "ingest.image_size=null"],
+        ["columns.image_features.batch_size=16", "source.num_samples=5", "ingest.image_size=null"],
     )
-    assert (config.latents.batch_size, config.source.scenes.num_samples, config.ingest.image_size) == (
+    features = config.columns["image_features"]
+    assert (features.batch_size, config.source.num_samples, config.ingest.image_size) == (
         16,
         5,
         None,
     )
-    assert config.train.output_dir == Path("here/train") and config.train.data.images == Path("here/curate")
+    train = config.training("train")
+    assert train.output_dir == Path("here/train") and train.data.images == Path("here/curate")
+
+
+def test_another_source_takes_the_place_of_the_files(tmp_path):
+    """What the file says of scenes is no mistake in a list of addresses."""
+    demo = CONFIGS[0].with_name("demo.yaml")
+    config = load_config(WorkflowConfig, demo, ["source.kind=urls", "source.path=list.csv"])
+    assert config.source == UrlsConfig(path="list.csv")
+    same = load_config(WorkflowConfig, demo, ["source.kind=scenes", "source.seed=5"])
+    assert (same.source.seed, same.source.num_samples) == (5, 4000)
+    assert load_config(WorkflowConfig, demo, ["source=scenes"]).source == ScenesConfig()
+    with pytest.raises(ConfigError, match=r"unknown key 'source.num_samples'"):
+        load_config(WorkflowConfig, demo, ["source.kind=urls", "source.path=l", "source.num_samples=3"])
+
+
+def test_another_method_takes_the_place_of_the_files(tmp_path):
+    path, place = tmp_path / "w.yaml", "trainings.train.model.conditioning"
+    method = {"method": "noisy_latents", "bidirectional": True}
+    path.write_text(
+        yaml.safe_dump({"root": "r", "trainings": {"train": {"model": {"conditioning": method}}}})
+    )
+    other = load_config(WorkflowConfig, path, [f"{place}.method=queries"])
+    assert other.trainings["train"].model.conditioning.method == "queries"
+    same = load_config(WorkflowConfig, path, [f"{place}.method=noisy_latents"])
+    assert same.training("train").model.conditioning.model_dump(exclude_defaults=True) == {
+        "bidirectional": True
+    }
 
 
 @pytest.mark.parametrize(
@@ -47,18 +77,18 @@ def test_overrides_win_over_the_file(tmp_path):
         ({"data_url": "/data/x/"}, "/data/x/curate"),
         (
             {
-                "source": {"kind": "urls", "urls": {"path": "s3://lists/*.parquet", "extra_columns": ["a"]}},
+                "source": {"kind": "urls", "path": "s3://lists/*.parquet", "extra_columns": ["a"]},
                 "ingest": {"encode": "jpg", "quality": 90, "max_requests_per_sec_per_host": 2.5},
                 "curate": {"duplicates": "near", "max_aspect": 3.0},
-                "train": {"model": {"encoder": {"image_size": 48}}},
+                "trainings": {"train": {"model": {"encoder": {"image_size": 48}}}},
             },
             "here/curate",
         ),
     ],
 )
 def test_what_is_resolved_loads_as_the_same(tmp_path, values, images):
-    config = validate(WorkflowConfig, {"root": "here", "train": {}, **values})
-    assert config.train.data.images == Path(images)
+    config = validate(WorkflowConfig, {"root": "here", **values})
+    assert config.training("train").data.images == Path(images)
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     assert load_config(WorkflowConfig, path) == config
@@ -75,39 +105,63 @@ def test_shipped_configs_become_stages(path):
 
 def test_finetuning_says_what_has_to_run_before_it(tmp_path):
     """And with a checkpoint and a complete data set where it looks for them, it becomes stages."""
-    overrides = [f"root={tmp_path}/finetune", f"train.init_from={tmp_path}/checkpoint"]
-    for column in ("images", "features"):
-        overrides.append(f"train.data.mix.demo.{column}={tmp_path}/{column}")
+    overrides = [f"root={tmp_path}/finetune", f"trainings.train.init_from={tmp_path}/checkpoint"]
+    for column in ("images", "columns.image_features"):
+        overrides.append(f"trainings.train.data.mix.demo.{column}={tmp_path}/{column}")
     config = load_config(WorkflowConfig, FINETUNE, overrides)
-    with pytest.raises(ValueError, match=r"train.init_from: .*checkpoint is no folder; .*'make demo'"):
+    with pytest.raises(
+        ValueError, match=r"trainings.train.init_from: .*checkpoint is no folder; .*'make demo'"
+    ):
         build_stages(config)
     (tmp_path / "checkpoint").mkdir()
-    with pytest.raises(ValueError, match=r"train.data.mix.demo.images: .*run that workflow to its end"):
+    with pytest.raises(
+        ValueError, match=r"trainings.train.data.mix.demo.images: .*run that workflow to its end"
+    ):
         build_stages(config)
-    for column in ("images", "features"):
+    for column in ("images", "columns.image_features"):
         (tmp_path / column).mkdir()
         (tmp_path / column / MANIFEST).write_text("{}")
     stages = {stage.name: stage for stage in build_stages(config)}
-    assert {"train.init_from", "train.data.mix.demo.images"} <= set(stages["train"].fields)
+    assert {"trainings.train.init_from", "trainings.train.data.mix.demo.images"} <= set(
+        stages["train"].fields
+    )
     assert list(stages)[-1] == "report"
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("latents.bath_size=3", r"unknown key 'latents.bath_size'; did you mean 'latents.batch_size'\?"),
-        ("trian.num_steps=3", r"unknown key 'trian'; did you mean 'train'\?"),
-        ("source.scenes.image_size=3", r"did you mean 'source.scenes.world.image_size'\?"),
-        ("train.model.encoder.leyer=-1", r"did you mean 'train.model.encoder.layer'\?"),
+        (
+            "columns.image_features.bath_size=3",
+            r"'columns.image_features.bath_size'; did you mean 'columns.image_features.batch_size'\?",
+        ),
+        ("training.train.num_steps=3", r"unknown key 'training'; did you mean 'trainings'\?"),
+        (
+            "trainings.train.num_step=3",
+            r"unknown key 'trainings.train.num_step'; did you mean 'trainings.train.num_steps'\?",
+        ),
+        ("source.image_size=3", r"unknown key 'source.image_size'; did you mean 'source.world.image_size'\?"),
+        ("trainings.train.model.encoder.leyer=-1", r"did you mean 'trainings.train.model.encoder.layer'\?"),
         ("ingest.actors.number=3", r"did you mean '\w+.actors.num_actors'\?"),
         ("storage_option.profile=p", r"unknown key 'storage_option'; did you mean 'storage_options'\?"),
         ("curate.min_size=3", r"unknown key 'curate.min_size'; did you mean 'curate.min_side_px'\?"),
-        ("source.urls.url_col=u", r"did you mean 'source.urls.url_column'\?"),
-        ("last_stage=latent", r"last_stage: Input should be .*'latents'.*got 'latent'"),
-        ("latents.actors.num_actors=0", r"latents.actors.num_actors: .*greater than or equal to 1.*got 0"),
+        (
+            "source={kind: urls, path: l.csv, url_col: u}",
+            r"'source.url_col'; did you mean 'source.url_column'\?",
+        ),
+        (
+            "trainings.train.model.conditioning={method: noisy_latents, train_lm: true}",
+            r"'trainings.train.model.conditioning.train_lm'; did you mean '[\w.]+.conditioning.train_llm'\?",
+        ),
+        ("last_stage=latents", r"last_stage is 'latents'; expected one of .*image_features.*train.*report"),
+        (
+            "columns.image_features.actors.num_actors=0",
+            r"columns.image_features.actors.num_actors: .*greater than or equal to 1.*got 0",
+        ),
         ("ingest.quality=10", r"ingest: .*quality 10 with encode png"),
         ("ingest.image_size=big", r"ingest.image_size: Input should be a valid integer.*got 'big'"),
-        ("source.kind=urls", r"source: .*source.urls.path has to say"),
+        ("source.kind=urls", r"source.path: Field required"),
+        ("source=url", r"source: .*'url'.*'scenes', 'urls', 'tars', 'folder', 'parquet'"),
         ("no-equals-sign", r"expected key.path=value"),
     ],
 )

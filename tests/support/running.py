@@ -17,7 +17,7 @@ from pipelines.stages.build import build_stages
 from pipelines.workflow.inspection import STAGE, State, states
 from pipelines.workflow.run import Redo, StageResult, run
 
-DATA_STAGES = ["source", "ingest", "judge", "curate", "latents", "features"]
+DATA_STAGES = ["source", "ingest", "judge", "curate", "image_features", "prompt_features"]
 TIMES = {"seconds", "shard_seconds", "versions"}
 """Fields of sidecars and manifests that may differ from run to run."""
 LIMIT_SEC = 400

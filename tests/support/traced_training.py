@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pipelines.runtime.ranks
 import pipelines.stages.train
 from pipelines.commands import terminate, terminated_by
 from pipelines.config import WorkflowConfig
@@ -55,10 +56,10 @@ class Fault:
 
 
 def traced(launch: dict[str, Any], traces: Path, fault: Fault) -> None:
-    """`pipelines.stages.train.train_rank`, on a rank."""
+    """`pipelines.runtime.ranks.train_rank`, on a rank."""
     import ray
 
-    from pipelines.stages.train import train_rank
+    from pipelines.runtime.ranks import train_rank
     from repfusion import train as training
 
     rank, batches = int(os.environ["RANK"]), training.batches
@@ -89,7 +90,7 @@ def traced(launch: dict[str, Any], traces: Path, fault: Fault) -> None:
 
 
 def trace_ranks(traces: Path, fault: Fault = Fault()) -> Any:
-    """A function that can take the place of `pipelines.stages.train.train_rank`."""
+    """A function that can take the place of `pipelines.runtime.ranks.train_rank`."""
     from ray import cloudpickle
 
     # the ranks cannot import this module
@@ -128,10 +129,12 @@ def main() -> int:
         kill=(int(rank), int(step)) if step else None,
         kill_times=int(os.environ.get("KILL_TIMES", 1)),
     )
-    pipelines.stages.train.train_rank = trace_ranks(traces, fault)
+    pipelines.runtime.ranks.train_rank = trace_ranks(traces, fault)
     signal.signal(signal.SIGTERM, terminate)
     try:
-        pipelines.stages.train.run_train(config)
+        train = config.trainings["train"]
+        ranks = train.num_workers, train.max_failures
+        pipelines.stages.train.run_train(config.training("train"), *ranks, [], config.evaluate, config.ray)
     except (ValueError, StageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -14,7 +14,6 @@ from pipelines.duplicates.hamming import first_near
 from pipelines.shards.manifest import ShardTable
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar
-from pipelines.stages.curate import CurateConfig
 
 
 def brute_force(hashes: np.ndarray, bits: int) -> np.ndarray:
@@ -153,9 +152,9 @@ EXACT = {
 def test_over_shards_the_first_that_stays_stays(tmp_path):
     folder = Folder.at(tmp_path)
     shards = write_verdicts(folder, SHARDS)
-    assert find_duplicates(folder, shards, CurateConfig()) == [DUPLICATES]
+    assert find_duplicates(folder, shards, "exact") == [DUPLICATES]
     assert found(folder) == EXACT
-    find_duplicates(folder, shards, CurateConfig(duplicates="near", near_duplicate_bits=2))
+    find_duplicates(folder, shards, "near", 2)
     near = {
         "12": ("near_duplicate", "00"),
         # the same bytes as 12, which goes itself: every duplicate names one that stays
@@ -163,18 +162,18 @@ def test_over_shards_the_first_that_stays_stays(tmp_path):
         "22": ("near_duplicate", "02"),
     }
     assert found(folder) == EXACT | near
-    find_duplicates(folder, shards, CurateConfig(duplicates="near", near_duplicate_bits=0))
+    find_duplicates(folder, shards, "near", 0)
     assert found(folder) == EXACT
-    find_duplicates(folder, shards, CurateConfig(duplicates="keep"))
+    find_duplicates(folder, shards, "keep")
     assert found(folder) == {}
 
 
 def test_no_samples_at_all(tmp_path):
     folder = Folder.at(tmp_path)
     for mode in ("keep", "exact", "near"):
-        find_duplicates(folder, write_verdicts(folder, [[], []]), CurateConfig(duplicates=mode))
+        find_duplicates(folder, write_verdicts(folder, [[], []]), mode, 4)
         assert found(folder) == {}
-    find_duplicates(folder, ShardTable.of([]), CurateConfig())
+    find_duplicates(folder, ShardTable.of([]), "exact")
     assert DuplicateList(folder).of(pa.chunked_array([["a"]])) == {}
 
 
@@ -190,7 +189,7 @@ def random_shards(rng: np.random.Generator) -> list[list[Row]]:
 
 def test_the_same_bytes_whatever_order_the_shards_were_written_in(tmp_path):
     shards = random_shards(np.random.default_rng(0))
-    config = CurateConfig(duplicates="near")
+    config = "near", 4
     written = []
     for name, order in (("a", range(len(shards))), ("b", reversed(range(len(shards))))):
         folder = Folder.at(tmp_path / name)
@@ -205,7 +204,7 @@ def test_each_shard_reads_the_row_groups_of_its_keys(tmp_path, monkeypatch):
     monkeypatch.setattr(duplicates, "ROW_GROUP", 50)
     folder = Folder.at(tmp_path)
     shards = random_shards(np.random.default_rng(0))
-    find_duplicates(folder, write_verdicts(folder, shards), CurateConfig(duplicates="near"))
+    find_duplicates(folder, write_verdicts(folder, shards), "near", 4)
     everything, listed = found(folder), DuplicateList(folder)
     assert pq.read_metadata(tmp_path / DUPLICATES).num_row_groups > 5
     together: dict[str, tuple[str, str]] = {}
@@ -226,9 +225,9 @@ def test_missing_and_changed_verdicts_are_named(tmp_path):
     shards = write_verdicts(folder, SHARDS)
     damage(tmp_path / "00002.parquet")
     with pytest.raises(ShardError, match=r"00002\.parquet: not the bytes that its sidecar describes"):
-        find_duplicates(folder, shards, CurateConfig())
+        find_duplicates(folder, shards, "exact")
     (tmp_path / "00002.parquet").unlink()
     with pytest.raises(ShardError, match=r"00002\.parquet: no such file; re-run the stage"):
-        find_duplicates(folder, shards, CurateConfig())
+        find_duplicates(folder, shards, "exact")
     with pytest.raises(ShardError, match=r"duplicates\.parquet: no such file"):
         DuplicateList(folder)

@@ -12,7 +12,8 @@ import yaml
 from evaluated_training import QUICK, EvaluatedTraining, evaluate_config
 
 from pipelines.evaluation.records import finished, write_json
-from pipelines.stages.evaluate import EvaluationScheduler, Target, choose, evaluate_now, find_target
+from pipelines.evaluation.schedule import EvaluationScheduler
+from pipelines.stages.evaluate import Target, choose, evaluate_now, find_target
 from repfusion.runs.checkpoint import step_of
 from repfusion.tracking import metric_history
 
@@ -35,7 +36,9 @@ def test_a_training_its_checkpoint_its_workflow_and_the_yaml_lead_to_the_same(tr
     write_json(training.folder / "evaluations" / "config.json", config.model_dump(mode="json"))
     values = training.train.model_dump(mode="json")
     (root / "my.yaml").write_text(
-        yaml.safe_dump({"root": str(root), "train": values, "evaluate": QUICK, "num_train_workers": 1})
+        yaml.safe_dump(
+            {"root": str(root), "trainings": {"train": {**values, "num_workers": 1}}, "evaluate": QUICK}
+        )
     )
 
     for place in (training.folder, root, training.checkpoint(4)):

@@ -134,7 +134,7 @@ def test_both_spaces_encode_the_same_images_into_columns_of_their_own(tmp_path: 
     config = LadderConfig(root=tmp_path / "root", weights=tmp_path, tracking_uri=None)
     stages = stages_of(config, ["rae", "vae", "rae"])
     names = [stage.name for stage in stages]
-    assert names == ["source", "ingest", "judge", "curate", "latents", "latents_vae"]
+    assert names == ["source", "ingest", "judge", "curate", "image_features", "image_features_vae"]
     assert len({stage.folder.url for stage in stages}) == 6
     curate = stages[3]
     assert [stage.upstream[0].fingerprint for stage in stages[4:]] == [curate.fingerprint] * 2

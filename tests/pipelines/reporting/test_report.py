@@ -75,10 +75,10 @@ def write_evaluation(folder, step: int, num_right: int) -> None:
 def workflow(tmp_path_factory):
     """A finished workflow with a tracked training, two evaluations and a stage that is not complete."""
     tmp_path = tmp_path_factory.mktemp("workflow")
-    write_stage(tmp_path, "latents", {"curate": "x"}, 3_955, {})
+    write_stage(tmp_path, "image_features", {"curate": "x"}, 3_955, {})
     write_stage(tmp_path, "ingest", {}, 4_000, {"http_404": 7})
     write_stage(tmp_path, "curate", {"ingest": "x"}, 3_960, {"caption <empty>": 3, "undecodable": 37})
-    (tmp_path / "features").mkdir()
+    (tmp_path / "prompt_features").mkdir()
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     tracker = Tracker(TrackingConfig(uri=uri))
     for step in (10, 20, 30):
@@ -112,7 +112,7 @@ def test_holds_stages_drops_curve_scores_pictures_and_lineage(workflow):
     path = write_report(workflow)
     page = path.read_text()
     assert path == workflow / "report.html"
-    assert page.index("<b>ingest</b>") < page.index("<b>curate</b>") < page.index("<b>latents</b>")
+    assert page.index("<b>ingest</b>") < page.index("<b>curate</b>") < page.index("<b>image_features</b>")
     for text in (
         "3,960",
         "http_404 7",
@@ -166,7 +166,7 @@ def test_the_curve_comes_from_the_tracked_run(workflow):
 
 def test_names_the_data_as_the_tracked_run_does(workflow):
     page = write_report(workflow).read_text()
-    for stage in ("ingest", "curate", "latents"):
+    for stage in ("ingest", "curate", "image_features"):
         assert f'title="{manifest_digest(workflow / stage)}"' in page
 
 

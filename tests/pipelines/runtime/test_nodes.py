@@ -77,7 +77,7 @@ def test_a_node_that_dies_costs_only_the_shards_in_flight(nodes, make_config, tm
     context, calls = start(config, tmp_path, SHARD_SEC="2")
     log = tmp_path / "cluster.log"
     with context as process:
-        until(lambda: any(stage == "latents" for stage, _ in calls.in_flight(goes)), process, log)
+        until(lambda: any(stage == "image_features" for stage, _ in calls.in_flight(goes)), process, log)
         lost = calls.in_flight(goes)
         nodes.kill(goes)
         assert process.wait(LIMIT_SEC) == 0, log.read_text()

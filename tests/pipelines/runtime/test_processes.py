@@ -74,14 +74,14 @@ def test_after_a_worker_that_cannot_start(make_config, models, write, tmp_path):
     config = make_config(train={"model": {"mllm": models["tower"]}})
     code, said = run_to_the_end(write(config), tmp_path)
     assert code == 1
-    assert "error: stage features: its worker could not start" in said
+    assert "error: stage prompt_features: its worker could not start" in said
 
 
 @pytest.mark.parametrize(
     ("number", "to_all", "stage", "code"),
     [
         (signal.SIGTERM, False, "ingest", 143),
-        (signal.SIGTERM, True, "latents", 143),
+        (signal.SIGTERM, True, "image_features", 143),
         (signal.SIGINT, True, "ingest", 130),
     ],
 )

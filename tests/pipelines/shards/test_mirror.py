@@ -32,7 +32,7 @@ def write_column(folder: Folder, scratch: Path, contents: list[bytes]) -> None:
     folder.put("statistics", scratch / "statistics")
     shards = ShardTable.of(sidecars)
     manifest = Manifest(
-        stage="latents",
+        stage="image_features",
         fingerprint="f",
         fields={},
         upstream={},
@@ -65,7 +65,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_copy_is_whole_and_follows_its_source(source, tmp_path, monkeypatch):
     write_column(source, tmp_path / "x", [b"a", b"b", b"c"])
-    target = tmp_path / "columns" / "latents"
+    target = tmp_path / "columns" / "image_features"
     opened = fetched(monkeypatch)
     mirror(source, target)
     assert sorted(opened) == ["00000.tar", "00001.tar", "00002.tar", "statistics"]

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.shards.arrays import npy_bytes
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit
 from pipelines.shards.tars import tar_shard
-from pipelines.stages.image_features import npy_bytes
 from repfusion.files import canonical_json
 
 pytestmark = pytest.mark.slow
@@ -198,7 +198,7 @@ def columns(request: pytest.FixtureRequest, tmp_path: Path) -> Columns:
     rng, position = np.random.default_rng(0), 0
     written: dict[str, dict[str, bytes]] = {}
     for name, number in SHARDS.items():
-        parts: dict[str, dict[str, dict[str, bytes]]] = {"curate": {}, "latents": {}, "features": {}}
+        parts: dict[str, dict[str, dict[str, bytes]]] = {column: {} for column in ALL.split(",")}
         for _ in range(number):
             key = f"{position:09d}"
             stream = io.BytesIO()
@@ -212,9 +212,9 @@ def columns(request: pytest.FixtureRequest, tmp_path: Path) -> Columns:
                 "json": canonical_json(metadata).encode(),
             }
             features = rng.standard_normal((16, 64)).astype(np.float16)
-            parts["latents"][key] = {"features.npy": npy_bytes(features)}
+            parts["image_features"][key] = {"image_features.npy": npy_bytes(features)}
             text = rng.standard_normal((3 + position % 4, 32)).astype(np.float16)
-            parts["features"][key] = {"text.npy": npy_bytes(text)}
+            parts["prompt_features"][key] = {"prompt_features.npy": npy_bytes(text)}
             position += 1
         for column, samples in parts.items():
             with ShardCommit(Folder.at(tmp_path / column), name, "f", {}) as commit:
@@ -233,7 +233,7 @@ def digests(written: dict[str, dict[str, bytes]]) -> dict[str, dict[str, str]]:
     }
 
 
-ALL = "curate,latents,features"
+ALL = "curate,image_features,prompt_features"
 
 
 @pytest.mark.parametrize("reader", ["webdataset", "webdataset 1"])

@@ -12,8 +12,7 @@ from pipelines.commands import main
 from pipelines.shards.mirror import mirror
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import read_sidecar
-from pipelines.sources.build import source_entries
-from pipelines.stages.build import build_stages, data_stages, probe_stages
+from pipelines.stages.build import build_stages, data_stages, probe_stages, source_entries
 from pipelines.workflow.collect import find_garbage
 from pipelines.workflow.plan import plan
 from pipelines.workflow.verify import QUARANTINE, verify
@@ -76,15 +75,25 @@ def test_a_deleted_object_and_a_changed_one_are_made_good(remote, pool, complete
     expected = data_files(complete_run.data_folder)
 
     before = stamps(folder)
-    (folder / "latents").remove("00002.tar")
-    assert found(config)["latents"].reason == "1 of 4 shards to do: 00002.tar missing or of another size"
+    (folder / "image_features").remove("00002.tar")
+    assert (
+        found(config)["image_features"].reason == "1 of 4 shards to do: 00002.tar missing or of another size"
+    )
     results, _ = run_all(config, pool)
-    assert ran(results) == ["latents"] and data_files(folder) == expected
+    assert ran(results) == ["image_features"] and data_files(folder) == expected
     after = stamps(folder)
     again = {name for name in after if after[name] != before.get(name)}
-    whole = {"latents/statistics.safetensors", "latents/manifest.json", "latents/shards.parquet"}
-    shard = {"latents/00002.tar", "latents/00002.json", "latents/00002.statistics.safetensors"}
-    assert again == whole | shard | {"latents/stage.json"}
+    whole = {
+        "image_features/statistics.safetensors",
+        "image_features/manifest.json",
+        "image_features/shards.parquet",
+    }
+    shard = {
+        "image_features/00002.tar",
+        "image_features/00002.json",
+        "image_features/00002.statistics.safetensors",
+    }
+    assert again == whole | shard | {"image_features/stage.json"}
 
     data = (folder / "curate").read("00001.tar")
     (folder / "curate").write("00001.tar", data[:700] + bytes([data[700] ^ 1]) + data[701:])
@@ -115,17 +124,19 @@ def test_a_plan_of_what_is_complete_asks_nothing_of_the_source(remote):
 
 def test_training_reads_a_checked_copy(remote, complete_run):
     from repfusion.data.dataset import ColumnDataset
+    from repfusion.data.readers import SampleArray
 
     config, _ = remote
-    data = config.train.data
+    data, original = config.training("train").data, complete_run.training("train").data
+    readers = {"image_features": SampleArray()}
+    features = data.columns["image_features"]
     assert data.images == config.root / "columns" / "curate"
-    for name, place in (("curate", data.images), ("latents", data.features)):
+    for name, place in (("curate", data.images), ("image_features", features)):
         mirror(config.data_folder / name, place)
-    copy = ColumnDataset(data.images, data.features)
-    original = ColumnDataset(complete_run.train.data.images, complete_run.train.data.features)
-    assert len(copy) == len(original) == 34
-    assert (data.features / "statistics.safetensors").read_bytes() == (
-        complete_run.root / "latents" / "statistics.safetensors"
+    copy = ColumnDataset(data.images, data.columns, readers)
+    assert len(copy) == len(ColumnDataset(original.images, original.columns, readers)) == 34
+    assert (features / "statistics.safetensors").read_bytes() == (
+        complete_run.root / "image_features" / "statistics.safetensors"
     ).read_bytes()
 
 

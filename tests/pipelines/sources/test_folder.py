@@ -36,7 +36,7 @@ def run(
     config: FolderConfig, to: Path, size: int = 4, ingest: IngestConfig = AS_IS, reverse: bool = False
 ) -> list[Sidecar]:
     worker = FolderWorker(Folder.at(to), config, ingest)
-    listed = jobs(config, size)
+    listed = jobs(config.model_copy(update={"shard_size": size}))
     return sorted(
         (worker(job) for job in (reversed(listed) if reverse else listed)), key=lambda one: one.name
     )
@@ -86,14 +86,14 @@ def test_captions_beside_the_images(tmp_path, data):
 
 
 def test_the_same_bytes_in_any_order_and_only_changed_shards_again(tmp_path, data):
-    config = FolderConfig(path=str(data))
+    config = FolderConfig(path=str(data), shard_size=2)
     first = run(config, tmp_path / "a", 2)
     assert [one.sha256 for one in run(config, tmp_path / "b", 2, reverse=True)] == [
         one.sha256 for one in first
     ]
-    before = [job.inputs for job in jobs(config, 2)]
+    before = [job.inputs for job in jobs(config)]
     os.utime(data / "b/2.txt", ns=(1, 1))
-    after = [job.inputs for job in jobs(config, 2)]
+    after = [job.inputs for job in jobs(config)]
     assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
     assert all(inputs.keys() == {"files"} for inputs in after)
 
@@ -165,10 +165,10 @@ def test_a_changed_line_of_the_csv_redoes_its_own_shard(data):
     table.write_text(
         "file_name,caption\na.png,x\nb/1.png,x\nb/2.png,x\nb/10.png,x\nb.x/1.png,x\nz/y/x.png,x\n"
     )
-    config = FolderConfig(path=str(data), captions=str(table))
-    before = [job.inputs for job in jobs(config, 2)]
+    config = FolderConfig(path=str(data), captions=str(table), shard_size=2)
+    before = [job.inputs for job in jobs(config)]
     table.write_text(table.read_text().replace("z/y/x.png,x", "z/y/x.png,changed"))
-    assert [old == job.inputs for old, job in zip(before, jobs(config, 2), strict=True)] == [
+    assert [old == job.inputs for old, job in zip(before, jobs(config), strict=True)] == [
         True,
         True,
         False,
@@ -190,8 +190,8 @@ def test_a_walk_from_any_entry_gives_the_rest(tmp_path, data, with_csv):
 
 
 def test_files_that_changed_since_they_were_listed(tmp_path, data):
-    config = FolderConfig(path=str(data))
-    listed = jobs(config, 4)
+    config = FolderConfig(path=str(data), shard_size=4)
+    listed = jobs(config)
     (data / "b/11.png").write_bytes(picture())
     worker = FolderWorker(Folder.at(tmp_path / "out"), config, AS_IS)
     with pytest.raises(ShardError, match=r"shard 00000: the files in .* from a\.png on changed.*run again"):
@@ -239,18 +239,18 @@ def test_a_folder_in_a_bucket(tmp_path, data, s3_folder):
             place = s3_folder / str(path.parent.relative_to(data)) if path.parent != data else s3_folder
             place.write(path.name, path.read_bytes())
     expected = run(FolderConfig(path=str(data)), tmp_path / "local")
-    config = FolderConfig(path=s3_folder.url, options=dict(s3_folder.options))
+    config = FolderConfig(path=s3_folder.url, options=dict(s3_folder.options), shard_size=4)
     assert [one.sha256 for one in run(config, tmp_path / "remote")] == [one.sha256 for one in expected]
-    before = [job.inputs for job in jobs(config, 4)]
+    before = [job.inputs for job in jobs(config)]
     s3_folder.write("a.png", picture(99))
-    assert [old == job.inputs for old, job in zip(before, jobs(config, 4), strict=True)] == [False, True]
+    assert [old == job.inputs for old, job in zip(before, jobs(config), strict=True)] == [False, True]
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"path": "nowhere"}, "source.folder.path: nowhere: .*expected a folder of images"),
-        ({"captions": "nowhere.csv"}, r"source\.folder\.captions: nowhere\.csv is not readable as csv"),
+        ({"path": "nowhere"}, "source.path: nowhere: .*expected a folder of images"),
+        ({"captions": "nowhere.csv"}, r"source\.captions: nowhere\.csv is not readable as csv"),
         (
             {"captions": "c.csv", "caption_column": "text"},
             r"c\.csv has no column 'text'; it has \['file_name'",
@@ -262,12 +262,12 @@ def test_what_is_not_there_is_named(tmp_path, data, monkeypatch, fields, message
     monkeypatch.chdir(tmp_path)
     Path("c.csv").write_text("file_name,caption\n")
     with pytest.raises(ValueError, match=message):
-        jobs(FolderConfig(**{"path": str(data), **fields}), 3)
+        jobs(FolderConfig(**{"shard_size": 3, "path": str(data), **fields}))
 
 
 def test_a_folder_without_images_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"source\.folder\.path: .* holds no images \(\.jpg"):
-        jobs(FolderConfig(path=str(tmp_path)), 3)
+    with pytest.raises(ValueError, match=r"source\.path: .* holds no images \(\.jpg"):
+        jobs(FolderConfig(path=str(tmp_path), shard_size=3))
 
 
 def test_what_decides_the_bytes():

@@ -49,7 +49,7 @@ def run(
     config: ParquetConfig, to: Path, size: int = 10, ingest: IngestConfig = AS_IS, reverse: bool = False
 ) -> list[Sidecar]:
     worker = ParquetWorker(Folder.at(to), config, ingest)
-    listed = jobs(config, size)
+    listed = jobs(config.model_copy(update={"shard_size": size}))
     return sorted(
         (worker(job) for job in (reversed(listed) if reverse else listed)), key=lambda one: one.name
     )
@@ -98,8 +98,8 @@ def test_the_same_bytes_in_any_order_and_whatever_the_row_groups(tmp_path, data)
 
 
 def test_only_the_shards_of_a_changed_file_are_made_again(data):
-    config = ParquetConfig(path=str(data))
-    before = [job.inputs for job in jobs(config, 10)]
+    config = ParquetConfig(path=str(data), shard_size=10)
+    before = [job.inputs for job in jobs(config)]
     assert [list(inputs) for inputs in before] == [
         ["train-0.parquet"],
         ["train-0.parquet", "train-2.parquet"],
@@ -107,11 +107,16 @@ def test_only_the_shards_of_a_changed_file_are_made_again(data):
         ["train-2.parquet"],
     ]
     os.utime(data / "train-0.parquet", ns=(1, 1))
-    after = [job.inputs for job in jobs(config, 10)]
+    after = [job.inputs for job in jobs(config)]
     assert [old == new for old, new in zip(before, after, strict=True)] == [False, False, True, True]
     write(data / "train-1.parquet", 16, 1)
     assert not any(
-        old == new for old, new in zip(after[1:], [job.inputs for job in jobs(config, 10)][1:], strict=False)
+        old == new
+        for old, new in zip(
+            after[1:],
+            [job.inputs for job in jobs(config)][1:],
+            strict=False,
+        )
     )
 
 
@@ -183,13 +188,13 @@ def test_files_in_a_bucket(tmp_path, data, s3_folder):
 def test_a_damaged_file_is_named(tmp_path, data):
     (data / "train-0.parquet").write_bytes(b"not parquet at all")
     with pytest.raises(ValueError, match=r"train-0\.parquet is not readable as parquet"):
-        jobs(ParquetConfig(path=str(data)), 10)
+        jobs(ParquetConfig(path=str(data), shard_size=10))
 
 
 def test_a_damaged_page_fails_its_shard(tmp_path):
     path = write(tmp_path / "in.parquet", 0, 30, group=100)
-    config = ParquetConfig(path=str(path))
-    (job,) = jobs(config, 100)
+    config = ParquetConfig(path=str(path), shard_size=100)
+    (job,) = jobs(config)
     content = bytearray(path.read_bytes())
     content[4:64] = b"\xff" * 60
     path.write_bytes(content)
@@ -213,7 +218,7 @@ def test_a_damaged_page_fails_its_shard(tmp_path):
 )
 def test_columns_that_do_not_fit(data, fields, message):
     with pytest.raises(ValueError, match=message):
-        jobs(ParquetConfig(**{"path": str(data), **fields}), 10)
+        jobs(ParquetConfig(**{"shard_size": 10, "path": str(data), **fields}))
 
 
 def test_what_decides_the_bytes():

@@ -229,7 +229,7 @@ def test_inputs_at_any_url(tmp_path):
     write_tar(tmp_path / "a.tar", samples(0, 3))
     for place in ("bucket/one/a.tar", "bucket/two/a.tar", "bucket/readme.txt"):
         files.pipe_file(f"/{place}", (tmp_path / "a.tar").read_bytes())
-    found = find_inputs("memory://bucket/*/a.tar", (".tar",), "source.tars.path", {})
+    found = find_inputs("memory://bucket/*/a.tar", (".tar",), "source.path", {})
     assert [file.name for file in found] == ["one/a.tar", "two/a.tar"]
     sidecars = run(TarsConfig(path="memory://bucket/*/a.tar"), tmp_path / "out")
     assert [sidecar.samples for sidecar in sidecars] == [3, 3]
@@ -241,9 +241,7 @@ def test_inputs_at_any_url(tmp_path):
 @pytest.mark.parametrize("path", ["nothing", "nothing/*.tar", "empty"])
 def test_a_path_that_leads_nowhere_is_named(tmp_path, path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(
-        ValueError, match=rf"source\.tars\.path: .*{path[:5]}.* leads to no file; expected \.tar"
-    ):
+    with pytest.raises(ValueError, match=rf"source\.path: .*{path[:5]}.* leads to no file; expected \.tar"):
         jobs(TarsConfig(path=str(tmp_path / path)))
 
 
@@ -296,16 +294,16 @@ def test_two_actors_give_the_same_bytes(tmp_path, pool, kind):
             for index, data in enumerate(pictures):
                 (tmp_path / "in" / f"{index}.jpg").write_bytes(data)
                 (tmp_path / "in" / f"{index}.txt").write_text("x")
-            config, worker = FolderConfig(path=str(tmp_path / "in")), FolderWorker
+            config, worker = FolderConfig(path=str(tmp_path / "in"), shard_size=4), FolderWorker
             listed = folder_source.jobs
         case _:
             pq.write_table(
                 pa.table({"image": pictures, "caption": ["x"] * 12}), tmp_path / "in" / "a.parquet"
             )
-            config, worker = ParquetConfig(path=str(tmp_path / "in")), ParquetWorker
+            config, worker = ParquetConfig(path=str(tmp_path / "in"), shard_size=4), ParquetWorker
             listed = parquet_source.jobs
     ingest = IngestConfig(image_size=16)
-    todo = listed(config, 4)
+    todo = listed(config)
     alone = worker(Folder.at(tmp_path / "alone"), config, ingest)
     expected = {job.name: alone(job).sha256 for job in todo}
     arguments = {"folder": Folder.at(tmp_path / "pool"), "config": config, "ingest": ingest}

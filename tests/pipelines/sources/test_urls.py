@@ -138,7 +138,7 @@ def test_files_patterns_folders_and_urls(folder):
 
 
 def test_what_is_no_list_is_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"source\.urls\.path: .*none.* leads to no file"):
+    with pytest.raises(ValueError, match=r"source\.path: .*none.* leads to no file"):
         find_files(config(tmp_path / "none.csv"))
     (tmp_path / "l.txt").write_text("u1")
     with pytest.raises(ValueError, match=r"l\.txt: expected a name that ends in"):

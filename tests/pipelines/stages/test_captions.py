@@ -14,7 +14,7 @@ from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar
 from pipelines.shards.tars import read_samples, tar_shard
 from pipelines.stages.captions import (
-    CaptionColumn,
+    CaptionConfig,
     CaptionsConfig,
     CaptionsWorker,
     count_coverage,
@@ -49,9 +49,11 @@ def write_table(path: Path, keys: list, texts: list, group: int = 100, **more) -
 
 
 def run(
-    root: Path, columns: dict[str, CaptionColumn], to: str = "captions", order: list[int] | None = None
+    root: Path, columns: dict[str, CaptionConfig], to: str = "captions", order: list[int] | None = None
 ) -> list[Sidecar]:
-    worker = CaptionsWorker(Folder.at(root / to), Folder.at(root / "curate"), CaptionsConfig(columns=columns))
+    worker = CaptionsWorker(
+        Folder.at(root / to), Folder.at(root / "curate"), CaptionsConfig(captions=columns)
+    )
     shards = order or range(NUM_SHARDS)
     return sorted(
         (worker(ShardJob(f"{i:05d}", "f", {"curate": "a"})) for i in shards), key=lambda one: one.name
@@ -67,7 +69,7 @@ def read(root: Path, sidecars: list[Sidecar], to: str = "captions") -> dict[str,
 
 
 def test_a_field_of_the_json_becomes_a_column(root):
-    columns = {"long": CaptionColumn(field="long", max_chars=20)}
+    columns = {"long": CaptionConfig(field="long", max_chars=20)}
     sidecars = run(root, columns)
     found = read(root, sidecars)
     assert list(found) == KEYS, "every key, in order, also of samples that lack the caption"
@@ -91,12 +93,12 @@ def test_a_field_of_the_json_becomes_a_column(root):
 
 def test_the_coverage_of_all_shards_is_counted(root):
     columns = {
-        "long": CaptionColumn(field="long"),
-        "url": CaptionColumn(field="url"),
+        "long": CaptionConfig(field="long"),
+        "url": CaptionConfig(field="url"),
     }
     shards = ShardTable.of(run(root, columns))
     folder = Folder.at(root / "captions")
-    assert count_coverage(CaptionsConfig(columns=columns), folder, shards) == ["coverage.json"]
+    assert count_coverage(CaptionsConfig(captions=columns), folder, shards) == ["coverage.json"]
     assert json.loads(folder.read("coverage.json")) == {
         "samples": 12,
         "columns": {
@@ -115,7 +117,7 @@ def test_a_table_is_joined_by_our_key(root, group, is_sorted):
         root / "t.parquet", [names[i] for i in order], [f"of {names[i]}" for i in order], group,
         nested=[{"a": 1, "b": 2}] * 14,
     )  # fmt: skip
-    found = read(root, run(root, {"other": CaptionColumn(table=table)}))
+    found = read(root, run(root, {"other": CaptionConfig(table=table)}))
     assert found == {key: {"other.txt": f"of {key}"} for key in KEYS}
 
 
@@ -123,7 +125,7 @@ def test_a_table_is_joined_by_a_field_of_the_json(root):
     (root / "tables").mkdir()
     write_table(root / "tables" / "b.parquet", ["u0", "u9", "u3"], ["late", "nine", None])
     write_table(root / "tables" / "a.parquet", ["u0", "u1", "u0"], ["first", "", "second"])
-    column = CaptionColumn(table=str(root / "tables"), join_field="url")
+    column = CaptionConfig(table=str(root / "tables"), join_field="url")
     found = read(root, run(root, {"other": column}))
     assert found[KEYS[0]] == {"other.txt": "first"} and found[KEYS[9]] == {"other.txt": "nine"}
     assert [found[KEYS[i]]["missing.json"] for i in (1, 3, 2, 6)] == [
@@ -138,20 +140,20 @@ def test_a_table_is_joined_by_a_field_of_the_json(root):
 def test_keys_may_be_numbers(root, kind):
     keys = pa.array([104, 100, 111, 7], kind)
     table = write_table(root / "t.parquet", keys, ["four", "zero", "eleven", "seven"], 2)
-    by_number = read(root, run(root, {"x": CaptionColumn(table=table, join_field="number")}))
+    by_number = read(root, run(root, {"x": CaptionConfig(table=table, join_field="number")}))
     assert [by_number[KEYS[i]].get("x.txt") for i in (0, 4, 11, 7)] == ["zero", "four", "eleven", None]
-    by_text = read(root, run(root, {"x": CaptionColumn(table=table, join_field="url")}, "b"), "b")
+    by_text = read(root, run(root, {"x": CaptionConfig(table=table, join_field="url")}, "b"), "b")
     assert not any("x.txt" in members for members in by_text.values())
 
 
 def test_shards_and_table_in_a_bucket(root, s3_folder):
-    expected = run(root, {"x": CaptionColumn(table=write_table(root / "t.parquet", KEYS, KEYS, 2))})
+    expected = run(root, {"x": CaptionConfig(table=write_table(root / "t.parquet", KEYS, KEYS, 2))})
     s3_folder.write("t.parquet", (root / "t.parquet").read_bytes())
     source = s3_folder / "curate"
     for path in (root / "curate").iterdir():
         source.write(path.name, path.read_bytes())
-    column = CaptionColumn(table=f"{s3_folder.url}/t.parquet", options=dict(s3_folder.options))
-    config = CaptionsConfig(columns={"x": column})
+    column = CaptionConfig(table=f"{s3_folder.url}/t.parquet", options=dict(s3_folder.options))
+    config = CaptionsConfig(captions={"x": column})
     worker = CaptionsWorker(s3_folder / "captions", source, config)
     made = [worker(ShardJob(one.name, "f", {"curate": "a"})) for one in expected]
     assert [one.sha256 for one in made] == [one.sha256 for one in expected]
@@ -167,13 +169,13 @@ def test_only_row_groups_that_can_hold_a_key_are_read(root, monkeypatch):
         return original(self, *args, row_groups=row_groups, **kwargs)
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
-    run(root, {"x": CaptionColumn(table=table)})
+    run(root, {"x": CaptionConfig(table=table)})
     assert read_groups == [[0], [1], [2]]
 
 
 def test_the_same_bytes_in_any_order(root):
     table = write_table(root / "t.parquet", KEYS[::2], KEYS[::2])
-    columns = {"b": CaptionColumn(table=table), "a": CaptionColumn(field="long")}
+    columns = {"b": CaptionConfig(table=table), "a": CaptionConfig(field="long")}
     first = run(root, columns)
     again = run(root, dict(reversed(columns.items())), "again", [2, 0, 1])
     assert [one.sha256 for one in first] == [one.sha256 for one in again]
@@ -184,39 +186,43 @@ def test_the_loader_draws_them(root):
     from tiny_training import npy, write_tar
 
     from repfusion.data.dataset import ColumnDataset
+    from repfusion.data.readers import SampleArray
 
-    run(root, {"long": CaptionColumn(field="long")})
+    run(root, {"long": CaptionConfig(field="long")})
     for shard in range(NUM_SHARDS):
         keys = KEYS[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
         array = npy(np.zeros((2, 4), np.float16))
-        write_tar(root / "latents" / f"{shard:05d}.tar", [(key, {"features.npy": array}) for key in keys])
-    folders = root / "curate", root / "latents"
+        samples = [(key, {"image_features.npy": array}) for key in keys]
+        write_tar(root / "image_features" / f"{shard:05d}.tar", samples)
+    columns = {name: root / name for name in ("image_features", "captions")}
+    readers = {"image_features": SampleArray()}
     weights = {"txt": 1.0, "long.txt": 1.0}
-    dataset = ColumnDataset(*folders, captions=root / "captions", caption_weights=weights)
+    dataset = ColumnDataset(root / "curate", columns, readers, caption_weights=weights)
     assert dataset[0].captions == {"long.txt": ("long 0",), "txt": ("main",)}
     assert dataset[1].captions == {"txt": ("main",)}
     with pytest.raises(ValueError, match=r"has a member 'lnog\.txt'.*\['long\.txt'\]"):
-        ColumnDataset(*folders, captions=root / "captions", caption_weights={"txt": 1.0, "lnog.txt": 1.0})
+        ColumnDataset(root / "curate", columns, readers, caption_weights={"txt": 1.0, "lnog.txt": 1.0})
 
 
 def test_what_decides_the_bytes(root):
     table = write_table(root / "t.parquet", KEYS, KEYS)
 
     def fields(identity: str = "a", **changes):
-        columns = {"x": CaptionColumn(table=table, **changes), "y": CaptionColumn(field="long")}
+        columns = {"x": CaptionConfig(table=table, **changes), "y": CaptionConfig(field="long")}
         return fingerprint_fields(
-            CaptionsConfig(columns=columns), lambda url, options: identity + Path(url).name
+            "captions", CaptionsConfig(captions=columns), lambda url, options: identity + Path(url).name
         )
 
     base = fields()
-    assert base["captions.columns.y.field"] == "long" and fields(options={"a": 1}) == base
+    assert base["columns.captions.captions.y.field"] == "long" and fields(options={"a": 1}) == base
     changed = [fields("b"), fields(join_field="url"), fields(max_chars=3)]
     assert [[key for key in base if base[key] != other[key]] for other in changed] == [
-        ["captions.columns.x.table"],
-        ["captions.columns.x.join_field"],
-        ["captions.columns.x.max_chars"],
+        ["columns.captions.captions.x.table"],
+        ["columns.captions.captions.x.join_field"],
+        ["columns.captions.captions.x.max_chars"],
     ]
-    assert fingerprint_fields(CaptionsConfig(), lambda url, options: "") == {}
+    with pytest.raises(ValueError, match=r"captions\n.*at least 1"):
+        CaptionsConfig(captions={})
 
 
 @pytest.mark.parametrize(
@@ -229,13 +235,13 @@ def test_what_decides_the_bytes(root):
 )
 def test_columns_that_make_no_sense(fields, message):
     with pytest.raises(ValueError, match=message):
-        CaptionColumn(**fields)
+        CaptionConfig(**fields)
 
 
 @pytest.mark.parametrize("name", ["long.txt", "", "a b"])
 def test_names_that_cannot_be_members(name):
     with pytest.raises(ValueError, match="expected letters, digits"):
-        CaptionsConfig(columns={name: CaptionColumn(field="long")})
+        CaptionsConfig(captions={name: CaptionConfig(field="long")})
 
 
 @pytest.mark.parametrize(
@@ -243,10 +249,10 @@ def test_names_that_cannot_be_members(name):
     [
         (
             {"key_column": "id"},
-            r"columns\.x\.table: .*t\.parquet has no column 'id'; it has \['key', 'caption'\]",
+            r"captions\.x\.table: .*t\.parquet has no column 'id'; it has \['key', 'caption'\]",
         ),
         ({"caption_column": "key", "key_column": "caption"}, None),
-        ({"table": "nowhere.parquet"}, r"captions\.columns\.x\.table: nowhere\.parquet leads to no file"),
+        ({"table": "nowhere.parquet"}, r"captions\.x\.table: nowhere\.parquet leads to no file"),
         ({"table": "bad.parquet"}, r"bad\.parquet is not readable as parquet"),
         ({"table": "floats.parquet"}, r"column 'key' is double; expected text or whole numbers"),
     ],
@@ -256,7 +262,7 @@ def test_tables_that_do_not_fit(root, monkeypatch, column, message):
     write_table(root / "t.parquet", KEYS, KEYS)
     (root / "bad.parquet").write_bytes(b"junk" * 9)
     write_table(root / "floats.parquet", [1.5], ["x"])
-    columns = {"x": CaptionColumn(**{"table": "t.parquet", **column})}
+    columns = {"x": CaptionConfig(**{"table": "t.parquet", **column})}
     if message is None:
         assert len(run(root, columns)) == NUM_SHARDS
         return
@@ -270,7 +276,7 @@ def test_a_broken_json_names_the_sample(root):
             samples.write(KEYS[0], {"txt": b"x", "json": b"{"})
         commit.commit("00000.tar")
     with pytest.raises(ShardError, match=r"curate/00000\.tar, key 000000000: its json is broken"):
-        run(root, {"long": CaptionColumn(field="long")})
+        run(root, {"long": CaptionConfig(field="long")})
 
 
 def test_the_module_starts_fast():

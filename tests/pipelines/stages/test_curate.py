@@ -59,7 +59,8 @@ def curate_all(root: Path, config: CurateConfig, order: list[int]) -> list[Sidec
     source, judged, folder = (Folder.at(root / name) for name in ("ingest", "judge", "curate"))
     judge = JudgeWorker(judged, source, config)
     verdicts = {index: judge(ShardJob(f"{index:05d}", "j")) for index in order}
-    find_duplicates(judged, ShardTable.of(verdicts[index] for index in sorted(verdicts)), config)
+    shards = ShardTable.of(verdicts[index] for index in sorted(verdicts))
+    find_duplicates(judged, shards, config.duplicates, config.near_duplicate_bits)
     curate = CurateWorker(folder, source, judged, config)
     done = {index: curate(ShardJob(f"{index:05d}", "c")) for index in order}
     return [done[index] for index in sorted(done)]

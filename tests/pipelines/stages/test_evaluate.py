@@ -17,8 +17,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.records import hold
+from pipelines.evaluation.schedule import EvaluationScheduler
 from pipelines.runtime.session import StageError
-from pipelines.stages.evaluate import EvaluationScheduler
 from repfusion.runs.checkpoint import step_of
 from repfusion.tracking import metric_history
 

@@ -1,4 +1,4 @@
-"""The latents stage's worker: what it writes, bit for bit, from images of several sizes, in one thread or
+"""The worker of image features: what it writes, bit for bit, from images of several sizes, in one thread or
 two.
 """
 
@@ -22,8 +22,8 @@ from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, read_sidecar
 from pipelines.shards.tars import tar_shard
 from pipelines.stages.image_features import (
-    LatentsConfig,
-    LatentsWorker,
+    ImageFeaturesConfig,
+    ImageFeaturesWorker,
     decode_plain_png,
     fingerprint_fields,
     merge_statistics,
@@ -110,9 +110,9 @@ def images(tmp_path: Path) -> Folder:
     return folder
 
 
-def make_worker(folder: Folder, images: Folder, encoder: EncoderConfig) -> LatentsWorker:
-    config = LatentsConfig(batch_size=BATCH, actors=ActorsConfig(num_actors=1, num_cpus=1))
-    return LatentsWorker(folder, images, config, encoder)
+def make_worker(folder: Folder, images: Folder, encoder: EncoderConfig) -> ImageFeaturesWorker:
+    config = ImageFeaturesConfig(batch_size=BATCH, actors=ActorsConfig(num_actors=1, num_cpus=1))
+    return ImageFeaturesWorker(folder, images, config, encoder)
 
 
 def members_of(path: Path) -> dict[str, bytes]:
@@ -141,12 +141,12 @@ def expected_shard(images: Folder, name: str, encoder: EncoderConfig, target: Pa
             for key, row in zip(keys[first : first + BATCH], features.numpy(), strict=True):
                 stream = io.BytesIO()
                 np.save(stream, row)
-                writer.write({"__key__": key, "features.npy": stream.getvalue()})
+                writer.write({"__key__": key, "image_features.npy": stream.getvalue()})
     return statistics
 
 
 def test_shards_and_statistics_are_those_of_the_plain_way_bit_for_bit(images, encoder, tmp_path):
-    folder = Folder.at(tmp_path / "latents")
+    folder = Folder.at(tmp_path / "image_features")
     worker = make_worker(folder, images, encoder)
     merged = LatentStatistics.empty(16, 16)
     for name, number in {"00000": 10, "00001": 3, "00002": 8}.items():
@@ -172,7 +172,7 @@ def test_two_shards_at_once_give_the_bytes_of_one_after_the_other(images, encode
     for name in names:
         worker(ShardJob(name, "f"))
     worker = make_worker(two, images, encoder)
-    with ThreadPoolExecutor(LatentsWorker.concurrency) as threads:
+    with ThreadPoolExecutor(ImageFeaturesWorker.concurrency) as threads:
         list(threads.map(worker, [ShardJob(name, "f") for name in reversed(names)]))
     for name in names:
         for file in (f"{name}.tar", f"{name}.statistics.safetensors"):
@@ -184,22 +184,22 @@ def test_stored_and_read_through_a_url(images, encoder, tmp_path):
     remote = Folder.at(f"memory://{tmp_path.name}")
     for name in sorted(images.names()):
         (remote / "images").write(name, images.read(name))
-    local = Folder.at(tmp_path / "latents")
+    local = Folder.at(tmp_path / "image_features")
     make_worker(local, images, encoder)(ShardJob("00001", "f"))
-    make_worker(remote / "latents", remote / "images", encoder)(ShardJob("00001", "f"))
-    assert (remote / "latents").read("00001.tar") == local.read("00001.tar")
-    merge_statistics(remote / "latents", ["00001"], "statistics.safetensors")
-    assert (remote / "latents").has("statistics.safetensors")
+    make_worker(remote / "image_features", remote / "images", encoder)(ShardJob("00001", "f"))
+    assert (remote / "image_features").read("00001.tar") == local.read("00001.tar")
+    merge_statistics(remote / "image_features", ["00001"], "statistics.safetensors")
+    assert (remote / "image_features").has("statistics.safetensors")
     remote.clear()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 33), (33, 48), (32, 80)])
 def test_larger_images_are_resized_by_the_shorter_side_and_cropped_in_the_centre(encoder, tmp_path, size):
-    images, folder = Folder.at(tmp_path / "images"), Folder.at(tmp_path / "latents")
+    images, folder = Folder.at(tmp_path / "images"), Folder.at(tmp_path / "image_features")
     data = image_bytes(0, size=size)
     write_shard(images, "00000", {"000000000": {"png": data}})
     make_worker(folder, images, encoder)(ShardJob("00000", "f"))
-    made = np.load(io.BytesIO(members_of(folder.path / "00000.tar")["000000000.features.npy"]))
+    made = np.load(io.BytesIO(members_of(folder.path / "00000.tar")["000000000.image_features.npy"]))
     original, short = Image.open(io.BytesIO(data)), min(size)
     left, top = (size[0] - short) / 2, (size[1] - short) / 2
     box = (left, top, left + short, top + short)
@@ -210,7 +210,7 @@ def test_larger_images_are_resized_by_the_shorter_side_and_cropped_in_the_centre
 
 @pytest.mark.parametrize("size", [(31, 31), (64, 31), (16, 64)])
 def test_smaller_images_are_an_error_that_says_what_to_set(encoder, tmp_path, size):
-    images, folder = Folder.at(tmp_path / "images"), Folder.at(tmp_path / "latents")
+    images, folder = Folder.at(tmp_path / "images"), Folder.at(tmp_path / "image_features")
     good = {"png": image_bytes(0)}
     write_shard(images, "00000", {"000000000": good, "000000001": {"png": image_bytes(1, size=size)}})
     expected = (
@@ -224,7 +224,7 @@ def test_smaller_images_are_an_error_that_says_what_to_set(encoder, tmp_path, si
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "I;16", "1"])
 def test_images_of_other_modes_are_read_as_pil_converts_them(encoder, tmp_path, mode):
-    images, folder = Folder.at(tmp_path / "images"), Folder.at(tmp_path / "latents")
+    images, folder = Folder.at(tmp_path / "images"), Folder.at(tmp_path / "image_features")
     write_shard(images, "00000", {"000000000": {"png": image_bytes(3, mode=mode)}})
     make_worker(folder, images, encoder)(ShardJob("00000", "f"))
     expected_shard(images, "00000", encoder, tmp_path / "expected.tar")
@@ -233,7 +233,7 @@ def test_images_of_other_modes_are_read_as_pil_converts_them(encoder, tmp_path, 
 
 def test_another_image_size_gives_its_own_grid(images, encoder, tmp_path):
     smaller = encoder.model_copy(update={"image_size": 16})
-    folder = Folder.at(tmp_path / "latents")
+    folder = Folder.at(tmp_path / "image_features")
     make_worker(folder, images, smaller)(ShardJob("00001", "f"))
     for data in members_of(folder.path / "00001.tar").values():
         assert np.load(io.BytesIO(data)).shape == (4, 16)
@@ -241,20 +241,22 @@ def test_another_image_size_gives_its_own_grid(images, encoder, tmp_path):
 
 
 def test_the_fingerprint_names_the_size_in_use(encoder):
-    own = fingerprint_fields(encoder, "digest")
-    assert own["train.model.encoder.image_size"] == SIZE
-    assert fingerprint_fields(encoder.model_copy(update={"image_size": SIZE}), "digest") == own
-    other = fingerprint_fields(encoder.model_copy(update={"image_size": 16}), "digest")
-    assert {name for name in own if own[name] != other[name]} == {"train.model.encoder.image_size"}
+    own = fingerprint_fields("image_features", encoder, "digest")
+    assert own["columns.image_features.encoder.image_size"] == SIZE
+    assert (
+        fingerprint_fields("image_features", encoder.model_copy(update={"image_size": SIZE}), "digest") == own
+    )
+    other = fingerprint_fields("image_features", encoder.model_copy(update={"image_size": 16}), "digest")
+    assert {name for name in own if own[name] != other[name]} == {"columns.image_features.encoder.image_size"}
     with pytest.raises(ValueError, match=r"encoder\.image_size 30: not a multiple of 8"):
-        fingerprint_fields(encoder.model_copy(update={"image_size": 30}), "digest")
+        fingerprint_fields("image_features", encoder.model_copy(update={"image_size": 30}), "digest")
 
 
 def test_a_vae_is_an_encoder_by_its_folder_alone(images, vae, tmp_path):
     """The plain way is diffusers' own: the posterior's mean, a token a latent pixel along the rows."""
     worker = make_worker(Folder.at(tmp_path / "out"), images, vae)
     assert (worker.encoder.grid, worker.encoder.feature_dim) == ((8, 8), 3)
-    sidecar = worker(ShardJob("00001", "latents", {}))
+    sidecar = worker(ShardJob("00001", "image_features", {}))
     assert set(sidecar.versions) == {"torch", "diffusers", "repfusion"}
     pixels = np.stack(
         [
@@ -276,19 +278,23 @@ def test_a_vae_is_an_encoder_by_its_folder_alone(images, vae, tmp_path):
 
 
 def test_a_vaes_fingerprint_has_its_size_and_no_layer(vae, encoder):
-    own = fingerprint_fields(vae, "digest")
-    assert own["train.model.encoder.image_size"] == SIZE
-    assert fingerprint_fields(vae.model_copy(update={"layer": -1}), "digest") == own
-    assert fingerprint_fields(vae, "other") != own != fingerprint_fields(encoder, "digest")
-    assert fingerprint_fields(vae.model_copy(update={"image_size": 16}), "digest") != own
+    own = fingerprint_fields("image_features", vae, "digest")
+    assert own["columns.image_features.encoder.image_size"] == SIZE
+    assert fingerprint_fields("image_features", vae.model_copy(update={"layer": -1}), "digest") == own
+    assert (
+        fingerprint_fields("image_features", vae, "other")
+        != own
+        != fingerprint_fields("image_features", encoder, "digest")
+    )
+    assert fingerprint_fields("image_features", vae.model_copy(update={"image_size": 16}), "digest") != own
     with pytest.raises(
         ValueError, match=r"not a multiple of 4, the factor of the VAE .*; the nearest one is 32"
     ):
-        fingerprint_fields(vae.model_copy(update={"image_size": 30}), "digest")
+        fingerprint_fields("image_features", vae.model_copy(update={"image_size": 30}), "digest")
 
 
 def test_features_beyond_half_precision_are_refused_by_key(images, encoder, tmp_path, monkeypatch):
-    worker = make_worker(Folder.at(tmp_path / "latents"), images, encoder)
+    worker = make_worker(Folder.at(tmp_path / "image_features"), images, encoder)
     encode = worker.encoder.encode_images
 
     def overflow(batch: torch.Tensor) -> torch.Tensor:
@@ -307,7 +313,7 @@ def test_a_shard_that_changed_since_it_was_written_is_not_encoded(images, encode
     data = bytearray(path.read_bytes())
     data[600] ^= 1
     path.write_bytes(data)
-    worker = make_worker(Folder.at(tmp_path / "latents"), images, encoder)
+    worker = make_worker(Folder.at(tmp_path / "image_features"), images, encoder)
     with pytest.raises((ShardError, OSError, SyntaxError), match=r"00001|image"):
         worker(ShardJob("00001", "f"))
     assert worker.folder.names() == set()

@@ -13,8 +13,9 @@ from pipelines.runtime.pool import ShardJob
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar
 from pipelines.shards.tars import read_samples, tar_shard
-from pipelines.stages.prompt_features import FeaturesConfig, FeaturesWorker, fingerprint_fields
+from pipelines.stages.prompt_features import PromptFeaturesConfig, PromptFeaturesWorker, fingerprint_fields
 from repfusion.data.dataset import ColumnDataset
+from repfusion.data.readers import CaptionArray, SampleArray
 from repfusion.llm.load import load_language_model
 
 Captions = dict[str, dict[str, str]]
@@ -48,18 +49,20 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def make_worker(root: Path, llava: Path, to: str = "features", names: tuple[str, ...] = ("long",), **fields):
-    config = FeaturesConfig(**{"batch_size": 3, **fields})
+def make_worker(
+    root: Path, llava: Path, to: str = "prompt_features", names: tuple[str, ...] = ("long",), **fields
+):
+    config = PromptFeaturesConfig(**{"batch_size": 3, **fields})
     captions = Folder.at(root / "captions") if names else None
     folders = Folder.at(root / to), Folder.at(root / "curate")
-    return FeaturesWorker(*folders, config, llava, "float32", captions, names)
+    return PromptFeaturesWorker(*folders, config, llava, "float32", captions, names)
 
 
-def make(worker: FeaturesWorker, *names: str) -> list[Sidecar]:
+def make(worker: PromptFeaturesWorker, *names: str) -> list[Sidecar]:
     return [worker(ShardJob(name, "f", {"curate": "a"})) for name in names]
 
 
-def members(root: Path, name: str = "00000", stage: str = "features") -> dict[str, bytes]:
+def members(root: Path, name: str = "00000", stage: str = "prompt_features") -> dict[str, bytes]:
     samples = read_samples(Folder.at(root / stage), f"{name}.tar")
     return {f"{key}.{extension}": data for key, own in samples for extension, data in own.items()}
 
@@ -69,36 +72,38 @@ def test_each_distinct_caption_is_stored_once(root, models):
     assert sidecar.samples == 5 and not sidecar.drops
     found = members(root)
     assert {name: data.decode() for name, data in found.items() if name.endswith(".ref")} == {
-        "000000002.text.ref": "000000000.text.npy",
-        "000000003.long.text.ref": "000000000.long.text.npy",
-        "000000003.text.ref": "000000000.long.text.npy",
-        "000000004.long.text.ref": "000000000.text.npy",
+        "000000002.prompt_features.ref": "000000000.prompt_features.npy",
+        "000000003.long.prompt_features.ref": "000000000.long.prompt_features.npy",
+        "000000003.prompt_features.ref": "000000000.long.prompt_features.npy",
+        "000000004.long.prompt_features.ref": "000000000.prompt_features.npy",
     }
     stored = [name for name in found if name.endswith(".npy")]
     assert stored == [
-        "000000000.long.text.npy",
-        "000000000.text.npy",
-        "000000001.text.npy",
-        "000000002.long.text.npy",
-        "000000004.text.npy",
+        "000000000.long.prompt_features.npy",
+        "000000000.prompt_features.npy",
+        "000000001.prompt_features.npy",
+        "000000002.long.prompt_features.npy",
+        "000000004.prompt_features.npy",
     ]
     # the second shard stores again what the first one holds: a shard never depends on others
-    assert sorted(members(root, "00001")) == ["000000005.long.text.npy", "000000005.text.npy"]
+    assert sorted(members(root, "00001")) == [
+        "000000005.long.prompt_features.npy",
+        "000000005.prompt_features.npy",
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_features_are_the_models_and_unpadded(root, models, dtype):
-
     from repfusion.conditioning.text_embed import encode_text
 
     make(make_worker(root, models["llava"], dtype=dtype), "00000")
     mllm, found = load_language_model(models["llava"]), members(root)
     for key, own in FIRST.items():
         for member, caption in own.items():
-            stem = f"{key}.{member.removesuffix('txt')}text"
+            stem = f"{key}.{member.removesuffix('txt')}prompt_features"
             data = found.get(f"{stem}.npy") or found[found[f"{stem}.ref"].decode()]
             array = np.load(io.BytesIO(data))
-            expected = encode_text(mllm, [caption.strip()])[0].numpy()
+            expected = encode_text(mllm, mllm.tokenise([caption.strip()]))[0].numpy()
             assert array.dtype == dtype and array.shape == expected.shape
             assert np.abs(array - expected).max() < (5e-3 if dtype == "float16" else 1e-5)
 
@@ -129,38 +134,39 @@ def test_two_shards_at_once_have_the_bytes_of_one_after_the_other(root, models):
 def test_the_loader_follows_the_references(root, models):
     make(make_worker(root, models["llava"]), "00000", "00001")
     for name, captions in {"00000": FIRST, "00001": SECOND}.items():
-        with ShardCommit(Folder.at(root / "latents"), name, "f", {}) as commit:
+        with ShardCommit(Folder.at(root / "image_features"), name, "f", {}) as commit:
             with tar_shard(commit) as samples:
                 for key in captions:
                     array = io.BytesIO()
                     np.save(array, np.zeros((4, 8), np.float16))
-                    samples.write(key, {"features.npy": array.getvalue()})
+                    samples.write(key, {"image_features.npy": array.getvalue()})
             commit.commit(f"{name}.tar")
     weights = {"txt": 1.0, "long.txt": 1.0}
-    dataset = ColumnDataset(
-        root / "curate",
-        root / "latents",
-        root / "features",
-        captions=root / "captions",
-        caption_weights=weights,
-    )
+    columns = {name: root / name for name in ("image_features", "prompt_features", "captions")}
+    readers = {"image_features": SampleArray(), "prompt_features": CaptionArray()}
+    dataset = ColumnDataset(root / "curate", columns, readers, caption_weights=weights)
     arrays: dict[str, np.ndarray] = {}
     for index in range(len(dataset)):
         sample = dataset[index]
-        assert sample.text is not None and sample.text.keys() == sample.captions.keys()
         for member, (caption,) in sample.captions.items():
-            np.testing.assert_allclose(
-                sample.text[member], arrays.setdefault(caption, sample.text[member]), atol=1e-2
-            )
+            array = sample.read("prompt_features", member)
+            assert array is not None
+            np.testing.assert_allclose(array, arrays.setdefault(caption, array), atol=1e-2)
     assert len(arrays) == 6 and len(dataset) == 6
 
 
 def test_without_alternatives_only_the_main_caption_is_encoded(root, models):
     make(make_worker(root, models["llava"], names=()), "00000")
-    assert {name.split(".", 1)[1] for name in members(root)} == {"text.npy", "text.ref"}
+    assert {name.split(".", 1)[1] for name in members(root)} == {"prompt_features.npy", "prompt_features.ref"}
     with pytest.raises(ValueError, match="captions long are asked for, but there is no folder"):
-        FeaturesWorker(
-            Folder.at(root), Folder.at(root), FeaturesConfig(), models["llava"], "float32", None, ("long",)
+        PromptFeaturesWorker(
+            Folder.at(root),
+            Folder.at(root),
+            PromptFeaturesConfig(),
+            models["llava"],
+            "float32",
+            None,
+            ("long",),
         )
 
 
@@ -170,7 +176,7 @@ def test_a_caption_that_does_not_fit_is_an_error_with_advice(root, models):
         ShardError, match=r"00002\.tar: a caption does not fit the MLLM.*curate\.max_caption_chars"
     ):
         make(make_worker(root, models["llava"]), "00002")
-    assert not list((root / "features").glob("*00002*"))
+    assert not list((root / "prompt_features").glob("*00002*"))
 
 
 def test_values_beyond_float16_name_the_caption(root, models):
@@ -178,7 +184,7 @@ def test_values_beyond_float16_name_the_caption(root, models):
     with torch.no_grad():
         worker.mllm.language_model.norm.weight.fill_(1e6)
     with pytest.raises(
-        ShardError, match=r"prompt features of '.*' are not finite in float16; set features\.dtype="
+        ShardError, match=r"prompt features of '.*' are not finite in float16; set its column's dtype="
     ):
         make(worker, "00000")
 
@@ -195,7 +201,19 @@ def test_captions_of_other_keys_are_refused(root, models):
 
 
 def test_what_decides_the_bytes():
-    base = fingerprint_fields("digest", "float32", FeaturesConfig(), ["short", "long"])
-    assert base["features.captions"] == ["long", "short"]
-    assert fingerprint_fields("digest", "float32", FeaturesConfig(batch_size=1), ["long", "short"]) == base
-    assert fingerprint_fields("digest", "float32", FeaturesConfig(dtype="float32"), ["long", "short"]) != base
+    base = fingerprint_fields(
+        "prompt_features", "digest", "float32", PromptFeaturesConfig(), ["short", "long"]
+    )
+    assert base["columns.prompt_features.captions"] == ["long", "short"]
+    assert (
+        fingerprint_fields(
+            "prompt_features", "digest", "float32", PromptFeaturesConfig(batch_size=1), ["long", "short"]
+        )
+        == base
+    )
+    assert (
+        fingerprint_fields(
+            "prompt_features", "digest", "float32", PromptFeaturesConfig(dtype="float32"), ["long", "short"]
+        )
+        != base
+    )

@@ -6,18 +6,23 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 from tiny_training import make_columns, make_foundation, tiny_train
 
 from pipelines.config import WorkflowConfig
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.records import finished
+from pipelines.evaluation.schedule import EvaluationScheduler
+from pipelines.runtime.ranks import launch
 from pipelines.runtime.session import StageError
 from pipelines.shards.manifest import Manifest, ShardTable, write_output
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import SCHEMA, Sidecar
-from pipelines.stages.evaluate import EvaluateConfig, EvaluationScheduler, finished, run_evaluate
-from pipelines.stages.train import launch, run_train
+from pipelines.stages.evaluate import run_evaluate
+from pipelines.stages.train import run_train
 from repfusion.data.columns import manifest_digest
 from repfusion.tracking import TrackingConfig, metric_history
 from repfusion.train import TrainConfig, train
@@ -31,8 +36,23 @@ def workflow(root: Path) -> tuple[WorkflowConfig, TrainConfig]:
     base = tiny_train(foundation, columns, root / "base")
     train = tiny_train(foundation, columns, root / "run" / "train", {"micro_batch_size": 4})
     values = train.model_dump(mode="json", exclude={"data", "output_dir", "tracking"})
-    values = {"root": root / "run", "train": values, "evaluate": EVALUATE, "num_train_workers": 2}
+    values = {
+        "root": root / "run",
+        "trainings": {"train": {**values, "num_workers": 2}},
+        "evaluate": EVALUATE,
+    }
     return WorkflowConfig.model_validate(values), base
+
+
+def trains(config: WorkflowConfig) -> dict[str, Any]:
+    train = config.trainings["train"]
+    return run_train(
+        config.training("train"), train.num_workers, train.max_failures, [], config.evaluate, config.ray
+    )
+
+
+def evaluates(config: WorkflowConfig) -> dict[str, Any]:
+    return run_evaluate(config.evaluate, config.training("train"), config.ray, config.root)
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +60,10 @@ def trained(ray_local, pool, tmp_path_factory: pytest.TempPathFactory):
     config, base = workflow(tmp_path_factory.mktemp("workflow"))
     train(base.model_copy(update={"num_steps": 1}))
     start = base.output_dir / "checkpoints" / "step_00000001"
-    config = config.model_copy(update={"train": config.train.model_copy(update={"init_from": start})})
+    started = config.trainings["train"].model_copy(update={"init_from": start})
+    config = config.model_copy(update={"trainings": {"train": started}})
     pool.close()  # its idle actors hold the CPUs
-    return config, run_train(config), run_evaluate(config)
+    return config, trains(config), evaluates(config)
 
 
 @pytest.mark.ray
@@ -76,18 +97,20 @@ def test_one_mlflow_run_holds_the_training_and_the_scores(trained):
 @pytest.mark.ray
 def test_nothing_is_trained_or_scored_twice(trained):
     config, summary, evaluated = trained
-    scores = config.train.output_dir / "evaluations" / "step_00000002" / "scores.json"
+    scores = config.trainings["train"].output_dir / "evaluations" / "step_00000002" / "scores.json"
     before = scores.stat().st_mtime_ns
-    assert run_train(config) == summary
-    assert run_evaluate(config)["evaluations"] == evaluated["evaluations"]
+    assert trains(config) == summary
+    assert evaluates(config)["evaluations"] == evaluated["evaluations"]
     assert scores.stat().st_mtime_ns == before
 
 
 @pytest.mark.ray
 def test_a_failed_evaluation_fails_the_job_after_the_others(trained, tmp_path: Path):
     config, _, _ = trained
-    untracked = config.train.model_copy(update={"output_dir": tmp_path, "tracking": TrackingConfig()})
-    shutil.copytree(config.train.output_dir / "checkpoints", tmp_path / "checkpoints")
+    untracked = config.training("train").model_copy(
+        update={"output_dir": tmp_path, "tracking": TrackingConfig()}
+    )
+    shutil.copytree(config.trainings["train"].output_dir / "checkpoints", tmp_path / "checkpoints")
     broken = tmp_path / "checkpoints" / "step_00000002" / "ema.safetensors"
     broken.write_bytes(broken.read_bytes()[:100])
     once = config.evaluate.model_copy(update={"max_attempts": 1})
@@ -103,9 +126,14 @@ def test_a_failed_evaluation_fails_the_job_after_the_others(trained, tmp_path: P
 def test_a_rank_that_fails_says_why(trained, tmp_path: Path):
     config, _, _ = trained
     with pytest.raises(StageError, match=r"train: rank 0: ValueError: .*does not exist"):
-        launch(config.train.model_copy(update={"output_dir": tmp_path, "init_from": tmp_path / "none"}), 1)
-    with pytest.raises(ValueError, match="num_train_workers is 64, the cluster has 2 CPUs"):
-        launch(config.train, 64)
+        launch(
+            config.training("train").model_copy(
+                update={"output_dir": tmp_path, "init_from": tmp_path / "none"}
+            ),
+            1,
+        )
+    with pytest.raises(ValueError, match="num_workers is 64, the cluster has 2 CPUs"):
+        launch(config.training("train"), 64)
 
 
 def test_which_checkpoints_are_evaluated():
@@ -125,7 +153,7 @@ def test_the_digest_is_that_of_the_manifest(tmp_path: Path):
     )  # fmt: skip
     shards = ShardTable.of([sidecar])
     manifest = Manifest(
-        stage="latents", fingerprint="f", fields={"ü": 1.5}, upstream={}, lineage={}, num_shards=1,
+        stage="image_features", fingerprint="f", fields={"ü": 1.5}, upstream={}, lineage={}, num_shards=1,
         samples=1, bytes=2, shards_digest=shards.digest, drops={}, seconds=3.0, shard_seconds=1.5, files={},
         extra={},
     )  # fmt: skip

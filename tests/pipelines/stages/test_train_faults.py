@@ -19,7 +19,7 @@ from running import until
 from tiny_training import GRID, WIDTH, make_columns, make_foundation, npy, scan_and_replace, tiny_train
 from traced_training import RankTrace, read_traces, trace_ranks
 
-import pipelines.stages.train
+import pipelines.runtime.ranks
 from pipelines.config import WorkflowConfig
 from pipelines.runtime.session import StageError
 from repfusion.config import to_yaml, validate
@@ -45,14 +45,17 @@ def ranks() -> Iterator[Ranks]:
         yield server
 
 
-def workflow(root: Path, train: TrainConfig, **changes: Any) -> WorkflowConfig:
+def workflow(
+    root: Path, train: TrainConfig, settings: dict[str, Any] | None = None, **changes: Any
+) -> WorkflowConfig:
+    """`settings` are further fields of the training, `changes` other sections."""
     values = train.model_dump(mode="json", exclude={"tracking", "output_dir"})
     return validate(
         WorkflowConfig,
         {
             "root": root,
             "last_stage": "train",
-            "train": {**values, "tracking": {"uri": None}},
+            "trainings": {"train": {**values, "tracking": {"uri": None}, **(settings or {})}},
             "evaluate": {"beside_training": False},
             "ray": {"num_cpus": 2, "object_store_mib": 80},
             **changes,
@@ -93,9 +96,9 @@ def steps_read(attempts: list[list[RankTrace]]) -> int:
 
 def assert_gone(config: WorkflowConfig) -> None:
     assert wait_until_gone(tag_of(config.root)) < 30
-    checkpoints = config.train.output_dir / "checkpoints"
+    checkpoints = config.trainings["train"].output_dir / "checkpoints"
     assert [path.name for path in checkpoints.glob(".*")] == []
-    assert not (config.train.output_dir / pipelines.stages.train.STOP).exists()
+    assert not (config.trainings["train"].output_dir / pipelines.runtime.ranks.STOP).exists()
 
 
 def weights(train: TrainConfig) -> dict[str, bytes]:
@@ -143,21 +146,23 @@ def test_a_killed_rank_restarts_all_from_the_last_checkpoint(world, ranks, tmp_p
     assert [rank.world_size for rank in second] == [2, 2]
     assert {rank.pid for rank in first}.isdisjoint(rank.pid for rank in second)
     assert_each_sample_once([first, second], 12)
-    assert weights(config.train) == undisturbed(ranks, train, tmp_path / "alone")
+    assert weights(config.trainings["train"]) == undisturbed(ranks, train, tmp_path / "alone")
     print(f"restart: {second[0].reads[0].time - first[1].reads[-1].time:.1f} s")
 
 
 @pytest.mark.slow
 def test_a_rank_that_dies_every_time_ends_the_training(world, tmp_path):
     train = tiny_train(*world, tmp_path, {"micro_batch_size": 4}, num_steps=6)
-    config = workflow(tmp_path / "dying", train, train_max_failures=1)
+    config = workflow(tmp_path / "dying", train, {"max_failures": 1})
     with start_traced(config, KILL="1:3", KILL_TIMES="9") as process:
         assert process.wait(LIMIT_SEC) == 1, log_of(config).read_text()
         assert_gone(config)
     (error,) = [line for line in log_of(config).read_text().splitlines() if line.startswith("error:")]
     assert "error: train: rank 1: " in error and "died" in error
     assert len(read_traces(traces_of(config))) == 2
-    assert [step_of(path) for path in complete_checkpoints(config.train.output_dir / "checkpoints")] == [2]
+    assert [
+        step_of(path) for path in complete_checkpoints(config.trainings["train"].output_dir / "checkpoints")
+    ] == [2]
 
 
 @pytest.mark.slow
@@ -165,7 +170,7 @@ def test_a_lost_node_costs_the_steps_since_the_checkpoint_and_a_rank(world, node
     train = tiny_train(*world, tmp_path, {"micro_batch_size": 4}, num_steps=12)
     stays, goes = nodes.add(num_cpus=1), nodes.add(num_cpus=1)
     ray_config = {"address": nodes.cluster.address}
-    config = workflow(tmp_path / "shrinking", train, num_train_workers=[1, 2], ray=ray_config)
+    config = workflow(tmp_path / "shrinking", train, {"num_workers": [1, 2]}, ray=ray_config)
     with start_traced(config, STEP_SEC="0.5") as process:
         until(lambda: steps_read(read_traces(traces_of(config))) >= 5, process, log_of(config))
         nodes.kill(goes)
@@ -177,7 +182,9 @@ def test_a_lost_node_costs_the_steps_since_the_checkpoint_and_a_rank(world, node
     last = rest[-1]
     assert [rank.node for rank in last] == [stays]
     assert_each_sample_once([first, last], 12)
-    assert [step_of(path) for path in complete_checkpoints(config.train.output_dir / "checkpoints")][-1] == 12
+    assert [
+        step_of(path) for path in complete_checkpoints(config.trainings["train"].output_dir / "checkpoints")
+    ][-1] == 12
     print(f"restart: {last[0].reads[0].time - killed:.1f} s")
 
 
@@ -192,30 +199,37 @@ def test_a_signal_leaves_a_checkpoint_of_the_moment(
     root = run_copy.root
     settings = {
         "engine": {"precision": "fp32", "micro_batch_size": 4, "num_threads": 1, "warmup_steps": 2},
-        "model": {"dit": {"hidden_size": 32, "depth": 2, "num_heads": 2}},
+        "model": {"conditioning": "noisy_latents", "dit": {"hidden_size": 32, "depth": 2, "num_heads": 2}},
         "global_batch_size": 8,
         "num_steps": 300,
         "checkpoint_every_steps": 250,
         "log_every_steps": 1,
         "tracking": {"uri": None},
     }
-    config = configure(root, last_stage="train", train=settings, evaluate={"beside_training": False})
+    config = configure(
+        root, last_stage="train", trainings={"train": settings}, evaluate={"beside_training": False}
+    )
     path, log = tmp_path / "workflow.yaml", log_of(config)
     path.write_text(to_yaml(config))
-    progress = config.train.output_dir / pipelines.stages.train.PROGRESS
+    progress = config.trainings["train"].output_dir / pipelines.runtime.ranks.PROGRESS
     with tagged_process(run_command(path), tag_of(root), log) as process:
         until(progress.exists, process, log)
         (os.killpg if to_all else os.kill)(process.pid, number)
         assert process.wait(120) == code, log.read_text()
         assert_gone(config)
     assert "Traceback" not in log.read_text()
-    (stopped,) = complete_checkpoints(config.train.output_dir / "checkpoints")
+    (stopped,) = complete_checkpoints(config.trainings["train"].output_dir / "checkpoints")
     assert 0 < step_of(stopped) < 250
     with tagged_process(run_command(path), tag_of(root), log) as process:
         assert process.wait(LIMIT_SEC) == 0, log.read_text()
         assert_gone(config)
-    assert f'"resumed_at_step": {step_of(stopped)},' in (config.train.output_dir / "train.json").read_text()
-    assert weights(config.train) == undisturbed(ranks, config.train, tmp_path / "alone")
+    assert (
+        f'"resumed_at_step": {step_of(stopped)},'
+        in (config.trainings["train"].output_dir / "train.json").read_text()
+    )
+    assert weights(config.trainings["train"]) == undisturbed(
+        ranks, config.training("train"), tmp_path / "alone"
+    )
 
 
 @pytest.mark.slow
@@ -224,12 +238,12 @@ def test_a_second_interrupt_ends_at_once(world, tmp_path):
     with start_traced(config, STEP_SEC="100") as process:
         until(lambda: steps_read(read_traces(traces_of(config))) >= 0, process, log_of(config))
         os.killpg(process.pid, signal.SIGINT)
-        stop = config.train.output_dir / pipelines.stages.train.STOP
+        stop = config.trainings["train"].output_dir / pipelines.runtime.ranks.STOP
         until(stop.exists, process, log_of(config))
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(60) == 130, log_of(config).read_text()
         assert wait_until_gone(tag_of(config.root)) < 30
-    assert complete_checkpoints(config.train.output_dir / "checkpoints") == []
+    assert complete_checkpoints(config.trainings["train"].output_dir / "checkpoints") == []
 
 
 @pytest.mark.slow
@@ -238,22 +252,22 @@ def test_an_error_of_our_own_is_said_once_and_not_repeated(ray_local, pool, worl
     data = make_columns(tmp_path / "data", num_samples=NUM_SAMPLES)
     bad = np.zeros((GRID**2, WIDTH), np.float16)
     bad[1, 2] = np.nan
-    scan_and_replace(data / "latents" / "00001.tar", "000012.features.npy", npy(bad))
+    scan_and_replace(data / "image_features" / "00001.tar", "000012.image_features.npy", npy(bad))
     train = tiny_train(
         world[0], data, tmp_path / "nan", {"micro_batch_size": 4}, num_steps=6, checkpoint_every_steps=1
     )
-    monkeypatch.setattr(pipelines.stages.train, "train_rank", trace_ranks(tmp_path / "nan.traces"))
+    monkeypatch.setattr(pipelines.runtime.ranks, "train_rank", trace_ranks(tmp_path / "nan.traces"))
     with pytest.raises(
         StageError, match=r"^train: rank \d: NonFiniteError: step 1: the loss .*: 000012\. [^\n]*$"
     ):
-        pipelines.stages.train.launch(train, 2, max_failures=3)
+        pipelines.runtime.ranks.launch(train, 2, max_failures=3)
     assert len(read_traces(tmp_path / "nan.traces")) == 1
     assert [step_of(path) for path in complete_checkpoints(train.output_dir / "checkpoints")] == [1]
 
-    monkeypatch.setattr(pipelines.stages.train, "train_rank", trace_ranks(tmp_path / "base.traces"))
+    monkeypatch.setattr(pipelines.runtime.ranks, "train_rank", trace_ranks(tmp_path / "base.traces"))
     missing = train.model_copy(update={"output_dir": tmp_path / "base", "init_from": tmp_path / "none"})
     with pytest.raises(StageError, match=r"^train: rank 0: ValueError: [^\n]*none does not exist[^\n]*$"):
-        pipelines.stages.train.launch(missing, 1, max_failures=3)
+        pipelines.runtime.ranks.launch(missing, 1, max_failures=3)
     assert len(read_traces(tmp_path / "base.traces")) == 1
 
 

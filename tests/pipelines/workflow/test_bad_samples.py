@@ -122,7 +122,7 @@ def test_every_entry_is_a_sample_or_a_drop_with_its_reason(pool, make_config, tm
         }
         pq.write_table(pa.table(listed), tmp_path / "list.parquet")
         config = make_config(
-            source={"kind": "urls", "urls": {"path": str(tmp_path / "list.parquet")}, "shard_size": 13},
+            source={"kind": "urls", "path": str(tmp_path / "list.parquet"), "shard_size": 13},
             ingest={
                 "allow_private_addresses": True,
                 "timeout_sec": 5,
@@ -159,7 +159,7 @@ def test_every_entry_is_a_sample_or_a_drop_with_its_reason(pool, make_config, tm
         if entry.duplicate_of:
             assert dropped[keys[entry.path]][1] == f"duplicate of {keys[entry.duplicate_of]}"
     healthy = sorted(keys[entry.path] for entry in entries if entry.reason is None)
-    for stage in ("curate", "latents", "features"):
+    for stage in ("curate", "image_features", "prompt_features"):
         stored = [
             key
             for shard in results[stage].output.shards

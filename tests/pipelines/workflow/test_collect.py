@@ -29,14 +29,14 @@ def files(root: Path) -> dict[str, bytes]:
 
 def litter(root: Path) -> dict[str, str]:
     """One of each kind, and things that are not ours."""
-    shutil.copytree(root / "latents", root / "rewrites")
-    shutil.copytree(root / "latents", root / "train.stale-12345678")
+    shutil.copytree(root / "image_features", root / "rewrites")
+    shutil.copytree(root / "image_features", root / "train.stale-12345678")
     (root / "curate" / "quarantine").mkdir()
     (root / "curate" / "quarantine" / "00001.tar").write_bytes(b"broken")
-    (root / "latents" / ".00001.abc.tmp").mkdir()
-    (root / "latents" / ".00001.abc.tmp" / "00001.tar").write_bytes(b"half")
-    (root / "latents" / ".manifest.json.x.tmp").write_bytes(b"half")
-    shutil.copy(root / "features" / "00003.tar", root / "features" / "00004.tar")
+    (root / "image_features" / ".00001.abc.tmp").mkdir()
+    (root / "image_features" / ".00001.abc.tmp" / "00001.tar").write_bytes(b"half")
+    (root / "image_features" / ".manifest.json.x.tmp").write_bytes(b"half")
+    shutil.copy(root / "prompt_features" / "00003.tar", root / "prompt_features" / "00004.tar")
     (root / "notes").mkdir()
     (root / "notes" / "todo.txt").write_text("mine")
     (root / "readme.txt").write_text("mine")
@@ -44,9 +44,9 @@ def litter(root: Path) -> dict[str, str]:
         "rewrites": "no workflow given has this stage",
         "train.stale-12345678": "set aside",
         "curate/quarantine": "quarantined by verify",
-        "latents/.00001.abc.tmp": "half-written",
-        "latents/.manifest.json.x.tmp": "half-written",
-        "features/00004.tar": "no manifest lists it",
+        "image_features/.00001.abc.tmp": "half-written",
+        "image_features/.manifest.json.x.tmp": "half-written",
+        "prompt_features/00004.tar": "no manifest lists it",
     }
 
 
@@ -73,20 +73,22 @@ def test_sizes_are_of_all_files_below(run_copy):
     found = find_garbage([build_stages(run_copy)], [run_copy.root])
     sizes = {one.folder.name: one.bytes for one in found if one.name is None}
     assert sizes["quarantine"] == 6
-    assert sizes["rewrites"] == sum(path.stat().st_size for path in (run_copy.root / "latents").glob("[!.]*"))
+    assert sizes["rewrites"] == sum(
+        path.stat().st_size for path in (run_copy.root / "image_features").glob("[!.]*")
+    )
 
 
 def test_an_earlier_stop_leaves_later_stages_to_whoever_has_them(run_copy, configure):
-    short = configure(run_copy.root, last_stage="latents")
-    assert garbage(short) == {"features": "no workflow given has this stage"}
+    short = configure(run_copy.root, last_stage="image_features")
+    assert garbage(short) == {"prompt_features": "no workflow given has this stage"}
     assert garbage(short, run_copy) == {} == garbage(run_copy, short)
 
 
 def test_what_is_stale_or_at_work_stays(run_copy, configure):
     changed = configure(run_copy.root, curate={"max_caption_chars": 50})
     assert garbage(changed) == {}
-    (run_copy.root / "latents" / "manifest.json").unlink()
-    (run_copy.root / "latents" / "00009.tar").write_bytes(b"of a run that goes on")
+    (run_copy.root / "image_features" / "manifest.json").unlink()
+    (run_copy.root / "image_features" / "00009.tar").write_bytes(b"of a run that goes on")
     assert garbage(run_copy) == {}
 
 
@@ -94,9 +96,9 @@ def test_workflows_that_share_their_data(run_copy, tmp_path, configure):
     """Each under its own root, the data of both at one address, written in different ways."""
     here = str(run_copy.root)
     one = configure(tmp_path / "one", data_url=here)
-    two = configure(tmp_path / "two", data_url=f"file://{here}/", last_stage="latents")
+    two = configure(tmp_path / "two", data_url=f"file://{here}/", last_stage="image_features")
     assert set(statuses(one).values()) == {"fresh"}
-    assert garbage(two) == {f"{here}/features": "no workflow given has this stage"}
+    assert garbage(two) == {f"{here}/prompt_features": "no workflow given has this stage"}
     assert garbage(two, one) == {} == garbage(one, two)
 
 
@@ -109,9 +111,9 @@ def test_another_spelling_of_a_path_is_the_same_place(run_copy, tmp_path, config
         spelling
     ]
     (tmp_path / "other").mkdir()
-    short = configure(tmp_path / "other", data_url=place, last_stage="latents")
+    short = configure(tmp_path / "other", data_url=place, last_stage="image_features")
     assert garbage(run_copy, short) == {} == garbage(short, run_copy)
-    short = configure(Path(place), last_stage="latents")
+    short = configure(Path(place), last_stage="image_features")
     assert garbage(run_copy, short) == {} == garbage(short, run_copy)
 
 

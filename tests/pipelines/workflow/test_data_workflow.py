@@ -40,8 +40,8 @@ def test_counts_columns_and_a_second_run(pool, make_config):
         "ingest: fresh, skipped (4 shards, 36 samples, dropped: http_404 2, undecodable_image 2)",
         "judge: fresh, skipped (4 shards, 36 samples)",
         "curate: fresh, skipped (4 shards, 34 samples, dropped: empty_caption 2)",
-        "latents: fresh, skipped (4 shards, 34 samples)",
-        "features: fresh, skipped (4 shards, 34 samples)",
+        "image_features: fresh, skipped (4 shards, 34 samples)",
+        "prompt_features: fresh, skipped (4 shards, 34 samples)",
     ]
     assert before == {path: path.stat().st_mtime_ns for path in config.root.rglob("*") if path.is_file()}
 
@@ -57,13 +57,13 @@ def check_columns(config, results) -> None:
     from repfusion.latents.statistics import LatentStatistics
     from repfusion.latents.tower import RepresentationEncoder
 
-    encoder = RepresentationEncoder.from_pretrained(config.train.model.encoder.path)
-    mllm = load_language_model(config.train.model.mllm)
+    encoder = RepresentationEncoder.from_pretrained(config.trainings["train"].model.encoder.path)
+    mllm = load_language_model(config.trainings["train"].model.mllm)
     stored = []
     for index, name in enumerate(results["curate"].output.shards.names):
         images, latents, features = (
             list(read_samples(output.folder, f"{name}.tar", output.shards[index]))
-            for output in (results[stage].output for stage in ("curate", "latents", "features"))
+            for output in (results[stage].output for stage in ("curate", "image_features", "prompt_features"))
         )
         assert [key for key, _ in images] == [key for key, _ in latents] == [key for key, _ in features]
         drawn = dict(read_samples(config.data_folder / "source", f"{name}.images.tar"))
@@ -71,15 +71,15 @@ def check_columns(config, results) -> None:
             pixels = np.array(Image.open(io.BytesIO(members["png"])))
             original = Image.open(io.BytesIO(drawn[key]["png"]))
             assert np.array_equal(pixels, np.asarray(original)), key
-            row = np.load(io.BytesIO(latent["features.npy"]))
+            row = np.load(io.BytesIO(latent["image_features.npy"]))
             stored.append(row)
             with torch.no_grad():
                 expected = encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)[0]
             assert row.dtype == np.float16 and np.abs(row - expected.numpy()).max() < 5e-3
-            text = np.load(io.BytesIO(feature["text.npy"]))
-            expected = encode_text(mllm, [members["txt"].decode()])[0].numpy()
+            text = np.load(io.BytesIO(feature["prompt_features.npy"]))
+            expected = encode_text(mllm, mllm.tokenise([members["txt"].decode()]))[0].numpy()
             assert text.shape == expected.shape and np.abs(text - expected).max() < 5e-3
-    statistics = LatentStatistics.load(config.root / "latents" / "statistics.safetensors")
+    statistics = LatentStatistics.load(config.root / "image_features" / "statistics.safetensors")
     values = np.stack(stored).astype(np.float64)
     assert statistics.count == 34
     np.testing.assert_allclose(statistics.mean.numpy(), values.mean(0), atol=1e-12)
@@ -87,23 +87,24 @@ def check_columns(config, results) -> None:
 
 
 def test_one_or_two_actors_and_a_restart_give_the_same_bytes(pool, make_config):
-    sections = ("source", "ingest", "curate", "latents", "features")
-    one, two = (
-        make_config(root, **{section: {"actors": {"num_actors": number}} for section in sections})
-        for root, number in (("one", 1), ("two", 2))
-    )
+    def sections(number: int) -> dict[str, dict]:
+        actors = {"actors": {"num_actors": number}}
+        columns = dict.fromkeys(("image_features", "prompt_features"), actors)
+        return {"source": actors, "ingest": actors, "curate": actors, "columns": columns}
+
+    one, two = make_config("one", **sections(1)), make_config("two", **sections(2))
     run_all(one, pool)
     run_all(two, pool)
     expected = data_files(one.data_folder)
     assert data_files(two.data_folder) == expected
 
     # as if killed midway: no manifest, a shard without its sidecar, half a shard under a temporary name
-    latents = two.root / "latents"
+    latents = two.root / "image_features"
     (latents / "manifest.json").unlink()
     (latents / "00002.json").unlink()
     (latents / ".00003.x.tmp").mkdir()
     kept = (latents / "00001.tar").stat().st_mtime_ns
-    assert found(two)["latents"].reason == "1 of 4 shards to do: 00002 missing"
+    assert found(two)["image_features"].reason == "1 of 4 shards to do: 00002 missing"
     run_all(two, pool)
     assert data_files(two.data_folder) == expected
     assert (latents / "00001.tar").stat().st_mtime_ns == kept
@@ -111,7 +112,7 @@ def test_one_or_two_actors_and_a_restart_give_the_same_bytes(pool, make_config):
 
 
 def test_a_changed_field_is_named_and_only_what_follows_is_rebuilt(pool, make_config):
-    small = {"source": {"scenes": {"num_samples": 20, "defects": {}}}}
+    small = {"source": {"num_samples": 20, "defects": {}}}
     run_all(make_config(**small), pool)
     changed = make_config(**small, curate={"max_caption_chars": 60})
     for name, state in found(changed).items():
@@ -119,13 +120,14 @@ def test_a_changed_field_is_named_and_only_what_follows_is_rebuilt(pool, make_co
         assert (state.status, state.reason) == expected
     results, said = run_all(changed, pool)
     assert f"judge: stale: {CAPTION_CHARS}" in said
-    assert ran(results) == ["judge", "curate", "latents", "features"]
+    assert ran(results) == ["judge", "curate", "image_features", "prompt_features"]
 
     fewer = make_config(
-        **small | {"curate": {"max_caption_chars": 60}, "train": {"model": {"encoder": {"layer": -1}}}}
+        **small
+        | {"curate": {"max_caption_chars": 60}, "trainings": {"train": {"model": {"encoder": {"layer": -1}}}}}
     )
-    assert found(fewer)["latents"].reason == "train.model.encoder.layer -2 -> -1"
-    assert found(fewer)["features"].status == "fresh"
+    assert found(fewer)["image_features"].reason == "columns.image_features.encoder.layer -2 -> -1"
+    assert found(fewer)["prompt_features"].status == "fresh"
 
 
 def test_other_weights_make_a_column_stale(pool, make_config, models, tmp_path):
@@ -136,17 +138,17 @@ def test_other_weights_make_a_column_stale(pool, make_config, models, tmp_path):
     tower = tmp_path / "tower"
     shutil.copytree(models["tower"], tower)
     settings = {
-        "source": {"scenes": {"num_samples": 10, "defects": {}}},
-        "train": {"model": {"encoder": {"path": tower}}},
-        "last_stage": "latents",
+        "source": {"num_samples": 10, "defects": {}},
+        "trainings": {"train": {"model": {"encoder": {"path": tower}}}},
+        "last_stage": "image_features",
     }
     config = make_config(**settings)
     run_all(config, pool)
     # the same bytes elsewhere are the same encoder
-    settings["train"] = {"model": {"encoder": {"path": models["tower"]}}}
-    assert statuses(make_config(**settings))["latents"] == "fresh"
+    settings["trainings"] = {"train": {"model": {"encoder": {"path": models["tower"]}}}}
+    assert statuses(make_config(**settings))["image_features"] == "fresh"
     tensors = load_file(tower / "model.safetensors")
     name = next(iter(tensors))
     save_file({**tensors, name: tensors[name] + 1}, tower / "model.safetensors", metadata={"format": "pt"})
-    state = found(config)["latents"]
-    assert state.status == "stale" and state.reason.startswith("train.model.encoder.path ")
+    state = found(config)["image_features"]
+    assert state.status == "stale" and state.reason.startswith("columns.image_features.encoder.path ")

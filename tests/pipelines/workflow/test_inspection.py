@@ -25,7 +25,7 @@ def stale(config: WorkflowConfig) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("sections", "first", "reason"),
     [
-        ({"source": {"scenes": {"seed": 5}}}, "source", "source.scenes.seed 0 -> 5"),
+        ({"source": {"seed": 5}}, "source", "source.seed 0 -> 5"),
         ({"source": {"shard_size": 20}}, "source", "source.shard_size 10 -> 20"),
         ({"ingest": {"quality": 1}}, "ingest", "ingest.quality 6 -> 1"),
         ({"ingest": {"resize": "border"}}, "ingest", "ingest.resize center_crop -> border"),
@@ -48,13 +48,21 @@ def test_a_changed_field_makes_its_stage_and_all_below_stale(
 @pytest.mark.parametrize(
     ("model", "stage", "reason"),
     [
-        ({"encoder": {"layer": -1}}, "latents", "train.model.encoder.layer -2 -> -1"),
-        ({"encoder": {"image_size": 24}}, "latents", "train.model.encoder.image_size 32 -> 24"),
-        ({"mllm_dtype": "bfloat16"}, "features", "train.model.mllm_dtype float32 -> bfloat16"),
+        ({"encoder": {"layer": -1}}, "image_features", "columns.image_features.encoder.layer -2 -> -1"),
+        (
+            {"encoder": {"image_size": 24}},
+            "image_features",
+            "columns.image_features.encoder.image_size 32 -> 24",
+        ),
+        (
+            {"mllm_dtype": "bfloat16"},
+            "prompt_features",
+            "columns.prompt_features.mllm_dtype float32 -> bfloat16",
+        ),
     ],
 )
 def test_a_column_does_not_follow_what_the_other_is_made_by(complete_run, configure, model, stage, reason):
-    assert stale(configure(complete_run.root, train={"model": model})) == {stage: reason}
+    assert stale(configure(complete_run.root, trainings={"train": {"model": model}})) == {stage: reason}
 
 
 def test_what_changes_no_bytes_makes_nothing_stale(complete_run, configure):
@@ -64,9 +72,11 @@ def test_what_changes_no_bytes_makes_nothing_stale(complete_run, configure):
         source={"actors": actors, "port": 5555},
         ingest={"actors": actors, "num_threads": 3, "timeout_sec": 7, "retries": 4, "max_drop_fraction": 0.9},
         curate={"actors": actors, "max_drop_fraction": 0.9},
-        latents={"actors": actors, "batch_size": 5},
-        features={"actors": actors, "batch_size": 5},
-        train={"num_steps": 9, "engine": {"lr": 0.5}, "model": {"dit": {"depth": 1}}},
+        columns={
+            "image_features": {"actors": actors, "batch_size": 5},
+            "prompt_features": {"actors": actors, "batch_size": 5},
+        },
+        trainings={"train": {"num_steps": 9, "engine": {"lr": 0.5}, "model": {"dit": {"depth": 1}}}},
         ray={"num_cpus": 1},
         evaluate={"num_prompts": 12},
     )
@@ -74,16 +84,16 @@ def test_what_changes_no_bytes_makes_nothing_stale(complete_run, configure):
 
 
 def test_a_stage_of_another_schema_says_so(run_copy):
-    path = run_copy.root / "latents" / STAGE
+    path = run_copy.root / "image_features" / STAGE
     asked = json.loads(path.read_bytes())
     path.write_text(json.dumps({**asked, "schema": SCHEMA - 1, "fingerprint": "f"}))
-    assert stale(run_copy) == {"latents": f"written by schema {SCHEMA - 1}, this is {SCHEMA}"}
+    assert stale(run_copy) == {"image_features": f"written by schema {SCHEMA - 1}, this is {SCHEMA}"}
 
 
 def test_nothing_run_is_missing(make_config):
     states = found(make_config())
     assert {(state.status, state.reason) for state in states.values()} == {("missing", "not run yet")}
-    assert states["latents"].todo is None
+    assert states["image_features"].todo is None
 
 
 def damage(root: Path, stage: str, name: str, kind: str) -> None:
@@ -106,12 +116,17 @@ def damage(root: Path, stage: str, name: str, kind: str) -> None:
         ("source", "00001.images.tar", "cut", "1 of 4 shards to do: 00001.images.tar missing or of"),
         ("ingest", "00002.tar", "cut", "1 of 4 shards to do: 00002.tar missing or of another size"),
         ("judge", "duplicates.parquet", "gone", "duplicates.parquet missing or of another size"),
-        ("latents", "00003.json", "gone", "1 of 4 shards to do: 00003 missing"),
-        ("latents", "statistics.safetensors", "cut", "statistics.safetensors missing or of another size"),
-        ("latents", "manifest.json", "gone", "all shards complete, the manifest is not written"),
-        ("latents", "manifest.json", "garbage", "all shards complete, the manifest is not written"),
-        ("features", "shards.parquet", "gone", "all shards complete, the manifest is not written"),
-        ("features", "shards.parquet", "garbage", "all shards complete, the manifest is not written"),
+        ("image_features", "00003.json", "gone", "1 of 4 shards to do: 00003 missing"),
+        (
+            "image_features",
+            "statistics.safetensors",
+            "cut",
+            "statistics.safetensors missing or of another size",
+        ),
+        ("image_features", "manifest.json", "gone", "all shards complete, the manifest is not written"),
+        ("image_features", "manifest.json", "garbage", "all shards complete, the manifest is not written"),
+        ("prompt_features", "shards.parquet", "gone", "all shards complete, the manifest is not written"),
+        ("prompt_features", "shards.parquet", "garbage", "all shards complete, the manifest is not written"),
     ],
 )
 def test_damage_makes_a_stage_partial(run_copy, stage, name, kind, reason):
@@ -128,8 +143,8 @@ def test_damage_makes_a_stage_partial(run_copy, stage, name, kind, reason):
 
 @pytest.mark.parametrize("kind", ["gone", "garbage", "empty"])
 def test_a_stage_that_does_not_know_what_it_is_counts_as_missing(run_copy, kind):
-    damage(run_copy.root, "features", STAGE, kind)
-    assert found(run_copy)["features"].status == "missing"
+    damage(run_copy.root, "prompt_features", STAGE, kind)
+    assert found(run_copy)["prompt_features"].status == "missing"
 
 
 def test_a_run_after_damage_makes_what_is_gone_and_nothing_else(run_copy, pool):
@@ -138,13 +153,13 @@ def test_a_run_after_damage_makes_what_is_gone_and_nothing_else(run_copy, pool):
         ("source", "00001.images.tar", "gone"),
         ("curate", "00002.tar", "cut"),
         ("judge", "duplicates.parquet", "cut"),
-        ("latents", "00003.statistics.safetensors", "gone"),
-        ("features", "00000.json", "gone"),
-        ("features", "shards.parquet", "garbage"),
+        ("image_features", "00003.statistics.safetensors", "gone"),
+        ("prompt_features", "00000.json", "gone"),
+        ("prompt_features", "shards.parquet", "garbage"),
     ]:
         damage(run_copy.root, stage, name, kind)
     results, _ = run_all(run_copy, pool)
-    assert ran(results) == ["source", "judge", "curate", "latents", "features"]
+    assert ran(results) == ["source", "judge", "curate", "image_features", "prompt_features"]
     assert data_files(run_copy.data_folder) == expected
     after = shard_times(run_copy.root)
     again = {name.partition(".")[0] for name in after if after[name] != before[name]}
@@ -152,35 +167,37 @@ def test_a_run_after_damage_makes_what_is_gone_and_nothing_else(run_copy, pool):
         "source/00001",
         "judge/duplicates",
         "curate/00002",
-        "latents/00003",
-        "latents/statistics",
-        "features/00000",
+        "image_features/00003",
+        "image_features/statistics",
+        "prompt_features/00000",
     }
     assert set(statuses(run_copy).values()) == {"fresh"}
 
 
-def test_another_image_size_of_the_encoder_makes_the_latents_alone_anew(make_config, pool):
+def test_another_image_size_of_the_encoder_makes_the_image_features_alone_anew(make_config, pool):
     def sections(size: int) -> dict:
         return {
-            "source": {"scenes": {"num_samples": 20}},
+            "source": {"num_samples": 20},
             "ingest": {"image_size": 64},
-            "train": {"model": {"encoder": {"image_size": size}}},
+            "trainings": {"train": {"model": {"encoder": {"image_size": size}}}},
         }
 
     small, large = make_config(**sections(32)), make_config(**sections(64))
     run_all(small, pool)
     start_training(build_stages(make_config(**sections(32), last_stage="train"))[-1])
     states = found(make_config(**sections(64), last_stage="train"))
-    reason = "train.model.encoder.image_size 32 -> 64"
+    reason = "columns.image_features.encoder.image_size 32 -> 64"
     for name, state in states.items():
-        expected = ("stale", reason) if name in ("latents", "train") else ("fresh", "")
+        expected = ("stale", reason) if name == "image_features" else ("fresh", "")
+        if name == "train":
+            expected = "stale", f"{reason}, trainings.train.model.encoder.image_size 32 -> 64"
         assert (state.status, state.reason) == expected, name
     before = shard_times(small.root)
     results, said = run_all(large, pool)
-    assert ran(results) == ["latents"] and f"latents: stale: {reason}" in said
+    assert ran(results) == ["image_features"] and f"image_features: stale: {reason}" in said
     after = shard_times(small.root)
     again = {name for name in after if after[name] != before[name]}
-    assert again == {name for name in after if name.startswith("latents/")}
+    assert again == {name for name in after if name.startswith("image_features/")}
 
 
 def test_fewer_shards_leave_none_of_the_old_ones(run_copy, configure, make_config, pool):

@@ -27,13 +27,15 @@ def test_killed_runs_end_in_the_bytes_of_an_undisturbed_one(make_config, tmp_pat
 
 def test_the_comparison_finds_a_changed_byte_and_a_file_too_many(tmp_path: Path):
     for root in ("a", "b"):
-        (tmp_path / root / "latents").mkdir(parents=True)
-        (tmp_path / root / "latents" / "00000.tar").write_bytes(b"same")
-        (tmp_path / root / "latents" / "00000.json").write_text(f'{{"sha256": "x", "seconds": {len(root)}}}')
+        (tmp_path / root / "image_features").mkdir(parents=True)
+        (tmp_path / root / "image_features" / "00000.tar").write_bytes(b"same")
+        (tmp_path / root / "image_features" / "00000.json").write_text(
+            f'{{"sha256": "x", "seconds": {len(root)}}}'
+        )
     assert differences(contents(tmp_path / "a"), contents(tmp_path / "b")) == []
-    (tmp_path / "b" / "latents" / "00000.tar").write_bytes(b"some")
-    (tmp_path / "b" / "latents" / ".00001.x.tmp").write_bytes(b"")
+    (tmp_path / "b" / "image_features" / "00000.tar").write_bytes(b"some")
+    (tmp_path / "b" / "image_features" / ".00001.x.tmp").write_bytes(b"")
     assert differences(contents(tmp_path / "a"), contents(tmp_path / "b")) == [
-        "latents/.00001.x.tmp is left over",
-        "latents/00000.tar differs",
+        "image_features/.00001.x.tmp is left over",
+        "image_features/00000.tar differs",
     ]

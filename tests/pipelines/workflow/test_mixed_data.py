@@ -30,7 +30,7 @@ def write_stage(folder: Path, content: bytes) -> None:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    for column in ("curate", "latents"):
+    for column in ("curate", "image_features"):
         write_stage(tmp_path / "photos" / column, b"one")
     return tmp_path / "photos"
 
@@ -41,18 +41,22 @@ def train_stage(make_config):
 
     def build(weight: float = 1.0, **mix: dict):
         mix = {
-            name: {"images": part.pop("root") / "curate", "features": part.pop("latents"), **part}
+            name: {
+                "images": part.pop("root") / "curate",
+                "columns": {"image_features": part.pop("features")},
+                **part,
+            }
             for name, part in mix.items()
         }
-        return build_stages(make_config(last_stage="train", train={"data": {"mix": mix, "weight": weight}}))[
-            -1
-        ]
+        return build_stages(
+            make_config(last_stage="train", trainings={"train": {"data": {"mix": mix, "weight": weight}}})
+        )[-1]
 
     return build
 
 
 def mixed(root: Path, **changes) -> dict:
-    return {"root": root, "latents": root / "latents", **changes}
+    return {"root": root, "features": root / "image_features", **changes}
 
 
 def test_the_mix_decides_the_training(train_stage, photos: Path):
@@ -67,13 +71,13 @@ def test_the_mix_decides_the_training(train_stage, photos: Path):
     assert reason(alone) == "stale: data set 'photos' removed"
     assert reason(train_stage(photos=mixed(photos), art=mixed(photos))) == "stale: data set 'art' added"
     heavier = train_stage(photos=mixed(photos, weight=2.0))
-    assert reason(heavier) == "stale: train.data.mix.photos.weight 1.0 -> 2.0"
-    assert reason(train_stage(2.0, photos=mixed(photos))) == "stale: train.data.weight null -> 2.0"
+    assert reason(heavier) == "stale: trainings.train.data.mix.photos.weight 1.0 -> 2.0"
+    assert reason(train_stage(2.0, photos=mixed(photos))) == "stale: trainings.train.data.weight null -> 2.0"
 
     copy = photos.with_name("elsewhere")
     shutil.copytree(photos, copy)
     assert train_stage(photos=mixed(copy)).fingerprint == train_stage(photos=mixed(photos)).fingerprint
-    write_stage(photos / "latents", b"other")
+    write_stage(photos / "image_features", b"other")
     assert reason(train_stage(photos=mixed(photos))) == "stale: data set 'photos' changed"
 
 
@@ -81,12 +85,12 @@ def test_without_a_mix_the_weight_says_nothing(train_stage):
     assert train_stage(2.0).fingerprint == train_stage().fingerprint
 
 
-@pytest.mark.parametrize("column", ["curate", "latents"])
+@pytest.mark.parametrize("column", ["curate", "image_features"])
 def test_a_data_set_that_is_not_complete_is_named(train_stage, photos: Path, column: str):
     (photos / column / "manifest.json").unlink()
-    name = {"curate": "images", "latents": "features"}[column]
+    name = {"curate": "images", "image_features": "image_features"}[column]
     with pytest.raises(
         ValueError,
-        match=rf"train\.data\.mix\.photos\.{name}: {photos / column} holds no complete stage \(no mani",
+        match=rf"trainings\.train\.data\.mix\.photos\.{name}: {photos / column} holds no complete stage \(",
     ):
         train_stage(photos=mixed(photos))

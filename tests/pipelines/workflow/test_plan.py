@@ -11,8 +11,7 @@ from PIL import Image
 from running import DATA_STAGES, found, manifests, run_all
 
 from pipelines.commands import print_plan
-from pipelines.sources.build import source_entries
-from pipelines.stages.build import data_stages, probe_stages
+from pipelines.stages.build import data_stages, probe_stages, source_entries
 from pipelines.workflow.plan import StagePlan, plan, table
 
 pytestmark = pytest.mark.ray
@@ -47,15 +46,16 @@ def test_scenes_are_planned_within_a_tenth(pool, make_config):
     config = make_config(
         source={
             "shard_size": 250,
-            "scenes": {
-                "num_samples": 2000,
-                "defects": {"missing": 20, "undecodable": 20, "empty_caption": 40},
-            },
+            "num_samples": 2000,
+            "defects": {"missing": 20, "undecodable": 20, "empty_caption": 40},
         },
     )
     plans = planned(config)
     assert {one.status for one in plans.values()} == {"missing"}
-    assert plans["latents"].num_todo == 8 and plans["latents"].bytes == plans["latents"].bytes_todo
+    assert (
+        plans["image_features"].num_todo == 8
+        and plans["image_features"].bytes == plans["image_features"].bytes_todo
+    )
     results, _ = run_all(config, pool)
     check(plans, results)
 
@@ -88,7 +88,7 @@ def test_photos_of_all_sizes_are_planned_within_a_tenth(pool, configure, tmp_pat
         stream.flush()
         config = configure(
             tmp_path / "run",
-            source={"kind": "urls", "urls": {"path": stream.name}, "shard_size": 100},
+            source={"kind": "urls", "path": stream.name, "shard_size": 100},
             ingest={
                 "allow_private_addresses": True,
                 "encode": "jpg",
@@ -116,23 +116,30 @@ def test_what_is_complete_is_taken_as_it_is(run_copy, configure):
 
 def test_what_is_partial_counts_what_is_there(run_copy):
     complete = planned(run_copy)
-    (run_copy.root / "latents" / "00001.json").unlink()
+    (run_copy.root / "image_features" / "00001.json").unlink()
     plans = planned(run_copy, num_samples=16)
-    latents = plans["latents"]
+    latents = plans["image_features"]
     assert (latents.status, latents.num_shards, latents.num_todo) == ("partial", 4, 1)
     assert latents.bytes_todo < latents.bytes / 2 and latents.seconds_todo > 0
-    assert latents.bytes == pytest.approx(complete["latents"].bytes, rel=TOLERANCE)
-    assert plans["features"].status == "fresh" and plans["features"].num_todo == 0
+    assert latents.bytes == pytest.approx(complete["image_features"].bytes, rel=TOLERANCE)
+    assert plans["prompt_features"].status == "fresh" and plans["prompt_features"].num_todo == 0
 
 
 def test_a_given_rate_takes_the_place_of_the_probes(make_config, capsys):
     config = make_config()
-    plans = planned(config, num_samples=8, samples_per_sec={"latents": 0.5})
-    assert plans["latents"].seconds_todo == pytest.approx(plans["curate"].samples / 0.5, rel=0.01)
-    assert plans["features"].seconds_todo < plans["latents"].seconds_todo
+    plans = planned(config, num_samples=8, samples_per_sec={"image_features": 0.5})
+    assert plans["image_features"].seconds_todo == pytest.approx(plans["curate"].samples / 0.5, rel=0.01)
+    assert plans["prompt_features"].seconds_todo < plans["image_features"].seconds_todo
     with pytest.raises(ValueError, match=r"--rate latent=3: expected STAGE=SAMPLES_PER_SEC"):
         print_plan(config, 8, ["latent=3"])
-    for rate in ("latents=0", "latents=-1", "latents=fast", "latents=nan", "latents=inf", "latents"):
+    for rate in (
+        "image_features=0",
+        "image_features=-1",
+        "image_features=fast",
+        "image_features=nan",
+        "image_features=inf",
+        "image_features",
+    ):
         with pytest.raises(ValueError, match=f"--rate {rate}: expected"):
             print_plan(config, 8, [rate])
     assert not config.root.exists() or not any(config.root.glob("*/stage.json"))
@@ -144,8 +151,8 @@ def test_a_probe_that_fails_says_why(make_config, tmp_path):
         ValueError, match=r"image is 16 x 16 px, smaller than the 32 x 32.*ingest.image_size=32"
     ):
         planned(small, num_samples=8)
-    missing = make_config(train={"model": {"encoder": {"path": tmp_path / "none"}}})
-    with pytest.raises(ValueError, match=r"train.model.encoder.path: .*none is no folder"):
+    missing = make_config(trainings={"train": {"model": {"encoder": {"path": tmp_path / "none"}}}})
+    with pytest.raises(ValueError, match=r"trainings.train.model.encoder.path: .*none is no folder"):
         planned(missing, num_samples=8)
 
 
@@ -154,7 +161,7 @@ def test_a_source_that_gives_nothing_is_an_error(configure, tmp_path):
     (tmp_path / "list.csv").write_text("url,caption\n" + "http://127.0.0.1:9/a.png,a circle\n" * 40)
     config = configure(
         tmp_path / "run",
-        source={"kind": "urls", "urls": {"path": str(tmp_path / "list.csv")}, "shard_size": 10},
+        source={"kind": "urls", "path": str(tmp_path / "list.csv"), "shard_size": 10},
         ingest={"allow_private_addresses": True, "retries": 0, "timeout_sec": 1},
     )
     with pytest.raises(ValueError, match=r"stage ingest: of the probe's \d+ samples none is left \(.+ \d+\)"):

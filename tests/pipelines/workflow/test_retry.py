@@ -57,7 +57,7 @@ def make_workflow(configure, tmp_path, server):
     def make(root: str):
         return configure(
             tmp_path / root,
-            source={"kind": "urls", "urls": {"path": str(path)}, "shard_size": SHARD_SIZE},
+            source={"kind": "urls", "path": str(path), "shard_size": SHARD_SIZE},
             ingest={"allow_private_addresses": True, "retries": 0, "timeout_sec": 1},
         )
 
@@ -74,7 +74,7 @@ def test_only_what_failed_is_asked_for_again(pool, make_workflow, server):
     fall_ill(server)
     results, _ = run_all(ill, pool)
     assert manifests(results)["ingest"].drops == {"http_404": 1, "http_503": 3, "timeout": 1}
-    assert manifests(results)["features"].samples == NUM_SAMPLES - 5
+    assert manifests(results)["prompt_features"].samples == NUM_SAMPLES - 5
     before = shard_times(ill.root)
 
     heal(server)
@@ -90,7 +90,7 @@ def test_only_what_failed_is_asked_for_again(pool, make_workflow, server):
     shards = {shard_of(index) for index in (*BUSY, SLOW)}
     expected = {f"{stage}/{shard}" for stage in DATA_STAGES[1:] for shard in shards}
     # the list of duplicates is made again and is the same: the other shards of curate stay
-    assert again == expected | {"judge/duplicates", "latents/statistics"}
+    assert again == expected | {"judge/duplicates", "image_features/statistics"}
     assert set(statuses(ill).values()) == {"fresh"}
 
     said.clear()
@@ -132,17 +132,11 @@ def test_another_list_makes_everything_stale_the_same_list_elsewhere_nothing(
     run_all(config, pool)
     elsewhere = tmp_path / "elsewhere.csv"
     elsewhere.write_bytes((tmp_path / "list.csv").read_bytes())
-    moved = config.model_copy(
-        update={
-            "source": config.source.model_copy(
-                update={"urls": config.source.urls.model_copy(update={"path": str(elsewhere)})}
-            )
-        }
-    )
+    moved = config.model_copy(update={"source": config.source.model_copy(update={"path": str(elsewhere)})})
     assert set(statuses(moved).values()) == {"fresh"}
     time.sleep(0.01)
     write_list(tmp_path / "list.csv", server.address, "a blue square")
     states = found(config)
     assert {state.status for state in states.values()} == {"stale"}
     for state in states.values():
-        assert state.reason.startswith("source.urls.path ") and " -> " in state.reason
+        assert state.reason.startswith("source.path ") and " -> " in state.reason

@@ -34,7 +34,7 @@ def test_a_sound_workflow_has_nothing_broken(complete_run, pool):
     assert (
         verify(data_stages(complete_run), complete_run.root, complete_run.ray, True, said.append, pool) == []
     )
-    assert "latents: 4 shards read, 0 broken" in said
+    assert "image_features: 4 shards read, 0 broken" in said
     assert shard_times(complete_run.root) == before
 
 
@@ -46,10 +46,10 @@ def test_each_broken_shard_is_named_and_it_alone_made_anew(run_copy, pool):
     flip(root / "judge" / "00000.parquet")
     flip(root / "judge" / "duplicates.parquet")
     flip(root / "curate" / "00003.tar", -1)  # in the padding behind the end mark
-    flip(root / "latents" / "statistics.safetensors", -1)
-    flip(root / "latents" / "00002.statistics.safetensors", -1)
-    flip(root / "latents" / "00000.tar")
-    swap(root / "features" / "00000.json", root / "features" / "00001.json")
+    flip(root / "image_features" / "statistics.safetensors", -1)
+    flip(root / "image_features" / "00002.statistics.safetensors", -1)
+    flip(root / "image_features" / "00000.tar")
+    swap(root / "prompt_features" / "00000.json", root / "prompt_features" / "00001.json")
     said: list[str] = []
     broken = verify(data_stages(run_copy), root, run_copy.ray, True, said.append, pool)
     changed = "its bytes changed since it was written"
@@ -61,11 +61,11 @@ def test_each_broken_shard_is_named_and_it_alone_made_anew(run_copy, pool):
         ("judge/00000", changed),
         ("judge/duplicates.parquet", changed),
         ("curate/00003", changed),
-        ("latents/statistics.safetensors", changed),
-        ("latents/00002", changed),
-        ("latents/00000", changed),
-        ("features/00000", ""),
-        ("features/00001", ""),
+        ("image_features/statistics.safetensors", changed),
+        ("image_features/00002", changed),
+        ("image_features/00000", changed),
+        ("prompt_features/00000", ""),
+        ("prompt_features/00001", ""),
     }
     for one in broken:
         assert f"  {one.stage}/{one.name}: {one.problem}" in said
@@ -74,7 +74,7 @@ def test_each_broken_shard_is_named_and_it_alone_made_anew(run_copy, pool):
     assert data_files(run_copy.data_folder) == expected
     after = shard_times(root)
     again = {name.partition(".")[0] for name in after if after[name] != before[name]}
-    whole = {"judge/duplicates", "latents/statistics"}
+    whole = {"judge/duplicates", "image_features/statistics"}
     assert again == {f"{one.stage}/{one.name}".partition(".")[0] for one in broken} | whole
     assert sum("as before, digest" in line for line in said) == 6
     assert set(statuses(run_copy).values()) == {"fresh"}
@@ -86,7 +86,7 @@ def test_what_a_listing_shows_is_left_to_the_next_run(run_copy, pool):
     root = run_copy.root
     expected = data_files(run_copy.data_folder)
     (root / "curate" / "00001.json").unlink()
-    tar = root / "latents" / "00001.tar"
+    tar = root / "image_features" / "00001.tar"
     tar.write_bytes(tar.read_bytes()[:-10240])
     flip(root / "curate" / "00002.tar")
     said: list[str] = []
@@ -98,26 +98,28 @@ def test_what_a_listing_shows_is_left_to_the_next_run(run_copy, pool):
 
 
 def test_a_table_of_shards_that_says_something_else_is_written_again(run_copy, pool):
-    folder = run_copy.data_folder / "latents"
+    folder = run_copy.data_folder / "image_features"
     expected = data_files(run_copy.data_folder)
     before = shard_times(run_copy.root)
     shards = list(ShardTable.read(folder))
     ShardTable.of([shards[0].model_copy(update={"sha256": "0" * 64}), *shards[1:]]).write(folder)
     said: list[str] = []
     broken = verify(data_stages(run_copy), run_copy.root, run_copy.ray, True, said.append, pool)
-    assert [(one.stage, one.name) for one in broken] == [("latents", "shards.parquet")]
+    assert [(one.stage, one.name) for one in broken] == [("image_features", "shards.parquet")]
     assert data_files(run_copy.data_folder) == expected
     after = shard_times(run_copy.root)
-    assert [name for name in after if after[name] != before[name]] == ["latents/statistics.safetensors"]
+    assert [name for name in after if after[name] != before[name]] == [
+        "image_features/statistics.safetensors"
+    ]
 
 
 def test_reporting_touches_nothing(run_copy, pool):
-    path = run_copy.root / "features" / "00002.tar"
+    path = run_copy.root / "prompt_features" / "00002.tar"
     flip(path)
     before = {path: path.stat().st_mtime_ns for path in run_copy.root.rglob("*")}
     assert verify_data(run_copy, repair=False) == 1
     assert {path: path.stat().st_mtime_ns for path in run_copy.root.rglob("*")} == before
-    assert statuses(run_copy)["features"] == "fresh"
+    assert statuses(run_copy)["prompt_features"] == "fresh"
 
 
 @pytest.mark.slow
@@ -131,9 +133,9 @@ def test_exit_codes(run_copy, tmp_path):
         )
 
     assert command("--report-only").returncode == 0
-    flip(run_copy.root / "latents" / "00001.tar")
+    flip(run_copy.root / "image_features" / "00001.tar")
     broken = command("--report-only")
-    assert broken.returncode == 1 and "latents/00001: " in broken.stdout
+    assert broken.returncode == 1 and "image_features/00001: " in broken.stdout
     repaired = command()
-    assert repaired.returncode == 0 and "latents: as before" in repaired.stdout
+    assert repaired.returncode == 0 and "image_features: as before" in repaired.stdout
     assert command("--report-only").returncode == 0

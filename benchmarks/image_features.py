@@ -1,4 +1,4 @@
-"""The latents stage against the bare encoder loop on the same tensors in memory, in one run: images/s and
+"""Image features against the bare encoder loop on the same tensors in memory, in one run: images/s and
 their ratio.
 
 The loop only encodes. The stage reads tars, decodes, encodes, adds up statistics, writes, hashes and
@@ -8,7 +8,7 @@ the two to as many cores as it has compute threads; `ratio_of_cpu_sec` compares 
 machine too. The stage has malloc keep freed memory; `--keep-freed-memory` lets the bare loop do so. Loading
 models and starting Ray are left out of both.
 
-    python benchmarks/latents_stage.py [--geometry vit-b-32] [--pin] [--num-samples 4000] [--rounds 5]
+    python benchmarks/image_features.py [--geometry vit-b-32] [--pin] [--num-samples 4000] [--rounds 5]
 """
 
 import argparse
@@ -31,7 +31,12 @@ from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit
 from pipelines.shards.tars import tar_shard
 from pipelines.sources.scenes import to_uint8
-from pipelines.stages.image_features import LatentsConfig, LatentsWorker, decoded_batches, keep_freed_memory
+from pipelines.stages.image_features import (
+    ImageFeaturesConfig,
+    ImageFeaturesWorker,
+    decoded_batches,
+    keep_freed_memory,
+)
 from repfusion.latents.load import EncoderConfig
 from repfusion.latents.tower import RepresentationEncoder
 from repfusion.scenes.world import WorldConfig, draw_scene, render
@@ -102,12 +107,12 @@ def bare_loop(encoder: RepresentationEncoder, batches: list[torch.Tensor]) -> tu
 class TimedWorker:
     """The stage's worker; says for each shard when it began and ended, and the process's CPU seconds then."""
 
-    concurrency = LatentsWorker.concurrency
+    concurrency = ImageFeaturesWorker.concurrency
 
     def __init__(self, cores: int | None, **arguments: Any):
         if cores is not None:
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-        self.worker = LatentsWorker(**arguments)
+        self.worker = ImageFeaturesWorker(**arguments)
 
     def __call__(self, job: ShardJob) -> tuple[float, float, float, float]:
         start, start_cpu = time.perf_counter(), time.process_time()
@@ -119,7 +124,7 @@ def stage_seconds(
     pool: ActorPool, arguments: dict[str, Any], jobs: list[ShardJob], actors: ActorsConfig
 ) -> tuple[float, float]:
     """Wall and CPU seconds from the first shard's beginning to the last one's end, of one actor."""
-    times = list(run_shards(pool, "latents", TimedWorker, arguments, jobs, actors).values())
+    times = list(run_shards(pool, "image_features", TimedWorker, arguments, jobs, actors).values())
     starts, ends, starts_cpu, ends_cpu = zip(*times, strict=True)
     return max(ends) - min(starts), max(ends_cpu) - min(starts_cpu)
 
@@ -156,9 +161,9 @@ def main() -> None:
         batches = read_batches(root / "curate", jobs, encoder.image_size, args.batch_size)
         arguments = {
             "cores": cores,
-            "folder": root / "latents",
+            "folder": root / "image_features",
             "source": root / "curate",
-            "config": LatentsConfig(batch_size=args.batch_size, actors=actors),
+            "config": ImageFeaturesConfig(batch_size=args.batch_size, actors=actors),
             "encoder": config,
         }
         pool = ActorPool()

@@ -1,0 +1,253 @@
+"""The ranks of a training: Ray Train starts them, `repfusion.train` does the work.
+
+Checkpoints are the folders that `repfusion.train` writes; Ray Train is told metrics alone. A rank that dies
+restarts all of them, on as many nodes as are left, from the last complete checkpoint.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+from tqdm import tqdm
+
+from pipelines.runtime.session import PATIENCE_SEC, StageError, brief, check_ray_lives
+from pipelines.shards.mirror import mirror
+from pipelines.shards.storage import Folder
+from repfusion.files import write_json
+from repfusion.runs.checkpoint import latest_checkpoint, step_of
+from repfusion.train import TrainConfig, TrainingStopped
+from repfusion.training.engine import NonFiniteError
+from repfusion.training.meters import Report
+from repfusion.training.snapshot import CheckpointError
+
+STOP = "stop"
+"""Made by the driver for the ranks to write a checkpoint and end."""
+STOP_POLL_SEC = 1.0
+STOP_PATIENCE_SEC = 600.0
+"""How long a driver that is to end waits for that checkpoint: ranks may be gone, or hang."""
+PROGRESS = "progress.json"
+LINE_SEC = 15.0
+"""Between lines of progress where the terminal shows no bar."""
+
+
+def train_rank(launch: dict[str, Any]) -> None:
+    """What each rank runs. Ray Train has set up the process group and changed the working directory."""
+    from ray import train as ray_train
+
+    from repfusion.train import train
+
+    os.chdir(launch["directory"])
+    config = TrainConfig.model_validate(launch["config"])
+    rank = ray_train.get_context().get_world_rank()
+    stop, asked = config.output_dir / STOP, [0.0]
+
+    def on_report(report: Report) -> None:
+        if rank == 0:
+            write_json(config.output_dir / PROGRESS, vars(report))
+
+    def on_checkpoint(folder: Path, step: int) -> None:
+        # A barrier: every rank reports, every time.
+        ray_train.report({"step": step, "checkpoint": str(folder)})
+
+    def should_stop() -> bool:
+        if rank or time.monotonic() - asked[0] < STOP_POLL_SEC:
+            return False
+        asked[0] = time.monotonic()
+        return stop.exists()
+
+    try:
+        for column, copy in launch["columns"]:
+            mirror(column, copy)
+        train(config, on_checkpoint, on_report, should_stop)
+    except TrainingStopped:
+        return
+    except (ValueError, NonFiniteError, CheckpointError) as error:
+        raise StageError(f"rank {rank}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def progress_bar(config: TrainConfig) -> Iterator[None]:
+    """Shows on the driver what rank 0 last reported: a bar on a terminal, a line now and then elsewhere."""
+    path, stopped = config.output_dir / PROGRESS, Event()
+    path.unlink(missing_ok=True)
+    last = latest_checkpoint(config.output_dir / "checkpoints")
+    first_step = 0 if last is None else step_of(last)
+    is_terminal = sys.stderr.isatty()
+
+    def watch() -> None:
+        shown, printed = first_step, time.monotonic()
+        with tqdm(
+            total=config.num_steps, initial=first_step, desc="train", unit="step", disable=not is_terminal
+        ) as bar:
+            while not stopped.wait(0.5):
+                if not path.exists():
+                    continue
+                report = json.loads(path.read_text())
+                if report["step"] == shown:
+                    continue
+                bar.update(report["step"] - shown)
+                bar.set_postfix(
+                    loss=f"{report['loss']:.4f}", samples_per_sec=f"{report['samples_per_sec']:.0f}"
+                )
+                shown = report["step"]
+                if not is_terminal and time.monotonic() - printed > LINE_SEC:
+                    printed = time.monotonic()
+                    print(
+                        f"train: step {shown}/{config.num_steps}, loss {report['loss']:.4f}, "
+                        f"{report['samples_per_sec']:.0f} samples/s",
+                        flush=True,
+                    )
+
+    thread = Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def base_of(error: Exception) -> BaseException:
+    """What happened on a rank, out of Ray Train's wrappers."""
+    return getattr(error, "_base_exc", None) or getattr(error, "health_check_failure", None) or error
+
+
+def end_of_restarts() -> Any:
+    """A callback of Ray Train: an error that a restart would only repeat ends the training."""
+    from ray.train import UserCallback
+
+    class EndOfRestarts(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            for error in worker_exceptions.values():
+                if isinstance(base := base_of(error), StageError):
+                    # Ray Train repeats what fails on ranks, not what fails in its callbacks.
+                    raise base
+
+    return EndOfRestarts()
+
+
+def first_failure(error: Exception) -> str:
+    """One line for the rank that failed first, without Ray's tracebacks."""
+    if (ended := getattr(error, "controller_failure", None)) is not None:
+        return str(ended) if isinstance(ended, StageError) else brief(ended)
+    failures = {rank: base_of(one) for rank, one in sorted(getattr(error, "worker_failures", {}).items())}
+    # Ranks that lose their peer say only that the connection was closed, or reset.
+    own = {rank: one for rank, one in failures.items() if " by peer" not in str(one)}
+    for rank, one in (own or failures).items():
+        return f"rank {rank}: {brief(one)}"
+    return str(error)
+
+
+def launch(
+    config: TrainConfig,
+    num_workers: int | tuple[int, int],
+    columns: Sequence[tuple[Folder, Path]] = (),
+    max_failures: int = 1,
+) -> None:
+    """Runs the training on `num_workers` ranks, one GPU each where the cluster has as many, else one CPU
+    each; given a least and a largest number, on as many as there is room for, also after a node was lost.
+    Remote `columns` are copied to each machine first.
+
+    Raises:
+        ValueError: the cluster has fewer CPUs than ranks.
+        StageError: a rank met an error that a restart would repeat, or failed more than max_failures times.
+        KeyboardInterrupt: after the checkpoint that the first one asked for; at once at the second.
+    """
+    import ray
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    least = num_workers if isinstance(num_workers, int) else num_workers[0]
+    resources = ray.cluster_resources()
+    use_gpu = resources.get("GPU", 0) >= least
+    if resources.get("CPU", 0) < least:
+        raise ValueError(
+            f"num_workers is {num_workers}, the cluster has {resources.get('CPU', 0):g} CPUs; "
+            "lower it or raise ray.num_cpus"
+        )
+    # One machine: keep gloo off the network. A cluster chooses its interface itself.
+    is_local = all(node["NodeManagerAddress"] == "127.0.0.1" for node in ray.nodes() if node["Alive"])
+    environment = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"} if is_local else {}
+    storage = (config.output_dir / "ray").resolve()
+    storage.mkdir(parents=True, exist_ok=True)
+    (config.output_dir / STOP).unlink(missing_ok=True)
+    trainer = TorchTrainer(
+        train_rank,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "directory": os.getcwd(),
+            "columns": list(columns),
+        },
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=None),
+        run_config=RunConfig(
+            # A name of its own: under an old one Ray Train would look for its own checkpoints.
+            name=f"{time.time_ns()}",
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=max_failures),
+            callbacks=[end_of_restarts()],
+            worker_runtime_env={"env_vars": environment},
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    fit(trainer, config.output_dir)
+
+
+def fit(trainer: Any, output_dir: Path) -> None:
+    """Waits for the ranks to end; the first interrupt asks them to."""
+    from ray.exceptions import RayError
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    failed: list[TrainingFailedError | RayError] = []
+    ended = Event()
+
+    def run() -> None:
+        try:
+            trainer.fit()
+        except (TrainingFailedError, RayError) as error:
+            failed.append(error)
+        finally:
+            ended.set()
+
+    # In a thread: in the main one Ray Train would answer Ctrl-C by ending the ranks where they are.
+    Thread(target=run, name="fit", daemon=True).start()
+    try:
+        interrupt = wait(ended, output_dir / STOP)
+    finally:
+        (output_dir / STOP).unlink(missing_ok=True)
+    if failed:
+        raise StageError(f"train: {first_failure(failed[0])}") from failed[0]
+    if interrupt is not None:
+        raise interrupt
+
+
+def wait(ended: Event, stop: Path) -> KeyboardInterrupt | None:
+    """Returns when the ranks have ended, with the interrupt that made them; raises the second one at once."""
+    interrupt, asked, looked = None, 0.0, time.monotonic()
+    # Not by Thread.join: interrupted, it takes the thread for ended.
+    while not ended.is_set():
+        try:
+            ended.wait(1.0)
+            if time.monotonic() - looked > PATIENCE_SEC:
+                check_ray_lives()
+                looked = time.monotonic()
+        except StageError as error:
+            raise interrupt or error from error
+        except KeyboardInterrupt as error:
+            if interrupt is not None:
+                raise
+            interrupt, asked = error, time.monotonic()
+            stop.touch()
+            print(
+                "train: stopping after a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True
+            )
+        if interrupt is not None and time.monotonic() - asked > STOP_PATIENCE_SEC:
+            print(f"train: no checkpoint in {STOP_PATIENCE_SEC:g} s", file=sys.stderr, flush=True)
+            raise interrupt
+    return interrupt
