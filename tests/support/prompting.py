@@ -54,6 +54,6 @@ def training_inputs(model: TextToImage, prompts: Sequence[str], seeds: Sequence[
 
 def seeds_where(number: int, below: float, expected: Sequence[bool]) -> list[int]:
     """Seeds of which that number of their `uniforms` lies below `below` just where it is expected to."""
-    row = uniforms(range(1000))[:, number] < below
-    pools = {value: (row == value).nonzero()[:, 0].tolist() for value in (True, False)}
+    row = uniforms(range(1, 1000))[:, number] < below
+    pools = {value: (1 + (row == value).nonzero()[:, 0]).tolist() for value in (True, False)}
     return [pools[bool(value)].pop(0) for value in expected]
