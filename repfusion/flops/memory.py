@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from repfusion.data.readers import PROMPT_FEATURES
 from repfusion.flops.count import CONDITIONER, DECODER, DENOISER, LLM, Number
 from repfusion.latents.load import Decoder
 from repfusion.model.text_to_image import TextToImage
@@ -137,6 +138,6 @@ def column_bytes(model: TextToImage, num_text_tokens: Number) -> dict[str, Numbe
     """
     tokens, dim = model.latent_shape
     found: dict[str, Number] = {"latents": FLOAT16 * tokens * dim}
-    if model.prompt_column == "features":
+    if PROMPT_FEATURES in model.columns:
         found["text features"] = FLOAT16 * num_text_tokens * model.conditioner.llm.width
     return found

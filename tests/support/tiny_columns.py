@@ -1,25 +1,32 @@
 """Data sets of tiny columns, opened and read through."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from tiny_training import npy, write_tar
 
 from repfusion.data.batches import batches
 from repfusion.data.columns import scan_tar
 from repfusion.data.config import MAIN, DatasetConfig
-from repfusion.data.dataset import ColumnDataset
+from repfusion.data.dataset import ColumnDataset, Sample
 from repfusion.data.mixture import Mixture
-from repfusion.data.readers import IMAGE_FEATURES, PROMPT_FEATURES, CaptionArray, SampleArray
+from repfusion.data.readers import IMAGE_FEATURES, PROMPT_FEATURES, CaptionArray, Reader, SampleArray
+from repfusion.data.recipe import Recipe
+from repfusion.diffusion.flow import draw
+from repfusion.inputs import Inputs
+from repfusion.model.text_to_image import stack
 
 LONG = {f"{i:06d}": f"a long caption of {i}" for i in range(0, 20, 2)}
 """Every second sample of `add_captions` has one."""
 
 
-READERS = {IMAGE_FEATURES: SampleArray(), PROMPT_FEATURES: CaptionArray()}
+READERS: dict[str, Reader] = {IMAGE_FEATURES: SampleArray(), PROMPT_FEATURES: CaptionArray()}
 """Of a model that can use everything that `make_columns` writes."""
+SHIFT = 2.0
+"""Of the noise levels that `collate` draws."""
 
 
 def folders(root: Path, *others: str) -> dict[str, Path]:
@@ -56,6 +63,22 @@ def open_captioned(root: Path, weights: dict[str, float], *others: str) -> Colum
     return ColumnDataset.open(config, READERS)
 
 
+def collate(samples: Sequence[Sample], recipe: Recipe, seeds: Sequence[int]) -> Inputs:
+    """What a model may make of samples: all that is drawn for them, in the open."""
+    columns = {PROMPT_FEATURES: READERS[PROMPT_FEATURES]}
+    drawn = [recipe.draw(sample, seed, columns) for sample, seed in zip(samples, seeds, strict=True)]
+    features = stack([sample.read(IMAGE_FEATURES) for sample in samples])
+    t, noise = draw(seeds, tuple(features.shape[1:]), SHIFT)
+    return {
+        "captions": [request.prompt for request, _ in drawn],
+        "dropped": [branch == "none" for _, branch in drawn],
+        "text": [request.computed.get(PROMPT_FEATURES) for request, _ in drawn],
+        "features": features,
+        "t": t,
+        "noise": noise,
+    }
+
+
 @dataclass(frozen=True)
 class Row:
     """A sample as a batch holds it."""
@@ -77,19 +100,13 @@ class Row:
 
 def iter_rows(mixture: Mixture, first_step: int, num_steps: int, **layout: int) -> Iterator[Row]:
     settings = {"seed": 1, "global_batch_size": 8, "micro_batch_size": 8, **layout}
-    for parts in batches(
-        mixture, shift=2.0, condition_dropout=0.3, first_step=first_step, num_steps=num_steps, **settings
-    ):
+    steps = {"first_step": first_step, "num_steps": num_steps}
+    for parts in batches(mixture, Recipe(condition_dropout=0.3), collate, **steps, **settings):
         for batch in parts:
-            draws = batch.draws
-            columns = [batch.positions, batch.datasets, batch.epochs, batch.keys, batch.captions]
-            columns += [
-                batch.features.tolist(),
-                draws.t.tolist(),
-                draws.noise.tolist(),
-                draws.dropped.tolist(),
-            ]
-            yield from (Row(*fields) for fields in zip(*columns, strict=True))
+            made = [batch.inputs[name] for name in ("captions", "features", "t", "noise", "dropped")]
+            columns = [one.tolist() if isinstance(one, torch.Tensor) else one for one in made]
+            places = [batch.positions, batch.datasets, batch.epochs, batch.keys]
+            yield from (Row(*fields) for fields in zip(*places, *columns, strict=True))
 
 
 def read_rows(

@@ -4,21 +4,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from prompting import asked, condition_tokens, prepare, read_prompts, seeds_where
 from pydantic import ValidationError
 from tiny_training import METHODS, make_foundation, tiny_model, tiny_train
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
-from repfusion.conditioning.captioning import CaptioningConfig, caption_batch
+from repfusion.conditioning.captioning import CaptionBatch, CaptioningConfig, caption_batch, caption_losses
 from repfusion.conditioning.noisy_latents import NoisyLatentsConfig
 from repfusion.conditioning.queries import QueriesConditioner, QueriesConfig
+from repfusion.diffusion.flow import CAPTIONED
+from repfusion.inputs import Inputs
+from repfusion.llm.base import LanguageModel, see_each_other
 from repfusion.llm.load import load_language_model
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
+from repfusion.request import Request
 from repfusion.runs.checkpoint import checkpoint_folder, load_checkpoint
 from repfusion.train import train
 
 PROMPTS = ["a red circle", "two blue square left of a green circle", ""]
-CPU = torch.device("cpu")
 T = torch.tensor([0.9, 0.3, 0.6])
 
 
@@ -31,8 +35,8 @@ def tokens(
     generator: TextToImage, z_t: torch.Tensor, t: torch.Tensor = T, reuse: bool = False
 ) -> torch.Tensor:
     with torch.no_grad():
-        prompts = generator.prompt_batch(PROMPTS, reuse)
-        return generator.conditioner.condition(prompts, z_t, t).tokens
+        prepared = prepare(generator.conditioner, PROMPTS, reuse)
+        return condition_tokens(generator.conditioner, prepared, z_t, t).tokens
 
 
 def changes(generator: TextToImage, latents: torch.Tensor) -> tuple[bool, bool]:
@@ -73,9 +77,9 @@ def test_what_a_condition_depends_on(make_generator, latents, method, expected):
 def test_what_is_computed_once_changes_nothing(make_generator, latents, method):
     generator = make_generator(method)
     with torch.no_grad():
-        kept = generator.prompt_batch(PROMPTS, reuse=True)
+        kept = read_prompts(generator, PROMPTS, reuse=True)
         for z_t, t in ((latents, T), (2 * latents, T / 3)):
-            plain = generator.velocity(z_t, t, generator.prompt_batch(PROMPTS))
+            plain = generator.velocity(z_t, t, read_prompts(generator, PROMPTS))
             torch.testing.assert_close(generator.velocity(z_t, t, kept), plain, atol=1e-5, rtol=1e-5)
 
 
@@ -85,7 +89,7 @@ def test_the_first_prompts_of_a_batch(make_generator, latents, method, reuse):
     """And taking them leaves the batch as it was."""
     generator = make_generator(method)
     with torch.no_grad():
-        prompts = generator.prompt_batch(PROMPTS, reuse)
+        prompts = read_prompts(generator, PROMPTS, reuse)
         whole = generator.velocity(latents, T, prompts)
         part = generator.velocity(latents[:2], T[:2], prompts.first(2))
         torch.testing.assert_close(part, whole[:2], atol=1e-5, rtol=1e-5)
@@ -93,11 +97,11 @@ def test_the_first_prompts_of_a_batch(make_generator, latents, method, reuse):
 
 
 def test_static_queries_are_read_once_and_timestep_queries_at_every_step(make_generator, latents):
-    for method, expected in (("queries", [9, 4]), ("queries_timestep", [9, 4, 4, 4])):
+    for method, expected in (("queries", [13]), ("queries_timestep", [9, 4, 4, 4])):
         generator = make_generator(method)
         reads = count_reads(generator)
         with torch.no_grad():
-            prompts = generator.prompt_batch(PROMPTS, reuse=True)
+            prompts = read_prompts(generator, PROMPTS, reuse=True)
             for t in (T, T / 2, T / 4):
                 generator.velocity(latents, t, prompts)
         # the longest prompt has 8 words and the begin token; there are 4 latent tokens, so 4 queries
@@ -109,30 +113,30 @@ def test_at_the_start_the_noise_level_does_not_move_queries(make_generator, late
     assert torch.equal(tokens(generator, latents), tokens(generator, latents, T / 2))
 
 
-def test_connector_reads_all_queries_in_both_directions(make_generator):
+def test_connector_reads_all_queries_in_both_directions(make_generator, latents):
     """The first output moves with the last query, which the causal language model hides from it."""
     plain = make_generator("queries")
     both = {}
     for name, generator in (("plain", plain), ("connector", make_generator("queries_connector"))):
         with torch.no_grad():
-            before = generator.conditioner.prepare(PROMPTS, CPU, reuse=True).condition
+            before = tokens(generator, latents, reuse=True)
             generator.conditioner.queries[-1] += 1.0
-            after = generator.conditioner.prepare(PROMPTS, CPU, reuse=True).condition
+            after = tokens(generator, latents, reuse=True)
         both[name] = (after - before).abs().amax(dim=(0, 2)) > 1e-4
     assert both["plain"].tolist() == [False, False, False, True]
     assert both["connector"].tolist() == [True, True, True]
 
 
 def test_adaln_pairs_queries_with_latents(foundation):
-    mllm = load_language_model(foundation / "llava")
+    llm = load_language_model(foundation / "llava")
     with pytest.raises(ValueError, match="num_queries is 3, the latents are 4 tokens: interface adaln"):
-        QueriesConditioner(mllm, 4, QueriesConfig(num_queries=3))
+        QueriesConditioner(llm, 4, QueriesConfig(num_queries=3))
 
 
 def test_queries_leave_room_in_the_context(foundation):
-    mllm = load_language_model(foundation / "llava")
+    llm = load_language_model(foundation / "llava")
     with pytest.raises(ValueError, match="context of 128 leaves no room for a prompt beside 128"):
-        QueriesConditioner(mllm, 4, QueriesConfig(num_queries=128, interface="cross_attention"))
+        QueriesConditioner(llm, 4, QueriesConfig(num_queries=128, interface="cross_attention"))
 
 
 @pytest.mark.parametrize("method", ["noisy_latents", "noisy_latents_trained", "transfusion"])
@@ -154,26 +158,37 @@ def test_the_prompt_stays_causal_and_padding_unseen():
 
 def test_transfusion_has_no_dit_and_its_velocity_is_a_projection_of_the_llms_outputs(make_generator, latents):
     generator = make_generator("transfusion")
-    assert {name.split(".")[1] for name in generator.trainable_state() if name.startswith("dit.")} == {
+    assert {name.split(".")[1] for name in generator.trainable_state() if name.startswith("denoiser.")} == {
         "norm",
         "out",
     }
     states = tokens(generator, latents)
     rms = states.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
-    expected = states * rms * generator.dit.norm.weight @ generator.dit.out.weight.T + generator.dit.out.bias
+    head = generator.denoiser
+    expected = states * rms * head.norm.weight @ head.out.weight.T + head.out.bias
     with torch.no_grad():
-        got = generator.velocity(latents, T, generator.prompt_batch(PROMPTS))
+        got = generator.velocity(latents, T, read_prompts(generator, PROMPTS))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def all_captioned(llm: LanguageModel) -> CaptionBatch:
+    return caption_batch(llm, PROMPTS, [0, 1, 2], CaptioningConfig(share=1.0))
+
+
+def said(generator: TextToImage, latents: torch.Tensor, captions: CaptionBatch) -> torch.Tensor:
+    """The loss of each caption after its clean latents."""
+    conditioner = generator.conditioner
+    visual = conditioner.project(latents, torch.zeros(len(latents)))
+    return caption_losses(conditioner.llm, visual, captions, conditioner.bidirectional)
 
 
 def test_caption_loss_is_the_language_models_own(make_generator, latents, foundation):
     """Against transformers' loss on the same tokens, one caption at a time, causal as LLaVA is."""
     generator = make_generator("noisy_latents_trained", awake=False)
     generator.conditioner.bidirectional = False
-    mllm = generator.conditioner.llm
-    captions = generator.caption_batch(PROMPTS, torch.zeros(3))
+    llm = generator.conditioner.llm
     with torch.no_grad():
-        got = generator.conditioner.caption_losses(latents, captions)
+        got = said(generator, latents, all_captioned(llm))
         llava = LlavaForConditionalGeneration.from_pretrained(foundation / "llava")
         embed = llava.get_input_embeddings()
         tokenizer = AutoTokenizer.from_pretrained(foundation / "llava")
@@ -185,31 +200,58 @@ def test_caption_loss_is_the_language_models_own(make_generator, latents, founda
             language = LlamaForCausalLM(llava.config.text_config).eval()
             language.model, language.lm_head = llava.model.language_model, llava.lm_head
             torch.testing.assert_close(got[row], language(inputs_embeds=rows, labels=labels).loss)
-    assert mllm.end_id == 2 and mllm.begin_id == 1
+    assert llm.end_id == 2 and llm.begin_id == 1
 
 
 def test_captioned_samples_are_drawn_by_chance_and_weighted_to_the_whole(foundation):
-    mllm = load_language_model(foundation / "llava")
+    llm = load_language_model(foundation / "llava")
     config = CaptioningConfig(weight=0.2, share=0.5)
-    batch = caption_batch(mllm, ["a", "red", "a red circle"], torch.tensor([0.4, 0.6, 0.1]), config)
+    seeds = seeds_where(CAPTIONED, 0.5, [True, False, True])
+    batch = caption_batch(llm, ["a", "red", "a red circle"], seeds, config)
     assert batch.rows.tolist() == [0, 2] and batch.weights.tolist() == pytest.approx([0.4, 0.4])
     assert batch.mask.tolist() == [[True, True, False, False], [True] * 4]
-    none = caption_batch(mllm, ["a", "red"], torch.tensor([0.9, 0.9]), config)
+    none = caption_batch(llm, ["a", "red"], seeds_where(CAPTIONED, 0.5, [False, False]), config)
     assert none.rows.tolist() == [0] and none.weights.tolist() == [0.0]
+
+
+def test_captions_do_not_depend_on_what_conditions(make_generator, latents):
+    """A sample whose prompt was dropped is captioned with that prompt all the same."""
+    conditioner = make_generator("noisy_latents_trained").conditioner
+    requests, seeds = (
+        [Request(prompt) for prompt in PROMPTS],
+        seeds_where(CAPTIONED, 0.5, [True, False, True]),
+    )
+    full, none = (conditioner.collate(requests, [branch] * 3, seeds) for branch in ("full", "none"))
+    assert none["prefix"].ids.tolist() == [[conditioner.llm.begin_id]] * 3
+    assert none["captions"].ids.shape == (2, 4)
+    assert all(torch.equal(*pair) for pair in zip(*map(tensors_of, (full, none)), strict=True))
+    losses = [conditioner.losses(inputs, latents)["caption"] for inputs in (full, none)]
+    assert torch.equal(*losses)
+    assert losses[0][0] > 0.1 and losses[0][1] == 0 and losses[0][2] > 0.1
+
+
+def tensors_of(inputs: Inputs) -> list[torch.Tensor]:
+    captions = inputs["captions"]
+    return [captions.rows, captions.weights, captions.ids, captions.mask]
+
+
+def test_in_sampling_nothing_is_captioned(make_generator):
+    conditioner = make_generator("noisy_latents_trained").conditioner
+    assert conditioner.collate(*asked(PROMPTS)).keys() == {"prefix"}
 
 
 def test_a_caption_is_told_apart_from_another_once_learned(make_generator, latents):
     generator = make_generator("noisy_latents_trained", awake=False)
     optimizer = torch.optim.AdamW(generator.trainable_state().values(), lr=3e-3)
-    captions = generator.caption_batch(PROMPTS, torch.zeros(3))
+    captions = all_captioned(generator.conditioner.llm)
     for _ in range(60):
-        loss = generator.conditioner.caption_losses(latents, captions).mean()
+        loss = said(generator, latents, captions).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        right = generator.conditioner.caption_losses(latents, captions)
-        wrong = generator.conditioner.caption_losses(latents.roll(1, 0), captions)
+        right = said(generator, latents, captions)
+        wrong = said(generator, latents.roll(1, 0), captions)
     assert right.max() < 0.3 and (wrong > right + 0.5).all()
 
 
@@ -221,7 +263,7 @@ def test_a_trained_llm_under_the_engine(foundation, columns, tmp_path, method, s
     engine = {"zero_stage": stage}
     config = tiny_train(foundation, columns, tmp_path / "run", engine, model=model, ema_decay=0.0)
     train(config, on_report=reports.append)
-    assert all(report.caption_loss > 0.1 and report.loss > 0.5 for report in reports)
+    assert all(report.other_losses["caption"] > 0.1 and report.loss > 0.5 for report in reports)
     folder = checkpoint_folder(tmp_path / "run" / "checkpoints", 4)
     trained = load_checkpoint(folder).conditioner.llm
     first = load_language_model(model.mllm, with_head=True)
@@ -253,8 +295,8 @@ def test_tied_embeddings_are_trained_once(tmp_path: Path, columns):
     }
     config = tiny_train(foundation, columns, tmp_path / "run", model=model, num_steps=2)
     train(config)
-    mllm = load_checkpoint(checkpoint_folder(tmp_path / "run" / "checkpoints", 2)).conditioner.llm
-    assert mllm.head is not None and mllm.head.weight is mllm.language_model.embed_tokens.weight
+    llm = load_checkpoint(checkpoint_folder(tmp_path / "run" / "checkpoints", 2)).conditioner.llm
+    assert llm.head is not None and llm.head.weight is llm.language_model.embed_tokens.weight
 
 
 def test_a_method_is_named_or_described():

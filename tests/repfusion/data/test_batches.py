@@ -7,17 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_columns import LONG, READERS, Row, folders, open_captioned, open_columns, read_rows
+from tiny_columns import LONG, READERS, Row, collate, folders, open_captioned, open_columns, read_rows
 from tiny_training import GRID, WIDTH, make_columns, write_tar
 
 from repfusion.data.batches import batches, micro_positions
 from repfusion.data.columns import scan_tar
 from repfusion.data.config import MAIN, DataConfig, DatasetConfig
 from repfusion.data.mixture import Mixture
+from repfusion.data.recipe import Recipe
 
 SIZES = {"main": 20, "photos": 13, "art": 7}
-SETTINGS = {"seed": 0, "shift": 1.0, "condition_dropout": 0.1, "first_step": 0, "num_steps": 6,
-            "global_batch_size": 8, "micro_batch_size": 4}  # fmt: skip
+RECIPE = Recipe(condition_dropout=0.1)
+SETTINGS = {"seed": 0, "first_step": 0, "num_steps": 6, "global_batch_size": 8, "micro_batch_size": 4}
 
 
 @pytest.fixture(scope="module")
@@ -137,16 +138,17 @@ def test_features_are_those_of_the_key(roots: dict[str, Path]):
 
 
 def test_features_reach_torch_as_they_lie_on_disk(columns: Path):
-    parts = next(batches(Mixture({MAIN: open_columns(columns)}), **SETTINGS))
-    assert [tuple(part.features.shape) for part in parts] == [(4, GRID**2, WIDTH)] * 2
-    assert parts[0].features.dtype == torch.float16 and parts[0].text is None
-    assert parts[0].draws.noise.dtype == parts[0].draws.t.dtype == torch.float32
+    parts = next(batches(Mixture({MAIN: open_columns(columns)}), RECIPE, collate, **SETTINGS))
+    assert [tuple(part.inputs["features"].shape) for part in parts] == [(4, GRID**2, WIDTH)] * 2
+    inputs = parts[0].inputs
+    assert inputs["features"].dtype == torch.float16 and inputs["text"] == [None] * 4
+    assert inputs["noise"].dtype == inputs["t"].dtype == torch.float32
 
 
 def test_sizes_that_do_not_divide_are_refused(columns: Path):
     mixture = Mixture({MAIN: open_columns(columns)})
     with pytest.raises(ValueError, match="micro_batch_size=3 x world_size=2 must divide global_batch_size=8"):
-        next(batches(mixture, **{**SETTINGS, "micro_batch_size": 3, "world_size": 2}))
+        next(batches(mixture, RECIPE, collate, **{**SETTINGS, "micro_batch_size": 3, "world_size": 2}))
 
 
 def reading_threads() -> list[str]:
@@ -155,7 +157,9 @@ def reading_threads() -> list[str]:
 
 def test_the_thread_reads_ahead_so_far_and_ends_with_the_stream(columns: Path):
     dataset = open_columns(columns, cache_bytes=2**20)
-    stream = batches(Mixture({MAIN: dataset}), **{**SETTINGS, "global_batch_size": 4, "prefetch_steps": 2})
+    stream = batches(
+        Mixture({MAIN: dataset}), RECIPE, collate, **{**SETTINGS, "global_batch_size": 4, "prefetch_steps": 2}
+    )
     next(stream)
     deadline = time.monotonic() + 10
     while len(dataset.cache) < 12 and time.monotonic() < deadline:
@@ -179,7 +183,7 @@ def test_a_damaged_sample_is_raised_at_its_step_with_shard_and_key(roots: dict[s
     mixture = mix({**roots, "photos": columns}, main=1.0, photos=1.0)
     done = []
     with pytest.raises(ValueError, match=rf"{shard}, key 000011: not a readable npy"):
-        for parts in batches(mixture, **{**SETTINGS, "seed": 1}):
+        for parts in batches(mixture, RECIPE, collate, **{**SETTINGS, "seed": 1}):
             done += [position for part in parts for position in part.positions]
     assert done == list(range(at // 8 * 8)) and not reading_threads()
 
@@ -189,7 +193,7 @@ def test_any_error_of_the_thread_reaches_the_loop(columns: Path):
     dataset.weights = {}  # a mistake of ours: KeyError, not ValueError
     dataset.cache = None  # type: ignore[assignment]
     with pytest.raises(AttributeError):
-        next(batches(Mixture({MAIN: dataset}), **SETTINGS))
+        next(batches(Mixture({MAIN: dataset}), RECIPE, collate, **SETTINGS))
     assert not reading_threads()
 
 
@@ -231,11 +235,12 @@ def test_variants_and_names_are_drawn_independently(columns: Path):
 def test_text_features_follow_the_drawn_caption(captioned: Path):
     dataset = open_captioned(captioned, {"txt": 1.0, "long.txt": 1.0}, "prompt_features")
     lengths: dict[bool, set[int]] = {True: set(), False: set()}
-    for parts in batches(Mixture({MAIN: dataset}), **{**SETTINGS, "num_steps": 10}):
+    for parts in batches(Mixture({MAIN: dataset}), RECIPE, collate, **{**SETTINGS, "num_steps": 10}):
         for batch in parts:
-            assert batch.text is not None
-            for key, caption, text in zip(batch.keys, batch.captions, batch.text, strict=True):
-                if int(key) % 8 != 3:
+            drawn = [batch.inputs[name] for name in ("captions", "text", "dropped")]
+            for key, caption, text, dropped in zip(batch.keys, *drawn, strict=True):
+                assert (text is None) == dropped
+                if int(key) % 8 != 3 and not dropped:
                     lengths[caption.startswith("a long")].add(len(text))
     assert lengths == {True: {9}, False: {4}} and dataset.widths == {"prompt_features": 32}
 
@@ -244,9 +249,11 @@ def test_text_features_follow_the_drawn_caption(captioned: Path):
 def test_batches_lie_in_page_locked_memory(captioned: Path):
     dataset = open_captioned(captioned, {"txt": 1.0}, "prompt_features")
     used = torch.cuda.memory_allocated()
-    for parts in batches(Mixture({MAIN: dataset}), **SETTINGS):
+    for parts in batches(Mixture({MAIN: dataset}), RECIPE, collate, **SETTINGS):
         for batch in parts:
-            tensors = [batch.features, batch.draws.t, batch.draws.noise, *(batch.text or [])]
+            tensors = [batch.inputs[name] for name in ("features", "t", "noise")]
+            tensors += [text for text in batch.inputs["text"] if text is not None]
+            assert len(tensors) > 3
             assert all(tensor.is_pinned() for tensor in tensors)
             copies = [tensor.to("cuda", non_blocking=True) for tensor in tensors]
             assert all(torch.equal(copy.cpu(), one) for copy, one in zip(copies, tensors, strict=True))

@@ -6,7 +6,16 @@ import torch
 from scipy.stats import kstest
 
 from repfusion.data.order import sample_seed
-from repfusion.diffusion.flow import FlowConfig, draw, interpolate, shift_factor, shift_noise_level, velocity
+from repfusion.diffusion.flow import (
+    DROPPED,
+    FlowConfig,
+    draw,
+    interpolate,
+    shift_factor,
+    shift_noise_level,
+    uniforms,
+    velocity,
+)
 
 
 @pytest.fixture
@@ -63,60 +72,65 @@ def test_the_shift_keeps_the_ends_and_the_order(shift: float):
     torch.testing.assert_close(shift_noise_level(s, 1 / shift), u, atol=1e-14, rtol=0)
 
 
+def drawn(seeds: list[int], shift: float) -> dict[str, torch.Tensor]:
+    """All that a sample's seed decides here."""
+    t, noise = draw(seeds, (4, 6), shift)
+    return {"t": t, "noise": noise, "uniforms": uniforms(seeds)}
+
+
 def test_a_draw_does_not_depend_on_the_batch_it_is_made_in():
     seeds = [5, 2**64 - 1, *range(40, 50)]
-    together = draw(seeds, (4, 6), shift=2.0, dropout=0.3)
+    together = drawn(seeds, shift=2.0)
     for split in ([4, 4, 4], [1] * 12, [7, 5]):
         start, parts = 0, []
         for size in split:
-            parts.append(draw(seeds[start : start + size], (4, 6), shift=2.0, dropout=0.3))
+            parts.append(drawn(seeds[start : start + size], shift=2.0))
             start += size
-        for field in ("t", "noise", "dropped"):
-            assert torch.equal(torch.cat([getattr(part, field) for part in parts]), getattr(together, field))
+        for field, whole in together.items():
+            assert torch.equal(torch.cat([part[field] for part in parts]), whole)
     order = [11, 0, 7]
-    shuffled = draw([seeds[i] for i in order], (4, 6), shift=2.0, dropout=0.3)
-    assert torch.equal(shuffled.noise, together.noise[order])
-    assert torch.equal(shuffled.t, together.t[order])
+    shuffled = drawn([seeds[i] for i in order], shift=2.0)
+    assert all(torch.equal(shuffled[field], whole[order]) for field, whole in together.items())
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (4, 6), (16, 64)])
 def test_the_noise_is_what_a_generator_of_the_seed_draws_first(shape: tuple[int, int]):
-    made = draw([3, 2**63 + 5], shape, 12.0, 0.5)
-    for seed, noise in zip([3, 2**63 + 5], made.noise, strict=True):
+    _, made = draw([3, 2**63 + 5], shape, 12.0)
+    for seed, noise in zip([3, 2**63 + 5], made, strict=True):
         assert torch.equal(noise, torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
 
 
 def test_draws_differ_by_seed_and_leave_the_global_state_alone():
     state = torch.random.get_rng_state()
-    made = draw(range(1000), (2, 3), 1.0)
+    t, noise = draw(range(1000), (2, 3), 1.0)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert len(made.noise[:, 0, 0].unique()) == 1000 and len(made.t.unique()) > 990
+    assert len(noise[:, 0, 0].unique()) == 1000 and len(t.unique()) > 990
 
 
 def test_all_bits_of_a_seed_decide_the_noise_level():
-    made = draw([1 << bit for bit in range(64)], (1, 1), 1.0)
-    assert len(made.t.unique()) == 64
+    t, _ = draw([1 << bit for bit in range(64)], (1, 1), 1.0)
+    assert len(t.unique()) == 64
 
 
-def test_dropout_and_shift_do_not_change_the_noise():
-    plain, changed = draw([1, 2, 3], (2, 2), 1.0, 0.0), draw([1, 2, 3], (2, 2), 12.0, 1.0)
-    assert torch.equal(plain.noise, changed.noise)
-    torch.testing.assert_close(changed.t, shift_noise_level(plain.t, 12.0))
-    assert not plain.dropped.any() and changed.dropped.all()
+def test_the_shift_changes_the_noise_level_alone():
+    plain, changed = draw([1, 2, 3], (2, 2), 1.0), draw([1, 2, 3], (2, 2), 12.0)
+    assert torch.equal(plain[1], changed[1])
+    torch.testing.assert_close(changed[0], shift_noise_level(plain[0], 12.0))
 
 
 @pytest.mark.parametrize("hashed", [False, True])
 def test_noise_levels_are_uniform_before_the_shift_and_noise_is_normal(hashed: bool):
     seeds = [sample_seed(7, "main", 0, str(i)) if hashed else i for i in range(4000)]
-    made = draw(seeds, (2, 4), shift=12.0, dropout=0.1)
-    unshifted = shift_noise_level(made.t.double(), 1 / 12)
+    t, noise = draw(seeds, (2, 4), shift=12.0)
+    dropped = uniforms(seeds)[:, DROPPED] < 0.1
+    unshifted = shift_noise_level(t.double(), 1 / 12)
     assert kstest(unshifted.numpy(), "uniform").pvalue > 0.01
-    assert kstest(made.noise.flatten().numpy(), "norm").pvalue > 0.01
-    assert made.dropped.double().mean().item() == pytest.approx(0.1, abs=0.02)
-    for other in (made.dropped.numpy(), made.noise[:, 0, 0].numpy()):
+    assert kstest(noise.flatten().numpy(), "norm").pvalue > 0.01
+    assert dropped.double().mean().item() == pytest.approx(0.1, abs=0.02)
+    for other in (dropped.numpy(), noise[:, 0, 0].numpy()):
         assert abs(np.corrcoef(unshifted.numpy(), other)[0, 1]) < 0.05
 
 
 def test_noise_levels_are_below_one_and_can_be_zero():
-    made = draw(range(100_000), (1, 1), 1.0)
-    assert 0 <= made.t.min() < 1e-4 and 1 - 1e-4 < made.t.max() < 1
+    t, _ = draw(range(100_000), (1, 1), 1.0)
+    assert 0 <= t.min() < 1e-4 and 1 - 1e-4 < t.max() < 1

@@ -4,12 +4,15 @@ guides where it is told to.
 
 import pytest
 import torch
+from prompting import read_prompts
 from pydantic import ValidationError
 from torch import nn
 
 from repfusion.diffusion.sampler import SamplerConfig, noise_levels, num_evaluations, sample
+from repfusion.request import Request
 
 PROMPTS = ["a red circle", "two blue square left of a green circle"]
+REQUESTS = [Request(prompt) for prompt in PROMPTS]
 UNGUIDED = {"guidance_scale": 1, "precision": "fp32"}
 
 
@@ -20,7 +23,7 @@ def noise_of(generator, num: int = 2, seed: int = 0) -> torch.Tensor:
 def watch(generator) -> list[torch.Tensor]:
     """The noise levels at which the denoiser is asked for a velocity, filled as it is."""
     seen: list[torch.Tensor] = []
-    generator.dit.register_forward_pre_hook(lambda module, args: seen.append(args[1].clone()))
+    generator.denoiser.register_forward_pre_hook(lambda module, args: seen.append(args[1].clone()))
     return seen
 
 
@@ -46,7 +49,7 @@ def test_takes_exactly_n_steps(make_generator, num_steps, guidance_scale, rows):
     seen = watch(generator)
     sample(
         generator,
-        PROMPTS,
+        REQUESTS,
         noise_of(generator),
         SamplerConfig(num_steps=num_steps, guidance_scale=guidance_scale),
     )
@@ -60,11 +63,11 @@ def test_takes_exactly_n_steps(make_generator, num_steps, guidance_scale, rows):
 def test_is_exact_where_the_flow_is_straight(make_generator, num_steps):
     """A velocity that is the same everywhere leads in a straight line from noise to noise - velocity."""
     generator = make_generator()
-    nn.init.zeros_(generator.dit.out.weight)
+    nn.init.zeros_(generator.denoiser.out.weight)
     noise = noise_of(generator)
     config = SamplerConfig(num_steps=num_steps, guidance_scale=2, precision="fp32")
     torch.testing.assert_close(
-        sample(generator, PROMPTS, noise, config), noise - generator.dit.out.bias, atol=2e-6, rtol=0
+        sample(generator, REQUESTS, noise, config), noise - generator.denoiser.out.bias, atol=2e-6, rtol=0
     )
 
 
@@ -72,11 +75,11 @@ def test_a_field_that_points_at_one_image_arrives_there(make_generator):
     """v = z - x has the solution x + (z_1 - x) e^(t - 1); many Euler steps come close to its end."""
     generator = make_generator()
     target = torch.randn(generator.latent_shape, generator=torch.Generator().manual_seed(9))
-    generator.dit.register_forward_hook(lambda module, args, velocity: args[0] - target)
+    generator.denoiser.register_forward_hook(lambda module, args, velocity: args[0] - target)
     noise = noise_of(generator)
     config = SamplerConfig(num_steps=100, **UNGUIDED)
     expected = target + (noise - target) * torch.exp(torch.tensor(-1.0))
-    torch.testing.assert_close(sample(generator, PROMPTS, noise, config), expected, atol=3e-2, rtol=0)
+    torch.testing.assert_close(sample(generator, REQUESTS, noise, config), expected, atol=3e-2, rtol=0)
 
 
 MEAN, DEVIATION = 0.7, 0.3
@@ -104,7 +107,7 @@ def test_converges_at_the_order_of_the_solver(make_generator, monkeypatch, solve
     errors = []
     for num_steps in (32, 64, 128):
         config = SamplerConfig(num_steps=num_steps, solver=solver, **UNGUIDED)
-        made = sample(generator, PROMPTS, noise, config)
+        made = sample(generator, REQUESTS, noise, config)
         errors.append((made - (MEAN + DEVIATION * noise)).square().mean().sqrt().log2().item())
     slopes = [errors[0] - errors[1], errors[1] - errors[2]]
     assert slopes == pytest.approx([order, order], abs=0.25)
@@ -115,7 +118,7 @@ def test_heun_is_the_mean_of_both_ends_and_euler_at_the_last_step(make_generator
     generator = make_generator()
     noise = noise_of(generator)
     a, b, c, end = noise_levels(3, generator.shift).tolist()
-    batch = generator.prompt_batch(PROMPTS)
+    batch = read_prompts(generator, PROMPTS)
 
     def velocity(z: torch.Tensor, level: float) -> torch.Tensor:
         with torch.no_grad():
@@ -127,7 +130,7 @@ def test_heun_is_the_mean_of_both_ends_and_euler_at_the_last_step(make_generator
         second = velocity(z + (following - level) * first, following)
         z = z + (following - level) * (first + second) / 2
     z = z + (end - c) * velocity(z, c)
-    made = sample(generator, PROMPTS, noise, SamplerConfig(num_steps=3, solver="heun", **UNGUIDED))
+    made = sample(generator, REQUESTS, noise, SamplerConfig(num_steps=3, solver="heun", **UNGUIDED))
     torch.testing.assert_close(made, z, atol=1e-4, rtol=1e-4)
 
 
@@ -141,7 +144,7 @@ def test_the_number_of_evaluations_is_the_stated_one(make_generator, solver, int
     generator = make_generator()
     seen = watch(generator)
     config = SamplerConfig(num_steps=num_steps, solver=solver, guidance_interval=interval)
-    sample(generator, PROMPTS, noise_of(generator), config)
+    sample(generator, REQUESTS, noise_of(generator), config)
     guided, unguided = num_evaluations(config, generator.shift)
     assert guided + unguided == (num_steps if solver == "euler" else 2 * num_steps - 1)
     assert sorted(len(t) for t in seen) == [2] * unguided + [4] * guided
@@ -170,7 +173,7 @@ def test_the_whole_interval_is_guidance_everywhere_and_an_empty_one_is_none(make
     noise, common = noise_of(generator), {"num_steps": 5, "solver": solver, "precision": "fp32"}
 
     def made(**changes) -> torch.Tensor:
-        return sample(generator, PROMPTS, noise, SamplerConfig(**common, **changes))
+        return sample(generator, REQUESTS, noise, SamplerConfig(**common, **changes))
 
     assert torch.equal(made(guidance_scale=2, guidance_interval=(0.0, 1.0)), made(guidance_scale=2))
     assert torch.equal(made(guidance_scale=2, guidance_interval=(0.4, 0.4)), made(guidance_scale=1))
@@ -187,7 +190,7 @@ def test_an_interval_below_every_level_leaves_the_empty_prompt_unread(make_gener
     )
     for interval, rows in (((0.0, 1e-3), 2), ((0.0, 1.0), 4)):
         config = SamplerConfig(num_steps=3, guidance_interval=interval)
-        sample(generator, PROMPTS, noise_of(generator), config)
+        sample(generator, REQUESTS, noise_of(generator), config)
         assert read == [rows]  # the prompts once; the noisy latents enter as embeddings
         read.clear()
 
@@ -197,13 +200,13 @@ def test_guidance_moves_from_the_empty_prompt_through_the_prompt(make_generator)
     noise = noise_of(generator)
     t = torch.ones(2)
     with torch.no_grad():
-        prompted = generator.velocity(noise, t, generator.prompt_batch(PROMPTS))
-        empty = generator.velocity(noise, t, generator.prompt_batch(["", ""]))
+        prompted = generator.velocity(noise, t, read_prompts(generator, PROMPTS))
+        empty = generator.velocity(noise, t, read_prompts(generator, ["", ""]))
     assert (prompted - empty).abs().max() > 1e-3
     for scale in (1.0, 1.5, 4.0):
         config = SamplerConfig(num_steps=1, guidance_scale=scale, precision="fp32")
         expected = noise - (empty + scale * (prompted - empty))
-        torch.testing.assert_close(sample(generator, PROMPTS, noise, config), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(sample(generator, REQUESTS, noise, config), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("conditioning", ["noisy_latents", "text_embed"])
@@ -211,21 +214,21 @@ def test_equals_euler_written_out_without_a_cache(make_generator, conditioning):
     generator = make_generator(conditioning)
     noise = noise_of(generator)
     config = SamplerConfig(num_steps=6, **UNGUIDED)
-    batch, levels, z = generator.prompt_batch(PROMPTS), noise_levels(6, generator.shift), noise
+    batch, levels, z = read_prompts(generator, PROMPTS), noise_levels(6, generator.shift), noise
     with torch.no_grad():
         for i in range(6):
             velocity = generator.velocity(z, levels[i].float().expand(2), batch)
             z = z + (levels[i + 1] - levels[i]).item() * velocity
-    torch.testing.assert_close(sample(generator, PROMPTS, noise, config), z, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sample(generator, REQUESTS, noise, config), z, atol=1e-4, rtol=1e-4)
 
 
 def test_an_image_does_not_depend_on_its_neighbours(make_generator):
     generator = make_generator()
     noise = noise_of(generator)
     config = SamplerConfig(num_steps=4, guidance_scale=2, precision="fp32")
-    together = sample(generator, PROMPTS, noise, config)
+    together = sample(generator, REQUESTS, noise, config)
     for row, prompt in enumerate(PROMPTS):
-        alone = sample(generator, [prompt], noise[row : row + 1], config)
+        alone = sample(generator, [Request(prompt)], noise[row : row + 1], config)
         torch.testing.assert_close(together[row : row + 1], alone, atol=1e-4, rtol=1e-4)
 
 
@@ -233,7 +236,9 @@ def test_bfloat16_integrates_in_float32_and_stays_near(make_generator):
     generator = make_generator()
     noise = noise_of(generator)
     low, high = (
-        sample(generator, PROMPTS, noise, SamplerConfig(num_steps=8, guidance_scale=1.5, precision=precision))
+        sample(
+            generator, REQUESTS, noise, SamplerConfig(num_steps=8, guidance_scale=1.5, precision=precision)
+        )
         for precision in ("bf16", "fp32")
     )
     assert low.dtype == torch.float32 and not low.requires_grad
@@ -242,10 +247,10 @@ def test_bfloat16_integrates_in_float32_and_stays_near(make_generator):
 
 def test_noise_of_another_shape_is_refused(make_generator):
     generator = make_generator()
-    with pytest.raises(ValueError, match=r"noise is \(3, 4, 16\), expected \(2, 4, 16\) for 2 prompts"):
-        sample(generator, PROMPTS, noise_of(generator, num=3), SamplerConfig())
+    with pytest.raises(ValueError, match=r"noise is \(3, 4, 16\), expected \(2, 4, 16\) for 2 requests"):
+        sample(generator, REQUESTS, noise_of(generator, num=3), SamplerConfig())
     with pytest.raises(ValueError, match=r"noise is \(2, 4, 15\)"):
-        sample(generator, PROMPTS, noise_of(generator)[..., :15], SamplerConfig())
+        sample(generator, REQUESTS, noise_of(generator)[..., :15], SamplerConfig())
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from prompting import read_prompts
 from tiny_training import METHODS
 
 from repfusion.diffusion.sampler import SamplerConfig, noise_levels, num_evaluations, sample
+from repfusion.request import Request
 
 BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "prefix_cache.py"
 PROMPTS = ["a red circle", "", "two blue square left of a green circle and a red square"]
+REQUESTS = [Request(prompt) for prompt in PROMPTS]
 
 
 def noise_of(generator) -> torch.Tensor:
@@ -31,7 +34,7 @@ def alone_and_uncached(generator, config: SamplerConfig, noise: torch.Tensor) ->
 
     def velocity(z: torch.Tensor, level: float, prompt: str) -> torch.Tensor:
         def of(text: str) -> torch.Tensor:
-            return generator.velocity(z, torch.tensor([level]), generator.prompt_batch([text])).float()
+            return generator.velocity(z, torch.tensor([level]), read_prompts(generator, [text])).float()
 
         if not config.guides(level):
             return of(prompt)
@@ -73,7 +76,7 @@ def test_the_cache_changes_nothing_in_float32(make_generator, conditioning, name
     assert (unguided > 0) == (name != "guided") and (guided > 0) == (name != "plain")
     noise = noise_of(generator)
     expected = alone_and_uncached(generator, config, noise)
-    made = sample(generator, PROMPTS, noise, config)
+    made = sample(generator, REQUESTS, noise, config)
     torch.testing.assert_close(made, expected, atol=2e-5, rtol=2e-5)
 
 
@@ -85,8 +88,8 @@ def test_the_cache_changes_only_rounding_in_bfloat16(make_generator, name):
     low, high = (
         SamplerConfig(num_steps=5, precision=precision, **SAMPLERS[name]) for precision in ("bf16", "fp32")
     )
-    exact = sample(generator, PROMPTS, noise, high)
-    cached = sample(generator, PROMPTS, noise, low)
+    exact = sample(generator, REQUESTS, noise, high)
+    cached = sample(generator, REQUESTS, noise, low)
     with torch.autocast("cpu", torch.bfloat16):
         uncached = alone_and_uncached(generator, low, noise)
 
@@ -106,7 +109,7 @@ def test_the_prompt_is_read_once_and_every_step_reads_only_the_latents(make_gene
     layer = generator.conditioner.llm.language_model.layers[0]
     layer.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[:2])))
     config = SamplerConfig(num_steps=5, guidance_interval=(0.2, 1.0), precision="fp32")
-    sample(generator, PROMPTS, noise_of(generator), config)
+    sample(generator, REQUESTS, noise_of(generator), config)
     guided, unguided = num_evaluations(config, generator.shift)
     longest = 1 + max(len(prompt.split()) for prompt in PROMPTS)
     num_tokens = generator.latent_shape[0]
@@ -118,9 +121,9 @@ def test_an_earlier_call_leaves_nothing_behind(make_generator):
     generator = make_generator()
     noise = noise_of(generator)
     config = SamplerConfig(num_steps=3, guidance_interval=(0.2, 1.0), precision="fp32")
-    first = sample(generator, PROMPTS, noise, config)
-    sample(generator, PROMPTS[::-1], noise, config)
-    assert torch.equal(sample(generator, PROMPTS, noise, config), first)
+    first = sample(generator, REQUESTS, noise, config)
+    sample(generator, REQUESTS[::-1], noise, config)
+    assert torch.equal(sample(generator, REQUESTS, noise, config), first)
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def test_sizes_are_within_two_percent_of_the_papers(name):
     denoiser, trained = PUBLISHED[name]
     assert {p.device.type for p in generator.parameters()} == {"meta"}
     if denoiser is not None:
-        assert sum(p.numel() for p in generator.dit.parameters()) == pytest.approx(denoiser, rel=0.02)
+        assert sum(p.numel() for p in generator.denoiser.parameters()) == pytest.approx(denoiser, rel=0.02)
     if trained is not None:
         assert sum(p.numel() for p in generator.trainable_state().values()) == pytest.approx(
             trained, rel=0.02

@@ -5,10 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from repfusion.conditioning.base import Condition, Context
 from repfusion.layers import (
     Attention,
-    DiT,
-    DiTConfig,
     RMSNorm,
     SwiGLU,
     TimestepEmbedder,
@@ -16,6 +15,9 @@ from repfusion.layers import (
     rotate,
     timestep_embedding,
 )
+from repfusion.model.denoiser import Prefilled
+from repfusion.model.dit import DiT, DiTConfig
+from repfusion.model.velocity_head import VelocityHead
 
 GRID, LATENT, CONDITION = (3, 4), 8, 20
 TOKENS = 12
@@ -23,8 +25,9 @@ TOKENS = 12
 
 def make_dit(interface: str = "adaln", depth: int = 2, awake: bool = True, seed: int = 0) -> DiT:
     torch.manual_seed(seed)
-    config = DiTConfig(hidden_size=32, depth=depth, num_heads=2, interface=interface)
-    dit = DiT(config, LATENT, GRID, CONDITION)
+    config = DiTConfig(hidden_size=32, depth=depth, num_heads=2)
+    widths = (CONDITION, ()) if interface == "adaln" else (None, (CONDITION,))
+    dit = DiT(config, LATENT, GRID, *widths)
     if awake:
         with torch.no_grad():
             for parameter in dit.parameters():
@@ -39,6 +42,15 @@ def inputs(condition_tokens: int = TOKENS, batch: int = 2) -> tuple[torch.Tensor
     return z_t, torch.rand(batch, generator=generator), condition
 
 
+def velocity_of(
+    dit: DiT, z_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """With condition tokens as the interface that the DiT was built for takes them."""
+    if not hasattr(dit.blocks[0], "cross_attention"):
+        return dit(z_t, t, Condition(condition), Prefilled())
+    return dit(z_t, t, Condition(), dit.prefill((Context(condition, mask),)))
+
+
 def changed_tokens(before: torch.Tensor, after: torch.Tensor) -> list[int]:
     return ((before - after).abs().amax(dim=(0, 2)) > 1e-6).nonzero().flatten().tolist()
 
@@ -46,18 +58,18 @@ def changed_tokens(before: torch.Tensor, after: torch.Tensor) -> list[int]:
 @pytest.mark.parametrize("interface", ["adaln", "cross_attention"])
 def test_the_first_velocity_is_zero_and_the_first_step_changes_it(interface):
     dit = make_dit(interface, awake=False)
-    velocity = dit(*inputs())
+    velocity = velocity_of(dit, *inputs())
     assert torch.equal(velocity, torch.zeros_like(velocity))
     optimizer = torch.optim.SGD(dit.parameters(), lr=1.0)
     (velocity - 1).square().mean().backward()
     optimizer.step()
-    assert dit(*inputs()).abs().min() > 0
+    assert velocity_of(dit, *inputs()).abs().min() > 0
 
 
 @pytest.mark.parametrize("interface", ["adaln", "cross_attention"])
 def test_every_weight_has_a_gradient_once_awake(interface):
     dit = make_dit(interface)
-    dit(*inputs()).square().mean().backward()
+    velocity_of(dit, *inputs()).square().mean().backward()
     silent = [name for name, p in dit.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert silent == []
 
@@ -67,10 +79,12 @@ def test_a_condition_token_reaches_its_own_latent_token_alone_unless_attention_s
     z_t, t, condition = inputs()
     other = condition.clone()
     other[:, 5] += 1.0
-    assert changed_tokens(dit(z_t, t, condition), dit(z_t, t, other)) == list(range(TOKENS))
+    assert changed_tokens(velocity_of(dit, z_t, t, condition), velocity_of(dit, z_t, t, other)) == list(
+        range(TOKENS)
+    )
     nn.init.zeros_(dit.blocks[0].attention.out.weight)
     nn.init.zeros_(dit.blocks[0].attention.out.bias)
-    assert changed_tokens(dit(z_t, t, condition), dit(z_t, t, other)) == [5]
+    assert changed_tokens(velocity_of(dit, z_t, t, condition), velocity_of(dit, z_t, t, other)) == [5]
 
 
 def test_adaln_single_follows_its_equation():
@@ -94,7 +108,7 @@ def test_adaln_single_follows_its_equation():
     final = dit.final_modulation(signal).unflatten(-1, (2, 32)) + dit.final_table
     expected = dit.out(rms(x) * (1 + final[:, :, 1]) + final[:, :, 0])
     dit.time.mlp.register_forward_pre_hook(lambda module, args: (args[0].double(),))
-    torch.testing.assert_close(dit(z_t, t, condition), expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(velocity_of(dit, z_t, t, condition), expected, atol=1e-12, rtol=1e-12)
 
 
 def test_blocks_share_one_modulation_and_own_a_table_each():
@@ -108,17 +122,19 @@ def test_blocks_share_one_modulation_and_own_a_table_each():
 def test_velocity_depends_on_latents_and_noise_level():
     dit = make_dit()
     z_t, t, condition = inputs()
-    before = dit(z_t, t, condition)
-    assert (dit(z_t, t / 2, condition) - before).abs().max() > 1e-3
-    assert (dit(z_t + 0.1, t, condition) - before).abs().max() > 1e-3
+    before = velocity_of(dit, z_t, t, condition)
+    assert (velocity_of(dit, z_t, t / 2, condition) - before).abs().max() > 1e-3
+    assert (velocity_of(dit, z_t + 0.1, t, condition) - before).abs().max() > 1e-3
 
 
 def test_samples_of_a_batch_do_not_mix():
     dit = make_dit()
     z_t, t, condition = inputs(batch=3)
     for row in range(3):
-        alone = dit(z_t[row : row + 1], t[row : row + 1], condition[row : row + 1])
-        torch.testing.assert_close(alone, dit(z_t, t, condition)[row : row + 1], atol=1e-5, rtol=1e-5)
+        alone = velocity_of(dit, z_t[row : row + 1], t[row : row + 1], condition[row : row + 1])
+        torch.testing.assert_close(
+            alone, velocity_of(dit, z_t, t, condition)[row : row + 1], atol=1e-5, rtol=1e-5
+        )
 
 
 def test_padding_of_a_cross_attended_condition_is_not_read():
@@ -127,10 +143,10 @@ def test_padding_of_a_cross_attended_condition_is_not_read():
     mask = torch.ones(2, 5, dtype=torch.bool)
     padded = torch.cat([condition, 100 * torch.ones(2, 3, CONDITION)], dim=1)
     padded_mask = torch.cat([mask, torch.zeros(2, 3, dtype=torch.bool)], dim=1)
-    before = dit(z_t, t, condition, mask)
-    torch.testing.assert_close(dit(z_t, t, padded, padded_mask), before, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(dit(z_t, t, condition), before, atol=1e-5, rtol=1e-5)
-    assert (dit(z_t, t, padded) - before).abs().max() > 1e-3
+    before = velocity_of(dit, z_t, t, condition, mask)
+    torch.testing.assert_close(velocity_of(dit, z_t, t, padded, padded_mask), before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(velocity_of(dit, z_t, t, condition), before, atol=1e-5, rtol=1e-5)
+    assert (velocity_of(dit, z_t, t, padded) - before).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -207,24 +223,63 @@ def test_rms_norm_follows_the_precision_of_its_input():
 def test_bfloat16_autocast_stays_near_float32():
     dit = make_dit()
     with torch.autocast("cpu", torch.bfloat16):
-        low = dit(*inputs()).float()
-    high = dit(*inputs())
+        low = velocity_of(dit, *inputs()).float()
+    high = velocity_of(dit, *inputs())
     assert (low - high).norm() / high.norm() < 0.03
 
 
 def test_absolute_positions_tell_where_a_token_stands():
     """Identical tokens under one condition: rotary positions alone leave their velocities the same."""
-    config = DiTConfig(hidden_size=32, depth=2, num_heads=2, interface="cross_attention")
+    config = DiTConfig(hidden_size=32, depth=2, num_heads=2)
     for has_positions in (False, True):
         torch.manual_seed(0)
         dit = DiT(
-            config.model_copy(update={"absolute_positions": has_positions}), LATENT, GRID, CONDITION
+            config.model_copy(update={"absolute_positions": has_positions}),
+            LATENT,
+            GRID,
+            context_widths=(CONDITION,),
         ).double()
         with torch.no_grad():
             for parameter in dit.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
         dit.time.mlp.register_forward_pre_hook(lambda module, args: (args[0].double(),))
         one = torch.randn(1, 1, LATENT, dtype=torch.float64).expand(-1, TOKENS, -1)
-        velocity = dit(one, torch.tensor([0.5]).double(), torch.randn(1, 3, CONDITION).double())
+        velocity = velocity_of(dit, one, torch.tensor([0.5]).double(), torch.randn(1, 3, CONDITION).double())
         spread = (velocity - velocity[:, :1]).abs().max()
         assert spread > 1e-2 if has_positions else spread < 1e-10
+
+
+def test_a_context_that_changes_from_step_to_step_reads_like_a_static_one():
+    dit = make_dit("cross_attention")
+    z_t, t, tokens = inputs(condition_tokens=5)
+    context = Context(tokens, torch.tensor([[True] * 5, [True] * 3 + [False] * 2]))
+    expected = velocity_of(dit, z_t, t, context.tokens, context.mask)
+    assert torch.equal(dit(z_t, t, Condition(contexts=(context,)), Prefilled()), expected)
+
+
+def test_the_first_rows_of_what_was_prefilled():
+    """The same velocities as from fewer rows, and the whole stays as it was."""
+    dit = make_dit("cross_attention")
+    z_t, t, tokens = inputs(condition_tokens=5, batch=3)
+    whole = dit.prefill((Context(tokens, torch.ones(3, 5).bool()),))
+    before = dit(z_t, t, Condition(), whole)
+    part = dit(z_t[:2], t[:2], Condition(), whole.first(2))
+    torch.testing.assert_close(part, velocity_of(dit, z_t[:2], t[:2], tokens[:2]), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(part, before[:2], atol=1e-5, rtol=1e-5)
+    assert torch.equal(dit(z_t, t, Condition(), whole), before)
+
+
+@pytest.mark.parametrize(
+    ("aligned_width", "context_widths"), [(None, ()), (20, (20,)), (None, (20, 8)), (20, (20, 8))]
+)
+def test_conditions_that_no_block_takes_are_refused(aligned_width, context_widths):
+    message = f"no DiT block takes aligned tokens of width {aligned_width} beside contexts of widths "
+    with pytest.raises(
+        ValueError, match=message + r".*; expected aligned tokens alone \(AdaLN\) or one context"
+    ):
+        DiT(DiTConfig(hidden_size=32, num_heads=2), LATENT, GRID, aligned_width, context_widths)
+
+
+def test_a_velocity_head_refuses_contexts():
+    with pytest.raises(ValueError, match="takes aligned tokens alone, got 1 contexts"):
+        VelocityHead(CONDITION, LATENT).prefill((Context(torch.zeros(1, 2, CONDITION)),))

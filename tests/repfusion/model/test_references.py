@@ -13,11 +13,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention as DiffusersAttention
 from diffusers.models.embeddings import get_timestep_embedding
+from prompting import prepare
 from torch import nn
 from transformers import DINOv3ViTConfig, LlamaConfig, LlavaForConditionalGeneration
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTRopePositionEmbedding
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
+from repfusion.conditioning.base import Condition
 from repfusion.diffusion.flow import shift_noise_level
 from repfusion.diffusion.sampler import SamplerConfig, noise_levels, sample
 from repfusion.latents.load import EncoderConfig
@@ -25,18 +27,19 @@ from repfusion.latents.statistics import LatentStatistics
 from repfusion.latents.tower import RepresentationEncoder
 from repfusion.layers import (
     Attention,
-    Block,
-    DiT,
-    DiTConfig,
     RMSNorm,
     SwiGLU,
     rotary_2d,
     rotate,
     timestep_embedding,
 )
+from repfusion.model.blocks.adaln import AdaLNBlock
 from repfusion.model.build import build_model
 from repfusion.model.config import ModelConfig
+from repfusion.model.denoiser import Prefilled
+from repfusion.model.dit import DiT, DiTConfig
 from repfusion.model.text_to_image import TextToImage
+from repfusion.request import Request
 from repfusion.weights import WEIGHTS
 
 PROMPTS = ["a red circle", "two blue squares and a green triangle", ""]
@@ -116,18 +119,18 @@ def llavas_hidden_states(
     """
     num_tokens, rows = generator.latent_shape[0], []
     for prompt, image in zip(PROMPTS, normalised.split(1), strict=True):
-        ids, mask = generator.conditioner.llm.tokenize([prompt])
-        assert mask.all()
+        prefix = generator.conditioner.llm.tokenise([prompt])
+        assert prefix.mask.all()
         image_ids = torch.full((1, num_tokens), llava.config.image_token_index)
-        output = llava.model(input_ids=torch.cat([ids, image_ids], dim=1), pixel_values=image)
+        output = llava.model(input_ids=torch.cat([prefix.ids, image_ids], dim=1), pixel_values=image)
         rows.append(output.last_hidden_state[:, -num_tokens:])
     return torch.cat(rows)
 
 
 @torch.no_grad()
 def ours(generator: TextToImage, features: torch.Tensor, reuse: bool) -> torch.Tensor:
-    prompts = generator.prompt_batch(PROMPTS, reuse=reuse)
-    return generator.conditioner.condition(prompts, features, torch.zeros(len(PROMPTS))).tokens
+    prepared = prepare(generator.conditioner, PROMPTS, reuse)
+    return generator.conditioner.condition(prepared, features, torch.zeros(len(PROMPTS))).aligned
 
 
 @pytest.mark.parametrize("reuse", [False, True])
@@ -171,9 +174,9 @@ GRID, DIM, HEADS = (2, 3), 32, 4
 BLOCK = DiTConfig(hidden_size=DIM, num_heads=HEADS)
 
 
-def block_and_inputs(num_signals: int) -> tuple[Block, torch.Tensor, torch.Tensor, torch.Tensor]:
+def block_and_inputs(num_signals: int) -> tuple[AdaLNBlock, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Awake, with two samples and a modulation for each sample or each token."""
-    block = awaken(Block(BLOCK, condition_dim=DIM))
+    block = awaken(AdaLNBlock(DIM, HEADS, BLOCK.mlp_ratio))
     return block, randn(2, 6, DIM), randn(2, num_signals, 6, DIM, seed=1), rotary_2d(GRID, DIM // HEADS)
 
 
@@ -181,16 +184,16 @@ def block_and_inputs(num_signals: int) -> tuple[Block, torch.Tensor, torch.Tenso
 def test_with_zero_table_and_modulation_a_block_is_the_identity(num_signals):
     block, x, modulation, rotary = block_and_inputs(num_signals)
     nn.init.zeros_(block.table)
-    assert torch.equal(block(x, torch.zeros_like(modulation), rotary, None, None), x)
-    assert (block(x, modulation, rotary, None, None) - x).abs().max() > 0.1
+    assert torch.equal(block(x, torch.zeros_like(modulation), rotary), x)
+    assert (block(x, modulation, rotary) - x).abs().max() > 0.1
 
 
 def test_an_untrained_dit_is_the_identity_up_to_its_output():
-    dit = DiT(BLOCK.model_copy(update={"depth": 3}), latent_dim=8, grid=GRID, condition_dim=16)
+    dit = DiT(BLOCK.model_copy(update={"depth": 3}), latent_dim=8, grid=GRID, aligned_width=16)
     into: list[torch.Tensor] = []
     dit.final_norm.register_forward_pre_hook(lambda module, args: into.append(args[0]))
     z = randn(2, 6, 8)
-    velocity = dit(z, torch.tensor([0.2, 0.9]), randn(2, 6, 16, seed=1))
+    velocity = dit(z, torch.tensor([0.2, 0.9]), Condition(randn(2, 6, 16, seed=1)), Prefilled())
     assert torch.equal(into[0], dit.embed(z) + dit.positions) and not velocity.any()
 
 
@@ -214,7 +217,7 @@ def test_a_block_with_one_signal_is_diffusers_pixart_block():
     )
     theirs.scale_shift_table.copy_(block.table)
     expected = theirs(x, timestep=modulation.flatten(1))
-    torch.testing.assert_close(block(x, modulation, rotary, None, None), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(block(x, modulation, rotary), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -242,7 +245,7 @@ def test_a_block_with_a_signal_for_each_token_is_the_formula_token_by_token():
             )
             inner = gate * torch.sigmoid(gate) * up
             out[token] = row + p[5] * (block.mlp.down.weight @ inner + block.mlp.down.bias)
-    torch.testing.assert_close(block(x, modulation, rotary, None, None), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(block(x, modulation, rotary), expected, atol=1e-5, rtol=1e-5)
 
 
 # Parts of a block
@@ -272,7 +275,8 @@ def test_attention_is_diffusers_attention_with_rms_normed_queries_and_keys(conte
     if bias is not None:
         bias = bias.repeat_interleave(HEADS, dim=0)
     expected = theirs(x, encoder_hidden_states=context, attention_mask=bias)
-    torch.testing.assert_close(attention(x, None, context, mask), expected, atol=1e-5, rtol=1e-5)
+    attended = None if context is None else attention.keys_values(context)
+    torch.testing.assert_close(attention(x, None, attended, mask), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -367,7 +371,7 @@ def test_levels_and_euler_steps_are_diffusers(make_generator, monkeypatch, shift
     for timestep in scheduler.timesteps:
         z = scheduler.step(curved(z, timestep.expand(2) / 1000), timestep, z).prev_sample
     config = SamplerConfig(num_steps=num_steps, guidance_scale=1, precision="fp32")
-    torch.testing.assert_close(sample(generator, ["a", "a"], noise, config), z, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sample(generator, [Request("a")] * 2, noise, config), z, atol=1e-4, rtol=1e-4)
 
 
 def curved(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -397,4 +401,4 @@ def test_heuns_steps_are_diffusers(make_generator, monkeypatch, num_steps):
     assert len(asked) == 2 * num_steps - 1
     monkeypatch.setattr(generator, "velocity", lambda z, t, prompts: curved(z, t))
     config = SamplerConfig(num_steps=num_steps, solver="heun", guidance_scale=1, precision="fp32")
-    torch.testing.assert_close(sample(generator, ["a", "a"], noise, config), z, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sample(generator, [Request("a")] * 2, noise, config), z, atol=1e-4, rtol=1e-4)

@@ -2,15 +2,17 @@
 
 import pytest
 import torch
+from prompting import asked, read_prompts, seeds_where, training_inputs
 from tiny_training import GRID, METHODS, WIDTH, tiny_model
 from transformers import AutoTokenizer, LlamaForCausalLM, LlavaForConditionalGeneration
 
-from repfusion.diffusion.flow import draw, interpolate, shift_factor
+from repfusion.diffusion.flow import CAPTIONED, interpolate, shift_factor
 from repfusion.diffusion.sampler import SamplerConfig, sample
+from repfusion.inputs import Inputs
 from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.latents.tower import RepresentationEncoder
-from repfusion.model.build import build_model
+from repfusion.model.build import assemble, build_model
 from repfusion.model.config import ModelConfig
 from repfusion.model.dit import DiTConfig
 from repfusion.model.text_to_image import TextToImage
@@ -20,22 +22,19 @@ TRAINED = ["noisy_latents_trained", "transfusion"]
 """Methods that train the language model."""
 
 
-def batch_of(generator: TextToImage, num: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Latents, noise levels and noise of fixed seeds."""
-    latents = torch.randn(num, *generator.latent_shape, generator=torch.Generator().manual_seed(0))
-    drawn = draw(range(100, 100 + num), generator.latent_shape, shift=1.0)
-    return latents, drawn.t, drawn.noise
+SEEDS = seeds_where(CAPTIONED, 0.5, [True, False, True, False])
+
+
+def batch_of(generator: TextToImage) -> Inputs:
+    """What training feeds, of fixed seeds."""
+    return training_inputs(generator, PROMPTS, SEEDS, shift=1.0)
 
 
 def objective(generator: TextToImage) -> torch.Tensor:
     """What training minimises, on one batch: the velocity's loss, and the captions' where there is one."""
-    latents, t, noise = batch_of(generator)
-    prompts = generator.prompt_batch(PROMPTS)
-    if generator.captioning is None:
-        return generator(latents, prompts, t, noise).mean()
-    captions = generator.caption_batch(PROMPTS, torch.tensor([0.0, 0.9, 0.1, 0.9]))
-    losses, said = generator(latents, prompts, t, noise, captions)
-    return losses.mean() + said.mean()
+    losses = generator(batch_of(generator))
+    assert list(losses) == ["velocity", "caption"][: 1 + (generator.config.captioning is not None)]
+    return sum(loss.mean() for loss in losses.values())
 
 
 def train_steps(generator: TextToImage, num_steps: int, learning_rate: float = 3e-3) -> list[float]:
@@ -54,10 +53,10 @@ def train_steps(generator: TextToImage, num_steps: int, learning_rate: float = 3
 @pytest.mark.parametrize("conditioning", METHODS)
 def test_loss_is_the_velocitys_squared_error_per_sample(make_generator, conditioning):
     generator = make_generator(conditioning)
-    latents, t, noise = batch_of(generator)
-    prompts = generator.prompt_batch(PROMPTS)
-    loss = generator(latents, prompts, t, noise)
-    predicted = generator.velocity(interpolate(latents, noise, t), t, prompts)
+    inputs = batch_of(generator)
+    loss, t, noise = generator(inputs)["velocity"], inputs["t"], inputs["noise"]
+    latents = generator.normalise(inputs["features"])
+    predicted = generator.velocity(interpolate(latents, noise, t), t, read_prompts(generator, PROMPTS))
     expected = torch.stack([(predicted[i] - (noise[i] - latents[i])).square().mean() for i in range(4)])
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected)
@@ -66,9 +65,9 @@ def test_loss_is_the_velocitys_squared_error_per_sample(make_generator, conditio
 @pytest.mark.parametrize("conditioning", METHODS)
 def test_the_first_loss_is_that_of_velocity_zero(make_generator, conditioning):
     generator = make_generator(conditioning, awake=False)
-    latents, t, noise = batch_of(generator)
-    loss = generator(latents, generator.prompt_batch(PROMPTS), t, noise)
-    torch.testing.assert_close(loss, (noise - latents).square().mean(dim=(1, 2)))
+    inputs = batch_of(generator)
+    velocity = inputs["noise"] - generator.normalise(inputs["features"])
+    torch.testing.assert_close(generator(inputs)["velocity"], velocity.square().mean(dim=(1, 2)))
 
 
 @pytest.mark.parametrize("conditioning", METHODS)
@@ -96,16 +95,19 @@ def test_gradient_reaches_everything_that_trains(make_generator, conditioning):
 
 def test_what_trains_is_projector_time_embedding_and_dit(make_generator):
     groups = {".".join(name.split(".")[:2]) for name in make_generator().trainable_state()}
-    assert {g for g in groups if not g.startswith("dit.")} == {"conditioner.projector", "conditioner.time"}
+    assert {g for g in groups if not g.startswith("denoiser.")} == {
+        "conditioner.projector",
+        "conditioner.time",
+    }
     groups = {".".join(name.split(".")[:2]) for name in make_generator("text_embed").trainable_state()}
-    assert {g for g in groups if not g.startswith("dit.")} == {"conditioner.norm"}
+    assert {g for g in groups if not g.startswith("denoiser.")} == {"conditioner.norm"}
 
 
 @pytest.mark.parametrize("conditioning", ["noisy_latents", "text_embed", "queries", "transfusion"])
 def test_overfits_one_batch(make_generator, conditioning):
     generator = make_generator(conditioning, awake=False, dit=DiTConfig(hidden_size=64, depth=2, num_heads=2))
     losses = train_steps(generator, 150, learning_rate=5e-3)
-    if generator.captioning is None:
+    if generator.config.captioning is None:
         assert losses[0] == pytest.approx(2, rel=0.2)
     assert losses[-1] < losses[0] / 20
 
@@ -113,17 +115,17 @@ def test_overfits_one_batch(make_generator, conditioning):
 def test_learns_which_prompt_belongs_to_which_latents(make_generator):
     """All samples start from the same pure noise, so that only the prompt can tell them apart."""
     generator = make_generator(awake=False, dit=DiTConfig(hidden_size=64, depth=2, num_heads=2))
-    latents, _, noise = batch_of(generator)
-    noise, ones = noise[:1].expand(4, -1, -1), torch.ones(4)
+    inputs = batch_of(generator)
+    inputs |= {"noise": inputs["noise"][:1].expand(4, -1, -1), "t": torch.ones(4)}
+    exchanged = {**inputs, "request": generator.conditioner.collate(*asked(PROMPTS[::-1]))}
     optimizer = torch.optim.AdamW(generator.trainable_state().values(), lr=5e-3, weight_decay=0)
     for _ in range(100):
-        loss = generator(latents, generator.prompt_batch(PROMPTS), ones, noise).mean()
+        loss = generator(inputs)["velocity"].mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        right = generator(latents, generator.prompt_batch(PROMPTS), ones, noise).mean()
-        wrong = generator(latents, generator.prompt_batch(PROMPTS[::-1]), ones, noise).mean()
+        right, wrong = (generator(one)["velocity"].mean() for one in (inputs, exchanged))
     assert right < 0.2 < 1 < wrong
 
 
@@ -136,13 +138,13 @@ def test_a_llava_made_elsewhere_trains_and_samples(elsewhere, conditioning):
     statistics = LatentStatistics.empty(encoder.num_tokens, encoder.feature_dim)
     statistics.update(encoder(pixels))
     generator = build_model(config, statistics)
-    latents = generator.normalise(encoder(pixels))
     frozen = {n: v.clone() for n, v in generator.conditioner.llm.state_dict().items()}
-    drawn = draw(range(100, 104), generator.latent_shape, generator.shift)
+    inputs = training_inputs(generator, PROMPTS, range(100, 104), generator.shift)
+    inputs["features"] = encoder(pixels)
     optimizer = torch.optim.AdamW(generator.trainable_state().values(), lr=3e-3)
     losses = []
     for _ in range(8):
-        loss = generator(latents, generator.prompt_batch(PROMPTS), drawn.t, drawn.noise).mean()
+        loss = generator(inputs)["velocity"].mean()
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -150,7 +152,7 @@ def test_a_llava_made_elsewhere_trains_and_samples(elsewhere, conditioning):
     assert losses[-1] < 0.95 * losses[0]
     if conditioning not in TRAINED:
         assert all(torch.equal(v, frozen[n]) for n, v in generator.conditioner.llm.state_dict().items())
-    made = sample(generator, PROMPTS, drawn.noise, SamplerConfig(num_steps=2))
+    made = sample(generator, asked(PROMPTS)[0], inputs["noise"], SamplerConfig(num_steps=2))
     images = generator.load_decoder()(generator.denormalise(made))
     assert images.shape == (4, 3, 48, 48) and bool(images.isfinite().all())
 
@@ -211,9 +213,8 @@ def test_the_shift_follows_the_size_of_the_latents(make_generator):
 def test_weights_travel_from_one_model_to_another(make_generator):
     source, target = make_generator(), make_generator(awake=False)
     target.load_trainable_state({name: p.detach().clone() for name, p in source.trainable_state().items()})
-    latents, t, noise = batch_of(source)
-    prompts = source.prompt_batch(PROMPTS)
-    assert torch.equal(source(latents, prompts, t, noise), target(latents, prompts, t, noise))
+    inputs = batch_of(source)
+    assert torch.equal(source(inputs)["velocity"], target(inputs)["velocity"])
 
 
 def test_weights_of_another_geometry_name_the_tensors(make_generator):
@@ -221,14 +222,14 @@ def test_weights_of_another_geometry_name_the_tensors(make_generator):
     before = {name: p.clone() for name, p in generator.trainable_state().items()}
     wider = make_generator(dit=DiTConfig(hidden_size=32, depth=2, num_heads=2)).trainable_state()
     with pytest.raises(
-        ValueError, match=r"dit\.blocks\.0\.attention\.key_norm\.weight: \(16,\), expected \(12,\)"
+        ValueError, match=r"denoiser\.blocks\.0\.attention\.key_norm\.weight: \(16,\), expected \(12,\)"
     ):
         generator.load_trainable_state(wider)
-    missing = {name: p for name, p in before.items() if name != "dit.out.bias"}
-    with pytest.raises(ValueError, match=r"dit\.out\.bias: missing \(1 in all\)"):
+    missing = {name: p for name, p in before.items() if name != "denoiser.out.bias"}
+    with pytest.raises(ValueError, match=r"denoiser\.out\.bias: missing \(1 in all\)"):
         generator.load_trainable_state(missing)
-    with pytest.raises(ValueError, match=r"dit\.extra: unknown \(1 in all\)"):
-        generator.load_trainable_state({**before, "dit.extra": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"denoiser\.extra: unknown \(1 in all\)"):
+        generator.load_trainable_state({**before, "denoiser.extra": torch.zeros(1)})
     assert all(torch.equal(p, before[name]) for name, p in generator.trainable_state().items())
 
 
@@ -236,7 +237,8 @@ def test_parts_that_do_not_fit_are_refused(foundation, statistics, elsewhere):
     config = tiny_model(foundation)
     wide = LatentStatistics(1, torch.zeros(4, 20).double(), torch.ones(4, 20).double())
     with pytest.raises(
-        ValueError, match=r"features \(4, 20\), the encoder .* gives \(4, 16\) at 32 px; re-run 'latents'"
+        ValueError,
+        match=r"features \(4, 20\), the encoder .* gives \(4, 16\) at 32 px; re-run 'image_features'",
     ):
         build_model(config, wide)
     with pytest.raises(ValueError, match="hidden_size 12 is below the latent width 16"):
@@ -258,4 +260,4 @@ def test_statistics_of_another_grid_are_refused(make_generator):
     generator = make_generator()
     other = LatentStatistics(1, torch.zeros(6, 16).double(), torch.ones(6, 16).double())
     with pytest.raises(ValueError, match=r"statistics have 6 tokens, the encoder's grid is 2 x 2"):
-        Generator(generator.config, generator.conditioner.llm, other, (2, 2))
+        assemble(generator.config, generator.conditioner.llm, other, (2, 2))

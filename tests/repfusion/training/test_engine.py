@@ -31,8 +31,8 @@ class Regression(nn.Module):
         self.frozen = nn.Linear(6, 16).requires_grad_(False)
         self.trained = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return (self.trained(self.frozen(x)) - y).square().mean(dim=1)
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {"error": (self.trained(self.frozen(x)) - y).square().mean(dim=1)}
 
 
 def make_data(num: int = 8) -> tuple[Tensor, Tensor]:
@@ -85,7 +85,7 @@ def test_a_step_is_that_of_plain_adamw(zero_stage: int):
     x, y = make_data()
     for step in range(3):
         optimizer.zero_grad()
-        plain(x, y).mean().backward()
+        plain(x, y)["error"].mean().backward()
         norm = nn.utils.clip_grad_norm_(trained, 0.1)
         assert stats[step].grad_norm == pytest.approx(float(norm), rel=1e-5)
         for group in optimizer.param_groups:
@@ -134,8 +134,8 @@ class SquareRoot(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(4))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight.abs().sqrt().sum() + x
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"root": self.weight.abs().sqrt().sum() + x}
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2])

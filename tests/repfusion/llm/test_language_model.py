@@ -15,67 +15,68 @@ from transformers import (
 )
 
 from repfusion.latents.statistics import VARIANCE_EPS, LatentStatistics
+from repfusion.llm.base import LanguageModel
 from repfusion.llm.load import load_language_model
 from repfusion.llm.projector import Projector
 
 
 @pytest.fixture
-def mllm(foundation) -> MLLM:
+def llm(foundation) -> LanguageModel:
     return load_language_model(foundation / "llava")
 
 
-def test_prompts_are_padded_on_the_left_and_begin_with_the_begin_token(mllm):
-    ids, mask = mllm.tokenize(["a red circle", "", "blue"])
-    word = mllm.tokenizer.convert_tokens_to_ids
+def test_prompts_are_padded_on_the_left_and_begin_with_the_begin_token(llm):
+    prefix = llm.tokenise(["a red circle", "", "blue"])
+    word = llm.tokenizer.convert_tokens_to_ids
     begin, pad = word("<s>"), word("<pad>")
-    assert ids.tolist() == [
+    assert prefix.ids.tolist() == [
         [begin, word("a"), word("red"), word("circle")],
         [pad, pad, pad, begin],
         [pad, pad, begin, word("blue")],
     ]
-    assert mask.tolist() == [[True] * 4, [False] * 3 + [True], [False] * 2 + [True] * 2]
+    assert prefix.mask.tolist() == [[True] * 4, [False] * 3 + [True], [False] * 2 + [True] * 2]
 
 
-def test_a_prompt_longer_than_the_context_is_refused(mllm):
+def test_a_prompt_longer_than_the_context_is_refused(llm):
     fits = " ".join(["red"] * 47)
-    assert mllm.tokenize([fits])[0].shape == (1, 48)
+    assert llm.tokenise([fits]).ids.shape == (1, 48)
     with pytest.raises(ValueError, match=r"prompt 'red red .*'\.\.\. has 49 tokens; the context takes 48"):
-        mllm.tokenize(["a", fits + " red"])
+        llm.tokenise(["a", fits + " red"])
 
 
-def test_everything_is_frozen_in_eval_mode_and_the_vision_tower_is_left_out(mllm, foundation):
-    assert not any(p.requires_grad for p in mllm.language_model.parameters())
-    assert not mllm.language_model.training
-    assert not any(isinstance(module, CLIPVisionModel) for module in mllm.modules())
+def test_everything_is_frozen_in_eval_mode_and_the_vision_tower_is_left_out(llm, foundation):
+    assert not any(p.requires_grad for p in llm.language_model.parameters())
+    assert not llm.language_model.training
+    assert not any(isinstance(module, CLIPVisionModel) for module in llm.modules())
     whole = LlavaForConditionalGeneration.from_pretrained(foundation / "llava")
-    assert sum(p.numel() for p in mllm.parameters()) < sum(p.numel() for p in whole.parameters())
+    assert sum(p.numel() for p in llm.parameters()) < sum(p.numel() for p in whole.parameters())
 
 
-def test_weights_are_those_of_the_folder(mllm, foundation):
+def test_weights_are_those_of_the_folder(llm, foundation):
     whole = LlavaForConditionalGeneration.from_pretrained(foundation / "llava")
     for name, value in whole.model.language_model.state_dict().items():
-        assert torch.equal(mllm.language_model.state_dict()[name], value)
+        assert torch.equal(llm.language_model.state_dict()[name], value)
     features = torch.randn(2, 4, 16)
-    torch.testing.assert_close(mllm.projector(features), whole.model.multi_modal_projector(features))
+    torch.testing.assert_close(llm.projector(features), whole.model.multi_modal_projector(features))
 
 
 def test_a_llava_made_elsewhere_loads_with_its_own_tokenizer(elsewhere):
-    mllm = load_language_model(elsewhere.mllm)
+    llm = load_language_model(elsewhere.mllm)
     whole = LlavaForConditionalGeneration.from_pretrained(elsewhere.mllm)
     width = whole.config.vision_config.hidden_size
     features = torch.randn(2, 3, width)
-    torch.testing.assert_close(mllm.projector(features), whole.model.multi_modal_projector(features))
-    assert mllm.width == 64
-    assert mllm.max_text_tokens == 96  # the tokenizer names no limit, the language model does
+    torch.testing.assert_close(llm.projector(features), whole.model.multi_modal_projector(features))
+    assert llm.width == 64
+    assert llm.max_text_tokens == 96  # the tokenizer names no limit, the language model does
 
-    ids, mask = mllm.tokenize(["a red circle", "", "a photo of a blue square and a green cross"])
+    prefix = llm.tokenise(["a red circle", "", "a photo of a blue square and a green cross"])
     tokenizer = AutoTokenizer.from_pretrained(elsewhere.mllm)
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    firsts = [row[keep][0].item() for row, keep in zip(ids, mask, strict=True)]
+    firsts = [row[keep][0].item() for row, keep in zip(prefix.ids, prefix.mask, strict=True)]
     assert firsts == [begin] * 3
-    assert mask[1].tolist() == [False] * (ids.shape[1] - 1) + [True]
-    assert bool(mask[:, -1].all())  # on the left, though the tokenizer itself pads on the right
-    said = tokenizer.decode(ids[2][mask[2]][1:]).strip()
+    assert prefix.mask[1].tolist() == [False] * (prefix.ids.shape[1] - 1) + [True]
+    assert bool(prefix.mask[:, -1].all())  # on the left, though the tokenizer itself pads on the right
+    said = tokenizer.decode(prefix.ids[2][prefix.mask[2]][1:]).strip()
     assert said == "a photo of a blue square and a green cross"
 
 
@@ -110,14 +111,14 @@ def test_another_causal_language_model_loads(foundation, tmp_path):
     )
     Qwen2ForCausalLM(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(foundation / "llava").save_pretrained(tmp_path)
-    mllm = load_language_model(tmp_path)
-    assert (mllm.width, mllm.max_text_tokens) == (24, 30)
+    llm = load_language_model(tmp_path)
+    assert (llm.width, llm.max_text_tokens) == (24, 30)
 
 
 def test_weights_can_be_held_in_bfloat16(foundation):
-    mllm = load_language_model(foundation / "llava", torch.bfloat16)
-    assert {p.dtype for p in mllm.language_model.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in mllm.projector.parameters()} == {torch.float32}
+    llm = load_language_model(foundation / "llava", torch.bfloat16)
+    assert {p.dtype for p in llm.language_model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in llm.projector.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
