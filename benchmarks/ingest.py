@@ -32,7 +32,7 @@ from pipelines.runtime.pool import ActorPool, ActorsConfig, ShardJob, run_shards
 from pipelines.runtime.session import RayConfig, ray_session
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import sample_key, shard_name
-from pipelines.stages.ingest import IngestConfig, IngestWorker
+from pipelines.sources.ingest import IngestConfig, IngestWorker
 
 PICTURES = 200
 """Different ones that the server has; the list repeats them."""

@@ -21,7 +21,7 @@ from typing import NoReturn
 from pipelines.config import WorkflowConfig
 from pipelines.runtime.session import StageError
 from pipelines.shards.storage import Folder, is_store_error
-from pipelines.stages.build import build_stages, data_stages, probe_stages, source_entries
+from pipelines.build import build_stages, data_stages, probe_stages, source_entries
 from pipelines.workflow.inspection import contents, states
 from pipelines.workflow.run import run
 from pipelines.workflow.summary import write_summary
@@ -160,7 +160,7 @@ def main() -> int:
     config: WorkflowConfig | None = None
     try:
         if args.command == "evaluate" and not args.dry_run:
-            from pipelines.stages.evaluate import evaluate_now
+            from pipelines.evaluate import evaluate_now
 
             evaluate_now(args.config, args.step, args.overrides, args.urgent)
             return 0

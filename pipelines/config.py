@@ -18,7 +18,7 @@ from pipelines.sources.scenes import ScenesConfig
 from pipelines.stages.captions import CaptionsConfig
 from pipelines.stages.curate import CurateConfig
 from pipelines.stages.image_features import ImageFeaturesConfig
-from pipelines.stages.ingest import IngestConfig
+from pipelines.sources.ingest import IngestConfig
 from pipelines.stages.prompt_features import PromptFeaturesConfig
 from pipelines.stages.train import Reference, TrainingConfig
 from repfusion.config import Config, tags_of

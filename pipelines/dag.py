@@ -11,7 +11,7 @@ from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.manifest import ShardTable, Upstream
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import SCHEMA
-from pipelines.workflow.digests import Digests
+from pipelines.shards.digests import Digests
 from repfusion.files import canonical_json, digest_of
 
 

@@ -35,14 +35,13 @@ from repfusion.model.build import assemble
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import WEIGHTS_MARK, check_complete, load_checkpoint, portable, read_weights
-from repfusion.runs.exported import MARK, SCHEMA, check_export, is_export
+from repfusion.runs.exported import DECODER, DENOISER, LANGUAGE_MODEL, MARK, SCHEMA, check_export, is_export, load_any, load_export
 from repfusion.tables import markdown
 from repfusion.weights import WEIGHTS
 
 INDEX = "model_index.json"
 CARD = "README.md"
 """Yours to edit: the one file without a digest."""
-LANGUAGE_MODEL, DENOISER, DECODER = "language_model", "denoiser", "decoder"
 
 
 def export(checkpoint: Path, out: Path, use_ema: bool = True) -> Path:
@@ -230,39 +229,6 @@ def model_card(lineage: dict[str, Any], config: ModelConfig, evaluation: Evaluat
     ]
     lines += ["files are checked against `export.json` when the folder is loaded."]
     return "\n".join(lines) + "\n"
-
-
-def load_export(folder: str | Path, mllm_dtype: str | None = None) -> TextToImage:
-    """The model of an export, on the CPU, in eval mode; its decoder is the export's.
-
-    Args:
-        folder: what `export` wrote.
-        mllm_dtype: precision of the frozen language model, as in ModelConfig; None is the checkpoint's.
-
-    Raises:
-        ValueError: a file is missing or not what was written.
-    """
-    folder = Path(folder)
-    check_export(folder)
-    saved = json.loads((folder / DENOISER / "config.json").read_text())
-    own = {"mllm": str(folder / LANGUAGE_MODEL), "decoder": str(folder / DECODER)}
-    if mllm_dtype is not None:
-        own["mllm_dtype"] = mllm_dtype
-    config = ModelConfig.model_validate(portable(saved["model"], WEIGHTS_MARK, str(WEIGHTS)) | own)
-    dtype = getattr(torch, config.mllm_dtype)
-    llm = load_language_model(config.mllm, dtype, config.conditioning.needs_head)
-    statistics = LatentStatistics.load(folder / DENOISER / "statistics.safetensors")
-    with torch.random.fork_rng(devices=[]):  # the weights below are all overwritten
-        if saved["projector"] is not None:
-            llm.projector = Projector(statistics.mean.shape[1], llm.width, **saved["projector"])
-        model = assemble(config, llm, statistics, tuple(saved["grid"]))
-    model.load_trainable_state(read_weights(folder / DENOISER, use_ema=False))
-    return model.eval()
-
-
-def load_any(folder: str | Path) -> TextToImage:
-    """The model of an export, or of a checkpoint (averaged weights)."""
-    return load_export(folder) if is_export(Path(folder)) else load_checkpoint(folder)
 
 
 def main() -> None:

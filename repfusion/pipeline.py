@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from repfusion.diffusion.sampler import SamplerConfig, sample
-from repfusion.export import load_export
+from repfusion.runs.exported import load_export
 from repfusion.generate import decode, to_uint8
 from repfusion.latents.load import Decoder
 from repfusion.model.text_to_image import TextToImage

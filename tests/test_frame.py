@@ -19,7 +19,7 @@ SOURCES = sorted([*ROOT.glob("repfusion/**/*.py"), *ROOT.glob("pipelines/**/*.py
 HEAVY = {
     "deepspeed": {"repfusion/training/engine.py"},
     "mlflow": {f"repfusion/tracking/{name}.py" for name in ("store", "source", "system")},
-    "img2dataset": {"pipelines/stages/ingest.py"},
+    "img2dataset": {"pipelines/sources/ingest.py"},
     "diffusers": {"repfusion/latents/vae.py", "repfusion/foundation/vae.py"},
 }
 """Libraries that are each imported in few places."""

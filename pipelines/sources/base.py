@@ -9,7 +9,7 @@ from pipelines.dag import Place, ShardStage
 from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.store import shard_name
 from pipelines.sources.downloads import MAX_WAIT_SEC
-from pipelines.stages.ingest import IngestConfig, IngestWorker, fingerprint_fields
+from pipelines.sources.ingest import IngestConfig, IngestWorker, fingerprint_fields
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from pipelines.sources.raw_samples import (
     free_names,
     printable,
 )
-from pipelines.stages.ingest import IngestConfig, image_fields
+from pipelines.sources.ingest import IngestConfig, image_fields
 from repfusion.config import Config
 from repfusion.files import digest_of
 

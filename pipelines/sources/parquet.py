@@ -23,8 +23,8 @@ from pipelines.shards.tars import tar_shard
 from pipelines.sources.base import Entries, read_stage
 from pipelines.sources.inputs import InputFile, find_inputs
 from pipelines.sources.raw_samples import OWN_FIELDS, PACKAGES, BadEntry, SampleMaker, free_names
-from pipelines.stages.ingest import IngestConfig, image_fields
-from pipelines.workflow.digests import flatten
+from pipelines.sources.ingest import IngestConfig, image_fields
+from pipelines.shards.digests import flatten
 from repfusion.config import Config
 
 if TYPE_CHECKING:

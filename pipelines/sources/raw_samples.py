@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import AfterValidator
 
-from pipelines.stages.ingest import SIZES, BadImage, ImageFitter, IngestConfig
+from pipelines.sources.ingest import SIZES, BadImage, ImageFitter, IngestConfig
 from repfusion.files import canonical_json
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")

@@ -26,8 +26,8 @@ from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, Sidecar, sample_key
 from pipelines.shards.tars import TarSamples
 from pipelines.sources.base import Entries, download_stage, list_stage, numbered_entries
-from pipelines.stages.ingest import IngestConfig
-from pipelines.workflow.digests import flatten
+from pipelines.sources.ingest import IngestConfig
+from pipelines.shards.digests import flatten
 from repfusion.config import Config
 from repfusion.scenes.captions import caption_scene
 from repfusion.scenes.world import WorldConfig, draw_scene, render

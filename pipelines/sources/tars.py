@@ -26,7 +26,7 @@ from pipelines.sources.raw_samples import (
     SampleMaker,
     printable,
 )
-from pipelines.stages.ingest import IngestConfig, image_fields
+from pipelines.sources.ingest import IngestConfig, image_fields
 from repfusion.config import Config
 
 POSITION_DIGITS = 6

@@ -1,14 +1,26 @@
-"""The folder of an export: which one is, and whether every file is what was written."""
+"""The folder of an export -> its model; whether every file of it is what was written."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from repfusion.files import file_sha256
+from repfusion.latents.statistics import LatentStatistics
+from repfusion.llm.load import load_language_model
+from repfusion.llm.projector import Projector
+from repfusion.model.build import assemble
+from repfusion.model.config import ModelConfig
+from repfusion.model.text_to_image import TextToImage
+from repfusion.runs.checkpoint import WEIGHTS_MARK, load_checkpoint, portable, read_weights
+from repfusion.weights import WEIGHTS
 
 SCHEMA = 2
 MARK = "export.json"
 """Digests of an export's files; written last, it marks the export complete."""
+LANGUAGE_MODEL, DENOISER, DECODER = "language_model", "denoiser", "decoder"
+"""Folders of an export's parts."""
 
 
 def is_export(folder: Path) -> bool:
@@ -40,3 +52,36 @@ def check_export(folder: Path) -> dict[str, Any]:
                 "content was changed or damaged; copy it again"
             )
     return info
+
+
+def load_export(folder: str | Path, mllm_dtype: str | None = None) -> TextToImage:
+    """The model of an export, on the CPU, in eval mode; its decoder is the export's.
+
+    Args:
+        folder: what `export` wrote.
+        mllm_dtype: precision of the frozen language model, as in ModelConfig; None is the checkpoint's.
+
+    Raises:
+        ValueError: a file is missing or not what was written.
+    """
+    folder = Path(folder)
+    check_export(folder)
+    saved = json.loads((folder / DENOISER / "config.json").read_text())
+    own = {"mllm": str(folder / LANGUAGE_MODEL), "decoder": str(folder / DECODER)}
+    if mllm_dtype is not None:
+        own["mllm_dtype"] = mllm_dtype
+    config = ModelConfig.model_validate(portable(saved["model"], WEIGHTS_MARK, str(WEIGHTS)) | own)
+    dtype = getattr(torch, config.mllm_dtype)
+    llm = load_language_model(config.mllm, dtype, config.conditioning.needs_head)
+    statistics = LatentStatistics.load(folder / DENOISER / "statistics.safetensors")
+    with torch.random.fork_rng(devices=[]):  # the weights below are all overwritten
+        if saved["projector"] is not None:
+            llm.projector = Projector(statistics.mean.shape[1], llm.width, **saved["projector"])
+        model = assemble(config, llm, statistics, tuple(saved["grid"]))
+    model.load_trainable_state(read_weights(folder / DENOISER, use_ema=False))
+    return model.eval()
+
+
+def load_any(folder: str | Path) -> TextToImage:
+    """The model of an export, or of a checkpoint (averaged weights)."""
+    return load_export(folder) if is_export(Path(folder)) else load_checkpoint(folder)

@@ -8,7 +8,7 @@ import yaml
 from pipelines.config import WorkflowConfig
 from pipelines.sources.scenes import ScenesConfig
 from pipelines.sources.urls import UrlsConfig
-from pipelines.stages.build import build_stages
+from pipelines.build import build_stages
 from repfusion.config import ConfigError, load_config, to_yaml, validate
 from repfusion.data.columns import MANIFEST
 

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.evaluation.record import Evaluation, EvaluationConfig, SuiteResult
 from repfusion.evaluation.suites.base import Scores
-from repfusion.export import export, load_export, main
+from repfusion.export import export, main
+from repfusion.runs.exported import load_export
 from repfusion.generate import generate
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.llm.load import load_language_model

@@ -16,7 +16,7 @@ from pipelines.dag import ShardStage
 from pipelines.runtime import pool
 from pipelines.runtime.pool import ShardJob
 from pipelines.runtime.session import StageError
-from pipelines.stages.build import data_stages
+from pipelines.build import data_stages
 from pipelines.workflow.run import run
 from repfusion.config import load_config
 

@@ -13,7 +13,7 @@ from pipelines.runtime.pool import ActorPool
 from pipelines.shards.manifest import MANIFEST, SHARDS, Manifest
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import SCHEMA
-from pipelines.stages.build import build_stages
+from pipelines.build import build_stages
 from pipelines.workflow.inspection import STAGE, State, states
 from pipelines.workflow.run import Redo, StageResult, run
 

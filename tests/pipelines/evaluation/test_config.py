@@ -3,7 +3,7 @@
 import pytest
 
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.workflow.digests import flatten
+from pipelines.shards.digests import flatten
 from repfusion.config import ConfigError, load_config
 
 

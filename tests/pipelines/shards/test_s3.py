@@ -12,7 +12,7 @@ from pipelines.commands import main
 from pipelines.shards.mirror import mirror
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import read_sidecar
-from pipelines.stages.build import build_stages, data_stages, probe_stages, source_entries
+from pipelines.build import build_stages, data_stages, probe_stages, source_entries
 from pipelines.workflow.collect import find_garbage
 from pipelines.workflow.plan import plan
 from pipelines.workflow.verify import QUARANTINE, verify

@@ -14,7 +14,7 @@ from pipelines.shards.store import ShardError, Sidecar
 from pipelines.shards.tars import read_samples
 from pipelines.sources import folder as folder_source
 from pipelines.sources.folder import FolderConfig, FolderEntries, FolderWorker, jobs
-from pipelines.stages.ingest import IngestConfig
+from pipelines.sources.ingest import IngestConfig
 
 AS_IS = IngestConfig(image_size=None, max_drop_fraction=1)
 

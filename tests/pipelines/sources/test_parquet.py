@@ -15,7 +15,7 @@ from pipelines.shards.store import ShardError, Sidecar
 from pipelines.shards.tars import read_samples
 from pipelines.sources import parquet as parquet_source
 from pipelines.sources.parquet import ParquetConfig, ParquetWorker, jobs
-from pipelines.stages.ingest import IngestConfig
+from pipelines.sources.ingest import IngestConfig
 
 AS_IS = IngestConfig(image_size=None, max_drop_fraction=1)
 

@@ -9,7 +9,7 @@ from running import statuses
 from pipelines.commands import collect_garbage
 from pipelines.config import WorkflowConfig
 from pipelines.shards.storage import Folder
-from pipelines.stages.build import build_stages
+from pipelines.build import build_stages
 from pipelines.workflow.collect import find_garbage
 
 pytestmark = pytest.mark.ray

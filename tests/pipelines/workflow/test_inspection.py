@@ -9,7 +9,7 @@ from running import DATA_STAGES, data_files, found, ran, run_all, shard_times, s
 
 from pipelines.config import WorkflowConfig
 from pipelines.shards.store import SCHEMA
-from pipelines.stages.build import build_stages
+from pipelines.build import build_stages
 from pipelines.workflow.inspection import STAGE
 
 pytestmark = pytest.mark.ray

@@ -10,7 +10,7 @@ from pipelines.shards.manifest import Manifest, ShardTable, write_output
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit
 from pipelines.shards.tars import tar_shard
-from pipelines.stages.build import build_stages
+from pipelines.build import build_stages
 from pipelines.workflow.inspection import states
 
 

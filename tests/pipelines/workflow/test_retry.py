@@ -11,7 +11,7 @@ import pytest
 from hostile_server import Handler, Server, hangs, picture, running, shows
 from running import DATA_STAGES, data_files, found, manifests, run_all, shard_times, statuses
 
-from pipelines.stages.build import data_stages
+from pipelines.build import data_stages
 from pipelines.workflow.retry import retry
 
 pytestmark = pytest.mark.ray

@@ -16,10 +16,10 @@ from pipelines.config import WorkflowConfig
 from pipelines.dag import Place, WholeStage
 from pipelines.runtime.pool import ActorPool
 from pipelines.shards.storage import Folder
-from pipelines.stages.build import build_stages, data_stages
+from pipelines.build import build_stages, data_stages
 from pipelines.stages.train import remote_copies, started_from
 from pipelines.workflow.collect import find_garbage
-from pipelines.workflow.digests import Digests
+from pipelines.shards.digests import Digests
 from pipelines.workflow.verify import verify
 from repfusion.config import ConfigError, to_yaml, validate
 from repfusion.files import canonical_json

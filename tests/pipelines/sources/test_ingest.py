@@ -33,7 +33,7 @@ from pipelines.runtime.pool import ShardJob
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardError, Sidecar
 from pipelines.shards.tars import read_samples
-from pipelines.stages.ingest import (
+from pipelines.sources.ingest import (
     BadImage,
     ImageFitter,
     IngestConfig,
@@ -272,7 +272,7 @@ def test_a_killed_worker_leaves_nothing(tmp_path, server):
     write_list(tmp_path / "lists", ["a", "b"])
     code = (
         "import sys\n"
-        "from pipelines.stages.ingest import IngestConfig, IngestWorker\n"
+        "from pipelines.sources.ingest import IngestConfig, IngestWorker\n"
         "from pipelines.runtime.pool import ShardJob\n"
         "from pipelines.shards.storage import Folder\n"
         "config = IngestConfig(allow_private_addresses=True, timeout_sec=60)\n"

@@ -18,7 +18,7 @@ from pipelines.stages.judge import judge_stage
 from pipelines.stages.prompt_features import PromptFeaturesConfig, prompt_features_stage
 from pipelines.stages.report import report_stage
 from pipelines.stages.train import Reference, train_stage
-from pipelines.workflow.digests import Digests
+from pipelines.shards.digests import Digests
 from repfusion.data.config import CAPTIONS
 
 
