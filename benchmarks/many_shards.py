@@ -18,12 +18,12 @@ import time
 from multiprocessing import get_context
 from pathlib import Path
 
+from pipelines.build import data_stages
 from pipelines.config import WorkflowConfig
 from pipelines.dag import ShardStage
 from pipelines.duplicates.find import DUPLICATES
 from pipelines.shards.manifest import ShardTable, StageOutput
 from pipelines.shards.store import SCHEMA, Sidecar, SideFile
-from pipelines.build import data_stages
 from pipelines.stages.image_features import STATISTICS
 from pipelines.workflow.inspection import STAGE
 from pipelines.workflow.run import complete

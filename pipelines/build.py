@@ -7,6 +7,7 @@ from typing import Any
 
 from pipelines.config import WorkflowConfig
 from pipelines.dag import Place, ShardStage, Stage, WholeStage
+from pipelines.shards.digests import Digests
 from pipelines.shards.storage import Folder
 from pipelines.sources.base import Entries
 from pipelines.sources.build import source_of
@@ -18,7 +19,6 @@ from pipelines.stages.judge import judge_stage
 from pipelines.stages.prompt_features import PromptFeaturesConfig, prompt_features_stage
 from pipelines.stages.report import report_stage
 from pipelines.stages.train import Reference, train_stage
-from pipelines.shards.digests import Digests
 from repfusion.data.config import CAPTIONS
 
 

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from pipelines.build import build_stages, data_stages, probe_stages, source_entries
 from pipelines.config import WorkflowConfig
 from pipelines.runtime.session import StageError
 from pipelines.shards.storage import Folder, is_store_error
-from pipelines.build import build_stages, data_stages, probe_stages, source_entries
 from pipelines.workflow.inspection import contents, states
 from pipelines.workflow.run import run
 from pipelines.workflow.summary import write_summary

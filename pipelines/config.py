@@ -14,11 +14,11 @@ from pipelines.evaluation.config import EvaluateConfig
 from pipelines.runtime.session import RayConfig
 from pipelines.shards.storage import Folder
 from pipelines.sources.build import SourceConfig
+from pipelines.sources.ingest import IngestConfig
 from pipelines.sources.scenes import ScenesConfig
 from pipelines.stages.captions import CaptionsConfig
 from pipelines.stages.curate import CurateConfig
 from pipelines.stages.image_features import ImageFeaturesConfig
-from pipelines.sources.ingest import IngestConfig
 from pipelines.stages.prompt_features import PromptFeaturesConfig
 from pipelines.stages.train import Reference, TrainingConfig
 from repfusion.config import Config, tags_of

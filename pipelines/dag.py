@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.runtime.pool import ActorsConfig, ShardJob
+from pipelines.shards.digests import Digests
 from pipelines.shards.manifest import ShardTable, Upstream
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import SCHEMA
-from pipelines.shards.digests import Digests
 from repfusion.files import canonical_json, digest_of
 
 

@@ -27,15 +27,19 @@ from repfusion.evaluation.record import Evaluation, read_evaluation
 from repfusion.evaluation.shown import shown_suites
 from repfusion.files import file_sha256, write_json
 from repfusion.latents.geometry import is_vae, latent_geometry
-from repfusion.latents.statistics import LatentStatistics
 from repfusion.lineage.describe import LINEAGE, checkpoint_record, read_lineage
-from repfusion.llm.load import LANGUAGE_MODELS, load_language_model
-from repfusion.llm.projector import Projector
-from repfusion.model.build import assemble
+from repfusion.llm.load import LANGUAGE_MODELS
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
-from repfusion.runs.checkpoint import WEIGHTS_MARK, check_complete, load_checkpoint, portable, read_weights
-from repfusion.runs.exported import DECODER, DENOISER, LANGUAGE_MODEL, MARK, SCHEMA, check_export, is_export, load_any, load_export
+from repfusion.runs.checkpoint import check_complete, load_checkpoint, portable, read_weights
+from repfusion.runs.exported import (
+    DECODER,
+    DENOISER,
+    LANGUAGE_MODEL,
+    MARK,
+    SCHEMA,
+    is_export,
+)
 from repfusion.tables import markdown
 from repfusion.weights import WEIGHTS
 

@@ -15,12 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from repfusion.diffusion.sampler import SamplerConfig, sample
-from repfusion.runs.exported import load_any
 from repfusion.latents.load import Decoder
 from repfusion.lineage.describe import checkpoint_record, folder_record, png_info, read_lineage
 from repfusion.model.text_to_image import TextToImage
 from repfusion.request import Request
-from repfusion.runs.exported import MARK, is_export
+from repfusion.runs.exported import MARK, is_export, load_any
 from repfusion.weights import WEIGHTS
 
 

@@ -15,13 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from repfusion.diffusion.sampler import SamplerConfig, sample
-from repfusion.runs.exported import load_export
 from repfusion.generate import decode, to_uint8
 from repfusion.latents.load import Decoder
 from repfusion.model.text_to_image import TextToImage
 from repfusion.request import Request
 from repfusion.runs.checkpoint import load_checkpoint
-from repfusion.runs.exported import is_export
+from repfusion.runs.exported import is_export, load_export
 
 Noise = torch.Generator | list[torch.Generator] | None
 StepEnd = Callable[["RepFusionPipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | None]

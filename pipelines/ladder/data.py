@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.build import data_stages
 from pipelines.config import WorkflowConfig
 from pipelines.dag import Stage
 from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.rows import SPACES, Space
-from pipelines.build import data_stages
 from pipelines.workflow.run import run
 
 COLUMNS: dict[Space, str] = {"rae": "image_features", "vae": "image_features_vae"}

@@ -8,8 +8,8 @@ from typing import Any
 from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.data import Columns
 from pipelines.ladder.rows import LADDERS, ROWS, SPACES, Row, model_of
-from pipelines.stages.train import ROUNDING
 from pipelines.shards.digests import Digests
+from pipelines.stages.train import ROUNDING
 from repfusion.evaluation.record import EvaluationConfig
 from repfusion.files import digest_of
 from repfusion.model.config import ModelConfig

@@ -20,6 +20,7 @@ from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, sample_key, shard_name
 from pipelines.shards.tars import tar_shard
 from pipelines.sources.base import Entries, read_stage
+from pipelines.sources.ingest import IngestConfig, image_fields
 from pipelines.sources.inputs import list_folder
 from pipelines.sources.raw_samples import (
     IMAGE_ENDINGS,
@@ -30,7 +31,6 @@ from pipelines.sources.raw_samples import (
     free_names,
     printable,
 )
-from pipelines.sources.ingest import IngestConfig, image_fields
 from repfusion.config import Config
 from repfusion.files import digest_of
 

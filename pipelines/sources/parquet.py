@@ -17,14 +17,14 @@ from pydantic import Field
 
 from pipelines.dag import Place, ShardStage
 from pipelines.runtime.pool import ShardJob
+from pipelines.shards.digests import flatten
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, sample_key, shard_name
 from pipelines.shards.tars import tar_shard
 from pipelines.sources.base import Entries, read_stage
+from pipelines.sources.ingest import IngestConfig, image_fields
 from pipelines.sources.inputs import InputFile, find_inputs
 from pipelines.sources.raw_samples import OWN_FIELDS, PACKAGES, BadEntry, SampleMaker, free_names
-from pipelines.sources.ingest import IngestConfig, image_fields
-from pipelines.shards.digests import flatten
 from repfusion.config import Config
 
 if TYPE_CHECKING:

@@ -22,12 +22,12 @@ from pydantic import Field
 
 from pipelines.dag import Place, ShardStage
 from pipelines.runtime.pool import ActorsConfig, ShardJob
+from pipelines.shards.digests import flatten
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, Sidecar, sample_key
 from pipelines.shards.tars import TarSamples
 from pipelines.sources.base import Entries, download_stage, list_stage, numbered_entries
 from pipelines.sources.ingest import IngestConfig
-from pipelines.shards.digests import flatten
 from repfusion.config import Config
 from repfusion.scenes.captions import caption_scene
 from repfusion.scenes.world import WorldConfig, draw_scene, render

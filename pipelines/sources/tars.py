@@ -17,6 +17,7 @@ from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, shard_name
 from pipelines.shards.tars import TarSamples, read_samples, tar_shard
 from pipelines.sources.base import Entries, read_stage
+from pipelines.sources.ingest import IngestConfig, image_fields
 from pipelines.sources.inputs import InputFile, find_inputs
 from pipelines.sources.raw_samples import (
     IMAGE_ENDINGS,
@@ -26,7 +27,6 @@ from pipelines.sources.raw_samples import (
     SampleMaker,
     printable,
 )
-from pipelines.sources.ingest import IngestConfig, image_fields
 from repfusion.config import Config
 
 POSITION_DIGITS = 6

@@ -12,12 +12,12 @@ from pydantic import Field
 
 from pipelines.dag import Place, ShardStage
 from pipelines.runtime.pool import ActorsConfig, ShardJob
+from pipelines.shards.digests import flatten
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, Sidecar, sample_key
 from pipelines.sources.base import Entries, download_stage, list_stage, numbered_entries
-from pipelines.sources.raw_samples import free_names
 from pipelines.sources.ingest import IngestConfig
-from pipelines.shards.digests import flatten
+from pipelines.sources.raw_samples import free_names
 from repfusion.config import Config
 from repfusion.files import digest_of
 

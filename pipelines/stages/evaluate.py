@@ -13,9 +13,9 @@ from pipelines.dag import Place, Stage, WholeStage
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.schedule import EvaluationScheduler
 from pipelines.runtime.session import RayConfig, StageError, ray_session
+from pipelines.shards.digests import flatten
 from pipelines.shards.manifest import Upstream
 from pipelines.shards.storage import Folder
-from pipelines.shards.digests import flatten
 from repfusion.evaluation.record import GALLERY, SCORES, Evaluation
 from repfusion.files import atomic_path
 from repfusion.runs.checkpoint import step_of

@@ -15,9 +15,9 @@ from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.schedule import EvaluationScheduler
 from pipelines.runtime.ranks import launch, progress_bar
 from pipelines.runtime.session import RayConfig, ray_session
+from pipelines.shards.digests import Digests, flatten
 from pipelines.shards.manifest import MANIFEST, Upstream
 from pipelines.shards.storage import Folder
-from pipelines.shards.digests import Digests, flatten
 from repfusion.config import weights_of
 from repfusion.data.columns import manifest_digest
 from repfusion.data.config import CAPTIONS, DataConfig

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipelines.build import build_stages
 from pipelines.config import WorkflowConfig
 from pipelines.sources.scenes import ScenesConfig
 from pipelines.sources.urls import UrlsConfig
-from pipelines.build import build_stages
 from repfusion.config import ConfigError, load_config, to_yaml, validate
 from repfusion.data.columns import MANIFEST
 

@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pipelines.build import data_stages
 from pipelines.config import WorkflowConfig
 from pipelines.dag import ShardStage
 from pipelines.runtime import pool
 from pipelines.runtime.pool import ShardJob
 from pipelines.runtime.session import StageError
-from pipelines.build import data_stages
 from pipelines.workflow.run import run
 from repfusion.config import load_config
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipelines.build import build_stages
 from pipelines.config import WorkflowConfig
 from pipelines.dag import Stage
 from pipelines.runtime.pool import ActorPool
 from pipelines.shards.manifest import MANIFEST, SHARDS, Manifest
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import SCHEMA
-from pipelines.build import build_stages
 from pipelines.workflow.inspection import STAGE, State, states
 from pipelines.workflow.run import Redo, StageResult, run
 

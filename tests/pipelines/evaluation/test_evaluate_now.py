@@ -11,9 +11,9 @@ import pytest
 import yaml
 from evaluated_training import QUICK, EvaluatedTraining, evaluate_config
 
+from pipelines.evaluate import Target, choose, evaluate_now, find_target
 from pipelines.evaluation.records import finished, write_json
 from pipelines.evaluation.schedule import EvaluationScheduler
-from pipelines.evaluate import Target, choose, evaluate_now, find_target
 from repfusion.runs.checkpoint import step_of
 from repfusion.tracking import metric_history
 

@@ -8,11 +8,11 @@ import pytest
 from running import DATA_STAGES, data_files, found, manifests, ran, run_all, statuses
 from unsteady_proxy import unsteady
 
+from pipelines.build import build_stages, data_stages, probe_stages, source_entries
 from pipelines.commands import main
 from pipelines.shards.mirror import mirror
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import read_sidecar
-from pipelines.build import build_stages, data_stages, probe_stages, source_entries
 from pipelines.workflow.collect import find_garbage
 from pipelines.workflow.plan import plan
 from pipelines.workflow.verify import QUARANTINE, verify

@@ -14,8 +14,8 @@ from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardError, Sidecar
 from pipelines.shards.tars import read_samples
 from pipelines.sources import parquet as parquet_source
-from pipelines.sources.parquet import ParquetConfig, ParquetWorker, jobs
 from pipelines.sources.ingest import IngestConfig
+from pipelines.sources.parquet import ParquetConfig, ParquetWorker, jobs
 
 AS_IS = IngestConfig(image_size=None, max_drop_fraction=1)
 

@@ -14,9 +14,9 @@ from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardError, Sidecar
 from pipelines.shards.tars import read_samples
 from pipelines.sources import tars as tar_source
+from pipelines.sources.ingest import IngestConfig
 from pipelines.sources.inputs import find_inputs
 from pipelines.sources.tars import TarsConfig, TarWorker, jobs
-from pipelines.sources.ingest import IngestConfig
 
 
 def picture(kind: str = "JPEG", size: tuple[int, int] = (40, 48), colour: str = "red") -> bytes:

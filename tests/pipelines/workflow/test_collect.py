@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from running import statuses
 
+from pipelines.build import build_stages
 from pipelines.commands import collect_garbage
 from pipelines.config import WorkflowConfig
 from pipelines.shards.storage import Folder
-from pipelines.build import build_stages
 from pipelines.workflow.collect import find_garbage
 
 pytestmark = pytest.mark.ray

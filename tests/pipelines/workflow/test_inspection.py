@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from running import DATA_STAGES, data_files, found, ran, run_all, shard_times, start_training, statuses
 
+from pipelines.build import build_stages
 from pipelines.config import WorkflowConfig
 from pipelines.shards.store import SCHEMA
-from pipelines.build import build_stages
 from pipelines.workflow.inspection import STAGE
 
 pytestmark = pytest.mark.ray

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from running import start_training
 
+from pipelines.build import build_stages
 from pipelines.shards.manifest import Manifest, ShardTable, write_output
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit
 from pipelines.shards.tars import tar_shard
-from pipelines.build import build_stages
 from pipelines.workflow.inspection import states
 
 

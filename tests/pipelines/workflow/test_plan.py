@@ -10,8 +10,8 @@ from hostile_server import running, shows
 from PIL import Image
 from running import DATA_STAGES, found, manifests, run_all
 
-from pipelines.commands import print_plan
 from pipelines.build import data_stages, probe_stages, source_entries
+from pipelines.commands import print_plan
 from pipelines.workflow.plan import StagePlan, plan, table
 
 pytestmark = pytest.mark.ray

@@ -11,15 +11,15 @@ import pytest
 from killing import end_tagged, run_command, tagged_process
 from running import found, run_all, until
 
+from pipelines.build import build_stages, data_stages
 from pipelines.commands import print_plan
 from pipelines.config import WorkflowConfig
 from pipelines.dag import Place, WholeStage
 from pipelines.runtime.pool import ActorPool
+from pipelines.shards.digests import Digests
 from pipelines.shards.storage import Folder
-from pipelines.build import build_stages, data_stages
 from pipelines.stages.train import remote_copies, started_from
 from pipelines.workflow.collect import find_garbage
-from pipelines.shards.digests import Digests
 from pipelines.workflow.verify import verify
 from repfusion.config import ConfigError, to_yaml, validate
 from repfusion.files import canonical_json

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from running import data_files, run_all, shard_times, statuses
 
+from pipelines.build import data_stages
 from pipelines.commands import verify_data
 from pipelines.shards.manifest import ShardTable
-from pipelines.build import data_stages
 from pipelines.workflow.verify import QUARANTINE, verify
 from repfusion.config import to_yaml
 
