@@ -1,5 +1,5 @@
-"""docs/extending.md is kept true: each of its examples is a patch that is applied to a copy of the code and tried there;
-the page's table holds how many files each touches.
+"""docs/extending.md is kept true: each of its examples is a patch that is applied to a copy of the code and
+tried there; the page's table holds how many files each touches.
 """
 
 import os

@@ -1,4 +1,6 @@
-"""Run within a copy of the code that the patches were applied to: the additions of the library do what they say."""
+"""Run within a copy of the code that the patches were applied to: the additions of the library do what
+they say.
+"""
 
 from pathlib import Path
 
