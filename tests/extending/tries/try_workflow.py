@@ -17,7 +17,8 @@ from pipelines.workflow.run import run
 from repfusion.config import validate
 from repfusion.data.dataset import ColumnDataset
 from repfusion.data.readers import SampleArray
-from repfusion.evaluation import EvaluationConfig, evaluate_checkpoint
+from repfusion.evaluation.checkpoints import evaluate_checkpoint
+from repfusion.evaluation.record import EvaluationConfig
 from repfusion.train import train
 
 
