@@ -27,13 +27,14 @@ from repfusion.data.mixture import Mixture
 from repfusion.data.readers import IMAGE_FEATURES
 from repfusion.data.recipe import Recipe
 from repfusion.files import write_json
-from repfusion.flops import peak_flops, train_flops
+from repfusion.flops import batch_flops, peak_flops, train_flops
 from repfusion.inputs import to_device
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.lineage.describe import lineage_record
 from repfusion.model.build import build_model, columns_of
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
+from repfusion.model.trainable import Trainable
 from repfusion.runs.checkpoint import (
     check_complete,
     check_continues,
@@ -60,6 +61,8 @@ from repfusion.training.snapshot import check_resumes, resume, snapshot
 
 log = logging.getLogger(__name__)
 FINAL_LOSS_STEPS = 100
+EXAMPLE_SAMPLES = 8
+"""Whose FLOPs are counted at the start."""
 RUN = "mlflow_run.json"
 """Remembers the MLflow run of an output folder."""
 
@@ -208,9 +211,15 @@ def remembered_run(config: TrainConfig) -> TrackingConfig:
     return tracking.model_copy(update={"run_id": saved["run_id"]}) if is_same else tracking
 
 
-def flops_per_sample(model: TextToImage, dataset: Mixture, condition_dropout: float) -> float:
-    """FLOPs of training on one sample, at the mean length of some prompts."""
+def flops_per_sample(model: Trainable, dataset: Mixture, condition_dropout: float) -> float:
+    """FLOPs of training on a sample: of text to images at the mean length of some prompts, of another model as
+    in a batch of some samples.
+    """
     first = next(iter(dataset.datasets.values()))
+    if not isinstance(model, TextToImage):
+        samples = [first[i] for i in range(min(EXAMPLE_SAMPLES, len(first)))]
+        inputs = model.collate(samples, Recipe(condition_dropout), range(len(samples)))
+        return float(batch_flops(model, inputs)) / len(samples)
     captions = [
         text for i in range(min(256, len(first))) for texts in first[i].captions.values() for text in texts
     ]

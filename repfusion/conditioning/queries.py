@@ -98,12 +98,12 @@ class QueriesConditioner(Conditioner):
         return {"prefix": self.llm.tokenise(conditioning_prompts(requests, branches))}
 
     def prepare(self, inputs: Inputs, reuse: bool = False) -> Prepared:
-        """Static queries are read here, once for all steps; timestep queries at every step, after prompts
-        that `reuse` keeps.
+        """Static queries are read here, once for all steps; timestep queries at every step. With `reuse`, the
+        LLM reads the prompts once, and the queries after what it keeps of them.
         """
-        prefix = inputs["prefix"]
+        prefix = self.llm.remember(inputs["prefix"]) if reuse else inputs["prefix"]
         if self.time is not None:
-            return Prepared(self.llm.remember(prefix) if reuse else prefix)
+            return Prepared(prefix)
         states = self._read(prefix, None)
         return Prepared(aligned=states) if self.aligned_width else Prepared(static=(Context(states),))
 

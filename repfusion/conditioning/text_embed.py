@@ -27,11 +27,15 @@ class TextEmbedConfig(MethodConfig):
 
 
 @torch.no_grad()
-def encode_text(llm: LanguageModel, prefix: Prefix) -> list[Float[Tensor, "_ c"]]:
-    """Last-layer states (after the final norm) of each prompt, begin token included, unpadded, float32."""
+def encode_padded(llm: LanguageModel, prefix: Prefix) -> Float[Tensor, "b m c"]:
+    """Last-layer states (after the final norm) of each prompt, begin token included, left-padded, float32."""
     with torch.autocast(prefix.ids.device.type, enabled=False):
-        states = llm.read(prefix)
-    return [row[keep].float() for row, keep in zip(states, prefix.mask, strict=True)]
+        return llm.read(prefix).float()
+
+
+def encode_text(llm: LanguageModel, prefix: Prefix) -> list[Float[Tensor, "_ c"]]:
+    """Last-layer states of each prompt, unpadded."""
+    return [row[keep] for row, keep in zip(encode_padded(llm, prefix), prefix.mask, strict=True)]
 
 
 class TextEmbedConditioner(Conditioner):
@@ -67,11 +71,14 @@ class TextEmbedConditioner(Conditioner):
         return {
             "rows": [texts.index(row) if isinstance(row, str) else row for row in rows],
             "prefix": self.llm.tokenise(texts),
+            "lengths": [1 + len(ids) for ids in self.llm.token_ids(texts)],
         }
 
     def prepare(self, inputs: Inputs, reuse: bool = False) -> Prepared:
         """Padded states; `reuse` changes nothing: they are static."""
-        encoded = encode_text(self.llm, inputs["prefix"])
+        states = encode_padded(self.llm, inputs["prefix"])
+        # by their lengths and not by the mask, for which a GPU would have to be waited for
+        encoded = [row[-length:] for row, length in zip(states, inputs["lengths"], strict=True)]
         rows = [encoded[row] if isinstance(row, int) else row.float() for row in inputs["rows"]]
         lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
         states = nn.utils.rnn.pad_sequence(rows, batch_first=True)

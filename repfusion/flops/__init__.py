@@ -1,6 +1,6 @@
-"""FLOPs of training and sampling, parameters and bytes, counted by formula: `python -m repfusion.flops`."""
+"""FLOPs of training and sampling, parameters and bytes, by part: `python -m repfusion.flops`."""
 
-from repfusion.flops.count import sample_flops, train_flops
+from repfusion.flops.count import batch_flops, sample_flops, train_flops
 from repfusion.flops.peaks import peak_flops
 
-__all__ = ["peak_flops", "sample_flops", "train_flops"]
+__all__ = ["batch_flops", "peak_flops", "sample_flops", "train_flops"]

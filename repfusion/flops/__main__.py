@@ -4,12 +4,14 @@ No weights are read.
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from repfusion.config import read_values, validate
 from repfusion.diffusion.sampler import SamplerConfig
-from repfusion.flops.count import Cost, sample_costs, train_costs
+from repfusion.flops.count import Costs, sample_costs, train_costs
+from repfusion.flops.counter import Cost, Number
 from repfusion.flops.memory import Frozen, column_bytes, rank_memory, sizes
 from repfusion.flops.paper import paper_markdown
 from repfusion.latents.load import Decoder
@@ -23,11 +25,9 @@ from repfusion.weights import WEIGHTS
 
 
 def parts_table(
-    model: TextToImage, decoder: Decoder | None, num_text_tokens: float, sampler: SamplerConfig
+    model: TextToImage, decoder: Decoder | None, training: Costs, drawing: Mapping[str, Number]
 ) -> str:
     """Parameters, bytes, GFLOPs of a training sample and of an image, by part."""
-    training = train_costs(model, num_text_tokens, has_text_features=False)
-    drawing = sample_costs(model, num_text_tokens, sampler, decoder)
     rows = [("part", "parameters", "trained", "MB", "train GFLOP", "image GFLOP")]
     totals = [0.0] * 5
     for part, size in sizes(model, decoder).items():
@@ -86,14 +86,15 @@ def say(config: ModelConfig, path: Path | None, args: argparse.Namespace) -> Non
         print(f"geometry from {GEOMETRY}, in place of {', '.join(map(str, absent))}")
     print()
     decoder = meta_decoder(config, model.grid)
-    print(parts_table(model, decoder, args.text_tokens, sampler))
+    training = train_costs(model, args.text_tokens, has_text_features=False)
+    drawing = sample_costs(model, args.text_tokens, sampler, decoder)
+    print(parts_table(model, decoder, training, drawing))
     if decoder is None:
         print(f"the decoder {config.decoder} is not counted: a VAE, whose weights are not there")
     guided = "" if sampler.guidance_scale == 1 else ", with guidance"
     print(f"prompts of {args.text_tokens:g} tokens; an image takes {sampler.num_steps} steps{guided}")
     if num_samples:
-        costs = train_costs(model, args.text_tokens, has_text_features=False).values()
-        total = num_samples * sum(cost.total for cost in costs)
+        total = num_samples * float(sum(cost.total for cost in training.values()))
         print(f"training: {num_samples:,} samples, {total:.3g} FLOPs")
     columns = column_bytes(model, args.text_tokens).items()
     print("bytes a sample: " + ", ".join(f"{name} {size:,.0f}" for name, size in columns))

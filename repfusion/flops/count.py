@@ -1,163 +1,169 @@
-"""A model -> FLOPs of a training sample and of an image, by part.
+"""A model -> FLOPs of a training sample and of an image, by part, for every method that keeps the contracts.
 
-Counted: every matrix product, 2 FLOPs a multiply-add, and attention's two products over the whole square
-(causal or not, as torch's FlopCounterMode counts them). Backward is twice forward, but without what autograd
-does not compute: gradients of frozen weights, and of inputs that nothing trained lies before. Not counted:
-norms, activations, rotations, token lookups, softmax, the optimizer, a second forward for checkpointed
-activations.
+Counted is what torch's FlopCounterMode counts (see `counter`): every matrix product and convolution, 2 FLOPs
+a multiply-add, and attention's two products over the whole square, causal or not; backward without what
+autograd does not compute. Not counted: norms, activations, rotations, token lookups, softmax, the optimizer, a
+second forward for checkpointed activations.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from fractions import Fraction
+from functools import cache, partial
+from math import floor, prod
+from types import SimpleNamespace
+from typing import TypeVar, cast
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from repfusion.conditioning.captioning import CaptioningConfig
-from repfusion.conditioning.noisy_latents import NoisyLatentConditioner
-from repfusion.conditioning.queries import QueriesConditioner
+from repfusion.data.config import CAPTION
+from repfusion.data.dataset import Sample
+from repfusion.data.readers import IMAGE_FEATURES
+from repfusion.data.recipe import Recipe
+from repfusion.diffusion.flow import CAPTIONED, uniforms
 from repfusion.diffusion.sampler import SamplerConfig, num_evaluations
+from repfusion.flops.counter import Cost, Number, Twin
+from repfusion.inputs import Inputs
 from repfusion.latents.load import Decoder
-from repfusion.latents.rae_decoder import RAEDecoder
-from repfusion.layers import TimestepEmbedder
-from repfusion.model.blocks.cross_attention import CrossAttentionBlock
-from repfusion.model.dit import DiT
+from repfusion.latents.statistics import LatentStatistics
 from repfusion.model.text_to_image import TextToImage
+from repfusion.model.trainable import Trainable
+from repfusion.request import Request
 
-Number = int | float
-
+T = TypeVar("T")
 LLM, CONDITIONER, DENOISER, DECODER = "language model", "conditioner", "denoiser", "decoder"
 """The parts. `conditioner` is what a method has beside the language model (projector, queries, connector,
 embedder of the noise level); `denoiser` is the DiT, or Transfusion's velocity head.
 """
+Costs = dict[str, Cost]
+"""By part."""
+NUM_SEEDS = 2**16
+"""Among which the seeds of example samples are looked for."""
+
+
+class WordTokenizer:
+    """A token a word, whatever it is."""
+
+    def __call__(self, prompts: list[str], add_special_tokens: bool) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[[0 for _ in prompt.split()] for prompt in prompts])
+
+
+def prompt_of(num_tokens: int, number: int = 0) -> str:
+    """A prompt of so many tokens for `WordTokenizer`, begin token included, unlike that of another number."""
+    return " ".join([f"<{number}>"] * (num_tokens - 1))
 
 
 @dataclass(frozen=True)
-class Cost:
-    """FLOPs forward and backward."""
+class Example:
+    """A sample of zeros, in the place of a data set's."""
 
-    forward: Number = 0.0
-    backward: Number = 0.0
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.forward + other.forward, self.backward + other.backward)
-
-    def __rmul__(self, times: Number) -> "Cost":
-        return Cost(times * self.forward, times * self.backward)
+    caption: str
+    arrays: Mapping[str, np.ndarray]
+    """Of columns, by their name."""
 
     @property
-    def total(self) -> Number:
-        return self.forward + self.backward
+    def captions(self) -> Mapping[str, tuple[str, ...]]:
+        return {CAPTION: (self.caption,)}
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        return {CAPTION: 1.0}
+
+    def read(self, column: str, caption: str = CAPTION) -> np.ndarray | None:
+        return self.arrays.get(column)
 
 
-def linear(layers: nn.Module, tokens: Number, weight_grad: bool = True, input_grad: bool = True) -> Cost:
-    """All linear layers in a module, each applied to `tokens` tokens."""
-    num_weights = sum(layer.weight.numel() for layer in layers.modules() if isinstance(layer, nn.Linear))
-    return Cost(2 * num_weights * tokens, 2 * num_weights * tokens * (weight_grad + input_grad))
+def plus(first: Costs, times: Number, second: Costs) -> Costs:
+    """first + times * second."""
+    return {part: first[part] + times * second[part] for part in first}
 
 
-def attention(width: int, queries: Number, keys: Number) -> Cost:
-    """Scores and weighted values over all heads together; both operands take gradients."""
-    forward = 4 * width * queries * keys
-    return Cost(forward, 2 * forward)
-
-
-def embedder_cost(embedder: TimestepEmbedder) -> Cost:
-    """One noise level; the sinusoids take no gradient."""
-    first, _, second = embedder.mlp
-    return linear(first, 1, input_grad=False) + linear(second, 1)
-
-
-def language_cost(
-    language_model: nn.Module, queries: Number, keys: Number, halve_causal: bool = False
-) -> Cost:
-    """`queries` tokens that see `keys` tokens, themselves included. Gradients pass through, and reach the
-    weights where they are trained.
-
-    Args:
-        language_model: transformers' model, without its head.
-        queries: tokens that pass.
-        keys: tokens that the last of them sees.
-        halve_causal: count only the scores that a causal mask leaves.
+def between(counted: Mapping[int, Costs], length: Number) -> Costs:
+    """Costs of a length, fractions included, from counts at three others: exact, since costs are quadratic in
+    a number of tokens.
     """
-    config: Any = language_model.config
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    is_trained = any(parameter.requires_grad for parameter in language_model.parameters())
-    seen = keys - (queries - 1) / 2 if halve_causal else keys
-    cost = linear(language_model, queries, weight_grad=is_trained)
-    return cost + config.num_hidden_layers * attention(width, queries, seen)
+    costs = dict.fromkeys(next(iter(counted.values())), Cost())
+    for point, found in counted.items():
+        others = [other for other in counted if other != point]
+        weight = prod(Fraction(length - other) / (point - other) for other in others)
+        costs = plus(costs, weight, found)
+    return {part: Cost(float(cost.forward), float(cost.backward)) for part, cost in costs.items()}
 
 
-def dit_cost(dit: DiT, tokens: Number, condition_tokens: Number) -> Cost:
-    """The noisy latents take no gradient; the condition does."""
-    width, is_cross = dit.config.hidden_size, isinstance(dit.blocks[0], CrossAttentionBlock)
-    signal_tokens = 1 if is_cross else tokens
-    cost = linear(dit.embed, tokens, input_grad=False) + embedder_cost(dit.time) + linear(dit.out, tokens)
-    cost += linear(dit.modulation, signal_tokens) + linear(dit.final_modulation, signal_tokens)
-    for block in dit.blocks:
-        cost += linear(block.attention, tokens) + linear(block.mlp, tokens)
-        cost += attention(width, tokens, tokens)
-        if is_cross:
-            cross = block.cross_attention
-            cost += linear(cross.query, tokens) + linear(cross.out, tokens)
-            cost += linear(cross.key_value, condition_tokens) + attention(width, tokens, condition_tokens)
-    return cost
-
-
-def denoiser_cost(model: TextToImage, num_text_tokens: Number) -> Cost:
-    """The DiT over its latents and their condition, or Transfusion's linear head."""
-    tokens, conditioner = model.latent_shape[0], model.conditioner
-    if not isinstance(model.denoiser, DiT):
-        return linear(model.denoiser, tokens)
-    match conditioner:
-        case NoisyLatentConditioner():
-            condition_tokens: Number = tokens
-        case QueriesConditioner():
-            condition_tokens = len(conditioner.queries)
-        case _:
-            condition_tokens = num_text_tokens
-    return dit_cost(model.denoiser, tokens, condition_tokens)
-
-
-def queries_cost(conditioner: QueriesConditioner) -> Cost:
-    """Of what lies around the language model: connector and embedder of the noise level."""
-    num, cost = len(conditioner.queries), Cost()
-    if conditioner.time is not None:
-        cost += embedder_cost(conditioner.time)
-    if conditioner.connector is not None:
-        depth = len(conditioner.connector) - 1
-        cost += linear(conditioner.connector, num) + depth * attention(conditioner.llm.width, num, num)
-    return cost
-
-
-def projector_cost(conditioner: NoisyLatentConditioner, tokens: Number) -> Cost:
-    return linear(conditioner.projector, tokens) + embedder_cost(conditioner.time)
-
-
-def decoder_cost(decoder: Decoder) -> Cost:
-    """A VAE's, which has to lie on the meta device, is counted by torch."""
-    rows, cols = decoder.grid
-    if not isinstance(decoder, RAEDecoder):
-        features = torch.empty(1, rows * cols, decoder.feature_dim, device="meta")
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            decoder(features)
-        return Cost(counter.get_total_flops())
-    cost = linear(decoder, rows * cols)
-    return cost + len(decoder.blocks) * attention(decoder.config.hidden_size, rows * cols, rows * cols)
-
-
-def captioning_costs(
-    conditioner: NoisyLatentConditioner, tokens: int, num_caption_tokens: Number
-) -> dict[str, Cost]:
-    """One captioned sample: begin token, latents and caption, whose last token but the end is not read; the
-    head at each token of the caption and the end.
+def at_length(count: Callable[[int], Costs], length: Number) -> Costs:
+    """Costs of a number of text tokens; a mean of several will do. Of a prompt that is a begin token alone
+    there is but one, so that a batch would read it once for all.
     """
-    length, mllm = tokens + num_caption_tokens, conditioner.llm
-    assert mllm.head is not None
-    read = language_cost(mllm.language_model, length, length) + linear(mllm.head, num_caption_tokens)
-    return {LLM: read, CONDITIONER: projector_cost(conditioner, tokens)}
+    if length >= 2 and length == floor(length):
+        return count(int(length))
+    first = max(2, floor(length))
+    return between({point: count(point) for point in range(first, first + 3)}, length)
+
+
+def trained(model: Trainable, inputs: Inputs) -> None:
+    """A forward and a backward pass, as the engine makes them; gradients are not kept."""
+    loss = torch.stack([losses.mean() for losses in model(inputs).values()]).sum()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    if weights:
+        torch.autograd.grad(loss, weights, allow_unused=True)
+
+
+def batch_flops(model: Trainable, inputs: Inputs) -> Number:
+    """FLOPs of a forward and a backward pass over a batch, whatever the model is."""
+    twin = Twin(model)
+    bare = twin.inputs(inputs)
+    _, costs = twin.costs(lambda one: trained(one, bare), {}, "model", twin.model.layers())
+    return costs["model"].total
+
+
+class Counter:
+    """Counts FLOPs of a text-to-image model at whole numbers of text tokens, on its twin."""
+
+    def __init__(self, model: TextToImage):
+        n, d = model.latent_shape
+        statistics = LatentStatistics.empty(0, 0)
+        llm = model.conditioner.llm
+        self.twin = Twin(model, {id(model.statistics): statistics, id(llm.tokenizer): WordTokenizer()})
+        self.model = self.twin.model
+        some = self.twin.inputs(torch.empty(n, d, dtype=torch.float64, device="meta"))
+        statistics.count, statistics.mean, statistics.m2 = 1, some, some
+        self.model.conditioner.llm.max_text_tokens = 2**31
+        self.parts: dict[str, nn.Module] = {
+            CONDITIONER: self.model.conditioner,
+            LLM: self.model.conditioner.llm,
+            DENOISER: self.model.denoiser,
+        }
+
+    def costs(self, work: Callable[[TextToImage], T]) -> tuple[T, Costs]:
+        """What some work of the model returns, and its costs."""
+        result, found = self.twin.costs(work, self.parts, CONDITIONER, self.model.layers())
+        return result, {part: found[part] for part in (LLM, CONDITIONER, DENOISER)}
+
+    def example(self, num_tokens: int, number: int, has_text_features: bool) -> Example:
+        """A sample whose caption has so many tokens and is unlike that of another number."""
+        arrays = {IMAGE_FEATURES: np.zeros(self.model.latent_shape, np.float16)}
+        if has_text_features:
+            states = np.zeros((num_tokens, self.model.conditioner.llm.width), np.float16)
+            arrays |= {name: states for name in self.model.columns if name != IMAGE_FEATURES}
+        return Example(prompt_of(num_tokens, number), arrays)
+
+    def batch(self, num_tokens: int, seeds: Sequence[int], has_text_features: bool, dropped: bool) -> Costs:
+        """Costs of training on a batch, a sample a seed; `dropped` samples are shown without a condition."""
+        samples = [self.example(num_tokens, number, has_text_features) for number in range(len(seeds))]
+        inputs = self.model.collate(cast(list[Sample], samples), Recipe(float(dropped)), seeds)
+        bare = self.twin.inputs(inputs)
+        return self.costs(lambda model: trained(model, bare))[1]
+
+    def row(self, num_tokens: int) -> tuple[Costs, Costs]:
+        """Costs of reading a prompt for many steps, and of a velocity after it, without gradients."""
+        request = Request(prompt_of(num_tokens))
+        z = self.twin.inputs(torch.empty(1, *self.model.latent_shape, device="meta"))
+        t = self.twin.inputs(torch.empty(1, device="meta"))
+        with torch.no_grad():
+            prompted, once = self.costs(lambda model: model.read([request], ["full"]))
+            return once, self.costs(lambda model: model.velocity(z, t, prompted))[1]
 
 
 def train_costs(
@@ -165,9 +171,10 @@ def train_costs(
     num_text_tokens: Number,
     has_text_features: bool = True,
     num_caption_tokens: Number | None = None,
-) -> dict[str, Cost]:
-    """FLOPs of one training sample by part; frozen parts count forward and activation gradient only. With a
-    caption loss, of the mean sample: it adds the share of the samples that are captioned.
+) -> Costs:
+    """FLOPs of one training sample by part: what a batch of two takes more than a batch of one, so that what
+    is done once a batch does not count. With a caption loss, of the mean sample: it adds the share of the
+    samples that are captioned.
 
     Args:
         model: on any device, meta included.
@@ -176,27 +183,26 @@ def train_costs(
         num_caption_tokens: of a caption to be said, its end token included; None is as many as of a prompt
             (which, on the average, is shorter by the dropped ones).
     """
-    tokens = model.latent_shape[0]
-    conditioner = model.conditioner
-    mllm = conditioner.llm
-    read, own = Cost(), Cost()
-    match conditioner:
-        case NoisyLatentConditioner():
-            both = num_text_tokens + tokens
-            read, own = language_cost(mllm.language_model, both, both), projector_cost(conditioner, tokens)
-        case QueriesConditioner():
-            both = num_text_tokens + len(conditioner.queries)
-            read, own = language_cost(mllm.language_model, both, both), queries_cost(conditioner)
-        case _ if not has_text_features:
-            read = Cost(language_cost(mllm.language_model, num_text_tokens, num_text_tokens).forward)
-    costs = {LLM: read, CONDITIONER: own, DENOISER: denoiser_cost(model, num_text_tokens)}
-    captioning: CaptioningConfig | None = model.config.captioning
-    if captioning is not None:
-        assert isinstance(conditioner, NoisyLatentConditioner)
-        said = num_text_tokens if num_caption_tokens is None else num_caption_tokens
-        for part, cost in captioning_costs(conditioner, tokens, said).items():
-            costs[part] += captioning.share * cost
-    return costs
+    counter = Counter(model)
+    batch = cache(partial(counter.batch, has_text_features=has_text_features))
+    order = uniforms(range(NUM_SEEDS))[:, CAPTIONED].argsort().tolist()
+    captioned, silent = order[:2], [order[0], order[-1]]
+
+    def sample(num_tokens: int, seeds: list[int], dropped: bool = False) -> Costs:
+        both = batch(num_tokens, tuple(seeds), dropped=dropped)
+        return plus(both, -1, batch(num_tokens, tuple(seeds[:1]), dropped=dropped))
+
+    alone = at_length(lambda length: sample(length, silent), num_text_tokens)
+    captioning = model.config.captioning
+    if captioning is None:
+        return alone
+    said = at_length(lambda length: sample(length, captioned), num_text_tokens)
+    if num_caption_tokens not in (None, num_text_tokens):
+        # without its prompt, a sample costs as much as its caption is long
+        for length, sign in ((num_caption_tokens, 1), (num_text_tokens, -1)):
+            said = plus(said, sign, at_length(lambda one: sample(one, captioned, dropped=True), length))
+    share = captioning.share
+    return plus({part: (1 - share) * cost for part, cost in alone.items()}, share, said)
 
 
 def train_flops(
@@ -210,46 +216,6 @@ def train_flops(
     return float(sum(cost.total for cost in costs.values()))
 
 
-@dataclass(frozen=True)
-class RowCosts:
-    """FLOPs of one row (a prompt with its noisy latents) in sampling, by part."""
-
-    once: dict[str, Number]
-    """When the prompt is read."""
-    each: dict[str, Number]
-    """Each time the velocity is evaluated."""
-
-
-def row_costs(
-    model: TextToImage, num_text_tokens: Number, halve_causal: bool = False, rereads_prompt: bool = False
-) -> RowCosts:
-    """What sampling does once a prompt, and what at every evaluation.
-
-    Args:
-        model: on any device, meta included.
-        num_text_tokens: of the prompt, begin token included.
-        halve_causal: count only the scores of the language model that a causal mask leaves.
-        rereads_prompt: count as if no keys and values of the prompt were kept between evaluations.
-    """
-    tokens, conditioner, text = model.latent_shape[0], model.conditioner, num_text_tokens
-    language_model = conditioner.llm.language_model
-    is_causal = halve_causal and not getattr(conditioner, "bidirectional", False)
-    prompt = language_cost(language_model, text, text, halve_causal).forward
-    once: dict[str, Number] = {LLM: 0 if rereads_prompt else prompt}
-    each: dict[str, Number] = {LLM: prompt if rereads_prompt else 0}
-    match conditioner:
-        case NoisyLatentConditioner():
-            each[LLM] += language_cost(language_model, tokens, text + tokens, is_causal).forward
-            each[CONDITIONER] = projector_cost(conditioner, tokens).forward
-        case QueriesConditioner():
-            num = len(conditioner.queries)
-            when = once if conditioner.time is None else each
-            when[LLM] += language_cost(language_model, num, text + num, is_causal).forward
-            when[CONDITIONER] = queries_cost(conditioner).forward
-    each[DENOISER] = denoiser_cost(model, text).forward
-    return RowCosts(once, each)
-
-
 def sample_costs(
     model: TextToImage,
     num_text_tokens: Number,
@@ -260,12 +226,14 @@ def sample_costs(
     length.
     """
     guided, unguided = num_evaluations(config, model.shift)
-    row = row_costs(model, num_text_tokens)
-    num_prompts, num_evaluated = (2 if guided else 1), 2 * guided + unguided
-    costs = {
-        part: num_prompts * row.once.get(part, 0) + num_evaluated * row.each.get(part, 0)
-        for part in (LLM, CONDITIONER, DENOISER)
-    }
+    counter = Counter(model)
+
+    def image(num_tokens: int) -> Costs:
+        once, each = counter.row(num_tokens)
+        prompts = {part: (2 if guided else 1) * cost for part, cost in once.items()}
+        return plus(prompts, 2 * guided + unguided, each)
+
+    costs = {part: cost.forward for part, cost in at_length(image, num_text_tokens).items()}
     return costs if decoder is None else {**costs, DECODER: decoder_cost(decoder).forward}
 
 
@@ -277,3 +245,12 @@ def sample_flops(
 ) -> float:
     """FLOPs of one image (see `sample_costs`)."""
     return float(sum(sample_costs(model, num_text_tokens, config, decoder).values()))
+
+
+def decoder_cost(decoder: Decoder) -> Cost:
+    """FLOPs of decoding one image."""
+    rows, cols = decoder.grid
+    twin = Twin(decoder)
+    features = twin.inputs(torch.empty(1, rows * cols, decoder.feature_dim, device="meta"))
+    with torch.no_grad():
+        return twin.costs(lambda one: one(features), {}, DECODER)[1][DECODER]

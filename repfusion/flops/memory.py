@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from repfusion.data.readers import PROMPT_FEATURES
-from repfusion.flops.count import CONDITIONER, DECODER, DENOISER, LLM, Number
+from repfusion.flops.count import CONDITIONER, DECODER, DENOISER, LLM
 from repfusion.latents.load import Decoder
 from repfusion.model.text_to_image import TextToImage
 from repfusion.training.engine import EngineConfig, deepspeed_config, stage_to_run
@@ -53,21 +53,21 @@ def sizes(model: TextToImage, decoder: Decoder | None = None) -> dict[str, Size]
 class RankMemory:
     """Bytes of one rank at the end of a backward pass, when most is held."""
 
-    weights: Number
+    weights: float
     """Trained weights, float32."""
-    masters: Number
+    masters: float
     """The optimizer's own share of them; without ZeRO it updates the weights themselves."""
-    gradients: Number
+    gradients: float
     """float32; whole until they are averaged, or this rank's share."""
-    moments: Number
+    moments: float
     """AdamW's two, float32."""
-    averages: Number
+    averages: float
     """The exponential moving average, float32, of what the optimizer updates here."""
-    buckets: Number
+    buckets: float
     """In which gradients travel; on a GPU under stages 1 and 2 there are two, so that one fills meanwhile."""
-    frozen: Number
+    frozen: float
     """Frozen weights."""
-    gathered: Number
+    gathered: float
     """Under stage 3, the whole weights of the layers at work: DeepSpeed lets go of them only where they are
     more than LIVE_ELEMENTS.
     """
@@ -75,12 +75,12 @@ class RankMemory:
     """Whether masters, gradients, moments and averages lie in the host's memory (`offload_optimizer`)."""
 
     @property
-    def offloaded(self) -> Number:
+    def offloaded(self) -> float:
         kept_there = self.masters + self.gradients + self.moments + self.averages
         return kept_there if self.on_host else 0
 
     @property
-    def device(self) -> Number:
+    def device(self) -> float:
         """All but what is offloaded."""
         state = self.masters + self.gradients + self.moments + self.averages
         return self.weights + state + self.buckets + self.frozen + self.gathered - self.offloaded
@@ -132,12 +132,12 @@ def rank_memory(
     )
 
 
-def column_bytes(model: TextToImage, num_text_tokens: Number) -> dict[str, Number]:
-    """Of one sample as the stages write it: float16 latents, and float16 text features where the method can
-    feed on them.
+def column_bytes(model: TextToImage, num_text_tokens: float) -> dict[str, float]:
+    """Bytes of one sample as the stages write it: float16 latents, and float16 text features where the method
+    can feed on them.
     """
     tokens, dim = model.latent_shape
-    found: dict[str, Number] = {"latents": FLOAT16 * tokens * dim}
+    found: dict[str, float] = {"latents": FLOAT16 * tokens * dim}
     if PROMPT_FEATURES in model.columns:
         found["text features"] = FLOAT16 * num_text_tokens * model.conditioner.llm.width
     return found

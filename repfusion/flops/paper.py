@@ -9,15 +9,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from typing import Any
+
+from torch import nn
 
 from repfusion.config import read_values
 from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.flops.count import (
     DENOISER,
-    attention,
+    LLM,
+    Costs,
+    Counter,
+    between,
     decoder_cost,
-    linear,
-    row_costs,
     sample_flops,
     train_flops,
 )
@@ -103,15 +107,69 @@ def decoder_flops() -> float:
 
 
 @cache
-def once_and_each(row: Figure, num_text_tokens: int, halve: bool, rereads: bool) -> tuple[float, float]:
+def counted_rows(config: str) -> dict[int, tuple[Costs, Costs]]:
+    """What a prompt costs once and at each evaluation, by three numbers of text tokens, which tell all."""
+    counter = Counter(generator_of(config))
+    return {num_tokens: counter.row(num_tokens) for num_tokens in (2, 3, 4)}
+
+
+def row_costs(config: str, num_text_tokens: int) -> tuple[dict[str, float], dict[str, float]]:
+    """FLOPs by part, once a prompt and at each evaluation. As a count of the denoiser alone has it, keys and
+    values of the condition are computed at each.
+    """
+    rows = counted_rows(config)
+    once, each = (
+        {
+            part: float(cost.forward)
+            for part, cost in between({at: row[when] for at, row in rows.items()}, num_text_tokens).items()
+        }
+        for when in range(2)
+    )
+    each[DENOISER] += once.pop(DENOISER)
+    return once, each
+
+
+def hidden_scores(model: TextToImage, tokens: int) -> float:
+    """FLOPs, in both products of the language model's attention, of what a causal mask hides from tokens
+    among each other.
+    """
+    config: Any = model.conditioner.llm.language_model.config
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return config.num_hidden_layers * 4 * width * tokens * (tokens - 1) / 2
+
+
+def halve(model: TextToImage, num_text_tokens: int, once: dict[str, float], each: dict[str, float]) -> None:
+    """Takes away what the causal mask hides: of the prompt, and of what is read after it, which where the
+    condition is aligned is a token for each latent token.
+    """
+    once[LLM] -= hidden_scores(model, num_text_tokens)
+    conditioner = model.conditioner
+    if conditioner.aligned_width is not None and not getattr(conditioner, "bidirectional", False):
+        when = each if each[LLM] else once
+        when[LLM] -= hidden_scores(model, model.latent_shape[0])
+
+
+def dense_flops(model: TextToImage) -> float:
+    """FLOPs of a DiT whose every weight acts on every latent token."""
+    tokens, config = model.latent_shape[0], model.config.dit
+    layers = (layer for layer in model.denoiser.modules() if isinstance(layer, nn.Linear))
+    weights = sum(layer.weight.numel() for layer in layers)
+    return 2 * weights * tokens + config.depth * 4 * config.hidden_size * tokens**2
+
+
+@cache
+def once_and_each(row: Figure, num_text_tokens: int, halves: bool, rereads: bool) -> tuple[float, float]:
+    """FLOPs of a prompt and of an evaluation."""
     model = generator_of(row.config)
-    costs = row_costs(model, num_text_tokens, halve, rereads)
-    each = costs.each
+    once, each = row_costs(row.config, num_text_tokens)
+    if halves:
+        halve(model, num_text_tokens, once, each)
+    if rereads:
+        each[LLM] += once.pop(LLM)
     if row.is_dense:
-        tokens, config = model.latent_shape[0], model.config.dit
-        dense = linear(model.denoiser, tokens) + config.depth * attention(config.hidden_size, tokens, tokens)
-        each = {**each, DENOISER: dense.forward}
-    return float(sum(costs.once.values())), float(sum(each.values()))
+        each[DENOISER] = dense_flops(model)
+    return sum(once.values()), sum(each.values())
 
 
 def image_flops(row: Figure, settings: Settings) -> float:
