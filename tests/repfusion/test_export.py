@@ -18,7 +18,6 @@ from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.evaluation.record import Evaluation, EvaluationConfig, SuiteResult
 from repfusion.evaluation.suites.base import Scores
 from repfusion.export import export, main
-from repfusion.runs.exported import load_export
 from repfusion.generate import generate
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.llm.load import load_language_model
@@ -27,7 +26,7 @@ from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.request import Request
 from repfusion.runs.checkpoint import load_checkpoint, save_checkpoint
-from repfusion.runs.exported import MARK, check_export
+from repfusion.runs.exported import MARK, check_export, load_export
 from repfusion.weights import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]
