@@ -24,6 +24,7 @@ from repfusion.llm.load import load_language_model
 from repfusion.model.build import build_model
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
+from repfusion.request import Request
 from repfusion.runs.checkpoint import load_checkpoint, save_checkpoint
 from repfusion.runs.exported import MARK, check_export, load_export
 from repfusion.weights import WEIGHTS
@@ -39,7 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def draw(generator: TextToImage) -> torch.Tensor:
-    return generate(generator, generator.load_decoder(), PROMPTS, 5, CONFIG)
+    return generate(generator, generator.load_decoder(), [Request(prompt) for prompt in PROMPTS], 5, CONFIG)
 
 
 def trained(config: ModelConfig, folder: Path) -> Path:

@@ -12,9 +12,11 @@ from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.files import file_sha256
 from repfusion.generate import generate, image_record, initial_noise, main, to_uint8
 from repfusion.lineage.describe import read_png
+from repfusion.request import Request
 from repfusion.runs.checkpoint import save_checkpoint
 
 PROMPTS = ["a red circle", "two blue square", "a green circle left of a blue square", "a red circle", ""]
+REQUESTS = [Request(prompt) for prompt in PROMPTS]
 CONFIG = SamplerConfig(num_steps=3, guidance_scale=2, precision="fp32")
 
 
@@ -29,11 +31,11 @@ def decoder(generator):
 
 
 def test_a_seed_gives_the_same_images(generator, decoder):
-    first, again = (generate(generator, decoder, PROMPTS, seed=4, config=CONFIG) for _ in range(2))
+    first, again = (generate(generator, decoder, REQUESTS, seed=4, config=CONFIG) for _ in range(2))
     assert torch.equal(first, again)
     assert first.shape == (5, 3, 32, 32) and first.dtype == torch.float32
     assert 0 <= first.min() and first.max() <= 1
-    other = generate(generator, decoder, PROMPTS, seed=50, config=CONFIG)
+    other = generate(generator, decoder, REQUESTS, seed=50, config=CONFIG)
     assert (first - other).abs().amax(dim=(1, 2, 3)).min() > 1e-2
     assert (first[0] - first[3]).abs().max() > 1e-2  # the same prompt, another number
 
@@ -42,10 +44,10 @@ def test_image_i_is_drawn_from_a_torch_generator_of_seed_plus_i(generator, decod
     """As whoever holds a seed would draw it by hand."""
     noise = torch.randn(generator.latent_shape, generator=torch.Generator().manual_seed(7 + 2))
     assert torch.equal(initial_noise(range(7, 10), generator.latent_shape)[2], noise)
-    latents = sample(generator, PROMPTS[2:3], noise[None], CONFIG)
+    latents = sample(generator, REQUESTS[2:3], noise[None], CONFIG)
     by_hand = decoder(generator.denormalise(latents)).clamp(0, 1)
-    assert torch.equal(generate(generator, decoder, PROMPTS[2:3], 9, CONFIG), by_hand)
-    whole = generate(generator, decoder, PROMPTS, 7, CONFIG)
+    assert torch.equal(generate(generator, decoder, REQUESTS[2:3], 9, CONFIG), by_hand)
+    whole = generate(generator, decoder, REQUESTS, 7, CONFIG)
     torch.testing.assert_close(whole[2:3], by_hand, atol=1e-3, rtol=0)
 
 
@@ -58,15 +60,15 @@ def test_the_noise_leaves_torchs_own_randomness_alone():
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_images_do_not_depend_on_the_batch_size(generator, decoder, batch_size):
-    images = generate(generator, decoder, PROMPTS, config=CONFIG, batch_size=batch_size)
-    whole = generate(generator, decoder, PROMPTS, config=CONFIG)
+    images = generate(generator, decoder, REQUESTS, config=CONFIG, batch_size=batch_size)
+    whole = generate(generator, decoder, REQUESTS, config=CONFIG)
     torch.testing.assert_close(images, whole, atol=1e-3, rtol=0)
 
 
 def test_an_image_does_not_depend_on_later_prompts(generator, decoder):
-    alone = generate(generator, decoder, PROMPTS[:2], config=CONFIG)
+    alone = generate(generator, decoder, REQUESTS[:2], config=CONFIG)
     torch.testing.assert_close(
-        alone, generate(generator, decoder, PROMPTS, config=CONFIG)[:2], atol=1e-3, rtol=0
+        alone, generate(generator, decoder, REQUESTS, config=CONFIG)[:2], atol=1e-3, rtol=0
     )
 
 
@@ -100,7 +102,9 @@ def test_the_command_writes_the_images_the_function_makes(
     assert str(out) in capsys.readouterr().out
     image = np.asarray(Image.open(out))
     assert image.shape == (64, 128, 3)
-    made = to_uint8(generate(generator, decoder, ["a red circle"] * 2, 3, SamplerConfig(num_steps=2)))
+    made = to_uint8(
+        generate(generator, decoder, [Request("a red circle")] * 2, 3, SamplerConfig(num_steps=2))
+    )
     np.testing.assert_array_equal(image[::2, ::2], np.concatenate(list(made), axis=1))
 
 
@@ -151,7 +155,7 @@ def test_the_record_is_enough_to_make_the_image_again(
     record = read_png(out)
     assert (record["solver"], record["guidance_interval"]) == (solver, interval)
     config = SamplerConfig(**{name: record[name] for name in SamplerConfig.model_fields})
-    again = to_uint8(generate(generator, decoder, [record["prompt"]], record["seed"], config))[0]
+    again = to_uint8(generate(generator, decoder, [Request(record["prompt"])], record["seed"], config))[0]
     np.testing.assert_array_equal(np.asarray(Image.open(out)), again)
 
 

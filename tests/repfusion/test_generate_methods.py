@@ -59,7 +59,7 @@ def drawn(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarra
 
 def test_every_way_to_an_image_gives_the_same_pixels(generator, checkpoint, tmp_path, monkeypatch):
     decoder = generator.load_decoder()
-    made = to_uint8(generate(generator, decoder, [PROMPT] * 2, 4, SAMPLER))
+    made = to_uint8(generate(generator, decoder, [Request(PROMPT)] * 2, 4, SAMPLER))
     assert (made[0].astype(int) - made[1]).any()  # the noise counts
     strip = np.concatenate(list(made), axis=1)
     np.testing.assert_array_equal(drawn(checkpoint, tmp_path / "x.png", monkeypatch), strip)

@@ -13,6 +13,7 @@ from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.export import export
 from repfusion.generate import generate, main, to_uint8
 from repfusion.pipeline import RepFusionPipeline
+from repfusion.request import Request
 from repfusion.runs.checkpoint import load_checkpoint
 from repfusion.weights import WEIGHTS
 
@@ -38,7 +39,8 @@ def pipe(exported) -> RepFusionPipeline:
 
 def reference(prompts: list[str], seed: int, **sampler) -> torch.Tensor:
     base = load_checkpoint(WEIGHTS / "base")
-    return generate(base, base.load_decoder(), prompts, seed, SamplerConfig(num_steps=STEPS, **sampler))
+    requests = [Request(prompt) for prompt in prompts]
+    return generate(base, base.load_decoder(), requests, seed, SamplerConfig(num_steps=STEPS, **sampler))
 
 
 @pytest.mark.parametrize("seed", [0, 12345])

@@ -22,8 +22,8 @@ class Tower(nn.Module):
         self.frozen = nn.Linear(300, 64, bias=False).requires_grad_(False)
         self.trained = nn.Sequential(*(nn.Linear(64, 64) for _ in range(21)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.trained(self.frozen(x)).square().mean(dim=1)
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"square": self.trained(self.frozen(x)).square().mean(dim=1)}
 
 
 def alive() -> int:

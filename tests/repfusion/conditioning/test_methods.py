@@ -86,12 +86,14 @@ def test_what_is_computed_once_changes_nothing(make_generator, latents, method):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("reuse", [False, True])
 def test_the_first_prompts_of_a_batch(make_generator, latents, method, reuse):
-    """And taking them leaves the batch as it was."""
+    """They give what reading fewer prompts gives, and taking them leaves the batch as it was."""
     generator = make_generator(method)
     with torch.no_grad():
         prompts = read_prompts(generator, PROMPTS, reuse)
         whole = generator.velocity(latents, T, prompts)
         part = generator.velocity(latents[:2], T[:2], prompts.first(2))
+        fewer = generator.velocity(latents[:2], T[:2], read_prompts(generator, PROMPTS[:2], reuse))
+        torch.testing.assert_close(part, fewer, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(part, whole[:2], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(generator.velocity(latents, T, prompts), whole)
 

@@ -14,6 +14,7 @@ from repfusion.latents.load import EncoderConfig, load_decoder
 from repfusion.latents.rae_decoder import RAEDecoder
 from repfusion.latents.tower import RepresentationEncoder
 from repfusion.llm.load import load_language_model
+from repfusion.request import Request
 from repfusion.runs.checkpoint import load_checkpoint
 from repfusion.scenes.captions import TASKS, draw_prompts, possible_tasks, write_prompt
 from repfusion.scenes.detector import score_image
@@ -49,7 +50,7 @@ def test_the_larger_llava_sees_by_the_shipped_tower_and_no_worse():
         assert torch.equal(large[found], weight)
     small, grown = (load_language_model(WEIGHTS / name) for name in ("llava_fluent", "llava_large"))
     assert (small.width, grown.width) == (128, 256)
-    assert torch.equal(*(mllm.tokenize(["two red circles"])[0] for mllm in (small, grown)))
+    assert torch.equal(*(llm.tokenise(["two red circles"]).ids for llm in (small, grown)))
     quality = json.loads((WEIGHTS / "foundation.json").read_text())["quality"]
     for score in ("caption_exact_match", "answer_accuracy"):
         assert quality[f"large_{score}"] >= quality[f"fluent_{score}"] - 0.01
@@ -80,6 +81,6 @@ def test_the_twin_has_the_geometry_of_the_llava():
 def test_the_base_draws_what_it_is_asked_for(task):
     generator = load_checkpoint(WEIGHTS / "base")
     prompts = [p for p in draw_prompts(20 * len(TASKS), include_new=False) if p.task == task]
-    sampler = SamplerConfig(num_steps=20)
-    pixels = generate(generator, generator.load_decoder(), [p.text for p in prompts], 1, sampler).numpy()
+    requests, sampler = [Request(p.text) for p in prompts], SamplerConfig(num_steps=20)
+    pixels = generate(generator, generator.load_decoder(), requests, 1, sampler).numpy()
     assert np.mean([score_image(*pair) for pair in zip(pixels, prompts, strict=True)]) >= 0.6

@@ -41,6 +41,7 @@ from repfusion.latents.statistics import LatentStatistics
 from repfusion.latents.tower import IMAGENET, PIXEL_STATISTICS, RepresentationEncoder
 from repfusion.latents.vae import VAEDecoder, VAEEncoder
 from repfusion.model.build import build_model
+from repfusion.request import Request
 from repfusion.runs.checkpoint import load_checkpoint, save_checkpoint
 
 SIZE, PATCH, WIDTH, LAYERS = 24, 8, 32, 3
@@ -334,8 +335,8 @@ def test_a_model_over_a_vae_is_saved_loads_and_generates(foundation, tmp_path):
     assert (generator.grid, generator.latent_shape) == ((6, 6), (36, 3))
     save_checkpoint(tmp_path / "step_00000001", generator, generator.trainable_state())
     loaded = load_checkpoint(tmp_path / "step_00000001")
-    sampler = SamplerConfig(num_steps=2)
-    images = [generate(g.eval(), g.load_decoder(), ["a red circle"], 3, sampler) for g in (generator, loaded)]
+    requests, sampler = [Request("a red circle")], SamplerConfig(num_steps=2)
+    images = [generate(g.eval(), g.load_decoder(), requests, 3, sampler) for g in (generator, loaded)]
     assert images[0].shape == (1, 3, 24, 24) and torch.equal(*images)
     dc_ae().save_pretrained(tmp_path / "other")
     generator.config = config.model_copy(update={"decoder": tmp_path / "other"})

@@ -22,6 +22,7 @@ from repfusion.latents.statistics import LatentStatistics
 from repfusion.latents.tower import RepresentationEncoder
 from repfusion.layers import sin_cos_positions
 from repfusion.model.build import build_model
+from repfusion.request import Request
 from repfusion.runs.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -112,8 +113,8 @@ def test_a_model_at_another_size_is_saved_loads_and_generates(foundation, tmp_pa
     save_checkpoint(tmp_path / "step_00000001", generator, generator.trainable_state())
     loaded = load_checkpoint(tmp_path / "step_00000001")
     assert loaded.config.encoder.image_size == 48
-    sampler = SamplerConfig(num_steps=2)
-    images = [generate(g.eval(), g.load_decoder(), ["a red circle"], 3, sampler) for g in (generator, loaded)]
+    requests, sampler = [Request("a red circle")], SamplerConfig(num_steps=2)
+    images = [generate(g.eval(), g.load_decoder(), requests, 3, sampler) for g in (generator, loaded)]
     assert images[0].shape == (1, 3, 48, 48) and torch.equal(*images)
     with pytest.raises(ValueError, match=r"features \(9, 16\), the encoder .* gives \(4, 16\) at 32 px"):
         build_model(config, statistics)

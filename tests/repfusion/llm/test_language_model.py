@@ -1,7 +1,10 @@
 """Folders as save_pretrained writes them -> a frozen language model, a projector, left-padded prompts."""
 
+import itertools
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -160,3 +163,38 @@ def test_a_projector_takes_latents_for_the_features_they_are_of(bias):
         projector.take_latents(statistics)
         after = projector((features - mean) / std)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_kept", [100_000, 20])
+def test_two_threads_tokenise_at_once_and_get_the_same_ids(foundation, monkeypatch, max_kept):
+    """As the thread that reads ahead and the evaluation of a training do; the kept prompts overflow too."""
+    monkeypatch.setattr("repfusion.llm.base.MAX_CACHED_PROMPTS", max_kept)
+    words = ["a", "red", "green", "blue", "circle", "square", "left", "of"]
+    prompts = [" ".join(one) for one in itertools.product(words, repeat=3)]
+    batches = [prompts[start : start + 8] for start in range(0, len(prompts), 8)]
+    alone = load_language_model(foundation / "llava")
+    expected = [alone.tokenise(batch).ids for batch in batches]
+    together = load_language_model(foundation / "llava")
+    both = threading.Barrier(2)
+
+    def tokenise(order: list[int]) -> dict[int, torch.Tensor]:
+        both.wait()
+        return {i: together.tokenise(batches[i]).ids for _ in range(3) for i in order}
+
+    forwards, backwards = list(range(len(batches))), list(range(len(batches)))[::-1]
+    with ThreadPoolExecutor(1) as executor:
+        ahead = executor.submit(tokenise, backwards)
+        found = tokenise(forwards), ahead.result()
+    for ids in found:
+        assert all(torch.equal(ids[i], one) for i, one in enumerate(expected))
+
+
+def test_of_a_prefix_the_first_prompts_are_read_on_from_alone(llm):
+    """And the whole stays: taking them copies no more than it must."""
+    prefix = llm.tokenise(["a red circle", "blue", ""])
+    tokens = torch.randn(3, 2, llm.width, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for one in (prefix, llm.remember(prefix)):
+            whole = llm.read_on(one, tokens)
+            torch.testing.assert_close(llm.read_on(one.first(2), tokens[:2]), whole[:2], atol=1e-5, rtol=1e-5)
+            assert torch.equal(llm.read_on(one, tokens), whole)

@@ -95,6 +95,49 @@ def test_a_step_is_that_of_plain_adamw(zero_stage: int):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+class TwoLosses(nn.Module):
+    """The second loss is of some samples, 0 for the others."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.trained = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        made = self.trained(x)
+        sparse = torch.where(x[:, 0] > 0, made.abs().mean(dim=1), 0.0)
+        return {"error": (made - y).square().mean(dim=1), "size": sparse}
+
+
+@pytest.mark.parametrize("micro", [8, 2])
+def test_losses_are_minimised_together_and_reported_apart(micro: int):
+    module, (x, y) = TwoLosses(), make_data()
+    expected = {name: values.mean().item() for name, values in module(x, y).items()}
+    sum(values.mean() for values in module(x, y).values()).backward()
+    norm = float(torch.cat([p.grad.flatten() for p in module.parameters()]).norm())
+    module.zero_grad()
+    engine = Engine(module, EngineConfig(**FP32, micro_batch_size=micro), global_batch_size=8, num_steps=1)
+    for start in range(0, 8, micro):
+        part = slice(start, start + micro)
+        first = engine.accumulate([f"k{i}" for i in range(8)[part]], x=x[part], y=y[part])
+        torch.testing.assert_close(first, (module.trained(x[part]) - y[part]).square().mean(dim=1))
+    stats = engine.update(0)
+    assert stats.losses == pytest.approx(expected, rel=1e-6)
+    assert list(stats.losses) == ["error", "size"] and stats.loss == stats.losses["error"]
+    assert stats.grad_norm == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_a_later_loss_that_is_not_finite_stops_too(zero_stage: int):
+    module, (x, y) = TwoLosses(), make_data(4)
+    x[2] = torch.tensor([math.inf, 0, 0, 0, 0, 0])
+    config = EngineConfig(**FP32, micro_batch_size=4, zero_stage=zero_stage)
+    engine = Engine(module, config, global_batch_size=4, num_steps=1)
+    engine.accumulate(["a", "b", "c", "d"], x=x, y=y)
+    with pytest.raises(NonFiniteError, match=r"the loss is not finite.*Samples: c\."):
+        engine.update(0)
+
+
 def test_frozen_weights_neither_change_nor_have_gradients():
     module, _ = run(8)
     fresh = Regression()
