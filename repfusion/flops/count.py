@@ -2,8 +2,8 @@
 
 Counted is what torch's FlopCounterMode counts (see `counter`): every matrix product and convolution, 2 FLOPs
 a multiply-add, and attention's two products over the whole square, causal or not; backward without what
-autograd does not compute. Not counted: norms, activations, rotations, token lookups, softmax, the optimizer, a
-second forward for checkpointed activations.
+autograd does not compute. Not counted: norms, activations, rotations, token lookups, softmax, the optimizer,
+a second forward for checkpointed activations.
 """
 
 from collections.abc import Callable, Mapping, Sequence
