@@ -212,8 +212,8 @@ def remembered_run(config: TrainConfig) -> TrackingConfig:
 
 
 def flops_per_sample(model: Trainable, dataset: Mixture, condition_dropout: float) -> float:
-    """FLOPs of training on a sample: of text to images at the mean length of some prompts, of another model as
-    in a batch of some samples.
+    """FLOPs of training on a sample: of text to images at the mean length of some prompts, of another model
+    as in a batch of some samples.
     """
     first = next(iter(dataset.datasets.values()))
     if not isinstance(model, TextToImage):
