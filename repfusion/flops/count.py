@@ -7,12 +7,11 @@ a second forward for checkpointed activations.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, partial
 from math import floor, prod
 from types import SimpleNamespace
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ embedder of the noise level); `denoiser` is the DiT, or Transfusion's velocity h
 """
 Costs = dict[str, Cost]
 """By part."""
-NUM_SEEDS = 2**16
+NUM_SEEDS = 2**12
 """Among which the seeds of example samples are looked for."""
 
 
@@ -55,23 +54,24 @@ def prompt_of(num_tokens: int, number: int = 0) -> str:
     return " ".join([f"<{number}>"] * (num_tokens - 1))
 
 
-@dataclass(frozen=True)
-class Example:
-    """A sample of zeros, in the place of a data set's."""
+class Example(Sample):
+    """A sample of no data set.
 
-    caption: str
-    arrays: Mapping[str, np.ndarray]
-    """Of columns, by their name."""
+    Args:
+        caption: its only one.
+        arrays: of columns, by their name.
+    """
 
-    @property
-    def captions(self) -> Mapping[str, tuple[str, ...]]:
-        return {CAPTION: (self.caption,)}
+    def __init__(self, caption: str, arrays: Mapping[str, np.ndarray]):
+        self.key, self.captions, self.arrays = "example", {CAPTION: (caption,)}, arrays
 
     @property
     def weights(self) -> Mapping[str, float]:
+        """There is one caption to draw."""
         return {CAPTION: 1.0}
 
     def read(self, column: str, caption: str = CAPTION) -> np.ndarray | None:
+        """The array of a column, None where it has none."""
         return self.arrays.get(column)
 
 
@@ -152,7 +152,7 @@ class Counter:
     def batch(self, num_tokens: int, seeds: Sequence[int], has_text_features: bool, dropped: bool) -> Costs:
         """Costs of training on a batch, a sample a seed; `dropped` samples are shown without a condition."""
         samples = [self.example(num_tokens, number, has_text_features) for number in range(len(seeds))]
-        inputs = self.model.collate(cast(list[Sample], samples), Recipe(float(dropped)), seeds)
+        inputs = self.model.collate(samples, Recipe(float(dropped)), seeds)
         bare = self.twin.inputs(inputs)
         return self.costs(lambda model: trained(model, bare))[1]
 

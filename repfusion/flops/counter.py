@@ -120,12 +120,13 @@ class Skipped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, forms: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.forms = [torch.empty_like(one) for one in inputs]
+        ctx.set_materialize_grads(False)
+        ctx.inputs = [one.detach() for one in inputs]
         return tuple(torch.empty_like(form) for form in forms)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *ctx.forms
+        return None, *ctx.inputs
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -173,8 +174,9 @@ class Layers:
             call.outputs = map_tensors(outputs, Tensor.detach)
             return outputs
         call.times += 1
-        weights = [weight for weight in layer.parameters() if weight.requires_grad]
-        made = iter(Skipped.apply(tensors_in(call.outputs), *inputs, *weights[:1]))
+        weights = [one for one in layer.parameters() if one.requires_grad]
+        behind = [*(one for one in inputs if one.requires_grad), *weights[:1]]
+        made = iter(Skipped.apply(tensors_in(call.outputs), *behind))
         return map_tensors(call.outputs, lambda _: next(made))
 
     def book(self, call: LayerCall, work: Callable[[], T]) -> T:

@@ -1,39 +1,53 @@
-"""Analytic FLOPs against torch's own counter, on real models, forward and backward."""
+"""FLOPs counted without memory against torch's own counter on real models, and against formulas."""
 
 import sys
+import time
+from functools import cache
 from pathlib import Path
 
+import flop_formulas as formulas
 import pytest
 import torch
-from tiny_training import METHODS
+from prompting import asked, seeds_where, training_inputs
+from tiny_training import METHODS, tiny_model
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
+from repfusion.conditioning.base import Losses
+from repfusion.conditioning.captioning import CaptioningConfig
 from repfusion.conditioning.text_embed import encode_text
-from repfusion.diffusion.flow import FlowConfig
+from repfusion.conditioning.transfusion import TransfusionConfig
+from repfusion.data.readers import PROMPT_FEATURES
+from repfusion.diffusion.flow import CAPTIONED, FlowConfig
 from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.flops.__main__ import main
 from repfusion.flops.count import (
     CONDITIONER,
     DENOISER,
     LLM,
-    Cost,
-    attention,
-    captioning_costs,
+    Costs,
+    Counter,
+    batch_flops,
     decoder_cost,
-    language_cost,
-    row_costs,
     sample_costs,
     sample_flops,
     train_costs,
     train_flops,
 )
+from repfusion.flops.counter import Cost, Twin
 from repfusion.flops.memory import sizes
+from repfusion.flops.paper import hidden_scores
 from repfusion.flops.peaks import peak_flops, peak_of
+from repfusion.inputs import Inputs
+from repfusion.latents.load import load_decoder
+from repfusion.layers import SwiGLU
 from repfusion.model.build import build_model
-from repfusion.model.meta import meta_from_config, meta_model
+from repfusion.model.meta import CONFIGS, meta_from_config, meta_model
 from repfusion.model.text_to_image import TextToImage
+from repfusion.model.trainable import Trainable
+from repfusion.request import Request
 from repfusion.runs.checkpoint import load_checkpoint, load_model_config
 from repfusion.weights import WEIGHTS
 
@@ -53,23 +67,25 @@ def counted(work) -> int:
     return counter.get_total_flops()
 
 
-def training(generator: TextToImage, prompts: list, backward: bool = True) -> int:
-    n, d = generator.latent_shape
-    b = len(prompts)
-    batch = generator.prompt_batch(prompts)
-    latents, noise, t = torch.randn(b, n, d), torch.randn(b, n, d), torch.rand(b)
-
+def training(generator: TextToImage, inputs: Inputs, backward: bool = True) -> int:
     def work() -> None:
         with torch.set_grad_enabled(backward):
-            loss = generator(latents, batch, t, noise).mean()
+            loss = sum(losses.mean() for losses in generator(inputs).values())
         if backward:
             loss.backward()
 
     return counted(work)
 
 
+def drawn(generator: TextToImage) -> Inputs:
+    """A batch of `PROMPTS` of which no sample is captioned."""
+    inputs = training_inputs(generator, PROMPTS, [1, 2], generator.shift)
+    inputs["request"].pop("captions", None)
+    return inputs
+
+
 def num_tokens(generator: TextToImage) -> int:
-    return generator.conditioner.llm.tokenize(PROMPTS)[0].shape[1]
+    return generator.conditioner.llm.tokenise(PROMPTS).ids.shape[1]
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -77,7 +93,7 @@ def test_a_training_sample_of_the_shipped_base_is_counted_exactly(base, backward
     text = num_tokens(base)
     costs = train_costs(base, text).values()
     expected = sum(cost.total if backward else cost.forward for cost in costs)
-    assert training(base, PROMPTS, backward) == len(PROMPTS) * expected
+    assert training(base, drawn(base), backward) == len(PROMPTS) * expected
     assert sum(cost.total for cost in costs) == train_flops(base, text)
 
 
@@ -88,7 +104,7 @@ def test_a_training_sample_of_another_geometry_is_counted_exactly(elsewhere, bac
     text = num_tokens(generator)
     costs = train_costs(generator, text).values()
     expected = sum(cost.total if backward else cost.forward for cost in costs)
-    assert training(generator, PROMPTS, backward) == len(PROMPTS) * expected
+    assert training(generator, drawn(generator), backward) == len(PROMPTS) * expected
 
 
 def with_statistics(config) -> TextToImage:
@@ -103,21 +119,29 @@ def with_statistics(config) -> TextToImage:
 
 def test_text_features_computed_ahead_cost_nothing(make_generator):
     generator = make_generator("text_embed")
-    text = num_tokens(generator)
-    features = encode_text(generator.conditioner.llm, PROMPTS)
-    assert training(generator, features) == len(PROMPTS) * train_flops(generator, text)
-    reading = counted(lambda: encode_text(generator.conditioner.llm, PROMPTS))
+    llm, text = generator.conditioner.llm, num_tokens(generator)
+    features = encode_text(llm, llm.tokenise(PROMPTS))
+    requests = [
+        Request(prompt, {PROMPT_FEATURES: one}) for prompt, one in zip(PROMPTS, features, strict=True)
+    ]
+    inputs = drawn(generator)
+    inputs["request"] = generator.conditioner.collate(requests, ["full"] * 2, [1, 2])
+    # once a batch, the empty prompt is read
+    once = counted(lambda: encode_text(llm, llm.tokenise([""])))
+    assert training(generator, inputs) == len(PROMPTS) * train_flops(generator, text) + once
+    reading = counted(lambda: encode_text(llm, llm.tokenise(PROMPTS)))
     extra = train_flops(generator, text, has_text_features=False) - train_flops(generator, text)
     assert reading == len(PROMPTS) * extra
 
 
-def without_captions(generator: TextToImage, text: int) -> dict[str, Cost]:
+def without_captions(generator: TextToImage, text: int) -> Costs:
     """What a sample that is not captioned costs."""
     costs = train_costs(generator, text, has_text_features=False)
-    if generator.captioning is not None:
-        extra = captioning_costs(generator.conditioner, generator.latent_shape[0], text)
+    captioning = generator.config.captioning
+    if captioning is not None:
+        extra = formulas.captioning_costs(generator.conditioner, generator.latent_shape[0], text)
         for part, cost in extra.items():
-            costs[part] += -generator.captioning.share * cost
+            costs[part] += -captioning.share * cost
     return costs
 
 
@@ -125,29 +149,21 @@ def without_captions(generator: TextToImage, text: int) -> dict[str, Cost]:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_training_sample_of_every_method_is_counted_exactly(make_generator, method, backward):
     generator = make_generator(method)
-    text = num_tokens(generator)
-    costs = without_captions(generator, text).values()
+    costs = without_captions(generator, num_tokens(generator)).values()
     expected = sum(cost.total if backward else cost.forward for cost in costs)
-    if method == "text_embed":  # read when the batch is made
-        expected -= without_captions(generator, text)[LLM].total
-    assert training(generator, PROMPTS, backward) == pytest.approx(len(PROMPTS) * expected, rel=1e-12)
+    assert training(generator, drawn(generator), backward) == len(PROMPTS) * expected
 
 
 @pytest.mark.parametrize("method", ["noisy_latents_trained", "transfusion"])
 def test_captioned_samples_are_counted_exactly(make_generator, method):
     """Both samples of the batch are drawn, one of them is captioned: as many as the share says."""
     generator = make_generator(method)
-    assert generator.captioning is not None and generator.captioning.share == 0.5
-    b, (n, d) = len(PROMPTS), generator.latent_shape
-    batch = generator.prompt_batch(PROMPTS)
-    captions = generator.caption_batch(PROMPTS, torch.tensor([0.9, 0.1]))
-    inputs = torch.randn(b, n, d), batch, torch.rand(b), torch.randn(b, n, d)
-
-    def work() -> None:
-        losses, said = generator(*inputs, captions)
-        (losses.mean() + said.mean()).backward()
-
-    assert counted(work) == pytest.approx(b * train_flops(generator, num_tokens(generator)), rel=1e-12)
+    captioning = generator.config.captioning
+    assert captioning is not None and captioning.share == 0.5
+    seeds = seeds_where(CAPTIONED, 0.5, [False, True])
+    inputs = training_inputs(generator, PROMPTS, seeds, generator.shift)
+    assert len(inputs["request"]["captions"].rows) == 1
+    assert training(generator, inputs) == len(PROMPTS) * train_flops(generator, num_tokens(generator))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -167,11 +183,151 @@ def test_sampling_is_counted_exactly(make_generator, method, sampler):
     config = SamplerConfig(num_steps=3, precision="fp32", **sampler)
     text, num = num_tokens(generator), len(PROMPTS)
     noise = torch.randn(num, *generator.latent_shape)
-    got = counted(lambda: sample(generator, PROMPTS, noise, config))
+    got = counted(lambda: sample(generator, asked(PROMPTS)[0], noise, config))
     if method == "text_embed" and config.guidance_scale != 1:
         # The empty prompt is read once for all.
         got += (num - 1) * sample_costs(generator, text, config)[LLM] / 2
     assert got == num * sample_flops(generator, text, config)
+
+
+def same(got: Costs, expected: Costs) -> None:
+    assert got.keys() == expected.keys()
+    for part, cost in expected.items():
+        assert got[part].forward == pytest.approx(cost.forward, rel=1e-12), part
+        assert got[part].backward == pytest.approx(cost.backward, rel=1e-12), part
+
+
+def check_formulas(model: TextToImage, text: int) -> None:
+    """To the last FLOP at whole numbers of tokens, in training and in sampling."""
+    for has_text_features in (False, True):
+        got = train_costs(model, text, has_text_features)
+        assert got == formulas.train_costs(model, text, has_text_features)
+    once, each = Counter(model).row(text)
+    row = formulas.row_costs(model, text)
+    for part in (LLM, CONDITIONER, DENOISER):
+        assert once[part] == Cost(row.once.get(part, 0)) and each[part] == Cost(row.each.get(part, 0))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_counts_are_those_of_the_formulas(make_generator, method):
+    check_formulas(make_generator(method), 7)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_between_whole_numbers_of_tokens_counts_are_those_of_the_formulas(make_generator, method):
+    """Of means, of a begin token alone, and of captions that are longer than the prompts."""
+    model = make_generator(method)
+    for text, caption in ((6.3, None), (1, None), (1.1, 3.0), (5.5, 6.25), (4, 7)):
+        same(
+            train_costs(model, text, num_caption_tokens=caption),
+            formulas.train_costs(model, text, num_caption_tokens=caption),
+        )
+    for scale in (1.0, 4.0):
+        config, decoder = SamplerConfig(num_steps=5, guidance_scale=scale), model.load_decoder()
+        got = sample_costs(model, 3.7, config, decoder)
+        assert got == pytest.approx(formulas.sample_costs(model, 3.7, config, decoder), rel=1e-12)
+
+
+def test_every_sample_may_be_captioned(foundation, statistics):
+    config = tiny_model(foundation, "transfusion")
+    method = TransfusionConfig(captioning=CaptioningConfig(share=1))
+    model = build_model(config.model_copy(update={"conditioning": method}), statistics)
+    for text, caption in ((5, None), (4.5, 7.0)):
+        same(
+            train_costs(model, text, num_caption_tokens=caption),
+            formulas.train_costs(model, text, num_caption_tokens=caption),
+        )
+
+
+@cache
+def published_model(name: str) -> TextToImage:
+    return meta_from_config(load_model_config(CONFIGS / f"{name}.yaml"))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_counts_at_the_published_scale_are_those_of_the_formulas(name):
+    check_formulas(published_model(name), 32)
+
+
+def costs_of_all(model: TextToImage, inputs: Inputs) -> int:
+    """Every layer is run, none stands for another."""
+    twin = Twin(model)
+    bare = twin.inputs(inputs)
+
+    def work(one: TextToImage) -> None:
+        losses = torch.stack([part.mean() for part in one(bare).values()]).sum()
+        torch.autograd.grad(losses, [p for p in one.parameters() if p.requires_grad], allow_unused=True)
+
+    return twin.costs(work, {}, "all")[1]["all"].total
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_stands_for_those_that_are_alike(make_generator, method):
+    model = make_generator(method)
+    assert all(len(layers) > 1 for layers in (model.conditioner.llm.layers, model.layers()))
+    inputs = training_inputs(model, PROMPTS, [1, 2], model.shift)
+    assert batch_flops(model, inputs) == costs_of_all(model, inputs) == training(model, inputs)
+
+
+def test_layers_that_differ_are_all_run(make_generator):
+    model = make_generator("noisy_latents")
+    model.conditioner.llm.layers[1].requires_grad_(True)
+    model.denoiser.blocks[1].mlp = SwiGLU(24, mlp_ratio=2.0)
+    inputs = drawn(model)
+    assert batch_flops(model, inputs) == training(model, inputs)
+
+
+def test_activations_that_are_computed_again_do_not_count(make_generator):
+    expected = train_costs(make_generator(), 5)
+    model = make_generator()
+    model.checkpoint_activations()
+    model.compile_blocks()
+    assert train_costs(model, 5) == expected
+
+
+def test_a_model_is_not_touched(make_generator):
+    model = make_generator("noisy_latents_trained")
+    model.checkpoint_activations()
+    weights = {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
+    forwards = [layer.forward for layer in model.layers()]
+    tokenizer, statistics = model.conditioner.llm.tokenizer, model.statistics
+    train_flops(model, 5.5)
+    sample_flops(model, 5)
+    assert [layer.forward for layer in model.layers()] == forwards
+    assert model.conditioner.llm.tokenizer is tokenizer and model.statistics is statistics
+    for name, p in model.named_parameters():
+        assert p.grad is None and p.data_ptr() == weights[name][0] and torch.equal(p, weights[name][1])
+
+
+class Pairs(Trainable):
+    """A model that is no text-to-image model."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(3))
+        self.blocks[0].requires_grad_(False)
+
+    def forward(self, inputs: Inputs) -> Losses:
+        x = inputs["x"]
+        for block in self.blocks:
+            x = block(x)
+        return {"square": x.square().mean(1)}
+
+    def layers(self) -> list[nn.Module]:
+        return list(self.blocks)
+
+
+def test_another_trainable_is_counted_over_a_batch():
+    """Frozen, then trained with and without a gradient of its input."""
+    flops = batch_flops(Pairs(), {"x": torch.randn(5, 8)})
+    assert flops == 2 * 5 * 8 * 8 * (1 + 2 + 3)
+
+
+def test_counting_takes_moments(base):
+    train_flops(base, 9.5)
+    started = time.process_time()
+    train_flops(base, 10.5)
+    assert time.process_time() - started < 4
 
 
 def test_static_queries_cost_the_language_model_once_and_timestep_queries_at_every_step(make_generator):
@@ -190,26 +346,32 @@ def test_transfusion_has_a_head_in_the_place_of_a_dit(make_generator):
     generator = make_generator("transfusion")
     width = generator.conditioner.llm.width
     n, d = generator.latent_shape
-    assert row_costs(generator, 8).each[DENOISER] == 2 * n * d * width
+    assert Counter(generator).row(8)[1][DENOISER] == Cost(2 * n * d * width)
 
 
 def test_half_of_causal_attention_is_what_the_mask_leaves(base):
     """By counting the pairs of a query and a key that it may see."""
-    model = base.conditioner.llm.language_model
+    config = base.conditioner.llm.language_model.config
     for queries, keys in ((5, 5), (4, 7)):
         pairs = sum(keys - queries + 1 + i for i in range(queries))
-        full, half = (language_cost(model, queries, keys, halve).forward for halve in (False, True))
-        layers, width = model.config.num_hidden_layers, model.config.hidden_size
-        assert full - half == layers * attention(width, 1, queries * keys - pairs).forward
+        hidden = formulas.attention(config.hidden_size, 1, queries * keys - pairs).forward
+        assert hidden_scores(base, queries) == config.num_hidden_layers * hidden
 
 
 def test_the_decoder_is_counted_exactly(make_generator):
     generator = make_generator()
     decoder = generator.load_decoder()
     got = counted(lambda: decoder(torch.randn(1, *generator.latent_shape)))
-    assert got == decoder_cost(decoder).forward
+    assert got == decoder_cost(decoder).forward == formulas.decoder_cost(decoder).forward
     with_decoder = sample_flops(generator, 4, decoder=decoder)
     assert with_decoder - sample_flops(generator, 4) == got
+
+
+def test_the_decoder_of_a_vae_is_counted_exactly():
+    decoder = load_decoder(WEIGHTS / "vae")
+    rows, cols = decoder.grid
+    got = counted(lambda: decoder(torch.randn(1, rows * cols, decoder.feature_dim)))
+    assert got == decoder_cost(decoder).forward > 0
 
 
 def test_frozen_weights_count_forward_and_activation_gradient_only(base):

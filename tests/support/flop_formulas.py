@@ -1,4 +1,5 @@
-"""A model -> FLOPs of a training sample and of an image, by part.
+"""FLOPs of a training sample and of an image by formulas that know every method: what the library's counts
+have to equal.
 
 Counted: every matrix product, 2 FLOPs a multiply-add, and attention's two products over the whole square
 (causal or not, as torch's FlopCounterMode counts them). Backward is twice forward, but without what autograd
@@ -18,37 +19,14 @@ from repfusion.conditioning.captioning import CaptioningConfig
 from repfusion.conditioning.noisy_latents import NoisyLatentConditioner
 from repfusion.conditioning.queries import QueriesConditioner
 from repfusion.diffusion.sampler import SamplerConfig, num_evaluations
+from repfusion.flops.count import CONDITIONER, DECODER, DENOISER, LLM
+from repfusion.flops.counter import Cost, Number
 from repfusion.latents.load import Decoder
 from repfusion.latents.rae_decoder import RAEDecoder
 from repfusion.layers import TimestepEmbedder
 from repfusion.model.blocks.cross_attention import CrossAttentionBlock
 from repfusion.model.dit import DiT
 from repfusion.model.text_to_image import TextToImage
-
-Number = int | float
-
-LLM, CONDITIONER, DENOISER, DECODER = "language model", "conditioner", "denoiser", "decoder"
-"""The parts. `conditioner` is what a method has beside the language model (projector, queries, connector,
-embedder of the noise level); `denoiser` is the DiT, or Transfusion's velocity head.
-"""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """FLOPs forward and backward."""
-
-    forward: Number = 0.0
-    backward: Number = 0.0
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.forward + other.forward, self.backward + other.backward)
-
-    def __rmul__(self, times: Number) -> "Cost":
-        return Cost(times * self.forward, times * self.backward)
-
-    @property
-    def total(self) -> Number:
-        return self.forward + self.backward
 
 
 def linear(layers: nn.Module, tokens: Number, weight_grad: bool = True, input_grad: bool = True) -> Cost:
@@ -119,6 +97,19 @@ def denoiser_cost(model: TextToImage, num_text_tokens: Number) -> Cost:
         case _:
             condition_tokens = num_text_tokens
     return dit_cost(model.denoiser, tokens, condition_tokens)
+
+
+def kept_cost(model: TextToImage, num_text_tokens: Number) -> Cost:
+    """Keys and values of a context that no step changes, which sampling computes once."""
+    dit, conditioner = model.denoiser, model.conditioner
+    if not isinstance(dit, DiT) or not isinstance(dit.blocks[0], CrossAttentionBlock):
+        return Cost()
+    if isinstance(conditioner, NoisyLatentConditioner) or getattr(conditioner, "time", None) is not None:
+        return Cost()
+    is_queries = isinstance(conditioner, QueriesConditioner)
+    tokens = len(conditioner.queries) if is_queries else num_text_tokens
+    layers = nn.ModuleList(block.cross_attention.key_value for block in dit.blocks)
+    return linear(layers, tokens)
 
 
 def queries_cost(conditioner: QueriesConditioner) -> Cost:
@@ -199,17 +190,6 @@ def train_costs(
     return costs
 
 
-def train_flops(
-    model: TextToImage,
-    num_text_tokens: Number,
-    has_text_features: bool = True,
-    num_caption_tokens: Number | None = None,
-) -> float:
-    """FLOPs of one training sample, forward and backward (see `train_costs`)."""
-    costs = train_costs(model, num_text_tokens, has_text_features, num_caption_tokens)
-    return float(sum(cost.total for cost in costs.values()))
-
-
 @dataclass(frozen=True)
 class RowCosts:
     """FLOPs of one row (a prompt with its noisy latents) in sampling, by part."""
@@ -246,7 +226,8 @@ def row_costs(
             when = once if conditioner.time is None else each
             when[LLM] += language_cost(language_model, num, text + num, is_causal).forward
             when[CONDITIONER] = queries_cost(conditioner).forward
-    each[DENOISER] = denoiser_cost(model, text).forward
+    kept = kept_cost(model, text).forward
+    once[DENOISER], each[DENOISER] = kept, denoiser_cost(model, text).forward - kept
     return RowCosts(once, each)
 
 
@@ -267,13 +248,3 @@ def sample_costs(
         for part in (LLM, CONDITIONER, DENOISER)
     }
     return costs if decoder is None else {**costs, DECODER: decoder_cost(decoder).forward}
-
-
-def sample_flops(
-    model: TextToImage,
-    num_text_tokens: Number,
-    config: SamplerConfig = SamplerConfig(),
-    decoder: Decoder | None = None,
-) -> float:
-    """FLOPs of one image (see `sample_costs`)."""
-    return float(sum(sample_costs(model, num_text_tokens, config, decoder).values()))
