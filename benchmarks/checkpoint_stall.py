@@ -50,9 +50,9 @@ def main() -> None:
             engine=EngineConfig(micro_batch_size=8, zero_stage=args.zero_stage),
         )
         dataset = Mixture.open(config.data, columns_of(config.model))
-        generator = build_trainable(config, dataset)
-        digests = frozen_digests(generator)
-        engine = Engine(generator, config.engine, 8, 100, generator.frozen_parts())
+        model = build_trainable(config, dataset)
+        digests = frozen_digests(model)
+        engine = Engine(model, config.engine, 8, 100, model.frozen_parts())
         ema = EMA(engine.partition.masters, 0.999)
         state = loop_state(config, dataset)
         for master in engine.partition.masters:  # as after a step
@@ -61,7 +61,7 @@ def main() -> None:
         ours, plain, num_bytes = [], [], 0
         for step in range(args.rounds + 1):
             started = time.perf_counter()
-            folder = snapshot(root / "out", step, generator, ema, engine, digests, state, {})
+            folder = snapshot(root / "out", step, model, ema, engine, digests, state, {})
             ours.append(time.perf_counter() - started)
             num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             shutil.rmtree(folder)

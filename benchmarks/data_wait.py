@@ -20,6 +20,7 @@ from statistics import median
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
+from tiny_columns import SHIFT, collate
 from tiny_training import make_columns
 
 from repfusion.data.batches import batches
@@ -27,6 +28,7 @@ from repfusion.data.config import DataConfig
 from repfusion.data.mixture import Mixture
 from repfusion.data.order import sample_seed
 from repfusion.data.readers import IMAGE_FEATURES, SampleArray
+from repfusion.data.recipe import Recipe
 from repfusion.diffusion.flow import draw
 
 
@@ -56,9 +58,9 @@ class Loader:
         self.mixture = Mixture.open(config, {IMAGE_FEATURES: SampleArray()})
         self.stream = batches(
             self.mixture,
+            Recipe(condition_dropout=0.1),
+            collate,
             seed=0,
-            shift=2.0,
-            condition_dropout=0.1,
             first_step=0,
             num_steps=(3 * rounds + 1) * max(8, geometry.steps),
             global_batch_size=geometry.batch_size,
@@ -100,7 +102,7 @@ class Loader:
         start = time.perf_counter()
         for step in range(self.geometry.steps):
             seeds = [sample_seed(0, "main", 0, str(step * size + i)) for i in range(size)]
-            draw(seeds, self.mixture.forms[IMAGE_FEATURES][0], 2.0, 0.1)
+            draw(seeds, self.mixture.forms[IMAGE_FEATURES][0], SHIFT)
         return time.perf_counter() - start
 
     def close(self) -> None:

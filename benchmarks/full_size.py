@@ -2,7 +2,7 @@
 
 `python benchmarks/full_size.py train --micro-batch auto --compile --profile profile.md`, then `... sample`.
 The language model (7B, frozen) is held in bfloat16, the trained parts (1.3B) in float32; 576 tokens of width
-1024. Training is the project's own: Engine, EMA, `inputs_of`, captions of about 32 tokens, every tenth
+1024. Training is the project's own: Engine, EMA, inputs made ahead, captions of about 32 tokens, every tenth
 dropped. FLOPs are those of `repfusion.flops`: padding, and activations that are computed again, count for
 nothing. The last line is JSON. `--geometry small` runs anywhere, a CPU included.
 """
@@ -24,13 +24,13 @@ import torch
 from kernel_shares import kernel_shares
 from random_model import CONDITION_DROPOUT, captions, fill, make_batches, small
 
-from repfusion.data.config import DataConfig
 from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.flops import peak_flops, sample_flops, train_flops
 from repfusion.generate import initial_noise
+from repfusion.inputs import to_device
 from repfusion.model.meta import published
 from repfusion.model.text_to_image import TextToImage
-from repfusion.train import TrainConfig, inputs_of
+from repfusion.request import Request
 from repfusion.training.distributed import shut_down
 from repfusion.training.ema import EMA
 from repfusion.training.engine import Engine, EngineConfig
@@ -79,28 +79,24 @@ def rates(flops: float, seconds: float, matrix: float, device: torch.device) -> 
     }
 
 
-def train_step(args: argparse.Namespace, generator: TextToImage, micro_batch: int) -> Callable[[], None]:
+def train_step(args: argparse.Namespace, model: TextToImage, micro_batch: int) -> Callable[[], None]:
     """One step of the project's loop: inputs, micro-batches, update, average."""
     if args.activation_checkpointing:
-        generator.checkpoint_activations()
+        model.checkpoint_activations()
     if args.compile:
-        generator.compile_blocks()
+        model.compile_blocks()
     global_batch = micro_batch * args.grad_accum_steps
-    config = TrainConfig(
-        output_dir=Path("none"),
-        data=DataConfig(images=Path("none"), features=Path("none")),
-        engine=EngineConfig(
-            micro_batch_size=micro_batch, zero_stage=args.zero_stage, num_threads=torch.get_num_threads()
-        ),
+    config = EngineConfig(
+        micro_batch_size=micro_batch, zero_stage=args.zero_stage, num_threads=torch.get_num_threads()
     )
-    stream, steps = make_batches(generator, micro_batch, args.text_tokens), count()
-    engine = Engine(generator, config.engine, global_batch, 10**6, generator.frozen_parts())
+    stream, steps = make_batches(model, micro_batch, args.text_tokens), count()
+    engine = Engine(model, config, global_batch, 10**6, model.frozen_parts())
     ema = EMA(engine.partition.masters, decay=0.999)
 
     def step() -> None:
         for _ in range(engine.grad_accum_steps):
             batch = next(stream)
-            engine.accumulate(batch.keys, **inputs_of(batch, generator, config))
+            engine.accumulate(batch.keys, inputs=to_device(batch.inputs, engine.device))
         number = next(steps)
         engine.update(number)
         ema.update(number)
@@ -108,14 +104,14 @@ def train_step(args: argparse.Namespace, generator: TextToImage, micro_batch: in
     return step
 
 
-def train(args: argparse.Namespace, generator: TextToImage, micro_batch: int) -> dict[str, Any]:
-    device = generator.device
+def train(args: argparse.Namespace, model: TextToImage, micro_batch: int) -> dict[str, Any]:
+    device = model.device
     num_tokens = (1 - CONDITION_DROPOUT) * args.text_tokens + CONDITION_DROPOUT
-    flops = train_flops(generator, num_tokens)
+    flops = train_flops(model, num_tokens)
     matrix = matrix_rate(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    step = train_step(args, generator, micro_batch)
+    step = train_step(args, model, micro_batch)
     for _ in range(args.warmup):
         step()
     seconds = median(seconds_of(step) for _ in range(args.steps))
@@ -133,32 +129,33 @@ def train(args: argparse.Namespace, generator: TextToImage, micro_batch: int) ->
     return result | shares(args, step)
 
 
-def compile_for_sampling(generator: TextToImage) -> None:
+def compile_for_sampling(model: TextToImage) -> None:
     """The DiT's blocks, and of the language model's layers what does not touch the cache: a layer that does
     would be compiled once for each layer and state of the cache.
     """
-    for block in generator.dit.blocks:
+    for block in model.denoiser.layers:
         block.compile()
-    for layer in generator.conditioner.llm.language_model.layers:
+    for layer in model.conditioner.llm.layers:
         for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
             part.compile()
 
 
-def draw_images(args: argparse.Namespace, generator: TextToImage, micro_batch: int) -> dict[str, Any]:
+def draw_images(args: argparse.Namespace, model: TextToImage, micro_batch: int) -> dict[str, Any]:
     if args.compile:
-        compile_for_sampling(generator)
-    device, config = generator.device, SamplerConfig(num_steps=args.num_steps)
-    language_model = generator.conditioner.llm.language_model
+        compile_for_sampling(model)
+    device, config = model.device, SamplerConfig(num_steps=args.num_steps)
+    language_model = model.conditioner.llm.language_model
     rng = np.random.default_rng(0)
-    prompts = captions(micro_batch, args.text_tokens, language_model.config.vocab_size, rng)
-    noise = initial_noise(range(micro_batch), generator.latent_shape)
-    flops = sample_flops(generator, args.text_tokens, config)
+    texts = captions(micro_batch, args.text_tokens, language_model.config.vocab_size, rng)
+    requests = [Request(text) for text in texts]
+    noise = initial_noise(range(micro_batch), model.latent_shape)
+    flops = sample_flops(model, args.text_tokens, config)
     matrix = matrix_rate(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
     def step() -> None:
-        sample(generator, prompts, noise, config)
+        sample(model, requests, noise, config)
 
     for _ in range(args.warmup):
         step()
@@ -237,10 +234,10 @@ def main(arguments: list[str]) -> None:
     if args.probe:
         args.profile, args.warmup, args.steps = None, 1, 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = fill(small() if args.geometry == "small" else published()[0], device)
+    model = fill(small() if args.geometry == "small" else published()[0], device)
     work = train if args.mode == "train" else draw_images
     try:
-        result = work(args, generator, micro_batch)
+        result = work(args, model, micro_batch)
     except RuntimeError as error:
         # cuBLAS has an error of its own where it finds no room for its workspace
         is_memory = isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)

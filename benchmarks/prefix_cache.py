@@ -22,6 +22,7 @@ from repfusion.generate import initial_noise
 from repfusion.model.dit import DiTConfig
 from repfusion.model.meta import published
 from repfusion.model.text_to_image import TextToImage
+from repfusion.request import Request
 
 
 def medium() -> TextToImage:
@@ -38,22 +39,23 @@ def medium() -> TextToImage:
 
 
 @contextmanager
-def uncached(generator: TextToImage) -> Iterator[None]:
-    """Inside, prompts are read at every step, as in training."""
-    prepare = generator.prompt_batch
-    generator.prompt_batch = lambda prompts, reuse=False: prepare(prompts)
+def uncached(model: TextToImage) -> Iterator[None]:
+    """Inside, the language model reads the prompts at every step, as in training."""
+    model.conditioner.prepare = lambda inputs, reuse=False: type(model.conditioner).prepare(
+        model.conditioner, inputs
+    )
     yield
-    del generator.prompt_batch
+    del model.conditioner.prepare
 
 
 def seconds_of(
-    generator: TextToImage, prompts: list[str], config: SamplerConfig
+    model: TextToImage, requests: list[Request], config: SamplerConfig
 ) -> tuple[float, torch.Tensor]:
-    noise = initial_noise(range(len(prompts)), generator.latent_shape)
-    if generator.device.type == "cuda":
+    noise = initial_noise(range(len(requests)), model.latent_shape)
+    if model.device.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
-    made = sample(generator, prompts, noise, config).cpu()
+    made = sample(model, requests, noise, config).cpu()
     return time.perf_counter() - started, made
 
 
@@ -67,19 +69,19 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, else fp32")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = fill(published()[0] if args.geometry == "published" else medium(), device).eval()
-    vocab_size = generator.conditioner.llm.language_model.config.vocab_size
+    model = fill(published()[0] if args.geometry == "published" else medium(), device).eval()
+    vocab_size = model.conditioner.llm.language_model.config.vocab_size
     rng = np.random.default_rng(0)
     rows = rng.integers(3, vocab_size, (args.batch, args.text_tokens - 1))
-    prompts = [" ".join(map(str, row)) for row in rows]
+    requests = [Request(" ".join(map(str, row))) for row in rows]
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     config = SamplerConfig(num_steps=args.num_steps, precision=precision)
 
     with_cache, without, apart = [], [], 0.0
     for repeat in range(args.repeats + 1):
-        reused, images = seconds_of(generator, prompts, config)
-        with uncached(generator):
-            anew, expected = seconds_of(generator, prompts, config)
+        reused, images = seconds_of(model, requests, config)
+        with uncached(model):
+            anew, expected = seconds_of(model, requests, config)
         apart = max(apart, ((images - expected).norm() / expected.norm()).item())
         if repeat:  # the first warms up
             with_cache.append(reused)
@@ -90,7 +92,7 @@ def main() -> None:
         "geometry": args.geometry,
         "precision": precision,
         "text_tokens": args.text_tokens,
-        "latent_tokens": generator.latent_shape[0],
+        "latent_tokens": model.latent_shape[0],
         "batch": args.batch,
         "num_steps": args.num_steps,
         "guidance_scale": config.guidance_scale,

@@ -1,4 +1,4 @@
-"""A generator of any geometry with random weights, and batches and captions for it: no file is read."""
+"""A model of any geometry with random weights, and batches and captions for it: no file is read."""
 
 from collections.abc import Iterator
 from itertools import cycle
@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from repfusion.data.batches import Batch
-from repfusion.diffusion.flow import draw
+from repfusion.diffusion.flow import DROPPED, draw, uniforms
+from repfusion.inputs import Inputs, pin
 from repfusion.latents.load import EncoderConfig
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.layers import rotary_2d, sin_cos_positions
@@ -17,6 +18,7 @@ from repfusion.model.config import ModelConfig
 from repfusion.model.dit import DiTConfig
 from repfusion.model.meta import BareTokenizer, meta_model
 from repfusion.model.text_to_image import TextToImage
+from repfusion.request import Branch, Request
 
 CONDITION_DROPOUT = 0.1
 NUM_BATCHES = 8
@@ -60,51 +62,55 @@ def small() -> TextToImage:
 
 
 @torch.no_grad()
-def fill(generator: TextToImage, device: torch.device) -> TextToImage:
-    """Random weights on the device for a generator without memory; products with zeros would be faster."""
-    generator.to_empty(device=device)
+def fill(model: TextToImage, device: torch.device) -> TextToImage:
+    """Random weights on the device for a model without memory; products with zeros would be faster."""
+    model.to_empty(device=device)
     torch.manual_seed(0)
-    for name, parameter in generator.named_parameters():
+    for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-    mllm, dit = generator.conditioner.llm, generator.dit
+    llm, dit = model.conditioner.llm, model.denoiser
     # what to_empty lost: buffers that are no weights, and the statistics
-    dit.positions = sin_cos_positions(generator.grid, dit.config.hidden_size).to(device)
-    dit.rotary = rotary_2d(generator.grid, dit.config.hidden_size // dit.config.num_heads).to(device)
-    rotary = mllm.language_model.rotary_emb
-    mllm.language_model.rotary_emb = type(rotary)(rotary.config).to(device)
-    mean = torch.zeros(generator.latent_shape, dtype=torch.float64)
-    generator.statistics = LatentStatistics(1, mean, torch.ones_like(mean))
-    mllm.tokenizer = NumberTokenizer(mllm.tokenizer.model_max_length)
-    return generator
+    dit.positions = sin_cos_positions(model.grid, dit.config.hidden_size).to(device)
+    dit.rotary = rotary_2d(model.grid, dit.config.hidden_size // dit.config.num_heads).to(device)
+    rotary = llm.language_model.rotary_emb
+    llm.language_model.rotary_emb = type(rotary)(rotary.config).to(device)
+    mean = torch.zeros(model.latent_shape, dtype=torch.float64)
+    model.statistics = LatentStatistics(1, mean, torch.ones_like(mean))
+    llm.tokenizer = NumberTokenizer(llm.tokenizer.model_max_length)
+    return model
 
 
 def captions(num: int, num_tokens: int, vocab_size: int, rng: np.random.Generator) -> list[str]:
-    """Of 3/4 to 5/4 of `num_tokens` tokens, the begin token included."""
+    """Lines of 3/4 to 5/4 of `num_tokens` token ids, the begin token included."""
     lengths = rng.integers(num_tokens * 3 // 4, num_tokens * 5 // 4 + 1, num) - 1
     return [" ".join(map(str, rng.integers(3, vocab_size, length))) for length in lengths]
 
 
-def make_batches(generator: TextToImage, micro_batch: int, num_tokens: int) -> Iterator[Batch]:
-    """As the loader makes them: float16 features, page-locked where there is a GPU."""
-    rng, pin = np.random.default_rng(0), torch.cuda.is_available()
-    vocab_size = generator.conditioner.llm.language_model.config.vocab_size
+def make_batches(model: TextToImage, micro_batch: int, num_tokens: int) -> Iterator[Batch]:
+    """Batches as the loader makes them: float16 features, page-locked where there is a GPU."""
+    rng = np.random.default_rng(0)
+    vocab_size = model.conditioner.llm.language_model.config.vocab_size
     made = []
     for first in range(0, NUM_BATCHES * micro_batch, micro_batch):
         positions = list(range(first, first + micro_batch))
-        features = torch.empty(micro_batch, *generator.latent_shape, dtype=torch.float16, pin_memory=pin)
-        made.append(
-            Batch(
-                positions,
-                [f"{position:09d}" for position in positions],
-                ["main"] * micro_batch,
-                [0] * micro_batch,
-                captions(micro_batch, num_tokens, vocab_size, rng),
-                features.normal_(),
-                None,
-                draw(positions, generator.latent_shape, generator.shift, CONDITION_DROPOUT, pin),
-            )
-        )
+        keys = [f"{position:09d}" for position in positions]
+        texts = captions(micro_batch, num_tokens, vocab_size, rng)
+        inputs = pin(inputs_of(model, texts, positions))
+        made.append(Batch(positions, keys, ["main"] * micro_batch, [0] * micro_batch, inputs))
     return cycle(made)
+
+
+def inputs_of(model: TextToImage, texts: list[str], seeds: list[int]) -> Inputs:
+    """What the model's `collate` makes of samples with these captions and random features."""
+    dropped = (uniforms(seeds)[:, DROPPED] < CONDITION_DROPOUT).tolist()
+    branches: list[Branch] = ["none" if one else "full" for one in dropped]
+    t, noise = draw(seeds, model.latent_shape, model.shift)
+    return {
+        "request": model.conditioner.collate([Request(text) for text in texts], branches, seeds),
+        "features": torch.randn(noise.shape).half(),
+        "t": t,
+        "noise": noise,
+    }

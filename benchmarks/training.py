@@ -23,9 +23,11 @@ from tiny_training import make_columns, make_foundation, tiny_data, tiny_model
 
 from repfusion.data.batches import batches
 from repfusion.data.mixture import Mixture
+from repfusion.data.recipe import Recipe
+from repfusion.inputs import to_device
 from repfusion.model.build import columns_of
 from repfusion.model.dit import DiTConfig
-from repfusion.train import TrainConfig, build_trainable, inputs_of
+from repfusion.train import TrainConfig, build_trainable
 from repfusion.training.distributed import num_cores, shut_down
 from repfusion.training.ema import EMA
 from repfusion.training.engine import Engine, EngineConfig
@@ -37,15 +39,15 @@ class BareLoop:
         self.module = build_trainable(config, dataset)
         stream = batches(
             dataset,
+            Recipe(config.condition_dropout),
+            self.module.collate,
             seed=0,
-            shift=self.module.shift,
-            condition_dropout=config.condition_dropout,
             first_step=0,
             num_steps=1,
             global_batch_size=config.global_batch_size,
             micro_batch_size=config.global_batch_size,
         )
-        self.inputs = inputs_of(next(stream)[0], self.module, config)
+        self.inputs = next(stream)[0].inputs
         stream.close()
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
@@ -54,26 +56,23 @@ class BareLoop:
         self.optimizer.zero_grad()
         attention = sdpa_kernel(SDPBackend.MATH) if not torch.cuda.is_available() else nullcontext()
         with attention, torch.autocast("cpu", torch.bfloat16):
-            loss = self.module(**self.inputs).mean()
+            loss = self.module(self.inputs)["velocity"].mean()
         loss.backward()
         self.optimizer.step()
 
 
 class OurLoop:
     def __init__(self, config: TrainConfig, dataset: Mixture):
-        self.config = config
-        self.generator = build_trainable(config, dataset)
-        frozen = self.generator.frozen_parts()
-        self.engine = Engine(
-            self.generator, config.engine, config.global_batch_size, config.num_steps, frozen
-        )
+        self.model = build_trainable(config, dataset)
+        frozen = self.model.frozen_parts()
+        self.engine = Engine(self.model, config.engine, config.global_batch_size, config.num_steps, frozen)
         self.meters = Meters(self.engine.device, config.global_batch_size, len(dataset), 1.0)
         self.ema = EMA(self.engine.partition.masters, config.ema_decay)
         self.stream = batches(
             dataset,
+            Recipe(config.condition_dropout),
+            self.model.collate,
             seed=0,
-            shift=self.generator.shift,
-            condition_dropout=config.condition_dropout,
             first_step=0,
             num_steps=config.num_steps,
             global_batch_size=config.global_batch_size,
@@ -86,8 +85,8 @@ class OurLoop:
         parts = next(self.stream)
         self.waited_sec += time.perf_counter() - waiting
         for batch in parts:
-            inputs = inputs_of(batch, self.generator, self.config)
-            self.meters.add_losses(inputs["t"], self.engine.accumulate(batch.keys, **inputs))
+            inputs = to_device(batch.inputs, self.engine.device)
+            self.meters.add_losses(inputs["t"], self.engine.accumulate(batch.keys, inputs=inputs))
         self.engine.update(self.done)
         self.ema.update(self.done)
         self.done += 1

@@ -30,7 +30,7 @@ from repfusion.request import Branch, Request
 from repfusion.training.distributed import shut_down
 from repfusion.training.engine import Engine, EngineConfig
 
-NUM_STEPS, GLOBAL_BATCH, MICRO_BATCH = 12, 8, 2
+NUM_STEPS, GLOBAL_BATCH, MICRO_BATCH = 16, 8, 2
 PROMPTS = ["a red circle", "two blue square", "a green circle left of a blue square", "red"] * 2
 DROPPED = {0: {2, 3}, 1: {4, 5, 6, 7}, 2: set(range(8)), 3: {1}}
 """By step modulo 4, the places whose condition is dropped: one micro-batch whole, all of the second rank,
@@ -93,9 +93,9 @@ def build(foundation: Path) -> Refined:
 
 
 def inputs_at(model: Refined, step: int, places: list[int]) -> Inputs:
-    """A micro-batch: the same latents in every step, their noise and what is dropped by step and place."""
+    """A micro-batch: the same latents in every step; noise and what is dropped come again after four."""
     branches: list[Branch] = ["none" if one in DROPPED[step % 4] else "full" for one in places]
-    t, noise = draw([1000 * step + one for one in places], model.latent_shape, model.shift)
+    t, noise = draw([100 * (1 + step % 4) + one for one in places], model.latent_shape, model.shift)
     latents = torch.randn(GLOBAL_BATCH, *model.latent_shape, generator=torch.Generator().manual_seed(7))
     requests = [Request(PROMPTS[one]) for one in places]
     return {
@@ -112,7 +112,7 @@ def run_rank(foundation: Path, out: Path, zero_stage: int, checkpointing: bool) 
     if checkpointing:
         model.checkpoint_activations()
     config = EngineConfig(
-        precision="fp32", zero_stage=zero_stage, micro_batch_size=MICRO_BATCH, lr=3e-3, warmup_steps=1,
+        precision="fp32", zero_stage=zero_stage, micro_batch_size=MICRO_BATCH, lr=5e-3, warmup_steps=1,
         schedule="constant", num_threads=1,
     )  # fmt: skip
     engine = Engine(model, config, GLOBAL_BATCH, NUM_STEPS, model.frozen_parts())
