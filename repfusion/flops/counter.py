@@ -138,7 +138,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def form(tensor: Tensor) -> tuple[Any, ...]:
     """What of a tensor decides the cost of working with it."""
-    return tuple(tensor.shape), tensor.dtype, tensor.requires_grad
+    return tuple(tensor.shape), tensor.dtype, tensor.requires_grad and torch.is_grad_enabled()
 
 
 def kind(layer: nn.Module) -> tuple[Any, ...]:
@@ -167,7 +167,7 @@ class Layers:
             self.passed, self.seen = set(), {}
         self.passed.add(id(layer))
         inputs = tensors_in((args, kwargs))
-        key = self.kinds[id(layer)], *map(form, inputs), torch.is_grad_enabled()
+        key = self.kinds[id(layer)], *map(form, inputs)
         if (call := self.seen.get(key)) is None:
             call = self.seen[key] = LayerCall()
             outputs = self.book(call, partial(forward, *args, **kwargs))
