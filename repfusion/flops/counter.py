@@ -167,7 +167,7 @@ class Layers:
             self.passed, self.seen = set(), {}
         self.passed.add(id(layer))
         inputs = tensors_in((args, kwargs))
-        key = self.kinds[id(layer)], *map(form, inputs), torch.is_grad_enabled()
+        key = self.kinds[id(layer)], *map(form, inputs)
         if (call := self.seen.get(key)) is None:
             call = self.seen[key] = LayerCall()
             outputs = self.book(call, partial(forward, *args, **kwargs))
