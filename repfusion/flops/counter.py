@@ -138,7 +138,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def form(tensor: Tensor) -> tuple[Any, ...]:
     """What of a tensor decides the cost of working with it."""
-    return tuple(tensor.shape), tensor.dtype, tensor.requires_grad
+    return tuple(tensor.shape), tensor.dtype, tensor.requires_grad and torch.is_grad_enabled()
 
 
 def kind(layer: nn.Module) -> tuple[Any, ...]:
