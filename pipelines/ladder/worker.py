@@ -104,14 +104,14 @@ def validation_loss(checkpoint: Path, num_scenes: int, world: dict[str, Any]) ->
     encoder = model.config.encoder.load()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    draws = draw(range(num_scenes), model.latent_shape, model.shift)
+    every_t, every_noise = draw(range(num_scenes), model.latent_shape, model.shift)
     losses = []
     with torch.no_grad():
         for part in torch.arange(num_scenes).split(64):
             rows = part.tolist()
             pixels = torch.from_numpy(np.stack([render(scenes[i], drawn) for i in rows]))
             latents = model.normalise(encoder(pixels).to(device))
-            noise, t = draws.noise[part].to(device), draws.t[part].to(device)
+            noise, t = every_noise[part].to(device), every_t[part].to(device)
             prompted = model.read([Request(captions[i]) for i in rows], ["full"] * len(rows))
             predicted = model.velocity(interpolate(latents, noise, t), t, prompted).float()
             losses.append((predicted - velocity(latents, noise)).square().mean(dim=(1, 2)).cpu())
