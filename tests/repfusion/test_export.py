@@ -69,8 +69,8 @@ def test_every_tokenizer_projector_and_geometry_survives(elsewhere, tmp_path, us
     assert torch.equal(draw(load_export(out)), draw(load_checkpoint(checkpoint, use_ema)))
     before, after = load_language_model(elsewhere.mllm), load_language_model(out / "language_model")
     assert after.max_text_tokens == before.max_text_tokens
-    for one, other in zip(before.tokenize(PROMPTS), after.tokenize(PROMPTS), strict=True):
-        assert torch.equal(one, other)
+    one, other = before.tokenise(PROMPTS), after.tokenise(PROMPTS)
+    assert torch.equal(one.ids, other.ids) and torch.equal(one.mask, other.mask)
 
 
 @pytest.mark.parametrize("mllm", ["llava", "language"])
@@ -109,15 +109,17 @@ def test_it_generates_where_nothing_else_is_at_hand(base, tmp_path):
     shutil.copytree(base, moved)
     code = (
         "import sys, torch\n"
-        "import repfusion.foundation\n"
+        "import repfusion.weights\n"
         "from pathlib import Path\n"
-        "repfusion.foundation.WEIGHTS = Path('/nowhere')\n"
-        "from repfusion.export import load_export\n"
+        "repfusion.weights.WEIGHTS = Path('/nowhere')\n"
+        "from repfusion.runs.exported import load_export\n"
+        "from repfusion.request import Request\n"
         "from repfusion.generate import generate\n"
         "from repfusion.diffusion.sampler import SamplerConfig\n"
         "generator = load_export(sys.argv[1])\n"
         "decoder, config = generator.load_decoder(), SamplerConfig(num_steps=3)\n"
-        f"images = generate(generator, decoder, {PROMPTS!r}, 5, config)\n"
+        f"requests = [Request(prompt) for prompt in {PROMPTS!r}]\n"
+        "images = generate(generator, decoder, requests, 5, config)\n"
         "torch.save(images, sys.argv[2])\n"
     )
     command = [sys.executable, "-c", code, moved, tmp_path / "images.pt"]

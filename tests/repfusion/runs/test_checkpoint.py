@@ -112,10 +112,10 @@ def test_another_geometry_names_tensor_and_field(saved, foundation: Path):
     _, folder = saved
     with pytest.raises(
         ValueError,
-        match=r"dit\.\S+: \(24,.*expected \(32,.*fields that differ: dit\.hidden_size 24, expected 32",
+        match=r"denoiser\.\S+: \(24,.*expected \(32,.*fields that differ: dit\.hidden_size 24, expected 32",
     ):
         load_weights(build(foundation, hidden_size=32), folder)
-    with pytest.raises(ValueError, match=r"dit\.blocks\.2\S*: missing.*dit\.depth 2, expected 3"):
+    with pytest.raises(ValueError, match=r"denoiser\.blocks\.2\S*: missing.*dit\.depth 2, expected 3"):
         load_weights(build(foundation, depth=3), folder)
 
 
