@@ -201,7 +201,8 @@ class Twin(Generic[M]):
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self.mode:
             memo = {id(one): bare(one) for one in (*model.parameters(), *model.buffers())}
-            self.model: M = copy.deepcopy(model, {**memo, **instead})
+        # other tensors are few: they are copied, and taken for fake ones where they are used
+        self.model: M = copy.deepcopy(model, {**memo, **instead})
         for module in self.model.modules():
             vars(module).pop("forward", None)
             module._compiled_call_impl = None

@@ -155,7 +155,7 @@ def dense_flops(model: TextToImage) -> float:
     tokens, config = model.latent_shape[0], model.config.dit
     layers = (layer for layer in model.denoiser.modules() if isinstance(layer, nn.Linear))
     weights = sum(layer.weight.numel() for layer in layers)
-    return 2 * weights * tokens + config.depth * 4 * config.hidden_size * tokens**2
+    return float(2 * weights * tokens + config.depth * 4 * config.hidden_size * tokens**2)
 
 
 @cache
