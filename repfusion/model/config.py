@@ -55,7 +55,7 @@ class ModelConfig(Config):
     def parts(self, wanted: Wanted = lambda weights: True) -> dict[str, Path]:
         """Folders of frozen weights by part: `encoder`, `mllm`, `decoder`, and those of the method."""
         found = weights_of(self, wanted=wanted)
-        return {key.removesuffix(".path"): folder for key, folder in found.items()}
+        return {key.removesuffix(".path"): found[key] for key in sorted(found)}
 
     def describe(self) -> str:
         """The method and the size of its denoiser, in a few words."""
