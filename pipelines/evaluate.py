@@ -12,7 +12,7 @@ from pipelines.evaluation.schedule import CONFIG, EvaluationScheduler
 from pipelines.runtime.session import RayConfig, ray_session
 from repfusion.config import Config, load_config
 from repfusion.evaluation.shown import by_part
-from repfusion.runs.checkpoint import COMPLETE, complete_checkpoints, step_of
+from repfusion.runs.folder import COMPLETE, RunFolder, complete_checkpoints, step_of
 from repfusion.train import TrainConfig
 
 
@@ -48,14 +48,14 @@ def find_target(path: Path, overrides: Sequence[str] = ()) -> Target:
         config = load_config(WorkflowConfig, workflow, overrides)
         return Target(config.training(config.scored), config.evaluate, config.ray, None)
     folder = path if checkpoint is None else checkpoint.parent.parent
-    if not (folder / "config.json").is_file() and (folder / "train" / "config.json").is_file():
+    if not (folder / CONFIG).is_file() and (folder / "train" / CONFIG).is_file():
         folder = folder / "train"
-    if not (folder / "config.json").is_file() or not (folder / "checkpoints").is_dir():
+    if not (folder / CONFIG).is_file() or not (folder / "checkpoints").is_dir():
         raise ValueError(
             f"{path}: neither a workflow (YAML file or root), nor a training (config.json, checkpoints/), "
             "nor a checkpoint in one; 'python -m repfusion.evaluation CHECKPOINT' scores a checkpoint alone"
         )
-    saved = json.loads((folder / "config.json").read_text())
+    saved = json.loads((folder / CONFIG).read_text())
     train = TrainConfig.model_validate({**saved, "output_dir": folder})
     means = _means(folder, overrides)
     return Target(train, means.evaluate, means.ray, checkpoint)
@@ -80,7 +80,7 @@ def choose(target: Target, step: str) -> list[Path]:
                 f"step {step}: {target.checkpoint} is one checkpoint; name its training's folder"
             )
         return [target.checkpoint]
-    root = target.train.output_dir / "checkpoints"
+    root = RunFolder(target.train.output_dir).checkpoints
     found = complete_checkpoints(root)
     if not found:
         raise ValueError(f"{root} holds no complete checkpoint")
@@ -90,7 +90,7 @@ def choose(target: Target, step: str) -> list[Path]:
         case "latest":
             return found[-1:]
         case "best":
-            best = best_checkpoint(found, target.train.output_dir / "evaluations", _scheduled(target))
+            best = best_checkpoint(found, RunFolder(target.train.output_dir).evaluations, _scheduled(target))
             if best is None:
                 raise ValueError(f"step best: none of the {len(found)} checkpoints in {root} has scores yet")
             return [best]
@@ -103,7 +103,7 @@ def choose(target: Target, step: str) -> list[Path]:
 
 def _scheduled(target: Target) -> EvaluateConfig:
     """What the training's own evaluations are made with."""
-    path = target.train.output_dir / "evaluations" / CONFIG
+    path = RunFolder(target.train.output_dir).evaluations / CONFIG
     return EvaluateConfig.model_validate_json(path.read_text()) if path.is_file() else target.evaluate
 
 

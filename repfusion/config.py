@@ -1,7 +1,7 @@
 """YAML file < `key.path=value` overrides -> one validated, frozen configuration; every bad key is named."""
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -36,6 +36,8 @@ class ConfigError(ValueError):
 class Weights:
     """Marks a field that names a folder of frozen weights."""
 
+    to_train: bool = True
+    """Whether trained weights rely on the folder: then a checkpoint remembers its digest."""
     to_sample: bool = True
     """Whether sampling needs the folder: then an export holds it."""
 
@@ -46,33 +48,38 @@ WeightsFolder = Annotated[Path, Weights()]
 C = TypeVar("C", bound=BaseModel)
 
 
-def weights_of(config: BaseModel, prefix: str = "") -> dict[str, Path]:
+Wanted = Callable[[Weights], bool]
+"""Which folders of weights are meant."""
+
+
+def weights_of(config: BaseModel, prefix: str = "", wanted: Wanted = lambda weights: True) -> dict[str, Path]:
     """Folders of frozen weights that a configuration names, by dotted key; None is left out."""
     found: dict[str, Path] = {}
     for name, info in type(config).model_fields.items():
         value, key = getattr(config, name), f"{prefix}{name}"
-        if isinstance(value, Path) and is_weights(info):
+        if isinstance(value, Path) and any(map(wanted, weight_marks(info))):
             found[key] = value
-        found |= _nested_weights(value, key)
+        found |= _nested_weights(value, key, wanted)
     return found
 
 
-def _nested_weights(value: Any, key: str) -> dict[str, Path]:
+def _nested_weights(value: Any, key: str, wanted: Wanted) -> dict[str, Path]:
     match value:
         case BaseModel():
-            return weights_of(value, f"{key}.")
+            return weights_of(value, f"{key}.", wanted)
         case dict():
-            parts = [_nested_weights(part, f"{key}.{name}") for name, part in value.items()]
+            parts = [_nested_weights(part, f"{key}.{name}", wanted) for name, part in value.items()]
             return {name: folder for part in parts for name, folder in part.items()}
         case _:
             return {}
 
 
-def is_weights(info: Any) -> bool:
-    """Whether a field's type, or a part of it, is `WeightsFolder`."""
+def weight_marks(info: Any) -> list[Weights]:
+    """The marks of a field's type, or of a part of it, that say that it names frozen weights."""
     marks = [*getattr(info, "metadata", ()), *getattr(info, "__metadata__", ())]
     arguments = get_args(getattr(info, "annotation", info))
-    return any(isinstance(mark, Weights) for mark in marks) or any(map(is_weights, arguments))
+    below = [mark for argument in arguments for mark in weight_marks(argument)]
+    return [*(mark for mark in marks if isinstance(mark, Weights)), *below]
 
 
 def load_config(

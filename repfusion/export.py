@@ -27,7 +27,7 @@ from repfusion.evaluation.record import Evaluation, read_evaluation
 from repfusion.evaluation.shown import shown_suites
 from repfusion.files import file_sha256, write_json
 from repfusion.latents.geometry import is_vae, latent_geometry
-from repfusion.lineage.describe import LINEAGE, checkpoint_record, read_lineage
+from repfusion.lineage.describe import checkpoint_record, read_lineage
 from repfusion.llm.load import LANGUAGE_MODELS
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
@@ -40,6 +40,7 @@ from repfusion.runs.exported import (
     SCHEMA,
     is_export,
 )
+from repfusion.runs.folder import AVERAGES, CONFIG, LINEAGE, STATISTICS, WEIGHTS_FILE
 from repfusion.tables import markdown
 from repfusion.weights import WEIGHTS
 
@@ -57,7 +58,7 @@ def export(checkpoint: Path, out: Path, use_ema: bool = True) -> Path:
     """
     checkpoint, out = Path(checkpoint), Path(os.path.abspath(out))
     check_target(out)
-    name = "ema.safetensors" if use_ema else "model.safetensors"
+    name = AVERAGES if use_ema else WEIGHTS_FILE
     if name not in check_complete(checkpoint)["files"]:
         raise ValueError(f"checkpoint {checkpoint} holds no {name}; choose the other weights")
     model = load_checkpoint(checkpoint, use_ema)
@@ -68,7 +69,7 @@ def export(checkpoint: Path, out: Path, use_ema: bool = True) -> Path:
     try:
         write_denoiser(model, checkpoint, working / DENOISER, use_ema)
         (working / DECODER).mkdir()
-        for pattern in ("config.json", "*.safetensors", "*.safetensors.index.json"):
+        for pattern in (CONFIG, "*.safetensors", "*.safetensors.index.json"):
             for file in model.config.decoder.glob(pattern):
                 shutil.copyfile(file, working / DECODER / file.name)
         lineage = describe_export(model, checkpoint, use_ema)
@@ -118,16 +119,16 @@ def write_denoiser(model: TextToImage, checkpoint: Path, folder: Path, use_ema: 
     size = latent_geometry(config.encoder.path, config.encoder.image_size).image_size
     geometry = {"grid": list(model.grid), "image_size_px": size, "projector": projector_fields(model)}
     saved = portable(config.model_dump(mode="json"))
-    write_json(folder / "config.json", {"schema": SCHEMA, "model": saved, **geometry})
-    save_file(read_weights(checkpoint, use_ema), str(folder / "model.safetensors"))
-    model.statistics.save(folder / "statistics.safetensors")
+    write_json(folder / CONFIG, {"schema": SCHEMA, "model": saved, **geometry})
+    save_file(read_weights(checkpoint, use_ema), str(folder / WEIGHTS_FILE))
+    model.statistics.save(folder / STATISTICS)
 
 
 def projector_fields(model: TextToImage) -> dict[str, Any] | None:
     """What `Projector` takes beside the widths. None where the method has none."""
     if not isinstance(model.conditioner, NoisyLatentConditioner):
         return None
-    saved = json.loads((model.config.mllm / "config.json").read_text())
+    saved = json.loads((model.config.mllm / CONFIG).read_text())
     bias = model.conditioner.projector.linear_1.bias is not None
     return {"activation": saved.get("projector_hidden_act", "gelu"), "bias": bias}
 
@@ -163,14 +164,13 @@ def write_language_model(config: ModelConfig, tokenizer: Any, folder: Path) -> s
 
 def describe_export(model: TextToImage, checkpoint: Path, use_ema: bool) -> dict[str, Any]:
     """lineage.json: the checkpoint, what it says of its training, and the folders its parts came from."""
-    digests = json.loads((checkpoint / "config.json").read_text())["digests"]
+    digests = json.loads((checkpoint / CONFIG).read_text())["digests"]
     config = model.config
-    sources = {"encoder": config.encoder.path, "mllm": config.mllm, "decoder": config.decoder}
     return {
         "checkpoint": checkpoint_record(checkpoint),
         "weights": "averaged" if use_ema else "last",
         "digests": digests,
-        "sources": portable({part: os.path.abspath(path) for part, path in sources.items()}),
+        "sources": portable({part: os.path.abspath(path) for part, path in config.parts().items()}),
         "training": read_lineage(checkpoint),
     }
 

@@ -38,13 +38,12 @@ from repfusion.model.trainable import Trainable
 from repfusion.runs.checkpoint import (
     check_complete,
     check_continues,
-    checkpoint_folder,
     continued_model,
     frozen_digests,
-    latest_checkpoint,
     load_weights,
     prune,
 )
+from repfusion.runs.folder import CONFIG, STATISTICS, RunFolder, checkpoint_folder, latest_checkpoint
 from repfusion.tracking import StoreError, Tracker, TrackingConfig, without_password
 from repfusion.training.distributed import (
     broadcast_object,
@@ -63,8 +62,6 @@ log = logging.getLogger(__name__)
 FINAL_LOSS_STEPS = 100
 EXAMPLE_SAMPLES = 8
 """Whose FLOPs are counted at the start."""
-RUN = "mlflow_run.json"
-"""Remembers the MLflow run of an output folder."""
 
 
 class TrainConfig(Config):
@@ -117,7 +114,7 @@ class TrainConfig(Config):
         if not isinstance(values, dict) or not values.get("init_from") or not isinstance(given, dict | None):
             return values
         folder = Path(values["init_from"])
-        if not (folder / "config.json").is_file():
+        if not (folder / CONFIG).is_file():
             return values
         return {**values, "model": continued_model(folder, given or {})}
 
@@ -138,7 +135,7 @@ def build_trainable(config: TrainConfig, dataset: Mixture, resume_from: Path | N
     if start is not None:
         check_complete(start)
     source = start or config.data.columns[IMAGE_FEATURES]
-    statistics = LatentStatistics.load(source / "statistics.safetensors")
+    statistics = LatentStatistics.load(source / STATISTICS)
     torch.manual_seed(config.seed)
     model = build_model(config.model, statistics)
     if start is not None:
@@ -193,7 +190,7 @@ def start_run(config: TrainConfig, dataset: Mixture) -> Tracker:
     tracker = Tracker(remembered_run(config))
     if tracker.uri is not None:
         run = {"uri": without_password(tracker.uri), "run_id": tracker.run_id}
-        write_json(config.output_dir / RUN, run)
+        write_json(RunFolder(config.output_dir).tracked, run)
     tracker.log_config(config.model_dump(mode="json"))
     tracker.log_environment(world_size=dist.get_world_size())
     for name, columns in dataset.folders.items():
@@ -203,7 +200,7 @@ def start_run(config: TrainConfig, dataset: Mixture) -> Tracker:
 
 def remembered_run(config: TrainConfig) -> TrackingConfig:
     """The run that a resumed training continues."""
-    path, tracking = config.output_dir / RUN, config.tracking
+    path, tracking = RunFolder(config.output_dir).tracked, config.tracking
     if tracking.uri is None or tracking.run_id is not None or not path.exists():
         return tracking
     saved = json.loads(path.read_text())
@@ -248,7 +245,7 @@ def train(
     """
     # Validate what needs no model
     dataset = Mixture.open(config.data, columns_of(config.model))
-    checkpoints = config.output_dir / "checkpoints"
+    checkpoints = RunFolder(config.output_dir).checkpoints
     checkpoints.mkdir(parents=True, exist_ok=True)
     prepare_environment()
     init_process_group()
@@ -267,7 +264,7 @@ def train(
     # Resume
     first_step = 0 if last is None or saved is None else resume(last, saved, engine, ema)
     if is_main:
-        write_json(config.output_dir / "config.json", config.model_dump(mode="json"))
+        write_json(RunFolder(config.output_dir).config, config.model_dump(mode="json"))
         log.info("training steps %d to %d on %d samples", first_step, config.num_steps, len(dataset))
     tracker = start_tracking(config, dataset)
     run = {"run_id": tracker.run_id, "tracking_uri": tracker.uri and without_password(tracker.uri)}
@@ -359,7 +356,7 @@ def train(
         seconds = time.perf_counter() - started - aside_sec
         summary = summarise(config, first_step, seconds, list(recent), engine.world_size, tracker)
         if is_main:
-            write_json(config.output_dir / "train.json", summary)
+            write_json(RunFolder(config.output_dir).summary, summary)
         status = "FINISHED"
     finally:
         stream.close()
@@ -378,7 +375,7 @@ def summarise(
     tracker: Tracker,
 ) -> dict[str, Any]:
     """What train.json says. Nothing left to train: what it said before."""
-    path = config.output_dir / "train.json"
+    path = RunFolder(config.output_dir).summary
     if first_step >= config.num_steps and path.exists():
         return json.loads(path.read_text())
     num_steps = max(0, config.num_steps - first_step)
@@ -391,7 +388,7 @@ def summarise(
         "world_size": world_size,
         "tracking_uri": config.tracking.uri and without_password(config.tracking.uri),
         "run_id": tracker.run_id,
-        "checkpoint": str(checkpoint_folder(config.output_dir / "checkpoints", config.num_steps)),
+        "checkpoint": str(checkpoint_folder(RunFolder(config.output_dir).checkpoints, config.num_steps)),
     }
 
 

@@ -18,7 +18,7 @@ from pipelines.evaluation.records import Record, finished, hold, read_record, wr
 from pipelines.runtime.session import PATIENCE_SEC, StageError, brief, check_ray_lives
 from pipelines.runtime.tasks import AtWork
 from repfusion.evaluation.shown import in_brief
-from repfusion.runs.checkpoint import step_of
+from repfusion.runs.folder import RunFolder, step_of
 from repfusion.train import TrainConfig
 
 NO_ROOM_SEC = 600.0
@@ -48,7 +48,7 @@ class _Job:
 
 def tracking_of(train: TrainConfig) -> dict[str, Any] | None:
     """The training's MLflow run. None where nothing is tracked."""
-    path = train.output_dir / "mlflow_run.json"
+    path = RunFolder(train.output_dir).tracked
     if train.tracking.uri is None or not path.exists():
         return None
     run_id = json.loads(path.read_text())["run_id"]
@@ -65,7 +65,7 @@ class EvaluationJobs:
 
     def __init__(self, config: EvaluateConfig, train: TrainConfig, variant: str | None = None):
         self.config, self.train, self.variant = config, train, variant
-        self.folder = train.output_dir / "evaluations"
+        self.folder = RunFolder(train.output_dir).evaluations
         self.errors: dict[str, str] = {}
         self.running: dict[str, _Job] = {}
         self._at_work: AtWork[_Job] = AtWork()

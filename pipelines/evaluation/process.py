@@ -55,7 +55,7 @@ class Evaluator:
         from repfusion.evaluation.checkpoints import evaluate_checkpoint
         from repfusion.evaluation.record import GALLERY, SCORES, EvaluationConfig
         from repfusion.files import write_json
-        from repfusion.runs.checkpoint import step_of
+        from repfusion.runs.folder import step_of
 
         torch.set_num_threads(task["num_threads"])
         checkpoint, out = Path(task["checkpoint"]), Path(task["out"])

@@ -25,6 +25,7 @@ from pipelines.evaluation.config import EvaluateConfig
 from repfusion.config import Strict
 from repfusion.evaluation.record import Evaluation, EvaluationConfig, read_evaluation
 from repfusion.files import digest_of, write_json
+from repfusion.runs.folder import PINS
 
 ATTEMPTS, LOGGED = "attempts.json", "logged.json"
 PIN, BEST = "evaluate", "best"
@@ -116,7 +117,7 @@ def hold(folder: Path) -> IO[str] | None:
 
 def pin(checkpoint: Path, name: str = PIN) -> bool:
     """Keeps a checkpoint from being pruned; False where it is gone."""
-    path = checkpoint / "pins" / name
+    path = checkpoint / PINS / name
     try:
         if not path.exists() or time.time() - path.stat().st_mtime > PIN_AGAIN_SEC:
             path.parent.mkdir(exist_ok=True)
@@ -127,7 +128,7 @@ def pin(checkpoint: Path, name: str = PIN) -> bool:
 
 
 def unpin(checkpoint: Path, name: str = PIN) -> None:
-    pins = checkpoint / "pins"
+    pins = checkpoint / PINS
     with suppress(OSError):
         (pins / name).unlink(missing_ok=True)
         os.rmdir(pins)  # refused while it holds another

@@ -24,7 +24,14 @@ from pipelines.evaluation.records import (
 from pipelines.runtime.session import StageError, brief
 from repfusion.evaluation.record import Evaluation
 from repfusion.files import write_json
-from repfusion.runs.checkpoint import STEP_FOLDER, checkpoint_folder, complete_checkpoints, step_of
+from repfusion.runs.folder import (
+    CONFIG,
+    STEP_FOLDER,
+    RunFolder,
+    checkpoint_folder,
+    complete_checkpoints,
+    step_of,
+)
 from repfusion.train import TrainConfig
 
 POLL_SEC = 1.0
@@ -32,7 +39,6 @@ MISSING_SEC = 60.0
 """How long a checkpoint is gone beside the training before it counts: one that is written again is away for a
 moment.
 """
-CONFIG = "config.json"
 
 
 class EvaluationScheduler:
@@ -103,7 +109,7 @@ class EvaluationScheduler:
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, by step."""
-        return complete_checkpoints(self.train.output_dir / "checkpoints")
+        return complete_checkpoints(RunFolder(self.train.output_dir).checkpoints)
 
     def is_wanted(self, checkpoint: Path, newest: Path) -> bool:
         """Whether the schedule takes a checkpoint; by the clock, what has begun and, at last, the newest."""
@@ -195,7 +201,7 @@ class EvaluationScheduler:
         self.missed -= found
         folders = [folder for folder in self._folders() if folder.name not in self._done]
         begun = {step_of(folder) for folder in folders if self._attempts(folder)}
-        now, root = time.monotonic(), self.train.output_dir / "checkpoints"
+        now, root = time.monotonic(), RunFolder(self.train.output_dir).checkpoints
         gone = {
             step
             for step in (self._steps_written(max(found)) | begun) - found - self.missed

@@ -16,6 +16,7 @@ from pipelines.runtime.session import brief, ray_session
 from pipelines.runtime.tasks import run_on_ray
 from pipelines.workflow.run import locked
 from repfusion.evaluation.record import EvaluationConfig
+from repfusion.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class Sampling:
 
     @property
     def checkpoint(self) -> Path:
-        from repfusion.runs.checkpoint import checkpoint_folder
+        from repfusion.runs.folder import checkpoint_folder
 
-        return checkpoint_folder(self.task.train.output_dir / "checkpoints", self.task.train.num_steps)
+        return checkpoint_folder(RunFolder(self.task.train.output_dir).checkpoints, self.task.train.num_steps)
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -4,17 +4,17 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 from pipelines.ladder.config import LadderConfig, ResourcesConfig
 from pipelines.ladder.data import prepare
 from pipelines.ladder.results import Result, append, finished, read
 from pipelines.ladder.rows import ROWS
 from pipelines.ladder.task import Task, tasks_of
-from pipelines.ladder.worker import PROGRESS, now, run_task
+from pipelines.ladder.worker import now, run_task
 from pipelines.runtime.session import brief, ray_session
 from pipelines.runtime.tasks import run_on_ray
 from pipelines.workflow.run import locked
+from repfusion.runs.folder import RunFolder
 from repfusion.tracking import prepare_store
 
 GPU_SHARE = 1 / 12
@@ -42,7 +42,7 @@ def run_ladder(config: LadderConfig, say: Callable[[str], None] = print) -> int:
         if config.tracking_uri is not None:
             prepare_store(config.tracking_uri, todo[0].train.tracking.experiment)
         for task in todo:  # what a killed run said of itself is not so any more
-            (Path(task.train.output_dir) / PROGRESS).unlink(missing_ok=True)
+            RunFolder(task.train.output_dir).progress.unlink(missing_ok=True)
         failed, started = 0, time.perf_counter()
         by_key = {task.key: task for task in todo}
         outcomes = run_on_ray(
@@ -85,7 +85,7 @@ def say_progress(left: Sequence[Task], say: Callable[[str], None]) -> None:
     """A line about the runs that train."""
     shown = []
     for task in left:
-        path = Path(task.train.output_dir) / PROGRESS
+        path = RunFolder(task.train.output_dir).progress
         if path.exists():
             report = json.loads(path.read_text())
             rate = f"{report['samples_per_sec']:.0f} samples/s"

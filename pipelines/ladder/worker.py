@@ -12,10 +12,10 @@ from typing import Any
 from pipelines.ladder.results import Point, Result
 from pipelines.ladder.task import Task, ladders_of
 from repfusion.files import write_json
+from repfusion.runs.folder import RunFolder
 
 RECORD = "result.json"
 """In the run's folder, written when all is done: what was appended to the results, or should have been."""
-PROGRESS = "progress.json"
 
 
 def run_task(task: Task) -> str:
@@ -41,7 +41,7 @@ def _train(task: Task) -> dict[str, Any]:
     from repfusion.train import train
     from repfusion.training.meters import Report
 
-    path = task.train.output_dir / PROGRESS
+    path = RunFolder(task.train.output_dir).progress
     task.train.output_dir.mkdir(parents=True, exist_ok=True)
 
     def on_report(report: Report) -> None:
@@ -59,16 +59,17 @@ def _score(task: Task) -> list[Point]:
 
     from pipelines.evaluation.records import finished
     from repfusion.evaluation.checkpoints import evaluate_checkpoint
-    from repfusion.runs.checkpoint import complete_checkpoints, prune, step_of
+    from repfusion.runs.checkpoint import prune
+    from repfusion.runs.folder import complete_checkpoints, step_of
 
     if not torch.cuda.is_available():
         torch.set_num_threads(task.train.engine.num_threads or 1)
-    checkpoints = task.train.output_dir / "checkpoints"
+    checkpoints = RunFolder(task.train.output_dir).checkpoints
     points = []
     for folder in complete_checkpoints(checkpoints):
         step = step_of(folder)
         config = task.final if step == task.train.num_steps else task.curve
-        out = task.train.output_dir / "evaluations" / folder.name
+        out = RunFolder(task.train.output_dir).evaluations / folder.name
         evaluation = finished(out, config) or evaluate_checkpoint(folder, out, config)
         found = evaluation.first
         points.append(
@@ -178,7 +179,7 @@ def _track(task: Task, result: Result) -> None:
         "ladder.budget": f"{result.budget_name} {result.budget[:8]}",
     }.items():
         tracker.set_tag(name, value)
-    evaluations = sorted((task.train.output_dir / "evaluations").glob("step_*"))
+    evaluations = sorted(RunFolder(task.train.output_dir).evaluations.glob("step_*"))
     if evaluations:
         tracker.log_image(evaluations[-1] / GALLERY, "gallery", result.points[-1].step)
 

@@ -14,7 +14,7 @@ from pipelines.shards.manifest import Manifest, read_output
 from pipelines.shards.storage import Folder
 from repfusion.evaluation.record import GALLERY, Evaluation, read_evaluation
 from repfusion.files import atomic_path, write_text
-from repfusion.runs.checkpoint import COMPLETE, STEP_FOLDER
+from repfusion.runs.folder import COMPLETE, CONFIG, STEP_FOLDER
 from repfusion.tables import html
 from repfusion.tracking import metric_history
 
@@ -135,11 +135,11 @@ def training(data: Finished) -> str:
 def lineage(data: Finished) -> str:
     """From the last checkpoint back to the weights and the data it came from."""
     rows: list[tuple[str, str]] = []
-    train_config = data.trained / "config.json"
+    train_config = data.trained / CONFIG
     checkpoint = Path(data.training["checkpoint"]) if data.training.get("checkpoint") else None
     if checkpoint is not None and (checkpoint / COMPLETE).is_file():
         rows.append(("checkpoint", f"<code>{escape(str(checkpoint))}</code>"))
-        for part, digest in json.loads((checkpoint / "config.json").read_text())["digests"].items():
+        for part, digest in json.loads((checkpoint / CONFIG).read_text())["digests"].items():
             rows.append((f"{escape(part)} weights", short(digest)))
     if train_config.is_file():
         base = json.loads(train_config.read_text()).get("init_from")

@@ -20,18 +20,15 @@ from pipelines.runtime.session import PATIENCE_SEC, StageError, brief, check_ray
 from pipelines.shards.mirror import mirror
 from pipelines.shards.storage import Folder
 from repfusion.files import write_json
-from repfusion.runs.checkpoint import latest_checkpoint, step_of
+from repfusion.runs.folder import RunFolder, latest_checkpoint, step_of
 from repfusion.train import TrainConfig, TrainingStopped
 from repfusion.training.engine import NonFiniteError
 from repfusion.training.meters import Report
 from repfusion.training.snapshot import CheckpointError
 
-STOP = "stop"
-"""Made by the driver for the ranks to write a checkpoint and end."""
 STOP_POLL_SEC = 1.0
 STOP_PATIENCE_SEC = 600.0
 """How long a driver that is to end waits for that checkpoint: ranks may be gone, or hang."""
-PROGRESS = "progress.json"
 LINE_SEC = 15.0
 """Between lines of progress where the terminal shows no bar."""
 
@@ -45,11 +42,11 @@ def train_rank(launch: dict[str, Any]) -> None:
     os.chdir(launch["directory"])
     config = TrainConfig.model_validate(launch["config"])
     rank = ray_train.get_context().get_world_rank()
-    stop, asked = config.output_dir / STOP, [0.0]
+    stop, asked = RunFolder(config.output_dir).stop, [0.0]
 
     def on_report(report: Report) -> None:
         if rank == 0:
-            write_json(config.output_dir / PROGRESS, vars(report))
+            write_json(RunFolder(config.output_dir).progress, vars(report))
 
     def on_checkpoint(folder: Path, step: int) -> None:
         # A barrier: every rank reports, every time.
@@ -74,9 +71,9 @@ def train_rank(launch: dict[str, Any]) -> None:
 @contextmanager
 def progress_bar(config: TrainConfig) -> Iterator[None]:
     """Shows on the driver what rank 0 last reported: a bar on a terminal, a line now and then elsewhere."""
-    path, stopped = config.output_dir / PROGRESS, Event()
+    path, stopped = RunFolder(config.output_dir).progress, Event()
     path.unlink(missing_ok=True)
-    last = latest_checkpoint(config.output_dir / "checkpoints")
+    last = latest_checkpoint(RunFolder(config.output_dir).checkpoints)
     first_step = 0 if last is None else step_of(last)
     is_terminal = sys.stderr.isatty()
 
@@ -176,7 +173,7 @@ def launch(
     environment = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"} if is_local else {}
     storage = (config.output_dir / "ray").resolve()
     storage.mkdir(parents=True, exist_ok=True)
-    (config.output_dir / STOP).unlink(missing_ok=True)
+    RunFolder(config.output_dir).stop.unlink(missing_ok=True)
     trainer = TorchTrainer(
         train_rank,
         train_loop_config={
@@ -218,9 +215,9 @@ def fit(trainer: Any, output_dir: Path) -> None:
     # In a thread: in the main one Ray Train would answer Ctrl-C by ending the ranks where they are.
     Thread(target=run, name="fit", daemon=True).start()
     try:
-        interrupt = wait(ended, output_dir / STOP)
+        interrupt = wait(ended, RunFolder(output_dir).stop)
     finally:
-        (output_dir / STOP).unlink(missing_ok=True)
+        RunFolder(output_dir).stop.unlink(missing_ok=True)
     if failed:
         raise StageError(f"train: {first_failure(failed[0])}") from failed[0]
     if interrupt is not None:

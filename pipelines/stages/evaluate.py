@@ -18,7 +18,7 @@ from pipelines.shards.manifest import Upstream
 from pipelines.shards.storage import Folder
 from repfusion.evaluation.record import GALLERY, SCORES, Evaluation
 from repfusion.files import atomic_path
-from repfusion.runs.checkpoint import step_of
+from repfusion.runs.folder import step_of
 from repfusion.train import TrainConfig
 
 

@@ -30,6 +30,7 @@ from pipelines.shards.tars import TarSamples, read_samples, tar_shard
 from pipelines.stages.judge import IMAGE_EXTENSIONS
 from repfusion.config import Config
 from repfusion.latents.load import EncoderConfig
+from repfusion.runs.folder import STATISTICS
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,6 @@ Batch = tuple[list[str], UInt8[np.ndarray, "b h w 3"]]
 PNG_START = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR"
 MALLOC_OPTIONS = {-1: 1 << 30, -3: 1 << 30, -8: 1}
 """glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in bytes, and M_ARENA_MAX."""
-STATISTICS = "statistics.safetensors"
 """File of the stage as a whole: the statistics of all shards."""
 STATISTICS_AT_ONCE = 16
 """Shards' statistics in memory at a time: at 576 x 1024 each takes 9 MiB."""

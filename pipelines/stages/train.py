@@ -22,7 +22,7 @@ from repfusion.config import weights_of
 from repfusion.data.columns import manifest_digest
 from repfusion.data.config import CAPTIONS, DataConfig
 from repfusion.model.build import columns_of
-from repfusion.runs.checkpoint import complete_checkpoints
+from repfusion.runs.folder import RunFolder, complete_checkpoints
 from repfusion.tracking import prepare_store
 from repfusion.train import TrainConfig
 from repfusion.training.engine import grad_accum_steps
@@ -137,7 +137,7 @@ def run_train(
     beside = nullcontext() if evaluate is None else EvaluationScheduler(evaluate, config)
     with ray_session(ray), beside, progress_bar(config):
         launch(config, num_workers, columns, max_failures)
-    return json.loads((config.output_dir / "train.json").read_text())
+    return json.loads((RunFolder(config.output_dir).summary).read_text())
 
 
 def fingerprint_fields(name: str, config: TrainConfig, digests: Digests) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from repfusion.latents.load import Decoder
 from repfusion.model.text_to_image import TextToImage
 from repfusion.request import Request
 from repfusion.runs.checkpoint import load_checkpoint
+from repfusion.runs.folder import AVERAGES, CONFIG, STATISTICS, WEIGHTS_FILE
 
 Run = Callable[[Callable[[], Any]], Any]
 """Calls a piece of work, here or in a thread of its choice."""
@@ -49,8 +50,8 @@ class Drawing:
         }
 
     def _digests(self) -> dict[str, str]:
-        trained = "ema.safetensors" if self.config.use_ema else "model.safetensors"
-        names = ("config.json", trained, "statistics.safetensors")
+        trained = AVERAGES if self.config.use_ema else WEIGHTS_FILE
+        names = (CONFIG, trained, STATISTICS)
         return {name: file_sha256(self.checkpoint / name) for name in names}
 
     def __call__(self, items: Sequence[Item]) -> UInt8[np.ndarray, "n h w 3"]:

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from repfusion.data.readers import IMAGE_FEATURES
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.latents.tower import RepresentationEncoder
-from repfusion.runs.checkpoint import begin_checkpoint, finish_checkpoint, latest_checkpoint, load_checkpoint
+from repfusion.runs.checkpoint import begin_checkpoint, finish_checkpoint, load_checkpoint
+from repfusion.runs.folder import latest_checkpoint
 from repfusion.scenes.captions import caption_scene
 from repfusion.scenes.world import BASE_COLOURS, BASE_SHAPES, WorldConfig, draw_scene, render
 from repfusion.weights import WEIGHTS

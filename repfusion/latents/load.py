@@ -3,8 +3,9 @@ or a VAE.
 """
 
 from pathlib import Path
+from typing import Annotated
 
-from repfusion.config import Config, WeightsFolder
+from repfusion.config import Config, Weights
 from repfusion.latents.encoder import PixelEncoder
 from repfusion.latents.geometry import is_vae
 from repfusion.latents.rae_decoder import RAEDecoder
@@ -17,7 +18,7 @@ Decoder = RAEDecoder | VAEDecoder
 
 
 class EncoderConfig(Config):
-    path: WeightsFolder = WEIGHTS / "vision_tower"
+    path: Annotated[Path, Weights(to_sample=False)] = WEIGHTS / "vision_tower"
     """Folder of a vision tower (CLIP, SigLIP, DINOv2), of a model that holds one (CLIP, SigLIP, LLaVA), or of
     a VAE of diffusers (AutoencoderKL, AutoencoderDC).
     """

@@ -15,10 +15,10 @@ from PIL.PngImagePlugin import PngInfo
 from repfusion.data.columns import MANIFEST, manifest_digest
 from repfusion.files import file_sha256
 from repfusion.lineage.environment import git_commit, has_local_changes, lock_digest
-from repfusion.runs.checkpoint import COMPLETE, WEIGHTS_MARK, portable
+from repfusion.runs.checkpoint import WEIGHTS_MARK, portable
+from repfusion.runs.folder import COMPLETE, LINEAGE
 from repfusion.weights import WEIGHTS
 
-LINEAGE = "lineage.json"
 CHUNK = "repfusion"
 
 

@@ -11,14 +11,9 @@ from typing import Any, Literal
 from repfusion.data.columns import manifest_digest
 from repfusion.files import file_sha256, weights_digest
 from repfusion.lineage.describe import read_lineage, read_png
-from repfusion.runs.checkpoint import (
-    COMPLETE,
-    WEIGHTS_MARK,
-    check_complete,
-    portable,
-    read_config,
-)
+from repfusion.runs.checkpoint import WEIGHTS_MARK, check_complete, portable, read_config
 from repfusion.runs.exported import MARK, check_export
+from repfusion.runs.folder import COMPLETE, CONFIG, RunFolder
 from repfusion.tables import aligned
 from repfusion.weights import WEIGHTS
 
@@ -51,7 +46,7 @@ def trace(subject: Path) -> list[Link]:
     """The chain, nearest link first. Raises ValueError where `subject` is none of the three."""
     if (subject / MARK).is_file():
         return list(trace_export(subject))
-    if (subject / "config.json").is_file() or (subject / COMPLETE).is_file():
+    if (subject / CONFIG).is_file() or (subject / COMPLETE).is_file():
         return list(trace_checkpoint(subject))
     if subject.is_file():
         return list(trace_image(subject))
@@ -112,10 +107,10 @@ def trace_checkpoint(folder: Path, note: str = "complete") -> Iterator[Link]:
         yield from guess_training(folder)
     else:
         yield from describe_training(lineage, "missing")
-    if (folder / "config.json").is_file():
+    if (folder / CONFIG).is_file():
         config, digests = read_config(folder)
-        yield Link("config", str(folder / "config.json"), "recorded", config.describe())
-        folders = {"encoder": config.encoder.path, "mllm": config.mllm}
+        yield Link("config", str(folder / CONFIG), "recorded", config.describe())
+        folders = config.parts()
         yield from frozen_weights(digests, folders, "missing")
 
 
@@ -173,7 +168,7 @@ def data_link(name: str, saved: Mapping[str, Any], absent: State) -> Link:
 def guess_training(folder: Path) -> Iterator[Link]:
     """What lies around a checkpoint that has no lineage.json: the training's own notes."""
     output_dir = folder.resolve().parent.parent
-    notes = output_dir / "mlflow_run.json", output_dir / "config.json"
+    notes = RunFolder(output_dir).tracked, RunFolder(output_dir).config
     run, config = (json.loads(path.read_text()) if path.is_file() else None for path in notes)
     if run is None and config is None:
         yield from describe_training(None, "missing")

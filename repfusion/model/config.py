@@ -1,12 +1,13 @@
 """What a text-to-image model is made of: folders of frozen weights, a conditioning method, a denoiser."""
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from repfusion.conditioning.captioning import CaptioningConfig
 from repfusion.conditioning.noisy_latents import NoisyLatentsConfig
-from repfusion.config import Config, WeightsFolder
+from repfusion.config import Config, Wanted, Weights, WeightsFolder, weights_of
 from repfusion.diffusion.flow import FlowConfig
 from repfusion.latents.load import EncoderConfig
 from repfusion.model.dit import DiTConfig
@@ -23,7 +24,7 @@ class ModelConfig(Config):
     """Precision in which its frozen weights are held."""
     encoder: EncoderConfig = EncoderConfig()
     """What makes the features that are denoised."""
-    decoder: WeightsFolder = WEIGHTS / "decoder"
+    decoder: Annotated[Path, Weights(to_train=False)] = WEIGHTS / "decoder"
     """Folder of the decoder: a RAE decoder's, or the VAE's that makes the features."""
     conditioning: ConditioningConfig = Field(default=NoisyLatentsConfig(), discriminator="method")
     """RepFusion (noisy_latents), or a baseline. A method's name alone stands for its defaults."""
@@ -50,6 +51,11 @@ class ModelConfig(Config):
     def captioning(self) -> CaptioningConfig | None:
         """The caption loss of a trained LLM; None where there is none."""
         return getattr(self.conditioning, "captioning", None)
+
+    def parts(self, wanted: Wanted = lambda weights: True) -> dict[str, Path]:
+        """Folders of frozen weights by part: `encoder`, `mllm`, `decoder`, and those of the method."""
+        found = weights_of(self, wanted=wanted)
+        return {key.removesuffix(".path"): found[key] for key in sorted(found)}
 
     def describe(self) -> str:
         """The method and the size of its denoiser, in a few words."""

@@ -8,9 +8,7 @@ complete.json
 import json
 import logging
 import os
-import re
 import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,51 +24,27 @@ from repfusion.latents.statistics import LatentStatistics
 from repfusion.model.build import build_model
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
+from repfusion.runs.folder import (
+    AVERAGES,
+    COMPLETE,
+    CONFIG,
+    RESUME,
+    STATISTICS,
+    WEIGHTS_FILE,
+    complete_checkpoints,
+    is_pinned,
+    step_of,
+    working_folder,
+)
 from repfusion.weights import WEIGHTS
 
 log = logging.getLogger(__name__)
 SCHEMA = 2
 TRAINING_FIELDS = {"model", "output_dir", "data", "init_from", "engine", "num_steps"}
 """Fields by which a training's YAML is told from a model's."""
-COMPLETE = "complete.json"
-PIN_SEC = 24 * 3600.0
-STEP_FOLDER = re.compile(r"step_(\d+)")
 # Stands for the folder of shipped weights in a saved config, so that a checkpoint can move to another
 # machine.
 WEIGHTS_MARK = "{weights}"
-
-
-def checkpoint_folder(root: Path, step: int) -> Path:
-    return root / f"step_{step:08d}"
-
-
-def step_of(folder: Path) -> int:
-    match = STEP_FOLDER.fullmatch(folder.name)
-    if match is None:
-        raise ValueError(f"{folder}: not a checkpoint folder (expected a name like step_00000500)")
-    return int(match[1])
-
-
-def complete_checkpoints(root: Path) -> list[Path]:
-    """Checkpoints under `root` that were written to the end, by step."""
-    folders = [
-        path
-        for path in root.glob("step_*")
-        if STEP_FOLDER.fullmatch(path.name) and (path / COMPLETE).exists()
-    ]
-    return sorted(folders, key=step_of)
-
-
-def latest_checkpoint(root: Path, resumable: bool = False) -> Path | None:
-    """The one of the highest step, or None; with `resumable`, the last that still holds its optimizer
-    state.
-    """
-    folders = [
-        path
-        for path in complete_checkpoints(root)
-        if not resumable or (path / "resume" / "loop.json").exists()
-    ]
-    return folders[-1] if folders else None
 
 
 def portable(config: Any, old: str = str(WEIGHTS), new: str = WEIGHTS_MARK) -> Any:
@@ -86,15 +60,12 @@ def portable(config: Any, old: str = str(WEIGHTS), new: str = WEIGHTS_MARK) -> A
 
 def frozen_digests(model: TextToImage) -> dict[str, str]:
     """sha256 of the frozen weights that a checkpoint relies on and does not hold."""
+    llm = model.conditioner.llm
+    folders = model.config.parts(lambda weights: weights.to_train)
     return {
-        "encoder": weights_digest(model.config.encoder.path),
-        "mllm": model.conditioner.llm.digest,
+        part: llm.digest if folder == llm.folder else weights_digest(folder)
+        for part, folder in folders.items()
     }
-
-
-def working_folder(folder: Path) -> Path:
-    """Where a checkpoint is written before it has its name."""
-    return folder.with_name(f".{folder.name}.partial")
 
 
 def begin_checkpoint(folder: Path) -> Path:
@@ -122,12 +93,12 @@ def write_model(
 ) -> None:
     """Weights, averaged weights, statistics and config; all that generating needs."""
     config = portable(model.config.model_dump(mode="json"))
-    write_json(folder / "config.json", {"schema": SCHEMA, "model": config, "digests": dict(digests)})
+    write_json(folder / CONFIG, {"schema": SCHEMA, "model": config, "digests": dict(digests)})
     for name, tensors in (("model", weights), ("ema", ema)):
         values = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_file(values, str(folder / f"{name}.safetensors"))
-    model.statistics.save(folder / "statistics.safetensors")
-    mode = (folder / "config.json").stat().st_mode
+    model.statistics.save(folder / STATISTICS)
+    mode = (folder / CONFIG).stat().st_mode
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)  # safetensors lets nobody else read what it writes
 
@@ -164,7 +135,7 @@ def check_complete(folder: Path) -> dict[str, Any]:
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, str]]:
     """The model config and the digests of the frozen weights it was trained with."""
-    saved = json.loads((folder / "config.json").read_text())
+    saved = json.loads((folder / CONFIG).read_text())
     return ModelConfig.model_validate(portable(saved["model"], WEIGHTS_MARK, str(WEIGHTS))), saved["digests"]
 
 
@@ -204,7 +175,7 @@ def load_model_config(path: Path) -> ModelConfig:
     given, start = fields.get("model") or {}, fields.get("init_from")
     if start is None:
         return validate(ModelConfig, given, str(path))
-    if (Path(start) / "config.json").is_file():
+    if (Path(start) / CONFIG).is_file():
         given = continued_model(Path(start), given)
     elif not given:
         raise ValueError(f"{path}: init_from {start} is not there, and no model is given; train it first")
@@ -212,7 +183,7 @@ def load_model_config(path: Path) -> ModelConfig:
 
 
 def read_weights(folder: Path, use_ema: bool) -> dict[str, Tensor]:
-    path = folder / ("ema.safetensors" if use_ema else "model.safetensors")
+    path = folder / (AVERAGES if use_ema else WEIGHTS_FILE)
     try:
         return load_file(str(path))
     except SafetensorError as error:
@@ -259,7 +230,7 @@ def load_checkpoint(folder: str | Path, use_ema: bool = True) -> TextToImage:
     folder = Path(folder)
     check_complete(folder)
     config, digests = read_config(folder)
-    model = build_model(config, LatentStatistics.load(folder / "statistics.safetensors"))
+    model = build_model(config, LatentStatistics.load(folder / STATISTICS))
     check_digests(folder, digests, frozen_digests(model))
     load_weights(model, folder, use_ema)
     return model.eval()
@@ -306,15 +277,6 @@ def _encoder_view(config: ModelConfig, model: TextToImage) -> tuple[int, int]:
     return encoder.layer, latent_geometry(model.config.encoder.path, encoder.image_size).image_size
 
 
-def is_pinned(folder: Path) -> bool:
-    """Whether somebody still needs the checkpoint: it holds a file pins/NAME that is younger than a day, or
-    pins/best.
-    """
-    pins = list((folder / "pins").glob("*"))
-    oldest = time.time() - PIN_SEC
-    return any(pin.name == "best" or pin.stat().st_mtime > oldest for pin in pins if pin.exists())
-
-
 def prune(
     root: Path, keep_resume: int, keep_last: int | None = None, keep_every_steps: int | None = None
 ) -> list[int]:
@@ -334,9 +296,9 @@ def prune(
                 os.replace(folder, doomed)
                 shutil.rmtree(doomed)
                 removed.append(step)
-    resumable = [path for path in complete_checkpoints(root) if (path / "resume").exists()]
+    resumable = [path for path in complete_checkpoints(root) if (path / RESUME).exists()]
     for folder in resumable[: max(0, len(resumable) - keep_resume)]:
-        doomed = working_folder(folder / "resume")
-        os.replace(folder / "resume", doomed)
+        doomed = working_folder(folder / RESUME)
+        os.replace(folder / RESUME, doomed)
         shutil.rmtree(doomed)
     return removed

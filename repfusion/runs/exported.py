@@ -14,6 +14,7 @@ from repfusion.model.build import assemble
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import WEIGHTS_MARK, load_checkpoint, portable, read_weights
+from repfusion.runs.folder import CONFIG, STATISTICS
 from repfusion.weights import WEIGHTS
 
 SCHEMA = 2
@@ -66,14 +67,14 @@ def load_export(folder: str | Path, mllm_dtype: str | None = None) -> TextToImag
     """
     folder = Path(folder)
     check_export(folder)
-    saved = json.loads((folder / DENOISER / "config.json").read_text())
+    saved = json.loads((folder / DENOISER / CONFIG).read_text())
     own = {"mllm": str(folder / LANGUAGE_MODEL), "decoder": str(folder / DECODER)}
     if mllm_dtype is not None:
         own["mllm_dtype"] = mllm_dtype
     config = ModelConfig.model_validate(portable(saved["model"], WEIGHTS_MARK, str(WEIGHTS)) | own)
     dtype = getattr(torch, config.mllm_dtype)
     llm = load_language_model(config.mllm, dtype, config.conditioning.needs_head)
-    statistics = LatentStatistics.load(folder / DENOISER / "statistics.safetensors")
+    statistics = LatentStatistics.load(folder / DENOISER / STATISTICS)
     with torch.random.fork_rng(devices=[]):  # the weights below are all overwritten
         if saved["projector"] is not None:
             llm.projector = Projector(statistics.mean.shape[1], llm.width, **saved["projector"])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from repfusion.files import file_sha256
+from repfusion.runs.folder import COMPLETE
 from repfusion.tracking.store import Point, send_output, send_points
 
 MODEL_TYPE = "checkpoint"
@@ -49,7 +50,7 @@ class Checkpoints:
 
     def log(self, folder: Path, step: int) -> str:
         """Records a checkpoint's folder, whose files stay where they are; returns the LoggedModel's id."""
-        complete = folder / "complete.json"
+        complete = folder / COMPLETE
         tags = {"folder": str(folder.resolve()), FILES: "present", "step": str(step)}
         if complete.exists():
             tags["digest"] = file_sha256(complete)

@@ -13,13 +13,15 @@ from safetensors import SafetensorError
 
 from repfusion.files import write_json
 from repfusion.model.text_to_image import TextToImage
-from repfusion.runs.checkpoint import (
-    begin_checkpoint,
+from repfusion.runs.checkpoint import begin_checkpoint, finish_checkpoint, write_model
+from repfusion.runs.folder import (
+    AVERAGES,
+    LINEAGE,
+    LOOP,
+    RESUME,
     checkpoint_folder,
-    finish_checkpoint,
     latest_checkpoint,
     working_folder,
-    write_model,
 )
 from repfusion.training.distributed import failures
 from repfusion.training.ema import EMA
@@ -53,15 +55,15 @@ def snapshot(
     def begin() -> None:
         if engine.rank == 0:
             begin_checkpoint(folder)
-            (working / "resume").mkdir()
+            (working / RESUME).mkdir()
 
     def write() -> None:
-        engine.partition.save(working / "resume")
-        save_rng(rng_path(working / "resume", engine.rank, engine.world_size))
+        engine.partition.save(working / RESUME)
+        save_rng(rng_path(working / RESUME, engine.rank, engine.world_size))
         if weights is not None and averages is not None:
             write_model(working, model, weights, averages, digests)
-            write_json(working / "lineage.json", {**lineage, "step": step})
-            write_json(working / "resume" / "loop.json", {"step": step, "position": position, **state})
+            write_json(working / LINEAGE, {**lineage, "step": step})
+            write_json(working / RESUME / LOOP, {"step": step, "position": position, **state})
 
     def finish() -> None:
         if engine.rank == 0:
@@ -94,7 +96,7 @@ def check_resumes(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
     """What loop.json says. ValueError where this rank does not see it, or the run differs in what decides its
     samples.
     """
-    path = folder / "resume" / "loop.json"
+    path = folder / RESUME / LOOP
     if not path.is_file():
         raise ValueError(
             f"cannot resume: {path} is not here; output_dir has to be a folder that all ranks see"
@@ -114,9 +116,9 @@ def resume(folder: Path, state: Mapping[str, Any], engine: Engine, ema: EMA) -> 
     returns the number of completed steps. Called by all ranks.
     """
     step = state["step"]
-    engine.partition.load(folder / "resume", step)
-    engine.partition.read(folder / "ema.safetensors", ema.averages)
-    path = rng_path(folder / "resume", engine.rank, engine.world_size)
+    engine.partition.load(folder / RESUME, step)
+    engine.partition.read(folder / AVERAGES, ema.averages)
+    path = rng_path(folder / RESUME, engine.rank, engine.world_size)
     if path.exists():
         load_rng(path)
     else:

@@ -14,7 +14,8 @@ from pipelines.evaluation.config import EvaluateConfig
 from repfusion.files import write_json
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.model.build import build_model
-from repfusion.runs.checkpoint import checkpoint_folder, save_checkpoint
+from repfusion.runs.checkpoint import save_checkpoint
+from repfusion.runs.folder import checkpoint_folder
 from repfusion.tracking import Tracker, TrackingConfig
 from repfusion.train import TrainConfig
 

@@ -14,7 +14,7 @@ from evaluated_training import QUICK, EvaluatedTraining, evaluate_config
 from pipelines.evaluate import Target, choose, evaluate_now, find_target
 from pipelines.evaluation.records import finished, write_json
 from pipelines.evaluation.schedule import EvaluationScheduler
-from repfusion.runs.checkpoint import step_of
+from repfusion.runs.folder import step_of
 from repfusion.tracking import metric_history
 
 RAY = ["ray.num_cpus=1", "ray.object_store_mib=80"]

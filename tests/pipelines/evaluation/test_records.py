@@ -19,7 +19,8 @@ from pipelines.evaluation.records import (
 )
 from repfusion.evaluation.record import Evaluation, SuiteResult
 from repfusion.evaluation.suites.base import Scores
-from repfusion.runs.checkpoint import complete_checkpoints, prune, step_of
+from repfusion.runs.checkpoint import prune
+from repfusion.runs.folder import complete_checkpoints, step_of
 
 
 @pytest.fixture

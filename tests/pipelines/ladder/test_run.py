@@ -11,7 +11,7 @@ from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.report import write_report
 from pipelines.ladder.results import ComputePoint, Result, read
 from pipelines.ladder.schedule import run_ladder
-from pipelines.ladder.worker import PROGRESS
+from repfusion.runs.folder import RunFolder
 from repfusion.tracking import metric_history
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -76,11 +76,11 @@ def test_a_ladder_runs_once_goes_on_after_a_failure_and_is_tracked(
 
     # what a killed attempt last said of itself is not believed, before anything runs
     (left,) = (config.root / config.name / "runs").glob("noisy_rae-0-*")
-    (left / PROGRESS).write_text('{"step": 3, "samples_per_sec": 1.0}')
+    RunFolder(left).progress.write_text('{"step": 3, "samples_per_sec": 1.0}')
     with monkeypatch.context() as patched:
         patched.setattr("pipelines.ladder.schedule.run_on_ray", lambda *_: iter(()))
         assert run_ladder(config, said.append) == 0
-    assert not (left / PROGRESS).exists()
+    assert not RunFolder(left).progress.exists()
 
     # mended, only what failed runs again
     shutil.rmtree(broken)

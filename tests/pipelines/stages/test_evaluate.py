@@ -19,7 +19,7 @@ from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.records import hold
 from pipelines.evaluation.schedule import EvaluationScheduler
 from pipelines.runtime.session import StageError
-from repfusion.runs.checkpoint import step_of
+from repfusion.runs.folder import step_of
 from repfusion.tracking import metric_history
 
 pytestmark = pytest.mark.ray

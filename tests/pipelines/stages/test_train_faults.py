@@ -23,7 +23,7 @@ import pipelines.runtime.ranks
 from pipelines.config import WorkflowConfig
 from pipelines.runtime.session import StageError
 from repfusion.config import to_yaml, validate
-from repfusion.runs.checkpoint import complete_checkpoints, latest_checkpoint, step_of
+from repfusion.runs.folder import complete_checkpoints, latest_checkpoint, step_of
 from repfusion.train import TrainConfig
 
 pytestmark = pytest.mark.ray

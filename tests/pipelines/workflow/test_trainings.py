@@ -24,7 +24,7 @@ from pipelines.workflow.verify import verify
 from repfusion.config import ConfigError, to_yaml, validate
 from repfusion.files import canonical_json
 from repfusion.lineage.trace import trace
-from repfusion.runs.checkpoint import complete_checkpoints
+from repfusion.runs.folder import complete_checkpoints
 from repfusion.tracking import metric_history
 
 ENGINE = {"precision": "fp32", "micro_batch_size": 8, "num_threads": 1, "warmup_steps": 1}

@@ -19,7 +19,8 @@ from repfusion.llm.load import load_language_model
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.request import Request
-from repfusion.runs.checkpoint import checkpoint_folder, load_checkpoint
+from repfusion.runs.checkpoint import load_checkpoint
+from repfusion.runs.folder import checkpoint_folder
 from repfusion.train import train
 
 PROMPTS = ["a red circle", "two blue square left of a green circle", ""]

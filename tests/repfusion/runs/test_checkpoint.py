@@ -16,16 +16,14 @@ from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import (
     begin_checkpoint,
     check_complete,
-    complete_checkpoints,
     continued_model,
-    latest_checkpoint,
     load_checkpoint,
     load_weights,
     portable,
     read_config,
     save_checkpoint,
-    step_of,
 )
+from repfusion.runs.folder import complete_checkpoints, latest_checkpoint, step_of
 from repfusion.weights import WEIGHTS
 
 

@@ -14,7 +14,7 @@ from ranks import Job, Ranks, keys_read, rank_server
 from safetensors.torch import load_file
 from tiny_training import GRID, WIDTH, make_columns, make_foundation, npy, scan_and_replace, tiny_train
 
-from repfusion.runs.checkpoint import complete_checkpoints, latest_checkpoint
+from repfusion.runs.folder import complete_checkpoints, latest_checkpoint
 from repfusion.train import TrainConfig
 
 

@@ -30,7 +30,7 @@ from repfusion.diffusion.flow import FlowConfig
 from repfusion.flops import train_flops
 from repfusion.lineage.describe import read_lineage
 from repfusion.model.build import columns_of
-from repfusion.runs.checkpoint import complete_checkpoints, latest_checkpoint, step_of
+from repfusion.runs.folder import complete_checkpoints, latest_checkpoint, step_of
 from repfusion.train import TrainConfig, build_trainable, train
 from repfusion.training.engine import NonFiniteError
 from repfusion.training.meters import Report
