@@ -37,7 +37,7 @@ class Report:
     epochs: float
     """samples_seen over the number of samples."""
     tflops: float
-    """10^12 FLOPs per second of one rank, by the analytic count of `flops`."""
+    """10^12 FLOPs per second of one rank, by the count of `repfusion.flops`."""
     mfu: float | None
     """tflops over the device's bfloat16 peak; None where that is unknown."""
     loss_by_noise: dict[str, float]
