@@ -84,7 +84,7 @@ class ShardStage(Stage):
     """Makes the files of the stage as a whole; returns their names in the stage's folder."""
 
     def shard_names(self, above: Upstream) -> list[str]:
-        """In order. `above` has to hold the upstream stages."""
+        """Names of the shards, in order. `above` has to hold the upstream stages."""
         if not self.upstream:
             return [job.name for job in self.first_jobs]
         return above[self.upstream[0].name].shards.names

@@ -216,3 +216,18 @@ def test_shipped_text_holds_no_path_of_a_machine():
             assert not re.search(r"(?<![\w.])/(home|root|opt|work)/\w", text), (
                 f"{name} names a path of a machine"
             )
+
+
+DANGLING = re.compile(r"(Of|Its|Those|By|As|The same|From|In|To|For|With)\b")
+"""How a docstring begins that names no subject."""
+
+
+def test_docstrings_name_their_subject():
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            for part in node.body if isinstance(getattr(node, "body", None), list) else ():
+                text = getattr(getattr(part, "value", None), "value", None)
+                if isinstance(part, ast.Expr) and isinstance(text, str) and DANGLING.match(text):
+                    found.append(f"{path.relative_to(ROOT)}:{part.lineno}: {text.splitlines()[0]}")
+    assert not found, "\n".join(found)

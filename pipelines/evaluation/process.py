@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from repfusion.tracking import Tracker
 
 TRACKING = ("repfusion.tracking", "mlflow")
-"""In this order: the first decides settings that the other reads when it is imported."""
+"""Modules to import, in this order: the first decides settings that the other reads when it is imported."""
 RUN_FILE = "run.json"
 
 

@@ -35,7 +35,7 @@ PIN_AGAIN_SEC = 3600.0
 
 class Attempt(Strict):
     number: int
-    """From 1."""
+    """Number of the attempt, from 1."""
     status: Literal["running", "finished", "failed", "cut_short"]
     """`cut_short`: stopped with its driver, which is no fault of its own and does not count."""
     started_at: float

@@ -90,7 +90,7 @@ class LadderConfig(Config):
     """
 
     name: str = Field(default="base", pattern=r"^[\w-]+$")
-    """In tables, in MLflow, and of the folder under `root`."""
+    """Name of the ladder in tables, in MLflow, and of the folder under `root`."""
     root: Path = Path("runs/ladder")
     """Data, checkpoints and evaluations."""
     results: Path = Path("docs/ladder/results.jsonl")
@@ -112,9 +112,9 @@ class LadderConfig(Config):
     data: DataConfig = DataConfig()
     """What is trained on."""
     training: TrainingConfig = TrainingConfig()
-    """For how long, and how."""
+    """What every row trains with: for how long, and how."""
     scoring: ScoringConfig = ScoringConfig()
-    """On which prompts, how often."""
+    """How checkpoints are scored: on which prompts, how often."""
     compute: ComputeConfig = ComputeConfig()
     """Test-time compute."""
     prompt_tokens: int = Field(default=6, ge=1)

@@ -47,7 +47,7 @@ class Difference:
 
 
 def compare(first: Seeds, second: Seeds) -> Difference | None:
-    """In pairs over the seeds that both have; None where they share none."""
+    """Difference in pairs over the seeds that both have; None where they share none."""
     shared = sorted(first.keys() & second.keys())
     if not shared:
         return None

@@ -15,7 +15,9 @@ from repfusion.files import write_json
 from repfusion.runs.folder import RunFolder
 
 RECORD = "result.json"
-"""In the run's folder, written when all is done: what was appended to the results, or should have been."""
+"""File in the run's folder, written when all is done: what was appended to the results, or should have
+been.
+"""
 
 
 def run_task(task: Task) -> str:

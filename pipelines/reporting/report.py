@@ -133,7 +133,7 @@ def training(data: Finished) -> str:
 
 
 def lineage(data: Finished) -> str:
-    """From the last checkpoint back to the weights and the data it came from."""
+    """The way from the last checkpoint back to the weights and the data it came from."""
     rows: list[tuple[str, str]] = []
     train_config = data.trained / CONFIG
     checkpoint = Path(data.training["checkpoint"]) if data.training.get("checkpoint") else None

@@ -48,7 +48,7 @@ class Manifest(Strict):
     """Names the shards' data: see `ShardTable.digest`."""
     drops: dict[str, int]
     seconds: float
-    """From the stage's start to its end, of the run that completed it."""
+    """Seconds from the stage's start to its end, of the run that completed it."""
     shard_seconds: float
     """Seconds of all shards, one after the other."""
     files: dict[str, SideFile]

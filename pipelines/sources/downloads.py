@@ -239,7 +239,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
 
 
 class _Connection(http.client.HTTPConnection):
-    """To an address that was checked, and no longer than `timeout` seconds in all."""
+    """Connects to an address that was checked, and no longer than `timeout` seconds in all."""
 
     def __init__(
         self, host: str, timeout: float, limits: DownloadLimits, context: ssl.SSLContext | None

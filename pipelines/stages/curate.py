@@ -34,7 +34,7 @@ class CurateConfig(Config):
     are not compared: a list with several captions to an image needs `keep`.
     """
     near_duplicate_bits: int = Field(default=4, ge=0, le=8)
-    """In how many of 64 bits the hashes of two images may differ that `near` takes for the same."""
+    """Bits, of 64, in which the hashes of two images may differ that `near` takes for the same."""
     max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
     """A shard that loses more than this fails instead, duplicates counted. Changes no bytes."""
     actors: ActorsConfig = ActorsConfig()

@@ -40,7 +40,7 @@ class PromptFeaturesConfig(Config):
     mllm_dtype: Literal["float32", "bfloat16"] | None = None
     """Precision in which it computes; None takes that of the trainings that read the column."""
     dtype: Literal["float16", "float32"] = "float16"
-    """In which the features are stored. A value beyond float16's range is an error."""
+    """Precision in which the features are stored. A value beyond float16's range is an error."""
     batch_size: int = Field(default=64, ge=1)
     """Captions encoded at once. Counts as changing no bytes: what it does change is below float16's rounding,
     almost always, and in float32's last digits.

@@ -39,7 +39,7 @@ def tree_bytes(folder: Folder) -> int:
 
 
 def _identity(folder: Folder) -> str:
-    """The same for a place however two workflows spell it: one's data must not be garbage to the other."""
+    """A place's one spelling, however two workflows spell it: one's data must not be garbage to the other."""
     return str(folder.path.resolve()) if folder.is_local else folder.url.rstrip("/")
 
 

@@ -43,7 +43,7 @@ def numbers(values: Any) -> list[str]:
 
 
 def memory_table(model: TextToImage, config: EngineConfig, num_ranks: int) -> str:
-    """Of one rank under each ZeRO stage."""
+    """Memory of one rank under each ZeRO stage."""
     trained = sum(size.num_trainable for size in sizes(model).values())
     parts = ("weights", "masters", "gradients", "moments", "averages", "buckets", "frozen", "gathered")
     held = Frozen.of(model, config)

@@ -37,7 +37,7 @@ LLM, CONDITIONER, DENOISER, DECODER = "language model", "conditioner", "denoiser
 embedder of the noise level); `denoiser` is the DiT, or Transfusion's velocity head.
 """
 Costs = dict[str, Cost]
-"""By part."""
+"""Costs by part."""
 NUM_SEEDS = 2**12
 """Among which the seeds of example samples are looked for."""
 

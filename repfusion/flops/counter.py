@@ -238,7 +238,7 @@ class Twin(Generic[M]):
 
 
 def bare(tensor: Tensor) -> Tensor:
-    """The same form on the CPU; without memory under FakeTensorMode."""
+    """A tensor of the same form on the CPU; without memory under FakeTensorMode."""
     made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
     is_weight = isinstance(tensor, nn.Parameter)
     return nn.Parameter(made, requires_grad=tensor.requires_grad) if is_weight else made

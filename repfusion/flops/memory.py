@@ -64,11 +64,13 @@ class RankMemory:
     averages: float
     """The exponential moving average, float32, of what the optimizer updates here."""
     buckets: float
-    """In which gradients travel; on a GPU under stages 1 and 2 there are two, so that one fills meanwhile."""
+    """Buckets in which gradients travel; on a GPU under stages 1 and 2 there are two, so that one fills
+    meanwhile.
+    """
     frozen: float
     """Frozen weights."""
     gathered: float
-    """Under stage 3, the whole weights of the layers at work: DeepSpeed lets go of them only where they are
+    """Whole weights, under stage 3, of the layers at work: DeepSpeed lets go of them only where they are
     more than LIVE_ELEMENTS.
     """
     on_host: bool = False
@@ -93,7 +95,9 @@ class Frozen:
 
     @classmethod
     def of(cls, model: TextToImage, config: EngineConfig, on_gpu: bool = True) -> "Frozen":
-        """On a GPU under bf16 the engine holds them as bfloat16 whatever `mllm_dtype` is."""
+        """Frozen weights as held: on a GPU under bf16 the engine holds them as bfloat16 whatever
+        `mllm_dtype` is.
+        """
         num = sum(p.numel() for p in model.parameters() if not p.requires_grad)
         is_cast = on_gpu and config.precision == "bf16"
         held = torch.bfloat16 if is_cast else getattr(torch, model.config.mllm_dtype)

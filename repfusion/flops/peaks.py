@@ -28,7 +28,9 @@ counts.
 
 
 def peak_of(name: str) -> float | None:
-    """By the name the driver gives a GPU; None where it is not in the table."""
+    """bfloat16 peak in FLOPs a second, by the name the driver gives a GPU; None where it is not in the
+    table.
+    """
     return next((peak for pattern, peak in PEAKS if re.search(pattern, name, re.IGNORECASE)), None)
 
 

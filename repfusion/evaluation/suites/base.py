@@ -79,7 +79,7 @@ class Value:
     """
 
     name: str
-    """In `Scores.values`."""
+    """Key of the value in `Scores.values`."""
     title: str
     """Heads its column in tables."""
     role: Role

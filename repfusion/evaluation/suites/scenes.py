@@ -158,7 +158,7 @@ def facts(prompt: Prompt) -> object:
 
 
 def shuffled_partners(prompts: list[Prompt], seed: int) -> list[int | None]:
-    """For each prompt the index of another of its task with different facts; None where there is none."""
+    """Index, for each prompt, of another of its task with different facts; None where there is none."""
     rng = np.random.default_rng(seed)
     partners: list[int | None] = []
     for prompt in prompts:
