@@ -78,7 +78,7 @@ def test_what_changes_no_bytes_makes_nothing_stale(complete_run, configure):
         },
         trainings={"train": {"num_steps": 9, "engine": {"lr": 0.5}, "model": {"dit": {"depth": 1}}}},
         ray={"num_cpus": 1},
-        evaluate={"num_prompts": 12},
+        evaluate={"suites": {"scenes": {"num_prompts": 12}}},
     )
     assert stale(config) == {}
 
