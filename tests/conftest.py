@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -20,11 +21,13 @@ for name, value in {
 @pytest.fixture(autouse=True)
 def process_as_others_find_it() -> Iterator[None]:
     """Sums differ in the last bits by the number of threads, which an engine sets, and by who multiplies:
-    under ZeRO-3 DeepSpeed puts a function of its own in the place of torch's for the rest of the process.
+    under ZeRO-3 DeepSpeed puts a function of its own in the place of torch's for the rest of the process. What
+    runs as a task of Ray goes to its driver's directory, here too.
     """
     import torch
 
-    linear = torch.nn.functional.linear
+    linear, directory = torch.nn.functional.linear, Path.cwd()
     torch.set_num_threads(1)
     yield
     torch.nn.functional.linear = linear
+    os.chdir(directory)
