@@ -21,8 +21,8 @@ for name, value in {
 @pytest.fixture(autouse=True)
 def process_as_others_find_it() -> Iterator[None]:
     """Sums differ in the last bits by the number of threads, which an engine sets, and by who multiplies:
-    under ZeRO-3 DeepSpeed puts a function of its own in the place of torch's for the rest of the process. What
-    runs as a task of Ray goes to its driver's directory, here too.
+    under ZeRO-3 DeepSpeed puts a function of its own in the place of torch's for the rest of the process. A
+    task of Ray goes to the directory of its driver, also where a test calls it.
     """
     import torch
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from repfusion.data.readers import PROMPT_FEATURES
 from repfusion.flops.count import CONDITIONER, DECODER, DENOISER, LLM
+from repfusion.flops.counter import Number
 from repfusion.latents.load import Decoder
 from repfusion.model.text_to_image import TextToImage
 from repfusion.training.engine import EngineConfig, deepspeed_config, stage_to_run
@@ -53,23 +54,23 @@ def sizes(model: TextToImage, decoder: Decoder | None = None) -> dict[str, Size]
 class RankMemory:
     """Bytes of one rank at the end of a backward pass, when most is held."""
 
-    weights: float
+    weights: Number
     """Trained weights, float32."""
-    masters: float
+    masters: Number
     """The optimizer's own share of them; without ZeRO it updates the weights themselves."""
-    gradients: float
+    gradients: Number
     """float32; whole until they are averaged, or this rank's share."""
-    moments: float
+    moments: Number
     """AdamW's two, float32."""
-    averages: float
+    averages: Number
     """The exponential moving average, float32, of what the optimizer updates here."""
-    buckets: float
+    buckets: Number
     """Buckets in which gradients travel; on a GPU under stages 1 and 2 there are two, so that one fills
     meanwhile.
     """
-    frozen: float
+    frozen: Number
     """Frozen weights."""
-    gathered: float
+    gathered: Number
     """Whole weights, under stage 3, of the layers at work: DeepSpeed lets go of them only where they are
     more than LIVE_ELEMENTS.
     """
@@ -77,12 +78,12 @@ class RankMemory:
     """Whether masters, gradients, moments and averages lie in the host's memory (`offload_optimizer`)."""
 
     @property
-    def offloaded(self) -> float:
+    def offloaded(self) -> Number:
         kept_there = self.masters + self.gradients + self.moments + self.averages
         return kept_there if self.on_host else 0
 
     @property
-    def device(self) -> float:
+    def device(self) -> Number:
         """All but what is offloaded."""
         state = self.masters + self.gradients + self.moments + self.averages
         return self.weights + state + self.buckets + self.frozen + self.gathered - self.offloaded
@@ -136,12 +137,12 @@ def rank_memory(
     )
 
 
-def column_bytes(model: TextToImage, num_text_tokens: float) -> dict[str, float]:
+def column_bytes(model: TextToImage, num_text_tokens: Number) -> dict[str, Number]:
     """Bytes of one sample as the stages write it: float16 latents, and float16 text features where the method
     can feed on them.
     """
     tokens, dim = model.latent_shape
-    found: dict[str, float] = {"latents": FLOAT16 * tokens * dim}
+    found: dict[str, Number] = {"latents": FLOAT16 * tokens * dim}
     if PROMPT_FEATURES in model.columns:
         found["text features"] = FLOAT16 * num_text_tokens * model.conditioner.llm.width
     return found

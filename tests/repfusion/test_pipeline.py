@@ -174,7 +174,7 @@ def test_to_moves_it_and_returns_it(pipe):
         ({"prompt": []}, "0 prompts"),
         ({"num_images_per_prompt": 0}, "0 images of each"),
         ({"generator": [seeded(0), seeded(1)]}, "2 generators for 1 images"),
-        ({"latents": torch.zeros(2, 16, 64)}, "expected .1, 16, 64. for 1 prompts"),
+        ({"latents": torch.zeros(2, 16, 64)}, "expected .1, 16, 64. for 1 requests"),
         ({"output_type": "jpeg"}, "'pil', 'np', 'pt' or 'latent'"),
         ({"num_inference_steps": 0}, "num_steps"),
         ({"guidance_scale": 0.5}, "guidance_scale"),

@@ -2,8 +2,10 @@
 
 import sys
 import time
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import flop_formulas as formulas
 import pytest
@@ -53,6 +55,11 @@ from repfusion.weights import WEIGHTS
 
 PROMPTS = ["a red circle", "a green square"]
 """As many tokens each."""
+PUBLISHED = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def all_but_one_slow(names: Iterable[str], fast: str) -> list[Any]:
+    return [name if name == fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +220,7 @@ def test_counts_are_those_of_the_formulas(make_generator, method):
     check_formulas(make_generator(method), 7)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", all_but_one_slow(METHODS, "text_embed"))
 def test_between_whole_numbers_of_tokens_counts_are_those_of_the_formulas(make_generator, method):
     """Of means, of a begin token alone, and of captions that are longer than the prompts."""
     model = make_generator(method)
@@ -243,7 +250,7 @@ def published_model(name: str) -> TextToImage:
     return meta_from_config(load_model_config(CONFIGS / f"{name}.yaml"))
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+@pytest.mark.parametrize("name", all_but_one_slow(PUBLISHED, "repfusion_7b_1.3b"))
 def test_counts_at_the_published_scale_are_those_of_the_formulas(name):
     check_formulas(published_model(name), 32)
 

@@ -69,7 +69,7 @@ def test_the_recipes_are_the_papers(name):
     config = config_of(name)
     engine = config.engine
     assert (config.global_batch_size, engine.betas, engine.weight_decay) == (2048, (0.9, 0.95), 0.1)
-    assert config.model.mllm_dtype == ("float32" if config.model.trains_llm else "bfloat16")
+    assert config.model.mllm_dtype == ("float32" if config.model.conditioning.trains_llm else "bfloat16")
     if name.endswith("_sft"):
         assert config.num_steps == 64 * 200_000 // 2048 and engine.lr == 1e-4
         base = config_of(name.removesuffix("_sft"))
