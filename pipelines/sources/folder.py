@@ -60,13 +60,14 @@ class FolderConfig(Config):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Caption:
     """A line of the csv, or a caption file that is still to be read."""
 
     path: str
     version: str
-    """Another one means another caption."""
-    caption: str | None = None
+    """Another one means another text."""
+    text: str | None = None
+    """None where the file is still to be read, or the csv has none."""
     extra: dict[str, str] | None = None
 
 
@@ -78,13 +79,13 @@ class Entry:
     """Path of the image, or of the caption that has none."""
     image: str | None
     """Version of the image; None where there is no such file."""
-    row: Row | None
+    caption: Caption | None
     is_repeated: bool = False
     """Whether the csv names the image a second time."""
 
     @property
     def identity(self) -> str:
-        return f"{self.path}\t{self.image}\t{self.row.version if self.row else None}\n"
+        return f"{self.path}\t{self.image}\t{self.caption.version if self.caption else None}\n"
 
 
 @dataclass(frozen=True)
@@ -174,15 +175,17 @@ class FolderEntries:
     def __init__(self, config: FolderConfig):
         self.config = config
         self.folder = Folder(config.path.rstrip("/").removeprefix("file://"), config.options)
-        self._rows = None if config.captions is None else _Captions(config)
+        self._captions = None if config.captions is None else _Captions(config)
 
     def walk(self, first: str = "") -> Iterator[Entry]:
         """Entries, from that of a given path on."""
         try:
-            if self._rows is None:
+            if self._captions is None:
                 yield from self._walk(self.folder, "", first.split("/"))
             else:
-                yield from self._join(self._walk(self.folder, "", first.split("/")), self._rows.rows(first))
+                yield from self._join(
+                    self._walk(self.folder, "", first.split("/")), self._captions.walk(first)
+                )
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ValueError(
                 f"source.path: {self.config.path}: {error}; expected a folder of images"
@@ -202,27 +205,27 @@ class FolderEntries:
                 yield from self._walk(folder / entry.name, f"{path}/", inside or [""])
             elif entry.name.lower().endswith(IMAGE_ENDINGS):
                 text = f"{entry.name.rpartition('.')[0]}{CAPTION_ENDING}"
-                row = Row(prefix + text, files[text]) if text in files else None
-                yield Entry(path, files[entry.name], row)
-            elif self._rows is None and entry.name.endswith(CAPTION_ENDING):
+                caption = Caption(prefix + text, files[text]) if text in files else None
+                yield Entry(path, files[entry.name], caption)
+            elif self._captions is None and entry.name.endswith(CAPTION_ENDING):
                 if entry.name.removesuffix(CAPTION_ENDING) not in stems:
-                    yield Entry(path, None, Row(path, files[entry.name]))
+                    yield Entry(path, None, Caption(path, files[entry.name]))
 
     @staticmethod
-    def _join(images: Iterator[Entry], rows: Iterator[Row]) -> Iterator[Entry]:
+    def _join(images: Iterator[Entry], captions: Iterator[Caption]) -> Iterator[Entry]:
         """Merges files and lines of the csv, both in the order of their paths."""
         ahead = next(images, None)
         last = None
-        for row in rows:
-            while ahead is not None and _order(ahead.path) < _order(row.path):
+        for caption in captions:
+            while ahead is not None and _order(ahead.path) < _order(caption.path):
                 yield Entry(ahead.path, ahead.image, None)
                 ahead = next(images, None)
-            if ahead is not None and ahead.path == row.path:
-                yield Entry(row.path, ahead.image, row)
+            if ahead is not None and ahead.path == caption.path:
+                yield Entry(caption.path, ahead.image, caption)
                 ahead = next(images, None)
             else:
-                yield Entry(row.path, None, row, is_repeated=row.path == last)
-            last = row.path
+                yield Entry(caption.path, None, caption, is_repeated=caption.path == last)
+            last = caption.path
         while ahead is not None:
             yield Entry(ahead.path, ahead.image, None)
             ahead = next(images, None)
@@ -268,15 +271,15 @@ class _Captions:
             pa.table(columns, names=list(map(str, range(len(columns))))).take(order).combine_chunks()
         )
 
-    def rows(self, first: str) -> Iterator[Row]:
+    def walk(self, first: str) -> Iterator[Caption]:
         """Lines from a path on."""
         paths = self._table[0]
         start = bisect_left(range(len(paths)), _order(first), key=lambda index: _order(paths[index].as_py()))
         for batch in self._table.slice(start).to_batches(max_chunksize=1000):
-            for path, caption, *extra in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            for path, text, *extra in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 named = dict(zip(self._extra, extra, strict=True))
-                version = digest_of([caption, named])
-                yield Row(path, version, caption, named)
+                version = digest_of([text, named])
+                yield Caption(path, version, text, named)
 
 
 class FolderWorker:
@@ -334,14 +337,14 @@ class FolderWorker:
         if entry.image is None:
             detail = "named in the csv, not on disk" if uses_csv else "a caption without an image"
             raise BadEntry("not_on_disk" if uses_csv else "no_image", detail)
-        if entry.row is None:
+        if entry.caption is None:
             detail = "on disk, not in the csv" if uses_csv else f"no {CAPTION_ENDING} file beside it"
             raise BadEntry("not_in_csv" if uses_csv else "no_caption", detail)
-        caption = entry.row.caption
+        caption = entry.caption.text
         if not uses_csv:
             try:
-                caption = self._entries.folder.read(entry.row.path).decode()
+                caption = self._entries.folder.read(entry.caption.path).decode()
             except UnicodeDecodeError as error:
                 raise BadEntry("undecodable_caption", str(error)) from error
-        metadata = {**(entry.row.extra or {}), "source_file": entry.path}
+        metadata = {**(entry.caption.extra or {}), "source_file": entry.path}
         return self._entries.folder.read(entry.path), caption, metadata
