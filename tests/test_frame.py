@@ -124,6 +124,15 @@ def test_there_is_one_base_of_configurations_and_one_loader():
     assert [path.name for path, one in text.items() if "def load_config(" in one] == ["config.py"]
 
 
+def test_a_public_class_has_its_name_to_itself():
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
 SCENES = (
     "repfusion/scenes/",
     "repfusion/foundation/",

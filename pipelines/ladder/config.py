@@ -18,7 +18,7 @@ from repfusion.weights import WEIGHTS
 CONFIGS = Path(__file__).parent / "configs"
 
 
-class DataConfig(Config):
+class LadderDataConfig(Config):
     """Scenes, encoded once in each latent space."""
 
     scenes: ScenesConfig = ScenesConfig(shard_size=1000)
@@ -27,7 +27,7 @@ class DataConfig(Config):
     """Held-out scenes on which the velocity loss is taken, each at one fixed noise level and noise."""
 
 
-class TrainingConfig(Config):
+class LadderTrainingConfig(Config):
     """What every row trains with."""
 
     num_steps: int = Field(default=4000, ge=1)
@@ -109,9 +109,9 @@ class LadderConfig(Config):
     """The denoiser of every row but those matched in FLOPs."""
     flow: FlowConfig = FlowConfig(base_dim=256)
     """Noise levels."""
-    data: DataConfig = DataConfig()
+    data: LadderDataConfig = LadderDataConfig()
     """What is trained on."""
-    training: TrainingConfig = TrainingConfig()
+    training: LadderTrainingConfig = LadderTrainingConfig()
     """What every row trains with: for how long, and how."""
     scoring: ScoringConfig = ScoringConfig()
     """How checkpoints are scored: on which prompts, how often."""

@@ -19,7 +19,7 @@ from repfusion.config import Strict
 from repfusion.files import atomic_path
 
 
-class Line(Strict):
+class ResultLine(Strict):
     """What identifies a result. Two of the same `key` are the same experiment."""
 
     row: str
@@ -45,7 +45,7 @@ class Line(Strict):
         return self.run
 
 
-class Point(Strict):
+class CheckpointScores(Strict):
     """Scores of one checkpoint."""
 
     step: int
@@ -62,14 +62,14 @@ class Point(Strict):
         return self.values[self.headline]
 
 
-class Result(Line):
+class Result(ResultLine):
     """One training. A failed one has no points."""
 
     settings: dict[str, Any] = {}
     """The budget in words: what `budget` is the digest of."""
     weights: dict[str, str] = {}
     """sha256 of each folder of weights it stands on, by name."""
-    points: tuple[Point, ...] = ()
+    points: tuple[CheckpointScores, ...] = ()
     """Checkpoints by step; the last one is the result."""
     samples_per_sec: float | None = None
     """Rate of the training; of a resumed one, since it was resumed."""
@@ -91,7 +91,7 @@ class Result(Line):
         return self.points[-1].score
 
 
-class ComputePoint(Line):
+class ComputePoint(ResultLine):
     """A final checkpoint sampled with some number of steps."""
 
     num_steps: int
@@ -107,7 +107,7 @@ class ComputePoint(Line):
         return *self.run, self.num_steps, self.num_prompts
 
 
-L = TypeVar("L", bound=Line)
+L = TypeVar("L", bound=ResultLine)
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def read(path: Path, kind: type[L]) -> list[L]:
     return found
 
 
-def append(path: Path, line: Line) -> None:
+def append(path: Path, line: ResultLine) -> None:
     """The file holds the line whole or is as it was, whoever appends beside and whenever the machine dies."""
     with _locked(path):
         before = path.read_bytes() if path.exists() else b""
@@ -149,7 +149,7 @@ def append(path: Path, line: Line) -> None:
             temporary.write_bytes(before + line.model_dump_json().encode() + b"\n")
 
 
-def finished(lines: Sequence[Line]) -> set[tuple[Any, ...]]:
+def finished(lines: Sequence[ResultLine]) -> set[tuple[Any, ...]]:
     """Keys of what need not run again; what failed does."""
     return {line.key for line in lines if line.status == "ok"}
 
@@ -187,7 +187,7 @@ class Selection:
         }
 
 
-def label(line: Line) -> str:
+def label(line: ResultLine) -> str:
     return f"{line.budget_name} {line.budget[:8]}"
 
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipelines.ladder.results import Point, Result
+from pipelines.ladder.results import CheckpointScores, Result
 from pipelines.ladder.task import Task, ladders_of
 from repfusion.files import write_json
 from repfusion.runs.folder import RunFolder
@@ -55,7 +55,7 @@ def _train(task: Task) -> dict[str, Any]:
         path.unlink(missing_ok=True)
 
 
-def _score(task: Task) -> list[Point]:
+def _score(task: Task) -> list[CheckpointScores]:
     """Scores of every checkpoint, then only the last one's weights stay."""
     import torch
 
@@ -75,7 +75,7 @@ def _score(task: Task) -> list[Point]:
         evaluation = finished(out, config) or evaluate_checkpoint(folder, out, config)
         found = evaluation.first
         points.append(
-            Point(
+            CheckpointScores(
                 step=step,
                 headline=found.scores.headline,
                 values=found.scores.values,
@@ -135,7 +135,7 @@ def hardware() -> str:
     return f"1 core of {os.cpu_count()}, {found}"
 
 
-def _result(task: Task, summary: dict[str, Any], points: list[Point], score_sec: float) -> Result:
+def _result(task: Task, summary: dict[str, Any], points: list[CheckpointScores], score_sec: float) -> Result:
     from repfusion.flops import sample_flops
     from repfusion.lineage import environment
     from repfusion.model.meta import meta_from_config

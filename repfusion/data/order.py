@@ -53,7 +53,7 @@ def _exact(name: str, weight: float) -> Fraction:
 
 
 @dataclass(frozen=True)
-class Place:
+class Occurrence:
     """A sample in an epoch of its data set."""
 
     dataset: str
@@ -88,13 +88,13 @@ class SampleOrder:
         self._block = lru_cache(maxsize=2)(self._make_block)
         self._epochs = {name: lru_cache(maxsize=2)(self._make_epoch) for name in self.names}
 
-    def at(self, position: int) -> Place:
+    def at(self, position: int) -> Occurrence:
         block, offset = divmod(position, BLOCK)
         datasets, turns = self._block(block)
         number = int(datasets[offset])
         name = self.names[number]
         epoch, offset = divmod(int(turns[offset]), self.num_samples[number])
-        return Place(name, epoch, int(self._epochs[name](number, epoch)[offset]))
+        return Occurrence(name, epoch, int(self._epochs[name](number, epoch)[offset]))
 
     def turns_before(self, block: int) -> list[int]:
         """How many positions before a block each data set has had; exact integers at any distance."""

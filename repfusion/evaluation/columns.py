@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Column(Generic[T]):
+class ColumnFile(Generic[T]):
     """A file that is made again only when what decides it changes."""
 
     path: Path
@@ -60,26 +60,28 @@ class Column(Generic[T]):
         return self.path.is_file() and known == {**expected, "sha256": self.digest()}
 
 
-def outputs_column(folder: Path) -> Column[UInt8[np.ndarray, "n h w 3"]]:
+def outputs_column(folder: Path) -> ColumnFile[UInt8[np.ndarray, "n h w 3"]]:
     """Images, item by item, an item's outputs beside each other."""
 
     def write(path: Path, images: np.ndarray) -> None:
         with path.open("wb") as stream:
             np.save(stream, images)
 
-    return Column(folder / "outputs.npy", write, np.load)
+    return ColumnFile(folder / "outputs.npy", write, np.load)
 
 
-def answers_column(folder: Path) -> Column[list[Answer]]:
+def answers_column(folder: Path) -> ColumnFile[list[Answer]]:
     """One line of JSON for each item."""
-    return Column(folder / "answers.jsonl", _write_lines, _read_lines)
+    return ColumnFile(folder / "answers.jsonl", _write_lines, _read_lines)
 
 
-def scores_column(folder: Path) -> Column[Scores]:
+def scores_column(folder: Path) -> ColumnFile[Scores]:
     def write(path: Path, scores: Scores) -> None:
         path.write_bytes(json_bytes(scores.model_dump(mode="json")))
 
-    return Column(folder / "scores.json", write, lambda path: Scores.model_validate_json(path.read_text()))
+    return ColumnFile(
+        folder / "scores.json", write, lambda path: Scores.model_validate_json(path.read_text())
+    )
 
 
 def asked(items: Sequence[Item]) -> list[dict[str, Any]]:

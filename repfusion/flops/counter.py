@@ -63,7 +63,7 @@ class Label:
     is_backward: bool = False
 
 
-class Tracker:
+class PartTracker:
     """Which part is at work: what FlopCounterMode asks torch's ModuleTracker, which is lost in the backward
     pass of modules whose inputs take no gradient. Here the number that autograd gives each operation in the
     forward pass tells whose gradient is computed.
@@ -151,7 +151,7 @@ def kind(layer: nn.Module) -> tuple[Any, ...]:
 class Layers:
     """Runs of the layers of a model those that differ from all before them in the same pass."""
 
-    def __init__(self, layers: list[nn.Module], tracker: Tracker):
+    def __init__(self, layers: list[nn.Module], tracker: PartTracker):
         self.kinds = {id(layer): kind(layer) for layer in layers}
         self.tracker = tracker
         self.seen: dict[Any, LayerCall] = {}
@@ -222,7 +222,7 @@ class Twin(Generic[M]):
             rest: the name of the part of everything else.
             layers: those of which one stands for all that are alike; None runs all.
         """
-        tracker, counter = Tracker(parts, rest), FlopCounterMode(display=False)
+        tracker, counter = PartTracker(parts, rest), FlopCounterMode(display=False)
         counter.mod_tracker = cast(ModuleTracker, tracker)
         Layers(layers or [], tracker)
         with self.mode, sdpa_kernel(SDPBackend.MATH), counter:

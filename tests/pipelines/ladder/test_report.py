@@ -7,7 +7,7 @@ import pytest
 
 from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.report import write_report
-from pipelines.ladder.results import ComputePoint, Point, Result, append, select
+from pipelines.ladder.results import CheckpointScores, ComputePoint, Result, append, select
 from pipelines.ladder.task import budget_of
 
 SETTINGS = budget_of(LadderConfig(), "fingerprint")
@@ -16,7 +16,7 @@ TASKS = ("single_object", "two_objects", "counting", "colours", "position", "col
 
 def result(row: str, seed: int, score: float, budget: str = "b", name: str = "base", **changes) -> Result:
     points = tuple(
-        Point(
+        CheckpointScores(
             step=step,
             headline="overall",
             values={"overall": value, **{f"task/{t}": value for t in TASKS}, "shuffled_overall": 0.02},

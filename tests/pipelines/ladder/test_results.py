@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.ladder.results import Point, Result, append, finished, read
+from pipelines.ladder.results import CheckpointScores, Result, append, finished, read
 from pipelines.ladder.task import Task
 from pipelines.ladder.worker import RECORD, run_task
 from repfusion.data.config import DataConfig
@@ -15,7 +15,9 @@ from repfusion.train import TrainConfig
 
 
 def result(row: str = "repfusion", seed: int = 0, score: float = 0.5, **changes) -> Result:
-    point = Point(step=10, headline="overall", values={"overall": score}, num_prompts=6, validation_loss=1.0)
+    point = CheckpointScores(
+        step=10, headline="overall", values={"overall": score}, num_prompts=6, validation_loss=1.0
+    )
     values = {"row": row, "seed": seed, "budget_name": "base", "budget": "b" * 64, "model": "m" * 64}
     return Result(**{**values, "time": "2026-11-21T00:00:00+00:00", "points": (point,), **changes})
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from repfusion.data.order import BLOCK, Place, SampleOrder, sample_seed, shares_of
+from repfusion.data.order import BLOCK, Occurrence, SampleOrder, sample_seed, shares_of
 
 SIZES = {"main": 700, "photos": 53, "art": 11}
 WEIGHTS = {"main": 1.0, "photos": 0.3, "art": 0.0321}
@@ -71,7 +71,7 @@ def test_a_position_is_all_that_counts():
 
 
 def test_the_order_of_a_data_set_does_not_depend_on_those_beside_it():
-    def walk(order: SampleOrder) -> list[Place]:
+    def walk(order: SampleOrder) -> list[Occurrence]:
         places = map(order.at, range(3 * BLOCK))
         return [place for place in places if place.dataset == "photos"][:150]
 
@@ -83,9 +83,9 @@ def test_the_order_is_that_of_earlier_trainings():
     """A checkpoint holds a position alone: what it reads next must not change with the code."""
     order = make()
     assert [order.at(position) for position in (0, 1023, 123456)] == [
-        Place("main", 0, 1),
-        Place("main", 1, 693),
-        Place("main", 132, 28),
+        Occurrence("main", 0, 1),
+        Occurrence("main", 1, 693),
+        Occurrence("main", 132, 28),
     ]
     assert sample_seed(0, "main", 0, "000000") == 15361509874526431544
 
