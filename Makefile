@@ -11,8 +11,9 @@ DEMO := pipelines/configs/demo.yaml
 W ?= $(DEMO)
 SET ?=
 
-# Processes of `make test`; each may start a Ray of its own.
+# Processes of `make test`; each may start a Ray of its own. What takes longest goes first, so that none ends alone with it.
 TEST_PROCESSES ?= 2
+LONGEST := tests/repfusion/training/test_resume.py
 
 # One thread a process: the stages run as many processes as there are cores.
 export OMP_NUM_THREADS ?= 1
@@ -87,7 +88,7 @@ ladder-table: $(STAMP) ## docs/ladder.md again, from the result files alone
 	@$(BIN)/python -m pipelines.ladder table $(or $(LADDER),pipelines/ladder/configs/ladder.yaml)
 
 test: $(STAMP) ## the test suite, without the slow and GPU tests
-	$(BIN)/python -m pytest -x -q -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not gpu"
+	$(BIN)/python -m pytest -x -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(LONGEST) tests
 
 test-slow: $(STAMP) ## the slow tests
 	$(BIN)/python -m pytest -x -q -m "slow and not gpu"
