@@ -102,7 +102,7 @@ format: $(STAMP) ## let ruff sort the imports and lay out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-foundation: $(STAMP) ## train the shipped small models from scratch (weights/): vision tower, LLaVA, a larger one, the text-only twin, decoder, VAE
+foundation: $(STAMP) ## train the shipped small models from scratch (repfusion/weights/): vision tower, LLaVA, a larger one, the text-only twin, decoder, VAE
 	$(BIN)/python -m repfusion.foundation
 
 base: $(STAMP) ## pre-train the shipped base checkpoint on the foundation (about an hour on 2 cores)
@@ -117,6 +117,6 @@ mlflow: $(STAMP) ## the tracking UI of all runs on http://127.0.0.1:5000 (PORT=.
 	@echo "MLflow on http://127.0.0.1:$(PORT) (stop with Ctrl-C)"
 	@$(BIN)/mlflow server --backend-store-uri sqlite:///$(TRACKING_DB) --host 127.0.0.1 --port $(PORT) --workers 1
 
-clean: ## remove what was made by runs and tests; .venv and weights/ stay
+clean: ## remove what was made by runs and tests; .venv and repfusion/weights/ stay
 	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

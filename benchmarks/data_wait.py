@@ -39,7 +39,7 @@ class Geometry:
     num_samples: int
     batch_size: int
     steps: int
-    """In a round."""
+    """Steps of one round."""
     step_sec: float
     """What a training step takes: of the demo on 2 cores, or of a 7B MLLM with a 1.3B DiT on one GPU."""
 
@@ -74,7 +74,7 @@ class Loader:
         return time.perf_counter() - start
 
     def share_of_waiting(self) -> float:
-        """Of steps that work for `step_sec` between batches."""
+        """The share of time spent waiting for batches, where a step works for `step_sec` between them."""
         waited, start, ones = 0.0, time.perf_counter(), torch.ones(256, 256)
         for _ in range(max(8, self.geometry.steps // 4)):
             waiting = time.perf_counter()

@@ -19,7 +19,7 @@ PEAK = re.compile(r"VmHWM:\s+(\d+) kB")
 
 
 def peak_mib(process: subprocess.Popen[bytes]) -> float:
-    """Of this process alone: a parent's `ru_maxrss` counts its children too."""
+    """Peak memory of this process alone: a parent's `ru_maxrss` counts its children too."""
     status = Path(f"/proc/{process.pid}/status")
     peak = 0
     while process.poll() is None:

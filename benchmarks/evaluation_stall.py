@@ -71,7 +71,7 @@ def run(train: TrainConfig, evaluate: EvaluateConfig, num_ranks: int, waits: boo
 
 
 def step_times_sec(train: TrainConfig, summary: dict[str, Any]) -> list[float]:
-    """Of each step after the first checkpoint."""
+    """Seconds of each step after the first checkpoint."""
     rates = metric_history(summary["tracking_uri"], summary["run_id"], "train/samples_per_sec")
     return [train.global_batch_size / rate for step, rate in rates if step > train.checkpoint_every_steps]
 

@@ -83,7 +83,7 @@ download(**json.loads(sys.argv[1]))
 
 
 def img2dataset_seconds(urls: Path, output: Path, config: IngestConfig, args: argparse.Namespace) -> float:
-    """Of its own main entry, in processes of its own."""
+    """Seconds that img2dataset's own main entry takes, in processes of its own."""
     settings = {
         "url_list": str(urls),
         "input_format": "parquet",

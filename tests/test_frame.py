@@ -233,7 +233,7 @@ DANGLING = re.compile(r"(Of|Its|Those|By|As|The same|From|In|To|For|With)\b")
 
 def test_docstrings_name_their_subject():
     found = []
-    for path in SOURCES:
+    for path in [*SOURCES, *ROOT.glob("benchmarks/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             for part in node.body if isinstance(getattr(node, "body", None), list) else ():
                 text = getattr(getattr(part, "value", None), "value", None)
