@@ -89,7 +89,7 @@ def test_no_module_and_no_room_imports_in_a_circle():
 
 
 LAYERS = [
-    {"config", "files", "inputs", "layers", "request", "tables", "weights", "scenes"},
+    {"config", "files", "inputs", "layers", "request", "tables", "tars", "weights", "scenes"},
     {"latents", "data", "diffusion", "llm"},
     {"conditioning"},
     {"model"},

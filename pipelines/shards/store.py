@@ -20,6 +20,10 @@ SCHEMA = 2
 """Raised when a stage's code changes the bytes it writes; part of every fingerprint."""
 
 
+NO_LOSS = frozenset({"extra_image", "unused_member", "hidden_file", "no_extension", "metadata_file"})
+"""Reasons of drops that count members of an input which belong to no sample: nothing is lost by them."""
+
+
 class ShardError(ValueError):
     """A shard on disk that is not what its sidecar or the tar format says; the message names it."""
 
@@ -51,6 +55,11 @@ class Sidecar(Strict):
     """Further files of the shard, by name."""
     seconds: float
     versions: dict[str, str]
+
+    @property
+    def entries(self) -> int:
+        """Samples and those that were dropped."""
+        return self.samples + sum(number for reason, number in self.drops.items() if reason not in NO_LOSS)
 
 
 def side_file(path: Path) -> SideFile:
@@ -125,14 +134,15 @@ class ShardCommit:
 
     def check_drops(self, max_fraction: float) -> None:
         """Raises ShardError, with a table of reasons, where more than a share of the samples was dropped."""
-        total = self.samples + len(self.drops)
-        if len(self.drops) <= max_fraction * total:
+        lost = [drop for drop in self.drops if drop[1] not in NO_LOSS]
+        total = self.samples + len(lost)
+        if len(lost) <= max_fraction * total:
             return
-        counts = Counter(reason for _, reason, _ in self.drops).most_common()
+        counts = Counter(reason for _, reason, _ in lost).most_common()
         reasons = ", ".join(f"{reason} {count}" for reason, count in counts)
-        _, _, detail = self.drops[0]
+        _, _, detail = lost[0]
         raise ShardError(
-            f"shard {self.name}: {len(self.drops)} of {total} samples dropped, "
+            f"shard {self.name}: {len(lost)} of {total} samples dropped, "
             f"more than max_drop_fraction {max_fraction}: {reasons}; "
             f"the first: {detail}"
         )

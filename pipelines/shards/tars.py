@@ -10,14 +10,14 @@ from typing import BinaryIO
 
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar
-
-TAR_BUFFER_BYTES = 1 << 14
-"""tarfile copies what is left of its buffer at every read: a large one costs more than it saves."""
+from repfusion.tars import CutTarError, StreamSource, TarError, TarReader, split_name
 
 BLOCK_BYTES = 1 << 20
-"""Read at once of what is only counted."""
+"""Read at once of what is only hashed."""
 END_BYTES = 1024
 """A tar ends in two blocks of zeros."""
+RECORD_BYTES = tarfile.RECORDSIZE
+"""What the size of a tar is a multiple of."""
 
 
 @contextmanager
@@ -78,46 +78,27 @@ class TarSamples:
     def close(self) -> None:
         """The end-of-archive mark, filled up to a record of 10,240 bytes."""
         position = self._stream.tell() + END_BYTES
-        self._stream.write(bytes(END_BYTES + -position % tarfile.RECORDSIZE))
+        self._stream.write(bytes(END_BYTES + -position % RECORD_BYTES))
 
 
-class _TruncatedError(Exception):
-    pass
-
-
-class _HashingReader:
+class HashingReader(StreamSource):
     """Passes reads on and hashes them, so that a shard is checked in the one pass that reads it."""
 
     def __init__(self, stream: BinaryIO):
-        self._stream = stream
-        self._pushed = b""
-        self.tail = b""
-        """The last bytes read, up to the length of an end-of-archive mark."""
+        super().__init__(stream)
         self.digest = hashlib.sha256()
 
     def read(self, size: int) -> bytes:
-        if self._pushed:
-            block, self._pushed = self._pushed, b""
-            return block
-        block = self._stream.read(size)
+        block = super().read(size)
         self.digest.update(block)
-        self.tail = (block if len(block) >= END_BYTES else self.tail + block)[-END_BYTES:]
         return block
-
-    def push_back(self, block: bytes) -> None:
-        """The next read gives this again."""
-        self._pushed = block
-
-    def drain(self) -> None:
-        """Reads to the end."""
-        while self.read(BLOCK_BYTES):
-            pass
 
 
 def read_samples(
     folder: Folder, file: str, sidecar: Sidecar | None = None, wanted: Container[str] | None = None
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Samples of a tar shard as (key, {extension: bytes}), in order; `wanted` extensions only, if given.
+    """Samples of a tar shard of ours as (key, {extension: bytes}), in order; `wanted` extensions only, if
+    given.
 
     With a sidecar, size and sha256 are compared too; the latter only when the last sample was read, so commit
     nothing before that.
@@ -137,72 +118,34 @@ def read_samples(
             f"{place}: {size:,} bytes, its sidecar says {sidecar.bytes:,} (truncated?); {advice}"
         )
     with folder.open(file) as stream:
-        reader = _HashingReader(stream)
+        source = HashingReader(stream)
         try:
-            yield from _group(_members(reader, wanted))
-            reader.drain()
-        except _TruncatedError:
-            reader.drain()
-            truncated = True
-        except (tarfile.TarError, EOFError, ValueError) as error:
+            yield from _group(TarReader(source), wanted)
+        except CutTarError as error:
+            while source.skip(BLOCK_BYTES):
+                pass
+            if sidecar is None or source.digest.hexdigest() == sidecar.sha256:
+                raise ShardError(f"{place}: {error} of {size:,}; {advice}") from error
+        except TarError as error:
             raise ShardError(f"{place}: not readable as a tar ({error}); {advice}") from error
-        else:
-            # one cut between two members reads like a shorter but healthy tar without this test
-            truncated = reader.tail != bytes(END_BYTES)
-        if truncated and (sidecar is None or reader.digest.hexdigest() == sidecar.sha256):
-            raise ShardError(f"{place}: truncated, no end-of-archive mark after {size:,} bytes; {advice}")
-    if sidecar is not None and reader.digest.hexdigest() != sidecar.sha256:
+    if sidecar is not None and source.digest.hexdigest() != sidecar.sha256:
         raise ShardError(
             f"{place}: its bytes changed since it was written (not the sidecar's sha256); {advice}"
         )
 
 
-def _members(reader: _HashingReader, wanted: Container[str] | None) -> Iterator[tuple[str, str, bytes]]:
-    """(key, extension, bytes) of each file. Plain headers are parsed here: tarfile takes longer over one
-    than a small encoder over the image.
-    """
-    while True:
-        header = reader.read(512)
-        if len(header) < 512:
-            raise _TruncatedError
-        if not header.strip(b"\0"):
-            return
-        if header[156:157] not in (b"0", b"\0") or header[345:346] != b"\0":
-            # long names, folders, links: from here on it is tarfile's
-            reader.push_back(header)
-            with tarfile.open(fileobj=reader, mode="r|", bufsize=TAR_BUFFER_BYTES) as archive:
-                for info in archive:
-                    if info.isfile() and (data := archive.extractfile(info)) is not None:
-                        key, extension = _split(info.name)
-                        if wanted is None or extension in wanted:
-                            yield key, extension, data.read()
-            return
-        if sum(header[:148]) + 8 * 32 + sum(header[156:]) != int(header[148:156].strip(b"\0 ") or b"0", 8):
-            raise tarfile.ReadError("a header's checksum does not match")
-        size = int(header[124:136].strip(b"\0 ") or b"0", 8)
-        data = reader.read(size + -size % 512)
-        if len(data) < size:
-            raise _TruncatedError
-        key, extension = _split(header[:100].rstrip(b"\0").decode())
-        if wanted is None or extension in wanted:
-            yield key, extension, data[:size]
-
-
-def _split(name: str) -> tuple[str, str]:
-    """webdataset's rule: the extension starts at the first dot of the last part of the path."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension
-
-
-def _group(members: Iterator[tuple[str, str, bytes]]) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _group(reader: TarReader, wanted: Container[str] | None) -> Iterator[tuple[str, dict[str, bytes]]]:
     current: str | None = None
     sample: dict[str, bytes] = {}
-    for key, extension, data in members:
+    for member in reader:
+        if member.kind != "file" or (parts := split_name(member.name)) is None:
+            continue
+        key, extension = parts
         if key != current:
             if current is not None:
                 yield current, sample
             current, sample = key, {}
-        sample[extension] = data
+        if wanted is None or extension in wanted:
+            sample[extension] = reader.data()
     if current is not None:
         yield current, sample

@@ -54,8 +54,8 @@ class IngestConfig(Config):
     no header that tells of more than the largest value.
     """
     max_download_bytes: int = Field(default=50 << 20, ge=1)
-    """Larger files are dropped, whatever their length is said to be. Up to twice `num_threads` of them are in
-    memory for each shard.
+    """Larger files are dropped, downloaded or not, whatever their length is said to be. Up to twice
+    `num_threads` of them are in memory for each shard.
     """
     allow_private_addresses: bool = False
     """Whether hosts may be private, loopback or link-local, also by way of a redirect."""
@@ -87,14 +87,13 @@ class IngestConfig(Config):
 
 def image_fields(config: IngestConfig) -> dict[str, Any]:
     """What decides the bytes of an image, wherever it comes from."""
-    names = {"image_size", "resize", "encode", "quality", "max_pixels"}
+    names = {"image_size", "resize", "encode", "quality", "max_pixels", "max_download_bytes"}
     return {f"ingest.{name}": value for name, value in config.model_dump(mode="json", include=names).items()}
 
 
 def fingerprint_fields(config: IngestConfig) -> dict[str, Any]:
     """What decides the bytes of downloaded shards."""
-    limits = config.model_dump(mode="json", include={"max_download_bytes", "allow_private_addresses"})
-    return image_fields(config) | {f"ingest.{name}": value for name, value in limits.items()}
+    return image_fields(config) | {"ingest.allow_private_addresses": config.allow_private_addresses}
 
 
 class BadImage(ValueError):

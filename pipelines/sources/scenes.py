@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import tarfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from pipelines.sources.ingest import IngestConfig
 from repfusion.config import Config
 from repfusion.scenes.captions import caption_scene
 from repfusion.scenes.world import WorldConfig, draw_scene, render
+from repfusion.tars import StreamSource, index_members
 
 CAPTION_STREAM = 7
 """Keeps the captions' random numbers apart from the scenes'."""
@@ -184,8 +184,7 @@ class _Archive:
 
     def __init__(self, stream: BinaryIO):
         self._stream, self._lock = stream, Lock()
-        with tarfile.open(fileobj=stream) as archive:
-            self._places = {info.name: (info.offset_data, info.size) for info in archive}
+        self._places = index_members(StreamSource(stream))
         # whoever still reads from an archive that is no longer kept open, keeps it open
         weakref.finalize(self, stream.close)
 

@@ -1,7 +1,7 @@
 """WebDataset tars (an image and txt or json for each key, the layout of BLIP-3o) -> raw image-text shards,
 one for each.
 
-Every sample of the input ends as a sample or as a counted drop.
+Every member of the input is part of a sample, or of a counted drop, or is counted itself.
 """
 
 import itertools
@@ -13,9 +13,10 @@ from typing import Any, ClassVar, Literal, NoReturn
 
 from pipelines.dag import Place, ShardStage
 from pipelines.runtime.pool import ShardJob
+from pipelines.shards.archive import Archive, Group, KeyEnd, Missing
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, shard_name
-from pipelines.shards.tars import TarSamples, read_samples, tar_shard
+from pipelines.shards.tars import TarSamples, tar_shard
 from pipelines.sources.base import Entries, read_stage
 from pipelines.sources.ingest import IngestConfig, image_fields
 from pipelines.sources.inputs import InputFile, find_inputs
@@ -25,9 +26,9 @@ from pipelines.sources.raw_samples import (
     PACKAGES,
     BadEntry,
     SampleMaker,
-    printable,
 )
 from repfusion.config import Config
+from repfusion.tars import TarError
 
 POSITION_DIGITS = 6
 NUM_COUNTED_TARS = 8
@@ -35,16 +36,38 @@ NUM_COUNTED_SAMPLES = 500
 """How much is read to estimate the samples in all tars: the first so many of so many tars."""
 
 
+ENDINGS = (".tar", ".tar.gz", ".tgz")
+UNREAD_ENDINGS = (
+    ".tar.bz2",
+    ".tbz2",
+    ".tar.xz",
+    ".txz",
+    ".tar.zst",
+    ".tzst",
+    ".tar.lz4",
+    ".zip",
+    ".7z",
+    ".rar",
+)
+"""Archives that are named in an error, rather than passed over, where they lie beside those that are read."""
+
+
 class TarsConfig(Config):
     """WebDataset tars to take in, each of which becomes a shard."""
 
     kind: Literal["tars"] = "tars"
     path: str
-    """A .tar file, a folder of them or a pattern such as `data/*/*.tar`; local or any fsspec URL. Shards are
-    numbered in the order of the names.
+    """A .tar, .tar.gz or .tgz file, a folder of them or a pattern such as `data/*/*.tar`; local or any fsspec
+    URL. Shards are numbered in the order of the names.
     """
     caption_field: str | None = None
     """Field of each sample's json that holds the caption; None takes the txt member."""
+    image_extension: str | None = None
+    """Extension of the member that is the image, such as `left.png`, where samples have several; None takes
+    the one without a further dot, or the only one.
+    """
+    key_ends: KeyEnd = "first_dot"
+    """Where in a file's name the key ends and the extension begins; WebDataset's rule is the first dot."""
     on_truncated: Literal["fail", "keep"] = "fail"
     """What to do with a tar that is cut short, or damaged from some byte on: fail its shard, or keep the
     samples before the damage and count one drop, `truncated_tar`. Changes no bytes of other shards.
@@ -70,13 +93,20 @@ class TarsSource:
 
 def fingerprint_fields(config: TarsConfig, ingest: IngestConfig) -> dict[str, Any]:
     """What decides the bytes, beside the tars themselves."""
-    own = {"source.kind": config.kind, "source.caption_field": config.caption_field}
+    names = {"kind", "caption_field", "image_extension", "key_ends"}
+    own = {f"source.{name}": value for name, value in config.model_dump(mode="json", include=names).items()}
     return {**own, **image_fields(ingest)}
 
 
 def find_tars(config: TarsConfig) -> tuple[InputFile, ...]:
-    """Raises ValueError where there is none."""
-    return find_inputs(config.path, (".tar",), "source.path", config.options)
+    """Raises ValueError where there is none, or an archive that is not read."""
+    found = find_inputs(config.path, ENDINGS + UNREAD_ENDINGS, "source.path", config.options)
+    if unread := [file.url for file in found if file.name.endswith(UNREAD_ENDINGS)]:
+        raise ValueError(
+            f"source.path: {unread[0]} ({len(unread)} such archives of {len(found)}) is not read; expected "
+            f"{', '.join(ENDINGS)}: unpack it, or choose the others by a pattern"
+        )
+    return found
 
 
 def jobs(config: TarsConfig) -> tuple[ShardJob, ...]:
@@ -95,12 +125,12 @@ def num_entries(config: TarsConfig) -> int:
     tars = find_tars(config)
     samples, num_bytes = 0, 0
     for _, file in _spread(tars, NUM_COUNTED_TARS):
-        read = read_samples(file.folder(config.options), file.base)
         try:
-            for _, members in itertools.islice(read, NUM_COUNTED_SAMPLES):
-                samples += 1
-                num_bytes += sum(512 + len(data) + -len(data) % 512 for data in members.values())
-        except ShardError:
+            with _archive(file, config, max_bytes=0) as archive:
+                for group in itertools.islice(archive.groups(), NUM_COUNTED_SAMPLES):
+                    samples += 1
+                    num_bytes += group.num_bytes
+        except (TarError, FileNotFoundError):
             continue  # the worker says what is wrong with it
     return round(samples / max(1, num_bytes) * sum(file.size for file in tars))
 
@@ -116,14 +146,28 @@ def _spread(tars: tuple[InputFile, ...], number: int, offset: int = 0) -> list[t
     return list(enumerate(tars))[offset % step :: step][:number]
 
 
+def _archive(file: InputFile, config: TarsConfig, max_bytes: int) -> Archive:
+    return Archive(file.folder(config.options), file.base, config.key_ends, _is_read, max_bytes)
+
+
+def _is_image(extension: str) -> bool:
+    return f".{extension}".endswith(IMAGE_ENDINGS)
+
+
+def _is_read(extension: str) -> bool:
+    return _is_image(extension) or extension.rpartition(".")[2] in ("txt", "json")
+
+
 class TarWorker:
     """Makes `NAME.tar` from one foreign tar.
 
     A key is the number of the tar and the position in it; the original one is `source_key` in the json,
     beside `source_file`. The fields of the sample's own json stay, but for those that are ours.
 
-    Reasons of drops: no_image, no_caption, undecodable_caption, undecodable_metadata, duplicate_key,
-    truncated_tar, and those of ImageFitter.
+    Reasons of drops: no_image, several_images, no_caption, undecodable_caption, undecodable_metadata,
+    duplicate_key, dotted_key, too_many_bytes, broken_link, unreadable_member, truncated_tar, and those of
+    ImageFitter. Members that belong to no sample are counted beside them: extra_image, unused_member,
+    hidden_file, no_extension, metadata_file.
     """
 
     concurrency: ClassVar[int] = 2
@@ -143,53 +187,103 @@ class TarWorker:
     def _copy(self, job: ShardJob, commit: ShardCommit, samples: TarSamples) -> None:
         file: InputFile = job.arguments["file"]
         seen: set[str] = set()
-        for position, found in enumerate(self._read(job)):
+        prefix = f"{job.arguments['index']:05d}"
+        for position, entry in enumerate(self._entries(job, commit)):
             if position == 10**POSITION_DIGITS:
                 raise ShardError(f"{file.url}: more than {position:,} samples; split the tar")
-            key = f"{job.arguments['index']:05d}{position:0{POSITION_DIGITS}d}"
-            if isinstance(found, BadEntry):
-                commit.drop(key, found.reason, found.detail)
+            key = f"{prefix}{position:0{POSITION_DIGITS}d}"
+            if isinstance(entry, BadEntry):
+                commit.drop(key, entry.reason, entry.detail)
                 continue
-            source_key, members = found
             try:
-                if source_key in seen:
+                if entry.key in seen:
                     raise BadEntry("duplicate_key", "the tar has this key before")
-                image, caption, metadata = self._parse(members)
-                metadata |= {"source_key": source_key, "source_file": file.name}
+                used, image, caption, metadata = self._parse(entry)
+                metadata |= {"source_key": entry.key, "source_file": file.name}
                 made = self._make(key, image, caption, metadata)
             except BadEntry as error:
-                commit.drop(key, error.reason, f"{printable(source_key)}: {error.detail}")
+                commit.drop(key, error.reason, f"{entry.key}: {error.detail}")
             else:
                 samples.write(key, made)
-            seen.add(source_key)
+                for extension in sorted(entry.members.keys() - used):
+                    reason = "extra_image" if _is_image(extension) else "unused_member"
+                    commit.drop(key, reason, f"{entry.key}.{extension}")
+            seen.add(entry.key)
 
-    def _read(self, job: ShardJob) -> Iterator[tuple[str, dict[str, bytes]] | BadEntry]:
-        """The tar's samples; a damage that is not to fail the shard comes last, as a BadEntry."""
+    def _entries(self, job: ShardJob, commit: ShardCommit) -> Iterator[Group | BadEntry]:
+        """The tar's samples, or why something is none; a damage that is not to fail the shard comes last."""
         file: InputFile = job.arguments["file"]
         read, limit = 0, job.arguments.get("limit")
-        try:
-            for sample in itertools.islice(read_samples(file.folder(self.config.options), file.base), limit):
-                read += 1
-                yield sample
-        except ShardError as error:
-            if self.config.on_truncated == "fail" or read == 0:
-                _refuse(file, read, self.config, error)
-            yield BadEntry("truncated_tar", f"{file.name}: cut short or damaged after {read:,} samples")
+        with _archive(file, self.config, self.ingest.max_download_bytes) as archive:
+            try:
+                for group in itertools.islice(archive.groups(), limit):
+                    read += 1
+                    yield from _undotted(group)
+            except FileNotFoundError as error:
+                raise ShardError(
+                    f"{file.url}: was there when the tars were listed, is gone; run again"
+                ) from error
+            except TarError as error:
+                if self.config.on_truncated == "fail" or read == 0:
+                    _refuse(file, read, self.config, error)
+                yield BadEntry("truncated_tar", f"{file.name}: cut short or damaged after {read:,} samples")
+            for reason, name in archive.strays:
+                commit.drop(f"{job.arguments['index']:05d}", reason, name)
 
-    def _parse(self, members: dict[str, bytes]) -> tuple[bytes | None, str | None, dict[str, Any]]:
-        """Image, caption and fields of the json. Raises BadEntry for text that is none."""
-        images = (members[name] for name in sorted(members) if f".{name}".lower().endswith(IMAGE_ENDINGS))
-        metadata = _parse_json(members.get("json", b"{}"))
+    def _parse(self, group: Group) -> tuple[set[str], bytes | None, str | None, dict[str, Any]]:
+        """Which members are used; image, caption and fields of the json. Raises BadEntry."""
+        image = self._image(group)
+        used = {extension for extension in (image, "txt", "json") if extension in group.members}
+        data = {extension: _held(group.members[extension]) for extension in used}
+        metadata = _parse_json(data.get("json", b"{}"))
         if self.config.caption_field is None:
             try:
-                caption = members["txt"].decode() if "txt" in members else None
+                caption = data["txt"].decode() if "txt" in data else None
             except UnicodeDecodeError as error:
                 raise BadEntry("undecodable_caption", str(error)) from error
         else:
             caption = metadata.get(self.config.caption_field)
             if not isinstance(caption, str | None):
                 raise BadEntry("no_caption", f"json field {self.config.caption_field!r} is no text")
-        return next(images, None), caption, {k: v for k, v in metadata.items() if k not in OWN_FIELDS}
+        fields = {name: value for name, value in metadata.items() if name not in OWN_FIELDS}
+        return used, data.get(image), caption, fields
+
+    def _image(self, group: Group) -> str:
+        """Extension of the member that is the image; empty where there is none."""
+        if self.config.image_extension is not None:
+            return self.config.image_extension.lower()
+        images = sorted(extension for extension in group.members if _is_image(extension))
+        if plain := [extension for extension in images if "." not in extension]:
+            return plain[0]
+        if len(images) > 1:
+            raise BadEntry(
+                "several_images", f"{', '.join(images)}: say which by source.image_extension={images[0]}"
+            )
+        return images[0] if images else ""
+
+
+def _undotted(group: Group) -> Iterator[Group | BadEntry]:
+    """The group; where none of its members has a plain extension, what was probably meant by each dotted one:
+    `shot.001.png` and `shot.002.png` are one sample `shot` to WebDataset.
+    """
+    read = [extension for extension in group.members if _is_read(extension)]
+    stems = dict.fromkeys(extension.rpartition(".")[0] for extension in read)
+    if "" in stems or len(read) < 2:
+        yield group
+        return
+    for stem in stems:
+        yield BadEntry(
+            "dotted_key",
+            f"{group.key}.{stem}: WebDataset's keys end at the first dot, which makes one sample of all "
+            f"{group.key}.*; set source.key_ends=last_dot",
+        )
+
+
+def _held(found: bytes | Missing | None) -> bytes:
+    if isinstance(found, Missing):
+        raise BadEntry(found.reason, found.detail)
+    assert found is not None
+    return found
 
 
 def _parse_json(data: bytes) -> dict[str, Any]:
@@ -202,13 +296,11 @@ def _parse_json(data: bytes) -> dict[str, Any]:
     return metadata
 
 
-def _refuse(file: InputFile, read: int, config: TarsConfig, error: ShardError) -> NoReturn:
-    if isinstance(error.__cause__, FileNotFoundError):
-        raise ShardError(f"{file.url}: was there when the tars were listed, is gone; run again") from error
+def _refuse(file: InputFile, read: int, config: TarsConfig, error: TarError) -> NoReturn:
     advice = "replace it"
     if read and config.on_truncated == "fail":
         advice += ", or set source.on_truncated=keep to take the samples before the damage"
     raise ShardError(
-        f"{file.url}: not a tar, or cut short or damaged, after {read:,} samples of its {file.size:,} bytes; "
-        f"{advice}"
+        f"{file.url}: not a tar, or cut short or damaged, after {read:,} samples of its {file.size:,} bytes "
+        f"({error}); {advice}"
     ) from error

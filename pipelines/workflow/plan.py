@@ -9,7 +9,6 @@ other files, two probe shards of different size tell the fixed part from the par
 import dataclasses
 import io
 import math
-import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +18,12 @@ from pipelines.dag import ShardStage
 from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.manifest import ShardTable, StageOutput
 from pipelines.shards.store import Sidecar
-from pipelines.shards.tars import END_BYTES
+from pipelines.shards.tars import END_BYTES, RECORD_BYTES
 from pipelines.sources.base import Entries
 from pipelines.workflow.inspection import State, states
 from pipelines.workflow.run import complete
 from repfusion.tables import aligned
+from repfusion.tars import BLOCK_BYTES, StreamSource, TarReader
 
 NUM_PROBE_SAMPLES = 128
 PROBE_SHARDS = {"00000": 1.0, "00001": 0.25}
@@ -74,14 +74,13 @@ class Rates:
         if not self.has_tar:
             return other
         content = self.tar_bytes * self.kept * given + END_BYTES
-        return other + math.ceil(content / tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+        return other + math.ceil(content / RECORD_BYTES) * RECORD_BYTES
 
 
 def tar_content_bytes(data: bytes) -> int:
     """Bytes of a tar without its end mark and padding."""
-    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-        last = max(archive, key=lambda info: info.offset_data, default=None)
-    return 0 if last is None else last.offset_data + last.size + -last.size % tarfile.BLOCKSIZE
+    members = TarReader(StreamSource(io.BytesIO(data)))
+    return max((one.offset + one.size + -one.size % BLOCK_BYTES for one in members), default=0)
 
 
 def probe(stages: Sequence[ShardStage], entries: Entries, num_samples: int) -> dict[str, Rates]:
@@ -106,7 +105,7 @@ def probe(stages: Sequence[ShardStage], entries: Entries, num_samples: int) -> d
         if stage.upstream:
             given = outputs[stage.upstream[0].name].shards.column("samples")
         else:
-            given = [shard.samples + sum(shard.drops.values()) for shard in shards]
+            given = [shard.entries for shard in shards]
         whole_bytes = sum(file.bytes for file in output.manifest.files.values())
         rates[stage.name] = _rates(stage, list(shards), given, whole_bytes)
     return rates

@@ -6,16 +6,14 @@ Headers are read once; members are then read by offset.
 import io
 import json
 import math
-import mmap
 import os
-import tarfile
 from pathlib import Path
 
 import numpy as np
 
 from repfusion.files import digest_of
+from repfusion.tars import TarError, index_tar, split_name
 
-BLOCK_BYTES = 512
 MANIFEST = "manifest.json"
 SHARDS = "shards.parquet"
 TIMES = ("seconds", "shard_seconds")
@@ -27,50 +25,13 @@ def rebuild_hint(shard: Path) -> str:
 
 
 def scan_tar(path: Path) -> dict[str, tuple[int, int]]:
-    """Members of a tar as name -> (offset of its bytes, size). ValueError where the tar is cut short or
+    """Members of a shard as name -> (offset of its bytes, size). ValueError where the tar is cut short or
     not a tar.
     """
-    size = path.stat().st_size
-    if size == 0:
-        raise ValueError(f"{path}: empty file; {rebuild_hint(path)}")
-    members: dict[str, tuple[int, int]] = {}
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        position = 0
-        while position + BLOCK_BYTES <= size:
-            header = data[position : position + BLOCK_BYTES]
-            if header[0] == 0:
-                return members
-            kind = header[156:157]
-            # Extended headers (long names) and old formats are rare in shards: leave them to tarfile, far
-            # slower.
-            if header[257:262] != b"ustar" or kind not in (b"0", b"\0", b"5"):
-                return scan_tar_slowly(path)
-            try:
-                num_bytes = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
-            except ValueError as error:
-                raise ValueError(f"{path}: no tar header at byte {position}; {rebuild_hint(path)}") from error
-            name = header[:100].split(b"\0", 1)[0].decode()
-            position += BLOCK_BYTES
-            if kind != b"5":
-                members[name] = (position, num_bytes)
-            if position + num_bytes > size:
-                raise ValueError(
-                    f"{path}: truncated: {name} needs bytes {position} to {position + num_bytes}, "
-                    f"the file has {size}; {rebuild_hint(path)}"
-                )
-            position += -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
-    raise ValueError(
-        f"{path}: truncated: the end-of-archive mark is missing after {len(members)} members; "
-        f"{rebuild_hint(path)}"
-    )
-
-
-def scan_tar_slowly(path: Path) -> dict[str, tuple[int, int]]:
     try:
-        with tarfile.open(path) as tar:
-            return {member.name: (member.offset_data, member.size) for member in tar if member.isfile()}
-    except tarfile.TarError as error:
-        raise ValueError(f"{path}: not a readable tar ({error}); {rebuild_hint(path)}") from error
+        return index_tar(path)
+    except TarError as error:
+        raise ValueError(f"{path}: {error}; {rebuild_hint(path)}") from error
 
 
 def shard_names(folder: Path) -> list[str]:
@@ -130,8 +91,7 @@ class Column:
         if not path.exists():
             raise ValueError(f"shard {path} is missing; re-run the '{self.folder.name}' stage")
         members = scan_tar(path)
-        # A sample's members share the part of the name before its first dot (the WebDataset rule).
-        own = list(dict.fromkeys(member.split(".", 1)[0] for member in members))
+        own = list(dict.fromkeys(parts[0] for member in members if (parts := split_name(member))))
         keys = own if keys is None else keys
         if extra := set(own) - set(keys):
             raise ValueError(

@@ -309,3 +309,138 @@ def test_two_actors_give_the_same_bytes(tmp_path, pool, kind):
     arguments = {"folder": Folder.at(tmp_path / "pool"), "config": config, "ingest": ingest}
     made = run_shards(pool, "ingest", worker, arguments, todo, ActorsConfig(num_actors=2))
     assert {name: sidecar.sha256 for name, sidecar in made.items()} == expected and len(expected) == 3
+
+
+def test_a_dot_in_keys_is_a_counted_drop_or_a_key_by_choice(tmp_path):
+    members = {
+        f"shot.{i:03d}.{end}": data
+        for i in range(5)
+        for end, data in (("png", picture("PNG")), ("txt", b"x"))
+    }
+    write_tar(tmp_path / "in.tar", {**members, "z.jpg": picture(), "z.txt": b"z"})
+    config = TarsConfig(path=str(tmp_path / "in.tar"))
+    (sidecar,) = run(config, tmp_path / "out")
+    assert sidecar.samples == 1 and sidecar.drops == {"dotted_key": 5}
+    assert drops(tmp_path / "out")[3][2].startswith("shot.003: WebDataset's keys end at the first dot")
+    (sidecar,) = run(config.model_copy(update={"key_ends": "last_dot"}), tmp_path / "last")
+    assert sidecar.samples == 6 and sidecar.drops == {}
+    keys = [json.loads(members["json"])["source_key"] for members in read(tmp_path / "last").values()]
+    assert keys == [f"shot.{i:03d}" for i in range(5)] + ["z"]
+    write_tar(tmp_path / "in.tar", {"only.one.png": picture("PNG"), "only.one.txt": b"x"})
+    (sidecar,) = run(config, tmp_path / "out")
+    assert sidecar.samples == 0 and sidecar.drops == {"dotted_key": 1}
+
+
+def test_a_member_given_twice_is_a_sample_and_a_counted_repeat(tmp_path):
+    first, second = picture(colour="red"), picture(colour="blue")
+    members = [
+        ("a.jpg", first),
+        ("a.txt", b"1"),
+        ("a.jpg", second),
+        ("a.txt", b"2"),
+        ("b.jpg", first),
+        ("b.txt", b"3"),
+    ]
+    write_tar(tmp_path / "in.tar", members)
+    (sidecar,) = run(TarsConfig(path=str(tmp_path / "in.tar")), tmp_path / "out")
+    assert sidecar.drops == {"duplicate_key": 1}
+    kept = list(read(tmp_path / "out").values())
+    assert [one["txt"] for one in kept] == [b"1", b"3"] and kept[0]["jpg"] == first
+
+
+def test_of_several_images_the_plain_one_is_taken_and_the_rest_counted(tmp_path):
+    picked, mask = picture("PNG"), picture("PNG", (30, 30))
+    write_tar(
+        tmp_path / "in.tar",
+        [
+            ("0.mask.png", mask), ("0.png", picked), ("0.txt", b"x"),
+            ("1.left.png", mask), ("1.right.png", picked), ("1.txt", b"x"),
+            ("2.photo.png", picked), ("2.txt", b"x"), ("2.cls", b"7"),
+        ],
+    )  # fmt: skip
+    config = TarsConfig(path=str(tmp_path / "in.tar"))
+    (sidecar,) = run(config, tmp_path / "out", IngestConfig(image_size=None, max_drop_fraction=0.34))
+    assert sidecar.samples == 2
+    assert sidecar.drops == {"extra_image": 1, "several_images": 1, "unused_member": 1}
+    assert [one["png"] for one in read(tmp_path / "out").values()] == [picked, picked]
+    assert drops(tmp_path / "out")[0] == ("00000000000", "extra_image", "0.mask.png")
+    (sidecar,) = run(config.model_copy(update={"image_extension": "Right.png"}), tmp_path / "right")
+    assert sidecar.samples == 1 and sidecar.drops["no_image"] == 2
+
+
+def test_members_in_upper_case_and_of_no_sample(tmp_path):
+    good = picture()
+    write_tar(
+        tmp_path / "in.tar",
+        [
+            ("._a.jpg", b"mac"), ("a.JPG", good), ("a.TXT", b"shouted"), ("a.JSON", b'{"n": 1}'),
+            ("README", b"none"), ("__info__", b"none"), (".DS_Store", b"none"), ("folder/._b.jpg", b"mac"),
+            ("folder/b.jpg", good), ("folder/b.txt", b"x"),
+        ],
+    )  # fmt: skip
+    (sidecar,) = run(
+        TarsConfig(path=str(tmp_path / "in.tar")), tmp_path / "out", IngestConfig(image_size=None)
+    )
+    assert sidecar.samples == 2, "what belongs to no sample is no share of what may be lost"
+    assert sidecar.drops == {"hidden_file": 3, "no_extension": 1, "metadata_file": 1}
+    first = next(iter(read(tmp_path / "out").values()))
+    assert first["txt"] == b"shouted" and json.loads(first["json"])["n"] == 1
+
+
+def test_names_that_are_no_utf8_are_kept_with_their_bytes_escaped(tmp_path):
+    path = tmp_path / "in.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as archive:
+        for name, data in (("caf\xe9.jpg", picture()), ("caf\xe9.txt", b"x")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    (sidecar,) = run(TarsConfig(path=str(path)), tmp_path / "out")
+    assert sidecar.samples == 1 and sidecar.drops == {}
+    (members,) = read(tmp_path / "out").values()
+    assert json.loads(members["json"])["source_key"] == r"caf\xe9"
+
+
+def test_compressed_tars_and_those_behind_each_other_are_read(tmp_path):
+    import gzip
+
+    folder = tmp_path / "in"
+    for name, first in (("a.tar", 0), ("b.tar", 10), ("c.tar", 20)):
+        write_tar(folder / name, samples(first, 2))
+    plain = (folder / "b.tar").read_bytes()
+    (folder / "b.tar").unlink()
+    (folder / "b.tar.gz").write_bytes(gzip.compress(plain))
+    (folder / "c.tar").write_bytes(gzip.compress((folder / "c.tar").read_bytes()))
+    (folder / "d.tgz").write_bytes(gzip.compress(plain))
+    write_tar(folder / "e.tar", samples(30, 1))
+    (folder / "e.tar").write_bytes((folder / "e.tar").read_bytes() + plain)
+    config = TarsConfig(path=str(folder))
+    assert [sidecar.samples for sidecar in run(config, tmp_path / "out")] == [2, 2, 2, 2, 3]
+    assert abs(tar_source.num_entries(config) - 11) <= 4
+    assert [one["txt"] for one in read(tmp_path / "out", "00004").values()] == [
+        b"picture 30",
+        b"picture 10",
+        b"picture 11",
+    ]
+    write_tar(folder / "f.tar.zst", samples(0, 1))
+    with pytest.raises(ValueError, match=r"source\.path: .*f\.tar\.zst \(1 such archives of 6\) is not read"):
+        jobs(config)
+
+
+def test_links_and_what_is_too_large_are_followed_or_counted(tmp_path):
+    good = picture()
+    with tarfile.open(tmp_path / "in.tar", "w") as archive:
+        for name, kind, target, data in [
+            ("a.jpg", tarfile.REGTYPE, "", good), ("a.txt", tarfile.REGTYPE, "", b"x"),
+            ("b.jpg", tarfile.LNKTYPE, "a.jpg", b""), ("b.txt", tarfile.SYMTYPE, "a.txt", b""),
+            ("c.jpg", tarfile.SYMTYPE, "/elsewhere/c.jpg", b""), ("c.txt", tarfile.REGTYPE, "", b"x"),
+            ("d.jpg", tarfile.REGTYPE, "", bytes(200_000)), ("d.txt", tarfile.REGTYPE, "", b"x"),
+            ("e.jpg", tarfile.FIFOTYPE, "", b""), ("e.txt", tarfile.REGTYPE, "", b"x"),
+        ]:  # fmt: skip
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname, info.size = kind, target, len(data)
+            archive.addfile(info, io.BytesIO(data))
+    ingest = IngestConfig(image_size=None, max_drop_fraction=1, max_download_bytes=100_000)
+    (sidecar,) = run(TarsConfig(path=str(tmp_path / "in.tar")), tmp_path / "out", ingest)
+    assert sidecar.samples == 2
+    assert sidecar.drops == {"broken_link": 1, "too_many_bytes": 1, "unreadable_member": 1}
+    assert [(one["jpg"], one["txt"]) for one in read(tmp_path / "out").values()] == [(good, b"x")] * 2

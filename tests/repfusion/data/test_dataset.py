@@ -60,7 +60,7 @@ def test_a_truncated_tar_is_named(columns: Path, keep: int):
 
 def test_bytes_that_are_no_tar(tmp_path: Path):
     (tmp_path / "x.tar").write_bytes(b"0" * 2048)
-    with pytest.raises(ValueError, match=r"x\.tar: no(t a readable tar| tar header)"):
+    with pytest.raises(ValueError, match=r"x\.tar: not a readable tar"):
         scan_tar(tmp_path / "x.tar")
 
 
