@@ -7,7 +7,7 @@ order of its paths, one folder's listing in memory at a time.
 import hashlib
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal
@@ -35,6 +35,13 @@ from repfusion.config import Config
 from repfusion.files import digest_of
 
 CAPTION_ENDING = ".txt"
+FAULTS = {
+    "broken_link": "a link that leads nowhere",
+    "link_out": "a link that leads out of the folder; copy what it leads to",
+    "link_to_folder": "a link to a folder, whose files count where they lie",
+    "not_a_file": "neither a file nor a folder",
+}
+"""What is said of entries that are no regular files."""
 
 
 class FolderConfig(Config):
@@ -82,6 +89,8 @@ class Entry:
     caption: Caption | None
     is_repeated: bool = False
     """Whether the csv names the image a second time."""
+    fault: str = ""
+    """Why the image or its caption cannot be read, as a reason of drops."""
 
     @property
     def identity(self) -> str:
@@ -160,6 +169,10 @@ class _Shard:
         return None if first is None else cls(first, number, digest.hexdigest())
 
 
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_ENDINGS)
+
+
 def _order(path: str) -> str:
     """Sorts paths folder by folder, as a walk meets them."""
     return path.replace("/", "\0")
@@ -186,30 +199,36 @@ class FolderEntries:
                 yield from self._join(
                     self._walk(self.folder, "", first.split("/")), self._captions.walk(first)
                 )
-        except (FileNotFoundError, NotADirectoryError) as error:
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise ValueError(
                 f"source.path: {self.config.path}: {error}; expected a folder of images"
             ) from error
 
     def _walk(self, folder: Folder, prefix: str, first: list[str]) -> Iterator[Entry]:
         """Entries below a folder, as the file names tell them; nothing before the path of parts `first`."""
-        listed = list_folder(folder)
+        listed = list_folder(folder, self.folder)
         files = {entry.name: f"{entry.size}:{entry.stamp}" for entry in listed if not entry.is_folder}
-        stems = {name.rpartition(".")[0] for name in files if name.lower().endswith(IMAGE_ENDINGS)}
+        faults = {entry.name: entry.fault for entry in listed}
+        stems = {name.rpartition(".")[0] for name in files if _is_image(name)}
         for entry in listed:
             if entry.name < first[0]:
                 continue
             path = prefix + entry.name
-            if entry.is_folder:
+            if entry.is_folder and not entry.fault:
                 inside = first[1:] if entry.name == first[0] else []
                 yield from self._walk(folder / entry.name, f"{path}/", inside or [""])
-            elif entry.name.lower().endswith(IMAGE_ENDINGS):
+            elif entry.is_folder:
+                yield Entry(path, None, None, fault=entry.fault)
+            elif _is_image(entry.name):
                 text = f"{entry.name.rpartition('.')[0]}{CAPTION_ENDING}"
                 caption = Caption(prefix + text, files[text]) if text in files else None
-                yield Entry(path, files[entry.name], caption)
+                fault = entry.fault or (faults[text] if caption and self._captions is None else "")
+                yield Entry(path, files[entry.name], caption, fault=fault)
             elif self._captions is None and entry.name.endswith(CAPTION_ENDING):
                 if entry.name.removesuffix(CAPTION_ENDING) not in stems:
-                    yield Entry(path, None, Caption(path, files[entry.name]))
+                    yield Entry(path, None, Caption(path, files[entry.name]), fault=entry.fault)
+            elif entry.fault == "broken_link":
+                yield Entry(path, None, None, fault=entry.fault)  # perhaps to a folder that is not mounted
 
     @staticmethod
     def _join(images: Iterator[Entry], captions: Iterator[Caption]) -> Iterator[Entry]:
@@ -218,16 +237,16 @@ class FolderEntries:
         last = None
         for caption in captions:
             while ahead is not None and _order(ahead.path) < _order(caption.path):
-                yield Entry(ahead.path, ahead.image, None)
+                yield replace(ahead, caption=None)
                 ahead = next(images, None)
             if ahead is not None and ahead.path == caption.path:
-                yield Entry(caption.path, ahead.image, caption)
+                yield replace(ahead, caption=caption)
                 ahead = next(images, None)
             else:
                 yield Entry(caption.path, None, caption, is_repeated=caption.path == last)
             last = caption.path
         while ahead is not None:
-            yield Entry(ahead.path, ahead.image, None)
+            yield replace(ahead, caption=None)
             ahead = next(images, None)
 
 
@@ -288,7 +307,7 @@ class FolderWorker:
 
     Reasons of drops: no_image (a caption file without an image), not_on_disk (the csv names it), repeated_row
     (the csv names it again), no_caption (no file beside it, or no text in the csv), not_in_csv,
-    undecodable_caption, and those of ImageFitter.
+    undecodable_caption, too_many_bytes, not_readable, those of `FAULTS` and those of ImageFitter.
     """
 
     concurrency: ClassVar[int] = 2
@@ -334,6 +353,8 @@ class FolderWorker:
         uses_csv = self.config.captions is not None
         if entry.is_repeated:
             raise BadEntry("repeated_row", "the csv names it before")
+        if entry.fault:
+            raise BadEntry(entry.fault, FAULTS[entry.fault])
         if entry.image is None:
             detail = "named in the csv, not on disk" if uses_csv else "a caption without an image"
             raise BadEntry("not_on_disk" if uses_csv else "no_image", detail)
@@ -343,8 +364,20 @@ class FolderWorker:
         caption = entry.caption.text
         if not uses_csv:
             try:
-                caption = self._entries.folder.read(entry.caption.path).decode()
+                caption = self._bytes(entry.caption.path).decode()
             except UnicodeDecodeError as error:
                 raise BadEntry("undecodable_caption", str(error)) from error
         metadata = {**(entry.caption.extra or {}), "source_file": entry.path}
-        return self._entries.folder.read(entry.path), caption, metadata
+        return self._bytes(entry.path), caption, metadata
+
+    def _bytes(self, path: str) -> bytes:
+        """A file's bytes. Raises BadEntry where they are too many, or not ours to read."""
+        limit = self.ingest.max_download_bytes
+        try:
+            with self._entries.folder.open(path) as stream:
+                data = stream.read(limit + 1)
+        except PermissionError as error:
+            raise BadEntry("not_readable", str(error)) from error
+        if len(data) > limit:
+            raise BadEntry("too_many_bytes", f"more than {limit:,} bytes")
+        return data

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +88,8 @@ def _find_local(path: str, endings: tuple[str, ...], options: Mapping[str, Any])
         root, paths = _fixed_part(path), glob.glob(path, recursive=True)
     else:
         return path, []
-    stats = ((name, os.stat(name)) for name in paths if os.path.isfile(name))
-    return root, [(name, stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats]
+    found = ((name, os.stat(name)) for name in paths if os.path.isfile(name))
+    return root, [(name, status.st_size, str(status.st_mtime_ns)) for name, status in found]
 
 
 def _find_remote(path: str, endings: tuple[str, ...], options: Mapping[str, Any]) -> Found:
@@ -128,16 +129,21 @@ class Listed:
     is_folder: bool
     size: int
     stamp: str
+    fault: str = ""
+    """Why it cannot be read: `broken_link`, `link_out`, `link_to_folder` or `not_a_file`."""
 
 
-def list_folder(folder: Folder) -> list[Listed]:
-    """Files and folders directly in a folder, in the order of their names; no hidden ones.
+def list_folder(folder: Folder, root: Folder) -> list[Listed]:
+    """Files and folders directly in a folder, in the order of their names; no hidden ones. A link counts as
+    the file below `root` that it leads to.
 
     Raises:
         FileNotFoundError: where there is no such folder.
     """
     if folder.is_local:
-        entries = [_listed(entry) for entry in os.scandir(Path(folder.url)) if not entry.name.startswith(".")]
+        top = os.path.realpath(root.url)
+        listed = (entry for entry in os.scandir(Path(folder.url)) if not entry.name.startswith("."))
+        entries = [_listed(entry, top) for entry in listed]
     else:
         import fsspec
 
@@ -150,8 +156,17 @@ def list_folder(folder: Folder) -> list[Listed]:
     return sorted(entries, key=lambda entry: entry.name)
 
 
-def _listed(entry: "os.DirEntry[str]") -> Listed:
-    if entry.is_dir():
-        return Listed(entry.name, True, 0, "")
-    stat = entry.stat()
-    return Listed(entry.name, False, stat.st_size, str(stat.st_mtime_ns))
+def _listed(entry: "os.DirEntry[str]", top: str) -> Listed:
+    try:
+        status = entry.stat()
+    except OSError:  # it leads nowhere, or to itself
+        return Listed(entry.name, False, 0, "", "broken_link")
+    is_folder, fault = stat.S_ISDIR(status.st_mode), ""
+    if entry.is_symlink():
+        if os.path.commonpath([top, os.path.realpath(entry.path)]) != top:
+            fault = "link_out"
+        elif is_folder:
+            fault = "link_to_folder"  # whose files are met where they lie
+    elif not is_folder and not stat.S_ISREG(status.st_mode):
+        fault = "not_a_file"
+    return Listed(entry.name, is_folder, status.st_size, str(status.st_mtime_ns), fault)

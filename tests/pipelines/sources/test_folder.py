@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -124,6 +125,39 @@ def test_every_file_that_is_no_sample_is_counted(tmp_path):
         "6.png",
     ]
     assert drops(tmp_path / "out", sidecars)["000000002"] == ("no_image", "2.txt: a caption without an image")
+
+
+@pytest.mark.parametrize("with_csv", [False, True])
+def test_what_is_no_regular_file_of_the_folder_is_counted(tmp_path, with_csv):
+    root = write(tmp_path / "in", {f"{name}.png": picture() for name in ("a", "big", "sub/b")})
+    write(root, {f"{name}.txt": b"x" for name in ("a", "big", "fifo", "gone", "in", "out", "sub/b")})
+    write(root, {"pipe_text.png": picture()})
+    outside = write(tmp_path / "out", {"o.png": picture(), "o.txt": b"x"})
+    os.mkfifo(root / "fifo.png")
+    os.mkfifo(root / "pipe_text.txt")
+    for name, target in {
+        "gone.png": root / "nowhere.png", "in.png": "sub/b.png", "out.png": outside / "o.png",
+        "loop": root, "itself.png": root / "itself.png", "away": outside, "folder.png": root / "sub",
+        "not_mounted": root / "nowhere",
+    }.items():  # fmt: skip
+        (root / name).symlink_to(target)
+    with (root / "big.png").open("ab") as stream:
+        stream.truncate(8 << 30)
+    config = FolderConfig(path=str(root))
+    if with_csv:
+        names = [path.relative_to(root) for path in root.rglob("*.png")]
+        (root / "metadata.csv").write_text("file_name,caption\n" + "".join(f"{name},x\n" for name in names))
+        config = config.model_copy(update={"captions": str(root / "metadata.csv")})
+    sidecars = run(config, tmp_path / "made")
+    expected = {"broken_link": 3, "link_out": 2, "link_to_folder": 2, "not_a_file": 1, "too_many_bytes": 1}
+    found = Counter({name: sum(one.drops.get(name, 0) for one in sidecars) for name in expected})
+    kept = sorted(name for name, _ in read(tmp_path / "made", sidecars).values())
+    if with_csv:
+        assert kept == ["a.png", "in.png", "pipe_text.png", "sub/b.png"]
+        assert found == expected
+    else:
+        assert kept == ["a.png", "in.png", "sub/b.png"]
+        assert found == {**expected, "not_a_file": 2}
 
 
 def test_captions_in_a_csv(tmp_path, data):
