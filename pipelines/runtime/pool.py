@@ -2,7 +2,8 @@
 shard lost.
 
 The death of an actor or of its node gives its shards back to the queue, and so does a transient error, after
-a while; a shard that raises anything else is reported at the end, when all others are done.
+a while; a shard that raises anything else is reported at the end, when all others are done. After a death or
+a deadline the shard is made carefully: what can kill a process runs in one of its own, sample by sample.
 """
 
 import errno
@@ -11,7 +12,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from pydantic import Field
@@ -43,6 +44,11 @@ MAX_CONCURRENCY = 2
 """Threads of an actor: the most that a worker's `concurrency` can ask for."""
 MAX_FAILED_STARTS = 3
 """How often in a row the actor in one place of a pool may die before it is ready."""
+CAREFUL_SEC = 60.0
+CAREFUL_SHARE = 0.25
+"""A sample that is made carefully may take so many seconds, and this share of its shard's deadline."""
+CAREFUL_DEADLINES = 10
+"""Deadlines that a shard has which is made carefully: processes that samples end are started again."""
 NO_ACTOR_SEC = 600.0
 """How long a stage waits for its first actor to start, before it gives up."""
 
@@ -77,6 +83,8 @@ class ShardJob:
     fingerprint: str
     inputs: dict[str, str] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
+    careful_sec: float | None = None
+    """Seconds that a sample may take in a process of its own; None makes all samples in the actor's."""
 
 
 class ShardWorker(Protocol):
@@ -255,7 +263,7 @@ class _ShardRun:
         now = time.monotonic()
         moments = [when for when, _ in self.delayed]
         if self.actors.deadline_sec is not None:
-            moments += [start + self.actors.deadline_sec for _, job, start in self.in_flight.values() if job]
+            moments += [start + self._deadline_sec(job) for _, job, start in self.in_flight.values() if job]
         timeout = min(max(0.0, min(moments, default=math.inf) - now), PATIENCE_SEC)
         if not self.in_flight:
             time.sleep(timeout)
@@ -310,16 +318,25 @@ class _ShardRun:
         if job is None:
             return
         slot.jobs.pop(job.name, None)
+        careful = replace(job, careful_sec=self._careful_sec())
         if slot.overdue == job.name:
-            self._failed(job, f"took longer than deadline_sec {self.actors.deadline_sec:g}", again=True)
+            self._failed(careful, f"took longer than its deadline, {self._deadline_sec(job):g} s", again=True)
         elif slot.overdue is not None:
             self.waiting.appendleft(job)
         elif slot.is_shared:
             self.suspects.add(job.name)
-            self.waiting.appendleft(job)
+            self.waiting.appendleft(careful)
         else:
             self.suspects.add(job.name)
-            self._failed(job, f"its actor died: {brief(error)}", again=True)
+            self._failed(careful, f"its actor died: {brief(error)}", again=True)
+
+    def _deadline_sec(self, job: ShardJob) -> float:
+        assert self.actors.deadline_sec is not None
+        return self.actors.deadline_sec * (1 if job.careful_sec is None else CAREFUL_DEADLINES)
+
+    def _careful_sec(self) -> float:
+        deadline = self.actors.deadline_sec
+        return CAREFUL_SEC if deadline is None else min(CAREFUL_SEC, CAREFUL_SHARE * deadline)
 
     def _replace(self, slot: _Slot, failed_starts: int = 0) -> None:
         """Asks for another actor; the old one, out of reach or overdue, must not keep its resources."""
@@ -334,7 +351,7 @@ class _ShardRun:
             return
         now = time.monotonic()
         for slot, job, start in list(self.in_flight.values()):
-            if job is not None and slot in self.slots and now - start > self.actors.deadline_sec:
+            if job is not None and slot in self.slots and now - start > self._deadline_sec(job):
                 slot.overdue = job.name
                 self._replace(slot)
 

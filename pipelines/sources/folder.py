@@ -30,6 +30,7 @@ from pipelines.sources.raw_samples import (
     SampleMaker,
     free_names,
     printable,
+    sample_maker,
 )
 from repfusion.config import Config
 from repfusion.files import digest_of
@@ -322,11 +323,11 @@ class FolderWorker:
         with ShardCommit(
             self.folder, job.name, job.fingerprint, job.inputs, ("pyarrow", *PACKAGES)
         ) as commit:
-            with tar_shard(commit) as samples:
+            with tar_shard(commit) as samples, sample_maker(self._make, job.careful_sec) as make:
                 for position, entry in zip(wanted, self._wanted(job, wanted), strict=False):
                     key = sample_key(position)
                     try:
-                        members = self._make(key, *self._read(entry))
+                        members = make(key, *self._read(entry))
                     except BadEntry as error:
                         commit.drop(key, error.reason, f"{printable(entry.path)}: {error.detail}")
                     else:

@@ -9,14 +9,16 @@ import io
 import os
 import re
 import threading
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, Self
 from urllib.parse import urljoin, urlsplit
 
 from pydantic import Field, model_validator
 
+from pipelines.runtime.careful import KILLED, KilledError, guarded
 from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
@@ -100,8 +102,11 @@ class BadImage(ValueError):
     """Bytes that become no image; `reason` is counted, `detail` is for people."""
 
     def __init__(self, reason: str, detail: str):
-        super().__init__(f"[{reason}] {detail}")
+        super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"[{self.reason}] {self.detail}"
 
 
 class ImageFitter:
@@ -318,6 +323,19 @@ def _check_delivered(commit: ShardCommit) -> None:
         )
 
 
+def _resize(
+    fit: Callable[[bytes], tuple[bytes, dict[str, int]]], stream: io.BytesIO, boxes: None
+) -> tuple[Any, ...]:
+    """What img2dataset calls where it would call its Resizer."""
+    try:
+        data, sizes = fit(stream.getvalue())
+    except BadImage as error:
+        return None, None, None, None, None, str(error)
+    except KilledError as error:
+        return None, None, None, None, None, f"[{KILLED}] {error}"
+    return data, *(sizes[name] for name in SIZES), None
+
+
 class IngestWorker:
     """Makes `NAME.tar` and `NAME.drops.parquet` from `NAME.parquet` (key, url, caption, anything more goes
     into the JSON).
@@ -377,7 +395,8 @@ class IngestWorker:
         ):
             spool = _Spool(stream)
             urls = dict(zip(keys, rows["url"].to_pylist(), strict=True))
-            self._download([urls[key] for key in tried], scratch, spool)
+            with guarded(self.fitter, partial(ImageFitter, self.config), job.careful_sec) as fit:
+                self._download([urls[key] for key in tried], scratch, spool, fit)
             if lost := [key for position, key in enumerate(tried) if position not in spool.records]:
                 raise ShardError(
                     f"shard {job.name}: img2dataset reports nothing about {len(lost)} of {len(tried)} rows, "
@@ -390,14 +409,6 @@ class IngestWorker:
             commit.write_drops()
             return commit.commit(f"{job.name}.tar")
 
-    def _resize(self, stream: io.BytesIO, boxes: None) -> tuple[Any, ...]:
-        """What img2dataset calls where it would call its Resizer."""
-        try:
-            data, sizes = self.fitter(stream.getvalue())
-        except BadImage as error:
-            return None, None, None, None, None, str(error)
-        return data, *(sizes[name] for name in SIZES), None
-
     def _absolute(self, url: str) -> str:
         try:
             urlsplit(url)
@@ -405,7 +416,13 @@ class IngestWorker:
             return ""  # http://[ and its like, of which img2dataset says something else each
         return urljoin(self.base_url, url)
 
-    def _download(self, urls: list[str], scratch: Path, spool: _Spool) -> None:
+    def _download(
+        self,
+        urls: list[str],
+        scratch: Path,
+        spool: _Spool,
+        fit: Callable[[bytes], tuple[bytes, dict[str, int]]],
+    ) -> None:
         """Runs img2dataset on the addresses as its shard 0."""
         import pyarrow as pa
         from img2dataset.downloader import Downloader
@@ -416,7 +433,7 @@ class IngestWorker:
             writer.write_table(listed)
         downloader = Downloader(
             sample_writer_class=lambda *_: spool,
-            resizer=self._resize,
+            resizer=partial(_resize, fit),
             thread_count=self.config.num_threads,
             save_caption=False,
             extract_exif=False,

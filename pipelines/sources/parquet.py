@@ -24,7 +24,14 @@ from pipelines.shards.tars import tar_shard
 from pipelines.sources.base import Entries, read_stage
 from pipelines.sources.ingest import IngestConfig, image_fields
 from pipelines.sources.inputs import InputFile, find_inputs
-from pipelines.sources.raw_samples import OWN_FIELDS, PACKAGES, BadEntry, SampleMaker, free_names
+from pipelines.sources.raw_samples import (
+    OWN_FIELDS,
+    PACKAGES,
+    BadEntry,
+    SampleMaker,
+    free_names,
+    sample_maker,
+)
 from repfusion.config import Config
 
 if TYPE_CHECKING:
@@ -293,11 +300,11 @@ class ParquetWorker:
         with ShardCommit(
             self.folder, job.name, job.fingerprint, job.inputs, ("pyarrow", *PACKAGES)
         ) as commit:
-            with tar_shard(commit) as samples:
+            with tar_shard(commit) as samples, sample_maker(self._make, job.careful_sec) as make:
                 for position, entry in self._read(parts, wanted):
                     key = sample_key(position)
                     try:
-                        members = self._make(key, *entry)
+                        members = make(key, *entry)
                     except BadEntry as error:
                         metadata = entry[2]
                         place = f"{metadata['source_file']}, row {metadata['source_row']}"

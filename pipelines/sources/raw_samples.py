@@ -3,11 +3,14 @@ them.
 """
 
 import io
-from collections.abc import Set
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from pydantic import AfterValidator
 
+from pipelines.runtime.careful import KILLED, KilledError, guarded
 from pipelines.sources.ingest import SIZES, BadImage, ImageFitter, IngestConfig
 from repfusion.files import canonical_json
 
@@ -37,8 +40,11 @@ class BadEntry(ValueError):
     """An entry of an input that becomes no sample; `reason` is counted, `detail` is for people."""
 
     def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
+        super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return self.detail
 
 
 def printable(name: str) -> str:
@@ -89,6 +95,24 @@ class SampleMaker:
                 )
             return extension, data, dict(zip(SIZES, (width, height, width, height), strict=True))
         return self.config.encode, *self._fitter(data)
+
+
+@contextmanager
+def sample_maker(
+    maker: SampleMaker, careful_sec: float | None
+) -> Iterator[Callable[[str, bytes | None, str | None, dict[str, Any]], dict[str, bytes]]]:
+    """The maker; for a shard that has to be made carefully, in a process of its own. A sample that kills it
+    is a BadEntry too, `killed_its_process`.
+    """
+    with guarded(maker, partial(type(maker), maker.config), careful_sec) as made:
+
+        def make(key: str, *entry: Any) -> dict[str, bytes]:
+            try:
+                return made(key, *entry)
+            except KilledError as error:
+                raise BadEntry(KILLED, str(error)) from error
+
+        yield make
 
 
 def _header(data: bytes) -> tuple[str, int, int] | None:

@@ -6,7 +6,7 @@ Every member of the input is part of a sample, or of a counted drop, or is count
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, NoReturn
@@ -26,6 +26,7 @@ from pipelines.sources.raw_samples import (
     PACKAGES,
     BadEntry,
     SampleMaker,
+    sample_maker,
 )
 from repfusion.config import Config
 from repfusion.tars import TarError
@@ -178,13 +179,19 @@ class TarWorker:
 
     def __call__(self, job: ShardJob) -> Sidecar:
         with ShardCommit(self.folder, job.name, job.fingerprint, job.inputs, PACKAGES) as commit:
-            with tar_shard(commit) as samples:
-                self._copy(job, commit, samples)
+            with tar_shard(commit) as samples, sample_maker(self._make, job.careful_sec) as make:
+                self._copy(job, commit, samples, make)
             commit.check_drops(self.ingest.max_drop_fraction)
             commit.write_drops()
             return commit.commit(f"{job.name}.tar")
 
-    def _copy(self, job: ShardJob, commit: ShardCommit, samples: TarSamples) -> None:
+    def _copy(
+        self,
+        job: ShardJob,
+        commit: ShardCommit,
+        samples: TarSamples,
+        make: Callable[..., dict[str, bytes]],
+    ) -> None:
         file: InputFile = job.arguments["file"]
         seen: set[str] = set()
         prefix = f"{job.arguments['index']:05d}"
@@ -200,7 +207,7 @@ class TarWorker:
                     raise BadEntry("duplicate_key", "the tar has this key before")
                 used, image, caption, metadata = self._parse(entry)
                 metadata |= {"source_key": entry.key, "source_file": file.name}
-                made = self._make(key, image, caption, metadata)
+                made = make(key, image, caption, metadata)
             except BadEntry as error:
                 commit.drop(key, error.reason, f"{entry.key}: {error.detail}")
             else:

@@ -5,12 +5,14 @@ import io
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipelines.dag import Place, ShardStage, Stage
 from pipelines.duplicates.find import DIGEST_BYTES, find_duplicates
+from pipelines.runtime.careful import KILLED, KilledError, guarded
 from pipelines.runtime.pool import ShardJob
 from pipelines.runtime.session import in_worker
 from pipelines.shards.manifest import ShardTable
@@ -165,8 +167,14 @@ class JudgeWorker:
         rows: list[dict[str, Any]] = []
         with ShardCommit(self.folder, job.name, job.fingerprint, job.inputs, ("pillow", "pyarrow")) as commit:
             sidecar = read_sidecar(self.source, job.name)
-            for key, members in read_samples(self.source, f"{job.name}.tar", sidecar):
-                rows.append({"key": key, **vars(judge(members, self.config))})
+            own = partial(judge, config=self.config)
+            with guarded(own, partial(partial, judge, config=self.config), job.careful_sec) as decide:
+                for key, members in read_samples(self.source, f"{job.name}.tar", sidecar):
+                    try:
+                        verdict = decide(members)
+                    except KilledError as error:
+                        verdict = Verdict(KILLED, str(error))
+                    rows.append({"key": key, **vars(verdict)})
             commit.samples = len(rows)
             table = pa.Table.from_pylist(rows, pa.schema(list(kinds.items())))
             pq.write_table(table, commit.staging / f"{job.name}.parquet")

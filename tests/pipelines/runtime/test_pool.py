@@ -47,6 +47,8 @@ class Worker:
     def __call__(self, job: ShardJob) -> Sidecar:
         with (self.folder.path / "calls").open("a") as calls:
             calls.write(f"{job.name} {time.time()}\n")
+        with (self.folder.path / "careful").open("a") as careful:
+            careful.write(f"{job.name} {job.careful_sec}\n")
         self._misbehave(job.name)
         with ShardCommit(self.folder, job.name, job.fingerprint, job.inputs) as commit:
             (commit.staging / f"{job.name}.parquet").write_text(job.name)
@@ -203,14 +205,19 @@ def test_a_shard_beyond_its_deadline_is_tried_again_by_another_actor(pool, tmp_p
     assert set(made) == set(NAMES)
     assert time.monotonic() - start < 50
     assert len(calls_of(tmp_path, "00000")) == 2
+    care = [
+        line.split()[1] for line in (tmp_path / "careful").read_text().splitlines() if line[:5] == "00000"
+    ]
+    assert care == ["None", "0.75"], "the second time, each sample has a quarter of the deadline"
 
 
-def test_a_shard_always_beyond_its_deadline_fails_alone(pool, tmp_path):
+def test_a_shard_always_beyond_its_deadline_fails_alone(pool, tmp_path, monkeypatch):
     # its neighbour in the same actor is done again, without blame
+    monkeypatch.setattr(pool_module, "CAREFUL_DEADLINES", 2)
     moods = {"00000": "hangs always"}
     with pytest.raises(StageError, match="1 of 5 shards failed") as failure:
         run(pool, tmp_path, moods, PairWorker, num_actors=1, deadline_sec=2, max_attempts=2)
-    assert "00000  took longer than deadline_sec 2 (attempt 2)" in str(failure.value)
+    assert "00000  took longer than its deadline, 4 s (attempt 2)" in str(failure.value)
     assert [is_complete(tmp_path, name) for name in NAMES] == [False, True, True, True, True]
 
 
