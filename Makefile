@@ -28,7 +28,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run status plan verify retry gc evaluate export lineage flops ladder ladder-table test test-slow lint format foundation base mlflow clean
+.PHONY: help setup demo run status plan verify retry gc evaluate export lineage flops ladder ladder-table test test-slow fuzz lint format foundation base mlflow clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,6 +92,9 @@ test: $(STAMP) ## the test suite, without the slow and GPU tests
 
 test-slow: $(STAMP) ## the slow tests
 	$(BIN)/python -m pytest -x -q -m "slow and not gpu"
+
+fuzz: $(STAMP) ## broken inputs into the real readers: make fuzz MINUTES=5 SET="--seed 7 --targets tar image"
+	@$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),5) $(SET)
 
 lint: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check .
