@@ -1,11 +1,12 @@
 """YAML file < `key.path=value` overrides -> one validated, frozen configuration; every bad key is named."""
 
 import difflib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -90,7 +91,8 @@ def load_config(
     Args:
         kind: a pydantic model.
         source: a YAML file, or values that were read before.
-        overrides: `key.path=value`, each value as YAML writes it.
+        overrides: `key.path=value`. What a field of text (or a path) is given is the text as typed; any other
+            value is as YAML writes it. `null` empties a field that may be None.
         place: what messages call the source; None is the file's path.
 
     Raises:
@@ -98,41 +100,115 @@ def load_config(
             known one), a bad value; one line for each.
     """
     place = place or (str(source) if isinstance(source, Path) else "config")
-    return validate(kind, read_values(source, overrides), place)
+    parsed = [Override.parse(kind, text) for text in overrides]
+    return validate(kind, read_values(source, parsed), place, parsed)
 
 
-def read_values(source: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Override:
+    """A value from the command line, in the place of the file's."""
+
+    text: str
+    """The whole, as typed."""
+    key: str
+    value: Any
+
+    @classmethod
+    def parse(cls, kind: type[BaseModel], text: str) -> "Override":
+        """`key.path=value` for a configuration of class `kind`. Raises ConfigError where it is malformed."""
+        key, equals, typed = text.partition("=")
+        if not (key and equals):
+            raise ConfigError(f"override {text!r}: expected key.path=value")
+        takes = _types_at(kind, key)
+        if takes and all(map(_is_text, takes - {NoneType})) and not (typed == "null" and NoneType in takes):
+            return cls(text, key, typed)
+        try:
+            value = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([f"_={typed}"])))["_"]
+        except UNREADABLE as error:
+            if Any not in takes:
+                raise ConfigError(f"override {text!r}: not YAML: {_first_line(error)}") from error
+            value = typed
+        if Any in takes and isinstance(value, str) and typed[:1] not in ("'", '"'):
+            value = typed
+        return cls(text, key, value)
+
+    def is_about(self, key: str, problem: str) -> bool:
+        """Whether pydantic's problem at a dotted key is with this value, or with where it was put."""
+        own, key = (".".join(filter(None, re.split(r"[.\[\]]+", one))) for one in (self.key, key))
+        inside = f"{key}.".startswith(f"{own}.")
+        return inside or (own.startswith(f"{key}.") and problem not in ("value_error", "missing"))
+
+    def clear(self, given: DictConfig) -> None:
+        """Empties the section whose `kind` (or `method`) is another one from here on: what the file says
+        there is about the other kind.
+        """
+        section, _, tag = self.key.rpartition(".")
+        if tag in TAGS and section:
+            found = OmegaConf.select(given, section)
+            if isinstance(found, DictConfig) and found.get(tag, self.value) != self.value:
+                OmegaConf.update(given, section, {}, merge=False)
+
+    def apply(self, given: DictConfig) -> None:
+        """Puts the value into what a file says."""
+        OmegaConf.update(given, self.key, self.value, force_add=True)
+
+
+UNREADABLE = (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, LookupError, RecursionError)
+"""What OmegaConf and YAML raise over a text that is none of theirs."""
+
+
+def _first_line(error: BaseException) -> str:
+    """What is wrong, without the place in a stream that has no name."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        return error.problem or error.context or type(error).__name__
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _types_at(kind: type[BaseModel], key: str) -> set[Any]:
+    """The types that a dotted key may have, members of unions by themselves; none for an unknown key."""
+    here: set[Any] = {kind}
+    for part in key.split("."):
+        models = [one for one in here if isinstance(one, type) and issubclass(one, BaseModel)]
+        fields = [one.model_fields[part].annotation for one in models if part in one.model_fields]
+        values = [get_args(one)[-1] for one in here if get_origin(one) is dict]
+        here = {leaf for one in [*fields, *values] for leaf in leaves(one)} | ({Any} & here)
+    return here
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a type takes any text, or some words."""
+    if get_origin(kind) is Literal:
+        return all(isinstance(word, str) for word in get_args(kind))
+    return kind in (str, Path)
+
+
+def read_values(source: Path | Mapping[str, Any], overrides: Sequence[Override] = ()) -> dict[str, Any]:
     """The values of a YAML file, or given ones, with overrides and interpolations resolved, not validated.
 
     Raises:
-        ConfigError: a missing or unreadable file, or a malformed override.
+        ConfigError: a missing or unreadable file, or an override that has no place in it.
     """
     if isinstance(source, Path) and not source.is_file():
         raise ConfigError(f"{source}: no such config file")
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"override {override!r}: expected key.path=value")
     try:
         given = OmegaConf.load(source) if isinstance(source, Path) else OmegaConf.create(dict(source))
-        drop_other_kinds(given, overrides)
-        merged = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
-        return cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        where = f"{source}: " if isinstance(source, Path) else f"{' '.join(overrides)}: "
-        raise ConfigError(f"{where}{error}") from error
-
-
-def drop_other_kinds(given: Any, overrides: Sequence[str]) -> None:
-    """Empties each section whose `kind` (or `method`) an override changes: what the file says there is about
-    the other kind.
-    """
-    for override in overrides:
-        path, _, kind = override.partition("=")
-        section, _, tag = path.rpartition(".")
-        if tag in TAGS and section:
-            found = OmegaConf.select(given, section)
-            if isinstance(found, DictConfig) and found.get(tag, kind) != kind:
-                OmegaConf.update(given, section, {}, merge=False)
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source if isinstance(source, Path) else 'config'}: {error}") from error
+    if not isinstance(given, DictConfig):
+        raise ConfigError(f"{source}: holds a list, expected key: value")
+    for change in (Override.clear, Override.apply):
+        for override in overrides:
+            try:
+                change(override, given)
+            except UNREADABLE as error:
+                raise ConfigError(f"override {override.text!r}: {_first_line(error)}") from error
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(given, resolve=True))
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", None) or "")
+        blamed = [f"override {one.text!r}" for one in overrides if key and one.key == key]
+        where = blamed[-1] if blamed else (source if isinstance(source, Path) else "config")
+        raise ConfigError(f"{where}: {_first_line(error)}") from error
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,21 +216,23 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(dict(below), dict(above))))
 
 
-def validate(kind: type[C], values: Any, place: str = "config") -> C:
-    """Raises ConfigError, one line for each bad key."""
+def validate(kind: type[C], values: Any, place: str = "config", overrides: Sequence[Override] = ()) -> C:
+    """Raises ConfigError, one line for each bad key, with the override that it is about or else `place`."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         lines = []
         for problem in error.errors(include_url=False):
             key, section = spell(kind, problem["loc"])
+            blamed = [f"override {one.text!r}" for one in overrides if one.is_about(key, problem["type"])]
+            where = blamed[-1] if blamed else place
             if problem["type"] == "extra_forbidden":
                 near = nearest_in(section, key) or nearest_key(kind, key)
-                lines.append(f"unknown key '{key}'" + (f"; did you mean '{near}'?" if near else ""))
+                lines.append(f"{where}: unknown key {key!r}" + (f"; did you mean '{near}'?" if near else ""))
             else:
                 got = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
-                lines.append(f"{key}: {problem['msg']}{got}")
-        raise ConfigError("\n".join(f"{place}: {line}" for line in lines)) from error
+                lines.append(f"{where}: {key}: {problem['msg']}{got}")
+        raise ConfigError("\n".join(lines)) from error
 
 
 def to_yaml(config: BaseModel) -> str:

@@ -7,7 +7,6 @@ are linked only through a chain of others are not.
 """
 
 import hashlib
-import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal
@@ -16,6 +15,7 @@ import numpy as np
 from jaxtyping import Int, UInt64
 
 from pipelines.duplicates.hamming import first_near, starts_of_runs
+from pipelines.shards.parquet import open_parquet, parse_parquet
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardError, Sidecar
 
@@ -71,8 +71,6 @@ def read_verdicts(folder: Folder, name: str, sidecar: Sidecar | None, columns: l
 
 
 def _read_checked(folder: Folder, file: str, sha256: str | None, columns: list[str]) -> "pa.Table":
-    import pyarrow.parquet as pq
-
     try:
         data = folder.read(file)
     except FileNotFoundError as error:
@@ -81,7 +79,7 @@ def _read_checked(folder: Folder, file: str, sha256: str | None, columns: list[s
         raise ShardError(
             f"{folder / file}: not the bytes that its sidecar describes; run 'verify', which rebuilds it"
         )
-    return pq.read_table(io.BytesIO(data), columns=columns)
+    return parse_parquet(data, columns)
 
 
 class DuplicateList:
@@ -89,12 +87,10 @@ class DuplicateList:
 
     def __init__(self, folder: Folder):
         """Raises ShardError where there is none."""
-        import pyarrow.parquet as pq
-
         self._folder = folder
         try:
-            with folder.open(DUPLICATES) as stream:
-                self._metadata = pq.read_metadata(stream)
+            with open_parquet(folder, DUPLICATES) as parquet:
+                self._metadata = parquet.metadata
         except FileNotFoundError as error:
             raise ShardError(
                 f"{folder / DUPLICATES}: no such file; re-run the stage '{folder.name}'"
@@ -103,7 +99,6 @@ class DuplicateList:
     def of(self, keys: "pa.ChunkedArray") -> dict[str, tuple[str, str]]:
         """The keys that are duplicates -> (reason, key of the sample that stays)."""
         import pyarrow.compute as pc
-        import pyarrow.parquet as pq
 
         if not len(keys) or not self._metadata.num_rows:
             return {}
@@ -111,8 +106,8 @@ class DuplicateList:
         groups = [index for index in range(self._metadata.num_row_groups) if self._overlaps(index, ends)]
         if not groups:
             return {}
-        with self._folder.open(DUPLICATES) as stream:
-            table = pq.ParquetFile(stream, metadata=self._metadata).read_row_groups(groups)
+        with open_parquet(self._folder, DUPLICATES, metadata=self._metadata) as parquet:
+            table = parquet.read_row_groups(groups, use_threads=False)
         table = table.filter(pc.is_in(table["key"], value_set=keys.combine_chunks()))
         return {row["key"]: (row["reason"], row["duplicate_of"]) for row in table.to_pylist()}
 

@@ -1,9 +1,7 @@
 """A session of Ray: connected to a cluster or started on this machine, and gone when the work is."""
 
 import os
-import signal
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,13 +182,17 @@ def _loopback_kept() -> Iterator[None]:
 
 @contextmanager
 def _signal_kept() -> Iterator[None]:
-    """Ray puts its own handler of SIGTERM in the place of ours, to end the process with another status."""
-    before = signal.getsignal(signal.SIGTERM)
+    """Ray puts its own handler of SIGTERM in the place of ours, to end the process with status 15: it may
+    not, not even for the moment in which it starts.
+    """
+    from ray._private import utils
+
+    before = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+        utils.set_sigterm_handler = before
 
 
 def brief(error: BaseException) -> str:

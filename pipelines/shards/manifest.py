@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, Field
 
+from pipelines.shards.parquet import parse_parquet
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import SCHEMA, ShardError, Sidecar, SideFile
 from repfusion.config import Strict
@@ -90,14 +91,13 @@ class ShardTable:
     def read(cls, folder: Folder) -> "ShardTable":
         """Raises ShardError where the table is missing or cannot be read."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         try:
-            data = pa.BufferReader(folder.read(SHARDS))
+            data = folder.read(SHARDS)
         except FileNotFoundError as error:
             raise ShardError(f"{folder / SHARDS}: no such file; 'run' writes it again") from error
         try:
-            return cls(pq.read_table(data, read_dictionary=["fingerprint", "drops", "versions"]))
+            return cls(parse_parquet(data, read_dictionary=["fingerprint", "drops", "versions"]))
         except (pa.ArrowException, OSError) as error:
             raise ShardError(f"{folder / SHARDS}: not readable ({error}); delete it and run again") from error
 

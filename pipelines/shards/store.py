@@ -129,8 +129,10 @@ class ShardCommit:
         self._stack.close()
 
     def drop(self, key: str, reason: str, detail: str = "") -> None:
-        """Records a sample that is left out; `reason` is counted, `detail` is for people."""
-        self.drops.append((key, reason, detail))
+        """Records a sample that is left out; `reason` is counted, `detail` is for people, and may quote
+        names that are not UTF-8.
+        """
+        self.drops.append((key, reason, detail.encode(errors="backslashreplace").decode()))
 
     def check_drops(self, max_fraction: float) -> None:
         """Raises ShardError, with a table of reasons, where more than a share of the samples was dropped."""

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from email.message import Message
 from typing import Any, ClassVar
+from urllib.parse import quote, urlsplit
 from urllib.response import addinfourl
 
 TRANSIENT_REASONS = frozenset(
@@ -37,6 +38,26 @@ KNOWN_HOSTS = 10_000
 def is_transient(reason: str) -> bool:
     """Whether a sample dropped for this reason may be had later."""
     return reason in TRANSIENT_REASONS or re.fullmatch(r"http_5\d\d", reason) is not None
+
+
+def ascii_url(url: str) -> str:
+    """An address as it is requested: spaces around it go, those in it and letters that are not ASCII are
+    percent-encoded, a host's by IDNA. What is ASCII already, %XX included, stays as it is.
+
+    Raises:
+        ValueError: for what is no address, and a host with a space or one that IDNA does not know.
+    """
+    url = url.strip(" ")
+    netloc = urlsplit(url).netloc
+    if " " in netloc:
+        raise ValueError(f"{netloc!r} is no host")
+    if not netloc.isascii():
+        from idna import encode
+
+        login, at, place = netloc.rpartition("@")
+        host, colon, port = place.partition(":")
+        url = url.replace(netloc, f"{login}{at}{encode(host, uts46=True).decode()}{colon}{port}", 1)
+    return re.sub("[^\0-\x1f!-\x7f]+", lambda found: quote(found[0]), url)
 
 
 class DownloadError(Exception):

@@ -1,12 +1,11 @@
-"""A folder of image files with captions beside them or in a csv -> raw image-text shards.
+"""A folder of image files with captions beside them or in a list -> raw image-text shards.
 
 Every image, and every caption without one, ends as a sample or as a counted drop. The folder is walked in the
 order of its paths, one folder's listing in memory at a time.
 """
 
 import hashlib
-from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -15,6 +14,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from pipelines.dag import Place, ShardStage
+from pipelines.lists.by_path import ListedCaption, PathList, order, spellings
+from pipelines.lists.captions import ALL_CAPTIONS, SeveralCaptions, read_caption
+from pipelines.lists.tables import CsvFormat
+from pipelines.lists.values import BadEntry
 from pipelines.runtime.pool import ShardJob
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, sample_key, shard_name
@@ -26,16 +29,18 @@ from pipelines.sources.raw_samples import (
     IMAGE_ENDINGS,
     OWN_FIELDS,
     PACKAGES,
-    BadEntry,
     SampleMaker,
     free_names,
-    printable,
     sample_maker,
 )
 from repfusion.config import Config
-from repfusion.files import digest_of
 
-CAPTION_ENDING = ".txt"
+CAPTION_ENDINGS = (".txt", ".caption")
+"""What counts as a caption by its name, in small letters or capitals; what comes first counts before the
+others.
+"""
+LISTS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""Lists of captions that are taken where they lie in the folder."""
 FAULTS = {
     "broken_link": "a link that leads nowhere",
     "link_out": "a link that leads out of the folder; copy what it leads to",
@@ -43,6 +48,8 @@ FAULTS = {
     "not_a_file": "neither a file nor a folder",
 }
 """What is said of entries that are no regular files."""
+BESIDE = "beside"
+"""Stands for captions in files beside the images."""
 
 
 class FolderConfig(Config):
@@ -54,29 +61,37 @@ class FolderConfig(Config):
     path: str
     """The folder; local or any fsspec URL. Folders in it count, hidden files do not."""
     captions: str | None = None
-    """A csv of captions, such as the `metadata.csv` of a Hugging Face image folder; each worker holds it in
-    memory. None takes those in a .txt file beside each image, of the same name.
+    """A list of captions (.csv, .tsv, .jsonl, .json, .parquet), which each worker holds in memory. None takes
+    the `metadata.csv`, `.jsonl` or `.parquet` of a Hugging Face image folder where it has one, else what
+    `beside` takes: a file beside each image, `a.png.txt`, `a.png.caption`, `a.txt` or `a.caption` for
+    `a.png`, the first of these that there is.
     """
     file_column: str = "file_name"
-    """The csv's column of image files, as paths within the folder."""
-    caption_column: str = "caption"
-    """The csv's column of captions."""
-    extra_columns: Annotated[tuple[str, ...], free_names(OWN_FIELDS)] = ()
-    """Further columns of the csv that go into each sample's json, as text, such as alternative captions."""
+    """The list's column of image files: paths within the folder, with / or \\, or absolute ones."""
+    caption_column: str | None = None
+    """The list's column of captions; None is `caption` or, where there is none, `text`."""
+    several_captions: SeveralCaptions = "whole"
+    """What a caption of several lines, or a list of captions, means: `whole` is one caption, and refuses
+    lists; `first` takes the first; `all` takes it too and keeps all as `all_captions` in the sample's json,
+    for a captions column to draw from.
+    """
+    extra_columns: Annotated[tuple[str, ...], free_names(OWN_FIELDS | {ALL_CAPTIONS})] = ()
+    """Further columns of the list that go into each sample's json, such as alternative captions; those of a
+    csv as text.
+    """
+    csv: CsvFormat = CsvFormat()
+    """How csv and tsv lists are written."""
     options: dict[str, Any] = {}
     """Options of the fsspec file system: an endpoint, a profile. Changes no bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """A line of the csv, or a caption file that is still to be read."""
+    """A caption file that is still to be read."""
 
     path: str
     version: str
     """Another one means another text."""
-    text: str | None = None
-    """None where the file is still to be read, or the csv has none."""
-    extra: dict[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +102,9 @@ class Entry:
     """Path of the image, or of the caption that has none."""
     image: str | None
     """Version of the image; None where there is no such file."""
-    caption: Caption | None
+    caption: Caption | ListedCaption | None
     is_repeated: bool = False
-    """Whether the csv names the image a second time."""
+    """Whether the list names the image a second time."""
     fault: str = ""
     """Why the image or its caption cannot be read, as a reason of drops."""
 
@@ -118,18 +133,43 @@ def fingerprint_fields(config: FolderConfig, ingest: IngestConfig) -> dict[str, 
     fields: dict[str, Any] = {
         "source.kind": config.kind,
         "source.shard_size": config.shard_size,
-        "source.captions": "txt" if config.captions is None else "csv",
+        "source.several_captions": config.several_captions,
+        "source.captions": BESIDE,
     }
-    if config.captions is not None:
-        fields["source.extra_columns"] = list(config.extra_columns)
+    if find_list(config) is not None:
+        # which columns are read is in the identity of each line
+        fields |= {"source.captions": "list", "source.extra_columns": list(config.extra_columns)}
     return {**fields, **image_fields(ingest)}
+
+
+def find_list(config: FolderConfig) -> str | None:
+    """The list of captions: the one that is asked for, or the one in the folder; None where captions lie
+    beside the images.
+
+    Raises:
+        ValueError: where the folder has several.
+    """
+    if config.captions is not None:
+        return None if config.captions == BESIDE else config.captions.removeprefix("file://")
+    folder = folder_of(config)
+    found = [name for name in LISTS if folder.has(name)]
+    if len(found) > 1:
+        raise ValueError(
+            f"source.captions: {folder} has {' and '.join(found)}; name one of them, or '{BESIDE}' for files "
+            "beside the images"
+        )
+    return str(folder / found[0]) if found else None
+
+
+def folder_of(config: FolderConfig) -> Folder:
+    return Folder(config.path.rstrip("/").removeprefix("file://"), config.options)
 
 
 def jobs(config: FolderConfig) -> tuple[ShardJob, ...]:
     """Shards of `source.shard_size` entries. Walks the folder; what is kept of it is a hash for each shard.
 
     Raises:
-        ValueError: where there is no folder or no image in it, or no csv that has the columns.
+        ValueError: where there is no folder or no image in it, or no list that has the columns.
     """
     entries = FolderEntries(config).walk()
     made: list[ShardJob] = []
@@ -170,35 +210,59 @@ class _Shard:
         return None if first is None else cls(first, number, digest.hexdigest())
 
 
+class _CaptionFiles:
+    """The caption files that lie directly in a folder."""
+
+    def __init__(self, names: Sequence[str]):
+        self._names: dict[str, str] = {}
+        """Name without its ending -> the file that counts."""
+        for ending in CAPTION_ENDINGS:
+            found = [name for name in names if name.lower().endswith(ending)]
+            # small letters before capitals
+            for name in sorted(found, key=lambda name: (not name.endswith(ending), name)):
+                self._names.setdefault(name[: -len(ending)], name)
+
+    def of(self, image: str) -> str | None:
+        """The caption file of an image: `a.png.txt` before `a.txt`."""
+        return self._names.get(image) or self._names.get(_stem(image))
+
+    @staticmethod
+    def stem(name: str) -> str | None:
+        """The name of a caption file without its ending; None for any other file."""
+        ending = next((ending for ending in CAPTION_ENDINGS if name.lower().endswith(ending)), None)
+        return None if ending is None else name[: -len(ending)]
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
 def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_ENDINGS)
-
-
-def _order(path: str) -> str:
-    """Sorts paths folder by folder, as a walk meets them."""
-    return path.replace("/", "\0")
 
 
 class FolderEntries:
     """What a folder holds, in the order of the paths.
 
     Raises:
-        ValueError: where there is no folder, or no csv that has the columns.
+        ValueError: where there is no folder, or no list that has the columns.
     """
 
     def __init__(self, config: FolderConfig):
         self.config = config
-        self.folder = Folder(config.path.rstrip("/").removeprefix("file://"), config.options)
-        self._captions = None if config.captions is None else _Captions(config)
+        self.folder = folder_of(config)
+        listed = find_list(config)
+        self.captions = None if listed is None else _path_list(config, listed)
+        """The list of captions, if there is one."""
 
     def walk(self, first: str = "") -> Iterator[Entry]:
         """Entries, from that of a given path on."""
         try:
-            if self._captions is None:
+            if self.captions is None:
                 yield from self._walk(self.folder, "", first.split("/"))
             else:
                 yield from self._join(
-                    self._walk(self.folder, "", first.split("/")), self._captions.walk(first)
+                    self._walk(self.folder, "", first.split("/")), self.captions.walk(first)
                 )
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise ValueError(
@@ -210,7 +274,9 @@ class FolderEntries:
         listed = list_folder(folder, self.folder)
         files = {entry.name: f"{entry.size}:{entry.stamp}" for entry in listed if not entry.is_folder}
         faults = {entry.name: entry.fault for entry in listed}
-        stems = {name.rpartition(".")[0] for name in files if _is_image(name)}
+        captions = _CaptionFiles([] if self.captions else list(files))
+        images = {name for name in files if _is_image(name)}
+        images |= {_stem(name) for name in images}
         for entry in listed:
             if entry.name < first[0]:
                 continue
@@ -221,23 +287,23 @@ class FolderEntries:
             elif entry.is_folder:
                 yield Entry(path, None, None, fault=entry.fault)
             elif _is_image(entry.name):
-                text = f"{entry.name.rpartition('.')[0]}{CAPTION_ENDING}"
-                caption = Caption(prefix + text, files[text]) if text in files else None
-                fault = entry.fault or (faults[text] if caption and self._captions is None else "")
+                text = captions.of(entry.name)
+                caption = None if text is None else Caption(prefix + text, files[text])
+                fault = entry.fault or ("" if text is None else faults[text])
                 yield Entry(path, files[entry.name], caption, fault=fault)
-            elif self._captions is None and entry.name.endswith(CAPTION_ENDING):
-                if entry.name.removesuffix(CAPTION_ENDING) not in stems:
+            elif self.captions is None and (stem := captions.stem(entry.name)) is not None:
+                if stem not in images:
                     yield Entry(path, None, Caption(path, files[entry.name]), fault=entry.fault)
             elif entry.fault == "broken_link":
                 yield Entry(path, None, None, fault=entry.fault)  # perhaps to a folder that is not mounted
 
     @staticmethod
-    def _join(images: Iterator[Entry], captions: Iterator[Caption]) -> Iterator[Entry]:
-        """Merges files and lines of the csv, both in the order of their paths."""
+    def _join(images: Iterator[Entry], captions: Iterator[ListedCaption]) -> Iterator[Entry]:
+        """Merges files and lines of the list, both in the order of their paths."""
         ahead = next(images, None)
         last = None
         for caption in captions:
-            while ahead is not None and _order(ahead.path) < _order(caption.path):
+            while ahead is not None and order(ahead.path) < order(caption.path):
                 yield replace(ahead, caption=None)
                 ahead = next(images, None)
             if ahead is not None and ahead.path == caption.path:
@@ -251,64 +317,28 @@ class FolderEntries:
             ahead = next(images, None)
 
 
-class _Captions:
-    """The csv, in memory as Arrow columns, in the order of its paths.
-
-    Raises:
-        ValueError: where it is missing, not readable or lacks a column.
-    """
-
-    def __init__(self, config: FolderConfig):
-        import pyarrow as pa
-        import pyarrow.compute as pc
-        from pyarrow import csv
-
-        assert config.captions is not None
-        self._extra = config.extra_columns
-        place = config.captions.removeprefix("file://")
-        parent, _, name = place.rpartition("/")
-        columns = [config.file_column, config.caption_column, *config.extra_columns]
-        try:
-            with Folder(parent or ".", config.options).open(name) as stream:
-                table = csv.read_csv(
-                    stream,
-                    parse_options=csv.ParseOptions(newlines_in_values=True),
-                    convert_options=csv.ConvertOptions(
-                        column_types=dict.fromkeys(columns, pa.large_string())
-                    ),
-                )
-        except (FileNotFoundError, pa.ArrowInvalid) as error:
-            raise ValueError(f"source.captions: {place} is not readable as csv: {error}") from error
-        for column in columns:
-            if column not in table.column_names:
-                raise ValueError(
-                    f"source.captions: {place} has no column {column!r}; it has {table.column_names}"
-                )
-        paths = pc.replace_substring_regex(table[config.file_column].fill_null(""), r"^\./", "")
-        order = pc.sort_indices(pc.replace_substring(paths, "/", "\0"))
-        columns = [paths, *(table[column] for column in columns[1:])]
-        self._table = (
-            pa.table(columns, names=list(map(str, range(len(columns))))).take(order).combine_chunks()
-        )
-
-    def walk(self, first: str) -> Iterator[Caption]:
-        """Lines from a path on."""
-        paths = self._table[0]
-        start = bisect_left(range(len(paths)), _order(first), key=lambda index: _order(paths[index].as_py()))
-        for batch in self._table.slice(start).to_batches(max_chunksize=1000):
-            for path, text, *extra in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                named = dict(zip(self._extra, extra, strict=True))
-                version = digest_of([text, named])
-                yield Caption(path, version, text, named)
+def _path_list(config: FolderConfig, url: str) -> PathList:
+    return PathList(
+        url,
+        config.options,
+        f"source.captions: {url}",
+        roots=spellings(folder_of(config).url),
+        file=config.file_column,
+        caption=config.caption_column,
+        extra=config.extra_columns,
+        several=config.several_captions,
+        csv=config.csv,
+    )
 
 
 class FolderWorker:
     """Makes `NAME.tar` from image files. A key is the entry's position in the folder; the json says its
     `source_file`.
 
-    Reasons of drops: no_image (a caption file without an image), not_on_disk (the csv names it), repeated_row
-    (the csv names it again), no_caption (no file beside it, or no text in the csv), not_in_csv,
-    undecodable_caption, too_many_bytes, not_readable, those of `FAULTS` and those of ImageFitter.
+    Reasons of drops: no_image (a caption file without an image), not_on_disk (the list names it),
+    repeated_row (the list names it again), no_caption (no file beside it, or no text in the list),
+    not_in_list, undecodable_caption, not_text, several_captions, undecodable_metadata, too_many_bytes,
+    not_readable, those of `FAULTS` and those of ImageFitter.
     """
 
     concurrency: ClassVar[int] = 2
@@ -329,7 +359,7 @@ class FolderWorker:
                     try:
                         members = make(key, *self._read(entry))
                     except BadEntry as error:
-                        commit.drop(key, error.reason, f"{printable(entry.path)}: {error.detail}")
+                        commit.drop(key, error.reason, f"{entry.path}: {error.detail}")
                     else:
                         samples.write(key, members)
             commit.check_drops(self.ingest.max_drop_fraction)
@@ -351,25 +381,24 @@ class FolderWorker:
 
     def _read(self, entry: Entry) -> tuple[bytes | None, str | None, dict[str, Any]]:
         """Image, caption and metadata. Raises BadEntry."""
-        uses_csv = self.config.captions is not None
+        listed = self._entries.captions is not None
         if entry.is_repeated:
-            raise BadEntry("repeated_row", "the csv names it before")
+            raise BadEntry("repeated_row", "the list names it before")
         if entry.fault:
             raise BadEntry(entry.fault, FAULTS[entry.fault])
         if entry.image is None:
-            detail = "named in the csv, not on disk" if uses_csv else "a caption without an image"
-            raise BadEntry("not_on_disk" if uses_csv else "no_image", detail)
-        if entry.caption is None:
-            detail = "on disk, not in the csv" if uses_csv else f"no {CAPTION_ENDING} file beside it"
-            raise BadEntry("not_in_csv" if uses_csv else "no_caption", detail)
-        caption = entry.caption.text
-        if not uses_csv:
-            try:
-                caption = self._bytes(entry.caption.path).decode()
-            except UnicodeDecodeError as error:
-                raise BadEntry("undecodable_caption", str(error)) from error
-        metadata = {**(entry.caption.extra or {}), "source_file": entry.path}
-        return self._bytes(entry.path), caption, metadata
+            detail = "named in the list, not on disk" if listed else "a caption without an image"
+            raise BadEntry("not_on_disk" if listed else "no_image", detail)
+        match entry.caption:
+            case None:
+                detail = "on disk, not in the list" if listed else "no caption file beside it"
+                raise BadEntry("not_in_list" if listed else "no_caption", detail)
+            case ListedCaption(problem=problem, text=text, fields=fields):
+                if problem is not None:
+                    raise BadEntry(*problem)
+            case Caption(path=path):
+                text, fields = read_caption(self._bytes(path), self.config.several_captions)
+        return self._bytes(entry.path), text, {**fields, "source_file": entry.path}
 
     def _bytes(self, path: str) -> bytes:
         """A file's bytes. Raises BadEntry where they are too many, or not ours to read."""

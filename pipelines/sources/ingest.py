@@ -14,16 +14,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, Self
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 from pydantic import Field, model_validator
 
+from pipelines.lists.values import json_values
 from pipelines.runtime.careful import KILLED, KilledError, guarded
 from pipelines.runtime.pool import ActorsConfig, ShardJob
+from pipelines.shards.parquet import parse_parquet, read_parquet
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
 from pipelines.shards.tars import read_samples, tar_shard
-from pipelines.sources.downloads import DownloadLimits, Downloads, is_transient
+from pipelines.sources.downloads import DownloadLimits, Downloads, ascii_url, is_transient
 from repfusion.config import Config
 from repfusion.files import canonical_json
 
@@ -283,9 +285,6 @@ class _Earlier:
         """None where there is no such shard, it was made from something else, or a byte of it is not as it
         was.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         sidecar = read_sidecar(folder, job.name)
         if sidecar is None or (sidecar.fingerprint, sidecar.inputs) != (job.fingerprint, job.inputs):
             return None
@@ -296,7 +295,7 @@ class _Earlier:
                 data = folder.read(name)
                 if hashlib.sha256(data).hexdigest() != described.sha256:
                     return None
-                rows = pq.read_table(pa.BufferReader(data)).to_pylist()
+                rows = parse_parquet(data).to_pylist()
                 drops = {row["key"]: (row["reason"], row["detail"]) for row in rows}
         except (ShardError, FileNotFoundError):
             return None
@@ -378,10 +377,7 @@ class IngestWorker:
         )
 
     def __call__(self, job: ShardJob) -> Sidecar:
-        import pyarrow.parquet as pq
-
-        with self.source.open(f"{job.name}.parquet") as stream:
-            rows = pq.read_table(stream)
+        rows = read_parquet(self.source, f"{job.name}.parquet")
         keys: list[str] = rows["key"].to_pylist()
         tried, earlier = keys, None
         if reasons := job.arguments.get("retry"):
@@ -411,10 +407,9 @@ class IngestWorker:
 
     def _absolute(self, url: str) -> str:
         try:
-            urlsplit(url)
+            return ascii_url(urljoin(self.base_url, url))
         except ValueError:
             return ""  # http://[ and its like, of which img2dataset says something else each
-        return urljoin(self.base_url, url)
 
     def _download(
         self,
@@ -486,7 +481,7 @@ class IngestWorker:
         self, key: str, row: dict[str, Any], record: dict[str, Any], image: bytes
     ) -> dict[str, bytes]:
         caption = row.pop("caption")
-        metadata = {"key": key, **row, **{name: record[name] for name in SIZES}}
+        metadata = json_values({"key": key, **row, **{name: record[name] for name in SIZES}})
         return {
             self.config.encode: image,
             "txt": caption.encode(),

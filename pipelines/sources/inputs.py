@@ -3,8 +3,10 @@
 import glob
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from pipelines.shards.storage import Folder
 
 STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
 """Where fsspec's file systems say which version of a file there is; the first one counts."""
+
+LOOK_UPS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +44,33 @@ class InputFile:
 
 
 def find_inputs(
-    path: str, endings: tuple[str, ...], key: str, options: Mapping[str, Any]
+    path: str,
+    endings: tuple[str, ...],
+    key: str,
+    options: Mapping[str, Any],
+    in_folders: tuple[str, ...] | None = None,
 ) -> tuple[InputFile, ...]:
-    """Files at a path (one file, those directly in a folder that are not hidden, or what a pattern with `*`
-    finds), in the order of their names. `key` is where the configuration asks for them.
+    """Files at a path, in the order of their names: one file, those directly in a folder that are not hidden,
+    or what a pattern finds. In a pattern, `*`, `?` and `[ab]` stand for what is there, `{000..127}` and
+    `{a,b}` for names each of which has to lead somewhere. Capitals in a name's ending count as small letters.
+
+    Args:
+        path: a path or a URL.
+        endings: of the names that may be read.
+        key: where the configuration asks for the files.
+        options: of the fsspec file system.
+        in_folders: endings of what counts in a folder; None is all of `endings`.
 
     Raises:
         ValueError: where there is none, or one of another ending.
     """
-    root, found = (_find_local if "://" not in path else _find_remote)(path, endings, options)
+    path = path.removeprefix("file://")
+    find = partial(
+        _find_local if "://" not in path else _find_remote, endings=in_folders or endings, options=options
+    )
+    root, found = find(path)
+    if not found and "{" in path:
+        root, found = _find_each(path, key, find, options)
     wanted = " or ".join(endings)
     if not found:
         raise ValueError(
@@ -56,7 +78,9 @@ def find_inputs(
         )
     files = []
     for url, size, stamp in found:
-        if not url.endswith(endings):
+        if (shown := url.encode(errors="backslashreplace").decode()) != url:
+            raise ValueError(f"{key}: {shown}: the name is no UTF-8; rename the file")
+        if not url.lower().endswith(endings):
             raise ValueError(f"{key}: {url}: expected a name that ends in {wanted}")
         files.append(InputFile(url.removeprefix(root).lstrip("/"), url, size, stamp))
     return tuple(sorted(files, key=lambda file: file.name))
@@ -66,9 +90,40 @@ Found = tuple[str, list[tuple[str, int, str]]]
 """A folder, and the url, size and stamp of files below it."""
 
 
+def _find_each(pattern: str, key: str, find: Callable[[str], Found], options: Mapping[str, Any]) -> Found:
+    """What each name finds that the braces of a pattern stand for.
+
+    Raises:
+        ValueError: where one finds nothing, or the braces do not match.
+    """
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    try:
+        paths = list(dict.fromkeys(braceexpand(pattern, escape=False)))
+    except UnbalancedBracesError as error:
+        raise ValueError(f"{key}: {pattern}: its braces do not match") from error
+    if paths == [pattern]:
+        return pattern, []
+    # each look-up of a store is a round trip
+    with ThreadPoolExecutor(LOOK_UPS_AT_ONCE if "://" in pattern else 1) as pool:
+        results = list(pool.map(find, paths))
+    if missing := [path for path, (_, found) in zip(paths, results, strict=True) if not found]:
+        raise ValueError(
+            f"{key}: {len(missing):,} of the {len(paths):,} names that {pattern} stands for lead to no file, "
+            f"first {missing[0]}"
+        )
+    every = {file[0]: file for _, found in results for file in found}
+    root = _fixed_part(pattern)
+    if "://" in pattern:
+        import fsspec
+
+        root = _spelled(root, fsspec.filesystem(pattern.partition("://")[0], **options))
+    return root, [*every.values()]
+
+
 def _fixed_part(pattern: str) -> str:
     """The folder in which all that a pattern finds must lie."""
-    first = min(at for at in (pattern.find(mark) for mark in "*?[") if at >= 0)
+    first = min(at for at in (pattern.find(mark) for mark in "*?[{") if at >= 0)
     return pattern[:first].rpartition("/")[0]
 
 
@@ -79,7 +134,7 @@ def _find_local(path: str, endings: tuple[str, ...], options: Mapping[str, Any])
             [
                 entry.path
                 for entry in os.scandir(path)
-                if entry.name.endswith(endings) and not entry.name.startswith(".")
+                if entry.name.lower().endswith(endings) and not entry.name.startswith(".")
             ],
         )
     elif os.path.isfile(path):
@@ -106,15 +161,19 @@ def _find_remote(path: str, endings: tuple[str, ...], options: Mapping[str, Any]
         entries = [
             entry
             for entry in entries
-            if entry["name"].endswith(endings) and not entry["name"].rpartition("/")[2].startswith(".")
+            if entry["name"].lower().endswith(endings)
+            and not entry["name"].rpartition("/")[2].startswith(".")
         ]
-    # as the file system spells it, with or without a slash of its own
-    root = files.unstrip_protocol(files._strip_protocol(root))
-    return root, [
+    return _spelled(root, files), [
         (files.unstrip_protocol(entry["name"]), entry["size"], _stamp(entry))
         for entry in entries
         if entry["type"] == "file"
     ]
+
+
+def _spelled(root: str, files: Any) -> str:
+    """A folder's URL as its file system spells it, with or without a slash of its own."""
+    return files.unstrip_protocol(files._strip_protocol(root))
 
 
 def _stamp(entry: Mapping[str, Any]) -> str:

@@ -5,9 +5,9 @@ Every row ends as a sample or as a counted drop. Row groups are read as a stream
 and the page of the file they lie on.
 """
 
-import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -16,22 +16,19 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from pipelines.dag import Place, ShardStage
+from pipelines.lists.captions import ALL_CAPTIONS, SeveralCaptions, lists_remedy, read_caption
+from pipelines.lists.columns import Needed, caption_column, check_columns, json_column
+from pipelines.lists.values import BadEntry, Undecodable, cells, is_binary
 from pipelines.runtime.pool import ShardJob
 from pipelines.shards.digests import flatten
+from pipelines.shards.parquet import is_damage, open_parquet
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, sample_key, shard_name
 from pipelines.shards.tars import tar_shard
 from pipelines.sources.base import Entries, read_stage
 from pipelines.sources.ingest import IngestConfig, image_fields
 from pipelines.sources.inputs import InputFile, find_inputs
-from pipelines.sources.raw_samples import (
-    OWN_FIELDS,
-    PACKAGES,
-    BadEntry,
-    SampleMaker,
-    free_names,
-    sample_maker,
-)
+from pipelines.sources.raw_samples import OWN_FIELDS, PACKAGES, SampleMaker, free_names, sample_maker
 from repfusion.config import Config
 
 if TYPE_CHECKING:
@@ -39,7 +36,7 @@ if TYPE_CHECKING:
 
 BATCH_ROWS = 8
 BUFFER_BYTES = 1 << 20
-RESERVED = OWN_FIELDS | {"source_row", "source_path"}
+RESERVED = OWN_FIELDS | {ALL_CAPTIONS, "source_row", "source_path"}
 
 
 class ParquetConfig(Config):
@@ -49,14 +46,19 @@ class ParquetConfig(Config):
     shard_size: int = Field(default=500, ge=1)
     """Entries per shard, the unit of work, failure and resume of every later stage."""
     path: str
-    """A .parquet file, a folder of them or a pattern such as `data/train-*.parquet`; local or any fsspec URL.
-    Several files are read in the order of their names.
+    """A .parquet file, a folder of them or a pattern such as `data/train-*.parquet` or
+    `data/{0000..0127}.parquet`; local or any fsspec URL. Several files are read in the order of their names.
     """
     image_column: str = "image"
     """Column of encoded images: binary, or a struct with a binary field `bytes` and perhaps the text `path`.
     """
     caption_column: str = "caption"
     """Column of captions."""
+    several_captions: SeveralCaptions = "whole"
+    """What a caption of several lines, or a list of captions, means: `whole` is one caption, and refuses
+    lists; `first` takes the first; `all` takes it too and keeps all as `all_captions` in the sample's json,
+    for a captions column to draw from.
+    """
     extra_columns: Annotated[tuple[str, ...], free_names(RESERVED)] = ()
     """Further columns that go into each sample's json, such as alternative captions: text, numbers, truth
     values, lists and structs of these.
@@ -159,43 +161,26 @@ class _Rows:
     """An open file whose columns are known to fit."""
 
     def __init__(self, file: InputFile, config: ParquetConfig):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         self.file, self.config = file, config
-        self._stream = file.folder(config.options).open(file.base)
+        self._opened = ExitStack()
+        place = f"source.path: {file.url}"
         try:
             # without a buffer a column of a row group is read whole: gigabytes, where groups are large
-            self.parquet = pq.ParquetFile(self._stream, buffer_size=BUFFER_BYTES)
-            self._check_columns()
-        except (pa.ArrowException, OSError, ValueError) as error:
-            self._stream.close()
-            if isinstance(error, pa.ArrowException | OSError) and _is_damage(error):
-                raise ValueError(f"source.path: {file.url} is not readable as parquet: {error}") from error
+            opened = open_parquet(file.folder(config.options), file.base, buffer_size=BUFFER_BYTES)
+            self.parquet = self._opened.enter_context(opened)
+            schema = self.parquet.schema_arrow
+            check_columns(_needed(config), schema.names, place, lambda name: schema.field(name).type)
+        except Exception as error:
+            self._opened.close()
+            if is_damage(error):
+                raise ValueError(f"{place} is not readable as parquet: {error}") from error
             raise
 
     def __enter__(self) -> "_Rows":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stream.close()
-
-    def _check_columns(self) -> None:
-        config, schema = self.config, self.parquet.schema_arrow
-        extra = ("text, numbers, truth values, lists or structs", _fits_json)
-        expected = [
-            (config.image_column, "binary or a struct with a binary field 'bytes'", _holds_images),
-            (config.caption_column, "text", _holds_text),
-            *((name, *extra) for name in config.extra_columns),
-        ]
-        for name, kind, fits in expected:
-            if name not in schema.names:
-                raise ValueError(f"source: {self.file.url} has no column {name!r}; it has {schema.names}")
-            if not fits(schema.field(name).type):
-                raise ValueError(
-                    f"source: column {name!r} of {self.file.url} is {schema.field(name).type}; "
-                    f"expected {kind}"
-                )
+        self._opened.close()
 
     def read(self, wanted: range) -> Iterator[tuple[int, dict[str, Any]]]:
         """Rows at ascending positions within the file; only the row groups that hold one are read."""
@@ -208,9 +193,11 @@ class _Rows:
         for group, size in enumerate(sizes):
             if _within(wanted, first, first + size):
                 start = first
-                for batch in self.parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
+                for batch in self.parquet.iter_batches(
+                    BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False
+                ):
                     for row in _within(wanted, start, start + len(batch)):
-                        yield row, {name: batch[name][row - start].as_py() for name in columns}
+                        yield row, {name: cells(batch[name].slice(row - start, 1))[0] for name in columns}
                     start += len(batch)
                     if start > wanted[-1]:
                         return
@@ -222,11 +209,17 @@ def _within(wanted: range, start: int, stop: int) -> range:
     return wanted[bisect_left(wanted, start) : bisect_left(wanted, stop)]
 
 
-def _is_damage(error: Exception) -> bool:
-    """Whether an error is about a file's content. Arrow has OSErrors for that too, of no further kind or
-    number.
-    """
-    return not isinstance(error, OSError) or (type(error) is OSError and error.errno is None)
+def _needed(config: ParquetConfig) -> list[Needed]:
+    return [
+        Needed(
+            config.image_column,
+            "source.image_column",
+            _holds_images,
+            "binary or a struct with a binary field 'bytes'",
+        ),
+        caption_column(config.caption_column, "source.caption_column", lists_remedy(config.several_captions)),
+        *(json_column(name, "source.extra_columns") for name in config.extra_columns),
+    ]
 
 
 def _holds_images(kind: "pa.DataType") -> bool:
@@ -234,49 +227,8 @@ def _holds_images(kind: "pa.DataType") -> bool:
 
     if types.is_struct(kind):
         fields = {field.name: field.type for field in kind}
-        return "bytes" in fields and _holds_images(fields["bytes"])
-    return (
-        types.is_binary(kind)
-        or types.is_large_binary(kind)
-        or types.is_binary_view(kind)
-        or types.is_null(kind)
-    )
-
-
-def _holds_text(kind: "pa.DataType") -> bool:
-    from pyarrow import types
-
-    if types.is_dictionary(kind):
-        return _holds_text(kind.value_type)
-    return (
-        types.is_string(kind)
-        or types.is_large_string(kind)
-        or types.is_string_view(kind)
-        or types.is_null(kind)
-    )
-
-
-def _fits_json(kind: "pa.DataType") -> bool:
-    from pyarrow import types
-
-    if types.is_struct(kind):
-        return all(_fits_json(field.type) for field in kind)
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return _fits_json(kind.value_type)
-    plain = types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)
-    return plain or _holds_text(kind)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN, which is how tables made by pandas say that there is none."""
-    match value:
-        case float() if not math.isfinite(value):
-            return None
-        case list():
-            return [_finite(item) for item in value]
-        case dict():
-            return {name: _finite(item) for name, item in value.items()}
-    return value
+        return "bytes" in fields and is_binary(fields["bytes"])
+    return is_binary(kind)
 
 
 class ParquetWorker:
@@ -285,7 +237,8 @@ class ParquetWorker:
 
     Rows that stand before a shard in its first row group are read past.
 
-    Reasons of drops: no_image, no_caption, and those of ImageFitter.
+    Reasons of drops: no_image, no_caption, undecodable_caption, not_text, undecodable_metadata, and those of
+    ImageFitter.
     """
 
     concurrency: ClassVar[int] = 2
@@ -301,14 +254,12 @@ class ParquetWorker:
             self.folder, job.name, job.fingerprint, job.inputs, ("pyarrow", *PACKAGES)
         ) as commit:
             with tar_shard(commit) as samples, sample_maker(self._make, job.careful_sec) as make:
-                for position, entry in self._read(parts, wanted):
+                for position, file, row, values in self._read(parts, wanted):
                     key = sample_key(position)
                     try:
-                        members = make(key, *entry)
+                        members = make(key, *self._entry(file, row, values))
                     except BadEntry as error:
-                        metadata = entry[2]
-                        place = f"{metadata['source_file']}, row {metadata['source_row']}"
-                        commit.drop(key, error.reason, f"{place}: {error.detail}")
+                        commit.drop(key, error.reason, f"{file.name}, row {row}: {error.detail}")
                     else:
                         samples.write(key, members)
             commit.check_drops(self.ingest.max_drop_fraction)
@@ -317,19 +268,17 @@ class ParquetWorker:
 
     def _read(
         self, parts: Sequence[Part], wanted: range
-    ) -> Iterator[tuple[int, tuple[bytes | None, str | None, dict[str, Any]]]]:
-        """Position, and image, caption and metadata, of the wanted rows."""
-        import pyarrow as pa
-
+    ) -> Iterator[tuple[int, InputFile, int, dict[str, Any]]]:
+        """Position, file, row in it and values of the wanted rows."""
         for part in parts:
             own = _within(wanted, part.start, part.stop)
             inside = range(own.start - part.first, own.stop - part.first, own.step)
             try:
                 with _Rows(part.file, self.config) as rows:
                     for row, values in rows.read(inside):
-                        yield part.first + row, self._entry(part.file, row, values)
-            except (pa.ArrowException, OSError) as error:
-                if not _is_damage(error):
+                        yield part.first + row, part.file, row, values
+            except Exception as error:
+                if not is_damage(error):
                     raise
                 detail = " ".join(str(error).split())
                 raise ShardError(f"{part.file.url}: damaged ({detail}); replace it") from error
@@ -337,12 +286,18 @@ class ParquetWorker:
     def _entry(
         self, file: InputFile, row: int, values: dict[str, Any]
     ) -> tuple[bytes | None, str | None, dict[str, Any]]:
+        """Image, caption and metadata. Raises BadEntry."""
         config = self.config
-        metadata = {name: _finite(values[name]) for name in config.extra_columns}
+        caption, fields = read_caption(values[config.caption_column], config.several_captions)
+        metadata = {name: values[name] for name in config.extra_columns} | fields
         metadata |= {"source_file": file.name, "source_row": row}
         image = values[config.image_column]
+        if isinstance(image, Undecodable):
+            raise BadEntry("undecodable_metadata", f"the image's path: {image.detail}")
         if isinstance(image, dict):
-            if image.get("path"):
-                metadata["source_path"] = image["path"]
+            if path := image.get("path"):
+                metadata["source_path"] = path
+                if image["bytes"] is None:
+                    raise BadEntry("no_image", f"no bytes, only the path {path}; a folder source reads files")
             image = image["bytes"]
-        return image, values[config.caption_column], metadata
+        return image, caption, metadata

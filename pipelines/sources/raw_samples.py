@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import AfterValidator
 
+from pipelines.lists.captions import clean
+from pipelines.lists.values import BadEntry, json_values
 from pipelines.runtime.careful import KILLED, KilledError, guarded
 from pipelines.sources.ingest import SIZES, BadImage, ImageFitter, IngestConfig
 from repfusion.files import canonical_json
@@ -36,22 +38,6 @@ def free_names(reserved: Set[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
-class BadEntry(ValueError):
-    """An entry of an input that becomes no sample; `reason` is counted, `detail` is for people."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
-
-    def __str__(self) -> str:
-        return self.detail
-
-
-def printable(name: str) -> str:
-    """A name that may hold bytes that are no UTF-8, as it can be listed."""
-    return name.encode(errors="backslashreplace").decode()
-
-
 class SampleMaker:
     """Makes samples; may be called from several threads.
 
@@ -69,7 +55,8 @@ class SampleMaker:
         """Members by extension. `metadata` goes into the JSON, beside the key and the image's sizes.
 
         Raises:
-            BadEntry: no_image, no_caption, undecodable_metadata, or one of ImageFitter's reasons.
+            BadEntry: no_image, no_caption, undecodable_caption, undecodable_metadata, or one of ImageFitter's
+                reasons.
         """
         if image is None:
             raise BadEntry("no_image", "no image")
@@ -79,12 +66,8 @@ class SampleMaker:
             extension, data, sizes = self._fit(image)
         except BadImage as error:
             raise BadEntry(error.reason, error.detail) from error
-        try:
-            text = canonical_json({**metadata, "key": key, **sizes})
-            members = {extension: data, "txt": caption.encode(), "json": text.encode()}
-        except ValueError as error:  # NaN, or half a surrogate pair
-            raise BadEntry("undecodable_metadata", str(error)) from error
-        return members
+        text = canonical_json(json_values({**metadata, "key": key, **sizes}))
+        return {extension: data, "txt": clean(caption).encode(), "json": text.encode()}
 
     def _fit(self, data: bytes) -> tuple[str, bytes, dict[str, int]]:
         if self.config.image_size is None and (found := _header(data)) is not None:

@@ -12,6 +12,8 @@ from functools import partial
 from typing import Any, ClassVar, Literal, NoReturn
 
 from pipelines.dag import Place, ShardStage
+from pipelines.lists.captions import SeveralCaptions, read_caption
+from pipelines.lists.values import BadEntry
 from pipelines.runtime.pool import ShardJob
 from pipelines.shards.archive import Archive, Group, KeyEnd, Missing
 from pipelines.shards.storage import Folder
@@ -20,14 +22,7 @@ from pipelines.shards.tars import TarSamples, tar_shard
 from pipelines.sources.base import Entries, read_stage
 from pipelines.sources.ingest import IngestConfig, image_fields
 from pipelines.sources.inputs import InputFile, find_inputs
-from pipelines.sources.raw_samples import (
-    IMAGE_ENDINGS,
-    OWN_FIELDS,
-    PACKAGES,
-    BadEntry,
-    SampleMaker,
-    sample_maker,
-)
+from pipelines.sources.raw_samples import IMAGE_ENDINGS, OWN_FIELDS, PACKAGES, SampleMaker, sample_maker
 from repfusion.config import Config
 from repfusion.tars import TarError
 
@@ -37,6 +32,8 @@ NUM_COUNTED_SAMPLES = 500
 """How much is read to estimate the samples in all tars: the first so many of so many tars."""
 
 
+CAPTION_EXTENSIONS = ("txt", "caption")
+"""Members that hold the caption; the first of them counts."""
 ENDINGS = (".tar", ".tar.gz", ".tgz")
 UNREAD_ENDINGS = (
     ".tar.bz2",
@@ -58,11 +55,18 @@ class TarsConfig(Config):
 
     kind: Literal["tars"] = "tars"
     path: str
-    """A .tar, .tar.gz or .tgz file, a folder of them or a pattern such as `data/*/*.tar`; local or any fsspec
-    URL. Shards are numbered in the order of the names.
+    """A .tar, .tar.gz or .tgz file, a folder of them or a pattern such as `data/*/*.tar` or
+    `data/{000..127}.tar`; local or any fsspec URL. Shards are numbered in the order of the names.
     """
     caption_field: str | None = None
-    """Field of each sample's json that holds the caption; None takes the txt member."""
+    """Field of each sample's json that holds the caption; None takes the txt member or, where there is none,
+    the caption member.
+    """
+    several_captions: SeveralCaptions = "whole"
+    """What a caption of several lines, or a list of captions, means: `whole` is one caption, and drops
+    lists; `first` takes the first; `all` takes it too and keeps all as `all_captions` in the sample's json,
+    for a captions column to draw from.
+    """
     image_extension: str | None = None
     """Extension of the member that is the image, such as `left.png`, where samples have several; None takes
     the one without a further dot, or the only one.
@@ -94,7 +98,7 @@ class TarsSource:
 
 def fingerprint_fields(config: TarsConfig, ingest: IngestConfig) -> dict[str, Any]:
     """What decides the bytes, beside the tars themselves."""
-    names = {"kind", "caption_field", "image_extension", "key_ends"}
+    names = {"kind", "caption_field", "several_captions", "image_extension", "key_ends"}
     own = {f"source.{name}": value for name, value in config.model_dump(mode="json", include=names).items()}
     return {**own, **image_fields(ingest)}
 
@@ -102,7 +106,7 @@ def fingerprint_fields(config: TarsConfig, ingest: IngestConfig) -> dict[str, An
 def find_tars(config: TarsConfig) -> tuple[InputFile, ...]:
     """Raises ValueError where there is none, or an archive that is not read."""
     found = find_inputs(config.path, ENDINGS + UNREAD_ENDINGS, "source.path", config.options)
-    if unread := [file.url for file in found if file.name.endswith(UNREAD_ENDINGS)]:
+    if unread := [file.url for file in found if file.name.lower().endswith(UNREAD_ENDINGS)]:
         raise ValueError(
             f"source.path: {unread[0]} ({len(unread)} such archives of {len(found)}) is not read; expected "
             f"{', '.join(ENDINGS)}: unpack it, or choose the others by a pattern"
@@ -156,7 +160,7 @@ def _is_image(extension: str) -> bool:
 
 
 def _is_read(extension: str) -> bool:
-    return _is_image(extension) or extension.rpartition(".")[2] in ("txt", "json")
+    return _is_image(extension) or extension.rpartition(".")[2] in (*CAPTION_EXTENSIONS, "json")
 
 
 class TarWorker:
@@ -165,10 +169,10 @@ class TarWorker:
     A key is the number of the tar and the position in it; the original one is `source_key` in the json,
     beside `source_file`. The fields of the sample's own json stay, but for those that are ours.
 
-    Reasons of drops: no_image, several_images, no_caption, undecodable_caption, undecodable_metadata,
-    duplicate_key, dotted_key, too_many_bytes, broken_link, unreadable_member, truncated_tar, and those of
-    ImageFitter. Members that belong to no sample are counted beside them: extra_image, unused_member,
-    hidden_file, no_extension, metadata_file.
+    Reasons of drops: no_image, several_images, no_caption, undecodable_caption, not_text, several_captions,
+    undecodable_metadata, duplicate_key, dotted_key, too_many_bytes, broken_link, unreadable_member,
+    truncated_tar, and those of ImageFitter. Members that belong to no sample are counted beside them:
+    extra_image, unused_member, hidden_file, no_extension, metadata_file.
     """
 
     concurrency: ClassVar[int] = 2
@@ -240,20 +244,16 @@ class TarWorker:
     def _parse(self, group: Group) -> tuple[set[str], bytes | None, str | None, dict[str, Any]]:
         """Which members are used; image, caption and fields of the json. Raises BadEntry."""
         image = self._image(group)
-        used = {extension for extension in (image, "txt", "json") if extension in group.members}
+        text = next((one for one in CAPTION_EXTENSIONS if one in group.members), "")
+        used = {extension for extension in (image, text, "json") if extension in group.members}
         data = {extension: _held(group.members[extension]) for extension in used}
         metadata = _parse_json(data.get("json", b"{}"))
-        if self.config.caption_field is None:
-            try:
-                caption = data["txt"].decode() if "txt" in data else None
-            except UnicodeDecodeError as error:
-                raise BadEntry("undecodable_caption", str(error)) from error
-        else:
-            caption = metadata.get(self.config.caption_field)
-            if not isinstance(caption, str | None):
-                raise BadEntry("no_caption", f"json field {self.config.caption_field!r} is no text")
+        field = self.config.caption_field
+        caption, kept = read_caption(
+            data.get(text) if field is None else metadata.get(field), self.config.several_captions
+        )
         fields = {name: value for name, value in metadata.items() if name not in OWN_FIELDS}
-        return used, data.get(image), caption, fields
+        return used, data.get(image), caption, fields | kept
 
     def _image(self, group: Group) -> str:
         """Extension of the member that is the image; empty where there is none."""

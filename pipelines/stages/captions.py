@@ -8,14 +8,22 @@ has a member `KEY.missing.json`, so that the tar holds every key.
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pipelines.dag import Place, ShardStage, Stage
+from pipelines.lists.blocks import key_text
+from pipelines.lists.captions import all_texts, one_text
+from pipelines.lists.columns import caption_column, key_column
+from pipelines.lists.tables import LIST_ENDINGS, TABLE_ENDINGS, CsvFormat, Table, open_table
+from pipelines.lists.values import BadEntry
 from pipelines.runtime.pool import ActorsConfig, ShardJob
+from pipelines.shards.digests import flatten
 from pipelines.shards.manifest import ShardTable
+from pipelines.shards.parquet import read_parquet
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
 from pipelines.shards.tars import read_samples, tar_shard
@@ -23,13 +31,9 @@ from pipelines.sources.inputs import InputFile, find_inputs
 from repfusion.config import Config, Strict
 from repfusion.files import canonical_json, digest_of, json_bytes
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 COVERAGE = "coverage.json"
 """How many samples have each caption, and why the others lack it."""
 MISSING_MEMBER = "missing.json"
-BATCH_ROWS = 1 << 14
 
 
 class CaptionConfig(Strict):
@@ -38,8 +42,8 @@ class CaptionConfig(Strict):
     field: str | None = None
     """Field of the json, such as a further column of the source."""
     table: str | None = None
-    """A .parquet file, a folder of them or a pattern; local or any fsspec URL. Sorted by its key column it is
-    read a part at a time; else each shard reads all of it.
+    """A .parquet, .csv, .tsv, .jsonl or .json file, a folder of them or a pattern; local or any fsspec URL.
+    Parquet that is sorted by its key column is read a part at a time; of anything else each shard reads all.
     """
     key_column: str = "key"
     """The table's column to find a sample by: text or whole numbers. Of rows with the same key, the first
@@ -51,6 +55,12 @@ class CaptionConfig(Strict):
     """
     caption_column: str = "caption"
     """The table's column of captions."""
+    csv: CsvFormat = CsvFormat()
+    """How csv and tsv tables are written."""
+    item: int | None = Field(default=None, ge=0)
+    """Which one to take where a caption is several, a list or the lines of a text: 0 is the first. None takes
+    a text as it is, and no lists.
+    """
     max_chars: int | None = Field(default=None, ge=1)
     """A longer caption counts as lacking; None takes any. Choose it so that captions fit into the MLLM's
     context.
@@ -63,7 +73,7 @@ class CaptionConfig(Strict):
         if (self.field is None) == (self.table is None):
             raise ValueError("give either field (of the json) or table (of captions)")
         if self.field is not None and (
-            idle := self.model_fields_set & {"key_column", "join_field", "caption_column"}
+            idle := self.model_fields_set & {"key_column", "join_field", "caption_column", "csv"}
         ):
             raise ValueError(
                 f"{sorted(idle)} belong to a table, but the caption comes from the field {self.field!r}"
@@ -104,11 +114,13 @@ def fingerprint_fields(
     for name, caption in sorted(config.captions.items()):
         prefix = f"columns.{column}.captions.{name}."
         fields[f"{prefix}max_chars"] = caption.max_chars
+        fields[f"{prefix}item"] = caption.item
         if caption.table is None:
             fields[f"{prefix}field"] = caption.field
             continue
         for key in ("key_column", "join_field", "caption_column"):
             fields[prefix + key] = getattr(caption, key)
+        fields |= flatten(caption.csv.model_dump(mode="json"), f"{prefix}csv.")
         files = table_files(name, caption)
         fields[f"{prefix}table"] = digest_of([identify(file.url, caption.options) for file in files])
     return fields
@@ -117,7 +129,7 @@ def fingerprint_fields(
 def table_files(name: str, column: CaptionConfig) -> tuple[InputFile, ...]:
     """Raises ValueError where there is none."""
     assert column.table is not None
-    return find_inputs(column.table, (".parquet",), f"captions.{name}.table", column.options)
+    return find_inputs(column.table, TABLE_ENDINGS, f"captions.{name}.table", column.options, LIST_ENDINGS)
 
 
 class _Table:
@@ -131,95 +143,42 @@ class _Table:
         self._name, self._column = name, column
         self._files = table_files(name, column)
         for file in self._files:
-            with self._open(file) as stream:
-                self._key_kind(stream, file)
+            with self._open(file):
+                pass
 
-    def _open(self, file: InputFile) -> Any:
-        return file.folder(self._column.options).open(file.base)
-
-    def _key_kind(self, stream: Any, file: InputFile) -> "pa.DataType":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-        from pyarrow import types
-
-        place = f"captions.{self._name}.table: {file.url}"
-        try:
-            schema = pq.read_schema(stream)
-        except (pa.ArrowInvalid, EOFError) as error:
-            raise ValueError(f"{place} is not readable as parquet: {error}") from error
-        for column in (self._column.key_column, self._column.caption_column):
-            if column not in schema.names:
-                raise ValueError(f"{place} has no column {column!r}; it has {schema.names}")
-            kind = schema.field(column).type
-            is_key = column == self._column.key_column
-            if not (
-                types.is_string(kind) or types.is_large_string(kind) or (is_key and types.is_integer(kind))
-            ):
-                expected = "text or whole numbers" if is_key else "text"
-                raise ValueError(f"{place}: column {column!r} is {kind}; expected {expected}")
-        return schema.field(self._column.key_column).type
-
-    def find(self, keys: set[str]) -> dict[str, str | None]:
-        """The captions of those keys that the table has; row groups that can hold none are not read."""
-        found: dict[str, str | None] = {}
-        for file in self._files:
-            with self._open(file) as stream:
-                kind = self._key_kind(stream, file)
-                for key, caption in self._rows(stream, _values(keys, kind), kind):
-                    found.setdefault(str(key), caption)
-        return found
-
-    def _rows(self, stream: Any, wanted: list[Any], kind: "pa.DataType") -> Iterator[tuple[Any, str | None]]:
-        import pyarrow as pa
-        import pyarrow.compute as pc
-        import pyarrow.parquet as pq
-
-        if not wanted:
-            return
-        columns = [self._column.key_column, self._column.caption_column]
-        parquet = pq.ParquetFile(stream)
-        values = pa.array(wanted, kind)
-        metadata = parquet.metadata
-        # nested columns count several times, so that places differ from those among the names
-        index = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == columns[0])
-        groups = [
-            group
-            for group in range(parquet.num_row_groups)
-            if _may_hold(metadata.row_group(group).column(index).statistics, wanted)
+    def _open(self, file: InputFile) -> AbstractContextManager[Table]:
+        column, key = self._column, f"captions.{self._name}"
+        remedy = f"{key}.item" if column.item is None else None
+        needed = [
+            key_column(column.key_column, f"{key}.key_column"),
+            caption_column(column.caption_column, f"{key}.caption_column", remedy),
         ]
-        for batch in parquet.iter_batches(
-            BATCH_ROWS, row_groups=groups, columns=list(dict.fromkeys(columns))
-        ):
-            kept = batch.filter(pc.is_in(batch[columns[0]], value_set=values))
-            yield from zip(kept[columns[0]].to_pylist(), kept[columns[1]].to_pylist(), strict=True)
+        return open_table(file.url, column.options, needed, f"{key}.table: {file.url}", column.csv)
 
-
-def _values(keys: set[str], kind: "pa.DataType") -> list[Any]:
-    """Keys in the type of the table's column, in order; those that have none there are left out."""
-    from pyarrow import types
-
-    if not types.is_integer(kind):
-        return sorted(keys)
-    bits = kind.bit_width
-    low, high = (-(1 << (bits - 1)), 1 << (bits - 1)) if types.is_signed_integer(kind) else (0, 1 << bits)
-    numbers = (int(key) for key in keys if re.fullmatch(r"-?(0|[1-9][0-9]*)", key))
-    return sorted(number for number in numbers if low <= number < high)
-
-
-def _may_hold(statistics: Any, wanted: list[Any]) -> bool:
-    """Whether a row group may have one of the sorted values."""
-    from bisect import bisect_left
-
-    if statistics is None or not statistics.has_min_max or type(statistics.min) is not type(wanted[0]):
-        return True
-    first = bisect_left(wanted, statistics.min)
-    return first < len(wanted) and wanted[first] <= statistics.max
+    def find(self, keys: Collection[str]) -> dict[str, Any]:
+        """The captions of those keys that the table has, as cells; row groups that can hold none are not
+        read.
+        """
+        name = self._column.key_column
+        found: dict[str, Any] = {}
+        for file in self._files:
+            with self._open(file) as table:
+                for section in range(table.num_sections):
+                    if not table.may_hold(section, name, keys):
+                        continue
+                    for block in table.blocks(section):
+                        kept = block.where(name, keys)
+                        captions = kept.cells(self._column.caption_column)
+                        for key, caption in zip(kept.cells(name), captions, strict=True):
+                            found.setdefault(str(key), caption)
+        return found
 
 
 class CaptionsWorker:
     """Makes `NAME.tar` of alternative captions.
 
-    Reasons why a sample lacks one: no_field, not_text, empty, too_long, and of a table no_join_field, no_row.
+    Reasons why a sample lacks one: no_field, not_text, undecodable_caption, no_item, empty, too_long, and
+    where it comes from a table no_join_field, no_row.
 
     Args:
         folder: of the stage.
@@ -294,16 +253,23 @@ class CaptionsWorker:
 
     @staticmethod
     def _judge(column: CaptionConfig, absent: str, caption: Any) -> tuple[str, str | None]:
-        match caption:
-            case None:
-                return "", absent
-            case str() if not caption.strip():
-                return "", "empty"
-            case str() if column.max_chars is not None and len(caption.strip()) > column.max_chars:
-                return "", "too_long"
-            case str():
-                return caption.strip(), None
-        return "", "not_text"
+        if caption is None:
+            return "", absent
+        try:
+            if column.item is None:
+                text = (one_text(caption) or "").strip()
+            else:
+                texts = all_texts(caption)
+                if column.item >= len(texts):
+                    return "", "no_item"
+                text = texts[column.item]
+        except BadEntry as error:
+            return "", error.reason
+        if not text:
+            return "", "empty"
+        if column.max_chars is not None and len(text) > column.max_chars:
+            return "", "too_long"
+        return text, None
 
     @staticmethod
     def _list(missing: list[tuple[str, str, str]], commit: ShardCommit) -> None:
@@ -318,22 +284,17 @@ class CaptionsWorker:
 
 
 def _join_value(key: str, record: dict[str, Any], join_field: str | None) -> str | None:
-    value = key if join_field is None else record.get(join_field)
-    is_fit = isinstance(value, str | int) and not isinstance(value, bool)
-    return str(value) if is_fit else None
+    return key_text(key if join_field is None else record.get(join_field))
 
 
 def count_coverage(config: CaptionsConfig, folder: Folder, shards: ShardTable) -> list[str]:
     """Writes `coverage.json`: of each column, how many samples have it, and how many lack it by reason.
     Returns its name, as a stage's `finish` does.
     """
-    import pyarrow.parquet as pq
-
     missing: Counter[tuple[str, str]] = Counter()
     for name, files in zip(shards.names, shards.column("files"), strict=True):
         if (listed := f"{name}.missing.parquet") in json.loads(files):
-            with folder.open(listed) as stream:
-                table = pq.read_table(stream, columns=["caption", "reason"])
+            table = read_parquet(folder, listed, ["caption", "reason"])
             missing.update(zip(*(column.to_pylist() for column in table.columns), strict=True))
     columns = {}
     for name in sorted(config.captions):

@@ -42,6 +42,16 @@ def test_overrides_win_over_the_file(tmp_path):
     assert train.output_dir == Path("here/train") and train.data.images == Path("here/curate")
 
 
+@pytest.mark.parametrize("path", ["x.tar", "*.tar", "[0-9]*.tar", "{000..009}.tar", "a #b.tar", "5", "no"])
+def test_overrides_are_text_as_typed(tmp_path, path):
+    (tmp_path / "w.yaml").write_text("root: runs/x\nsource: {kind: tars}\n")
+    config = load_config(WorkflowConfig, tmp_path / "w.yaml", ["root=runs/lora #1/x", f"source.path={path}"])
+    assert (config.root, config.source.path) == (Path("runs/lora #1/x"), path)
+    urls = ["root=r", "source.kind=urls", "source.path=x.csv", "source.caption_column=yes", "data_url=null"]
+    config = load_config(WorkflowConfig, tmp_path / "w.yaml", urls)
+    assert (config.source.caption_column, config.data_url) == ("yes", None)
+
+
 def test_another_source_takes_the_place_of_the_files(tmp_path):
     """What the file says of scenes is no mistake in a list of addresses."""
     demo = CONFIGS[0].with_name("demo.yaml")

@@ -1,6 +1,9 @@
 """Which Ray a session joins, and what is said of one that cannot be joined."""
 
+import os
+import signal
 import socket
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -76,3 +79,25 @@ def test_a_head_that_lets_nobody_in_is_said(outside, head: str, monkeypatch: pyt
         ray_session(RayConfig(address=head)),
     ):
         pass
+
+
+def test_a_signal_while_ray_starts_is_ours(outside, monkeypatch: pytest.MonkeyPatch):
+    """Ray puts a handler of its own in place, which ends the process with status 15."""
+    import ray
+    from ray._private import utils
+
+    def init(**settings: object) -> None:
+        utils.set_sigterm_handler(lambda number, frame: sys.exit(number))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def terminate(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ray, "init", init)
+    before, ray_s = signal.signal(signal.SIGTERM, terminate), utils.set_sigterm_handler
+    try:
+        with pytest.raises(KeyboardInterrupt), ray_session(RayConfig()):
+            pass
+        assert signal.getsignal(signal.SIGTERM) is terminate and utils.set_sigterm_handler is ray_s
+    finally:
+        signal.signal(signal.SIGTERM, before)

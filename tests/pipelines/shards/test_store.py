@@ -81,3 +81,11 @@ def test_canonical_json_refuses_nan():
     assert canonical_json({"b": 1, "a": [1.5, None]}) == '{"a":[1.5,null],"b":1}'
     with pytest.raises(ValueError, match="not JSON compliant"):
         canonical_json(float("nan"))
+
+
+def test_a_drop_may_quote_a_name_that_is_no_text(tmp_path):
+    with ShardCommit(Folder.at(tmp_path), "00000", "f", {}) as commit:
+        commit.drop("000000000", "no_image", "caf\udce9.png: no image")
+        commit.write_drops()
+        (drop,) = pq.read_table(commit.staging / "00000.drops.parquet").to_pylist()
+    assert drop["detail"] == "caf\\udce9.png: no image"

@@ -16,6 +16,7 @@ from pipelines.sources.downloads import (
     DownloadLimits,
     Downloads,
     HostRate,
+    ascii_url,
     is_public,
     is_transient,
 )
@@ -253,3 +254,30 @@ def test_urlopen_is_guarded_inside_the_block_alone(server):
         with pytest.raises(DownloadError, match="private_address"):
             urllib.request.urlopen(f"{server.address}a")
     assert urllib.request.urlopen(f"{server.address}a").read() == b"x"
+
+
+@pytest.mark.parametrize(
+    ("url", "asked"),
+    [
+        ("http://h/a b.png", "http://h/a%20b.png"),
+        (" http://h/a.png ", "http://h/a.png"),
+        ("http://h/é/ü.png?q=ß x", "http://h/%C3%A9/%C3%BC.png?q=%C3%9F%20x"),
+        ("http://h/%C3%A9 %20%", "http://h/%C3%A9%20%20%"),
+        ("http://bücher.example:8080/é", "http://xn--bcher-kva.example:8080/%C3%A9"),
+        ("http://straße.example/", "http://xn--strae-oqa.example/"),
+        ("http://ü:p@例え.テスト/x", "http://%C3%BC:p@xn--r8jz45g.xn--zckzah/x"),
+        ("HTTP://h/a?b=[c]|d&e='f'#g", "HTTP://h/a?b=[c]|d&e='f'#g"),
+        ("http://h/a?", "http://h/a?"),
+        ("http://h/a\nb", "http://h/a\nb"),
+        ("no address", "no%20address"),
+        ("", ""),
+    ],
+)
+def test_addresses_are_requested_in_ascii(url, asked):
+    assert ascii_url(url) == asked == ascii_url(asked)
+
+
+@pytest.mark.parametrize("url", ["http://[", "http://a b/", "http://\u2488com/", "http://xn--\u00e9/"])
+def test_what_is_no_address_is_a_value_error(url):
+    with pytest.raises(ValueError):
+        ascii_url(url)

@@ -105,7 +105,7 @@ def test_every_file_that_is_no_sample_is_counted(tmp_path):
         "1.png": picture(),
         "2.txt": b"no image",
         "3.jpg": b"junk", "3.txt": b"x",
-        "4.webp": picture(kind="WEBP"), "4.txt": b"\xff\xfe",
+        "4.webp": picture(kind="WEBP"), "4.txt": b"caf\xe9",
         "5.PNG": picture(), "5.txt": b"fine too",
         "6.png": picture(), "6.jpg": picture(1, "JPEG"), "6.txt": b"of both",
     }  # fmt: skip
@@ -182,9 +182,9 @@ def test_captions_in_a_csv(tmp_path, data):
         "000000007": ("z/y/x.png", "last, with a comma"),
     }
     assert drops(tmp_path / "out", sidecars) == {
-        "000000002": ("repeated_row", "b/1.png: the csv names it before"),
-        "000000003": ("not_in_csv", "b/10.png: on disk, not in the csv"),
-        "000000005": ("not_on_disk", "b/3.png: named in the csv, not on disk"),
+        "000000002": ("repeated_row", "b/1.png: the list names it before"),
+        "000000003": ("not_in_list", "b/10.png: on disk, not in the list"),
+        "000000005": ("not_on_disk", "b/3.png: named in the list, not on disk"),
     }
     assert sum(one.samples + sum(one.drops.values()) for one in sidecars) == 8
     members = dict(read_samples(Folder.at(tmp_path / "out"), "00000.tar"))["000000001"]
@@ -284,10 +284,10 @@ def test_a_folder_in_a_bucket(tmp_path, data, s3_folder):
     ("fields", "message"),
     [
         ({"path": "nowhere"}, "source.path: nowhere: .*expected a folder of images"),
-        ({"captions": "nowhere.csv"}, r"source\.captions: nowhere\.csv is not readable as csv"),
+        ({"captions": "nowhere.csv"}, r"source\.captions: nowhere\.csv: no such file"),
         (
             {"captions": "c.csv", "caption_column": "text"},
-            r"c\.csv has no column 'text'; it has \['file_name'",
+            r"c\.csv has no column 'text' \(source\.caption_column\); it has \['file_name'",
         ),
         ({"extra_columns": ("width",)}, r"\['width'\] are names"),
     ],
@@ -308,3 +308,113 @@ def test_what_decides_the_bytes():
     base = folder_source.fingerprint_fields(FolderConfig(path="a"), IngestConfig())
     assert base == folder_source.fingerprint_fields(FolderConfig(path="b", options={"x": 1}), IngestConfig())
     assert base != folder_source.fingerprint_fields(FolderConfig(path="a", captions="c.csv"), IngestConfig())
+
+
+CIRCLE = "a red circle"
+LEFT = {
+    "bom": (".txt", CIRCLE.encode("utf-8-sig")),
+    "plain": (".txt", CIRCLE.encode()),
+    "utf16": (".txt", CIRCLE.encode("utf-16")),
+    "kohya": (".caption", CIRCLE.encode()),
+    "upper": (".TXT", CIRCLE.encode()),
+    "double": (".png.txt", CIRCLE.encode()),
+    "lines": (".txt", b"a red circle\na blue square\n\na photo of a circle\n"),
+    "nul": (".txt", b"a red\0 circle"),
+    "latin": (".txt", b"caf\xe9"),
+}
+"""Caption files as other tools leave them: their ending and what is in them."""
+
+
+@pytest.mark.parametrize("several", ["whole", "first", "all"])
+def test_captions_as_other_tools_leave_them(tmp_path, several):
+    files = {f"{name}.png": picture(index) for index, name in enumerate(LEFT)}
+    files |= {name + ending: data for name, (ending, data) in LEFT.items()}
+    config = FolderConfig(path=str(write(tmp_path / "in", files)), several_captions=several)
+    (sidecar,) = run(config, tmp_path / "out", 100)
+    lines = LEFT["lines"][1].decode() if several == "whole" else CIRCLE
+    assert sorted(read(tmp_path / "out", [sidecar]).values()) == [
+        ("bom.png", CIRCLE), ("double.png", CIRCLE), ("kohya.png", CIRCLE), ("lines.png", lines),
+        ("plain.png", CIRCLE), ("upper.png", CIRCLE), ("utf16.png", CIRCLE),
+    ]  # fmt: skip
+    assert sidecar.drops == {"undecodable_caption": 2}
+    assert any(
+        "nul.png: a NUL at character 5" in detail for _, detail in drops(tmp_path / "out", [sidecar]).values()
+    )
+    for _, members in read_samples(Folder.at(tmp_path / "out"), "00000.tar"):
+        record = json.loads(members["json"])
+        several_lines = record["source_file"] == "lines.png"
+        every = [CIRCLE, "a blue square", "a photo of a circle"] if several_lines else [CIRCLE]
+        assert record.get("all_captions") == (every if several == "all" else None)
+
+
+def test_a_caption_under_several_names_is_the_nearest(tmp_path):
+    files = {
+        "a.png": picture(0), "a.jpg": picture(1, "JPEG"),
+        "a.png.txt": b"of the png", "a.txt": b"of both", "a.caption": b"unused", "a.TXT": b"unused",
+        "b.png": picture(2), "b.caption": b"second", "b.Txt": b"first",
+        "c.png.TXT": b"no image", "d.caption": b"no image",
+    }  # fmt: skip
+    (sidecar,) = run(FolderConfig(path=str(write(tmp_path / "in", files))), tmp_path / "out", 100)
+    assert list(read(tmp_path / "out", [sidecar]).values()) == [
+        ("a.jpg", "of both"), ("a.png", "of the png"), ("b.png", "first"),
+    ]  # fmt: skip
+    assert sidecar.drops == {"no_image": 2}
+
+
+HF_ROWS = [{"file_name": f"{i}.png", "text": f"caption {i}"} for i in range(4)]
+LISTS = {
+    "metadata.jsonl": "".join(json.dumps(row) + "\n" for row in HF_ROWS),
+    "metadata.csv": "file_name,caption\n" + "".join(f"{i}.png,caption {i}\n" for i in range(4)),
+    "bom.csv": "\ufefffile_name,caption\n" + "".join(f"{i}.png,caption {i}\n" for i in range(4)),
+    "windows.csv": "file_name,caption\r\n" + "".join(f".\\{i}.png,caption {i}\r\n" for i in range(4)),
+    "absolute.csv": "file_name,caption\n" + "".join(f"HERE/{i}.png,caption {i}\n" for i in range(4)),
+    "list.tsv": "text\tfile_name\n" + "".join(f"caption {i}\t.//{i}.png\n" for i in range(4)),
+    "list.json": json.dumps(HF_ROWS),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_of_an_image_folder(tmp_path, name):
+    root = write(tmp_path / "in", {f"{i}.png": picture(i) for i in range(4)})
+    (root / name).write_text(LISTS[name].replace("HERE", str(root.resolve())), newline="")
+    found_by_itself = name.startswith("metadata")
+    config = FolderConfig(path=str(root), captions=None if found_by_itself else str(root / name))
+    (sidecar,) = run(config, tmp_path / "out", 100)
+    assert list(read(tmp_path / "out", [sidecar]).values()) == [
+        (f"{i}.png", f"caption {i}") for i in range(4)
+    ]
+    assert not sidecar.drops
+
+
+def test_lists_that_are_found_are_never_mixed_up(tmp_path):
+    files = {"0.png": picture(), "0.txt": b"beside", "metadata.csv": b"file_name,text\n0.png,listed\n"}
+    root = write(tmp_path / "in", files)
+    (sidecar,) = run(FolderConfig(path=str(root)), tmp_path / "a")
+    assert list(read(tmp_path / "a", [sidecar]).values()) == [("0.png", "listed")]
+    (sidecar,) = run(FolderConfig(path=str(root), captions="beside"), tmp_path / "b")
+    assert list(read(tmp_path / "b", [sidecar]).values()) == [("0.png", "beside")]
+    write(root, {"metadata.jsonl": b"{}"})
+    with pytest.raises(
+        ValueError, match=r"source\.captions: .* has metadata\.csv and metadata\.jsonl; name one"
+    ):
+        jobs(FolderConfig(path=str(root)))
+
+
+def test_a_bad_line_of_a_list_costs_its_own_sample(tmp_path):
+    root = write(tmp_path / "in", {f"{i}.png": picture(i) for i in range(6)})
+    rows = [
+        {"file_name": "0.png", "caption": "fine", "score": float("nan")},
+        {"file_name": "1.png", "caption": 5},
+        {"file_name": "2.png", "caption": ["a", "b"]},
+        {"file_name": "3.png", "caption": "nul \0"},
+        {"file_name": "4.png", "caption": "x", "score": "half \ud800"},
+        {"file_name": 5, "caption": "x"},
+    ]
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = FolderConfig(path=str(root), extra_columns=("score",))
+    (sidecar,) = run(config, tmp_path / "out", 100)
+    assert list(read(tmp_path / "out", [sidecar]).values()) == [("0.png", "fine")]
+    assert sidecar.drops == {
+        "not_text": 1, "several_captions": 1, "undecodable_caption": 1, "undecodable_metadata": 1,
+        "not_in_list": 1, "not_on_disk": 1,
+    }  # fmt: skip

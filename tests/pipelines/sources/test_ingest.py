@@ -81,6 +81,23 @@ def contents(folder: Folder) -> dict[str, bytes]:
     return {name: folder.read(name) for name in folder.names() if not name.endswith(".json")}
 
 
+def test_addresses_of_any_letters_are_asked_for_and_stored_as_given(tmp_path, server):
+    """And a value that JSON does not have is null, at any depth."""
+    urls = ["a b.png", " é/ü.png?q=ß ", "%C3%A9%20x.png", f"{server.address}a b.png"]
+    server.pages |= {
+        "a%20b.png": shows(picture(0)),
+        "%C3%A9/%C3%BC.png?q=%C3%9F": shows(picture(1)),
+        "%C3%A9%20x.png": shows(picture(2)),
+    }
+    write_list(tmp_path / "lists", urls, scores=[[0.5, float("nan")]] * 4)
+    one = worker(tmp_path, server)
+    sidecar = one(JOB)
+    assert sidecar.samples == 4 and not sidecar.drops
+    records = [json.loads(members["json"]) for _, members in read_samples(one.folder, "00000.tar", sidecar)]
+    assert [record["url"] for record in records] == urls
+    assert [record["scores"] for record in records] == [[0.5, None]] * 4
+
+
 def test_each_row_is_a_sample_or_a_counted_drop(tmp_path, server):
     server.pages |= {
         "small": shows(picture(0)),

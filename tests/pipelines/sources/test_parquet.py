@@ -134,7 +134,11 @@ def test_rows_without_image_or_caption_are_counted(tmp_path):
     # an empty caption is curate's to judge
     assert sidecar.samples == 2 and sidecar.drops == {"no_caption": 1, "no_image": 2, "undecodable_image": 1}
     drops = pq.read_table(tmp_path / "out" / "00000.drops.parquet").to_pylist()
-    assert drops[0] == {"key": "000000001", "reason": "no_image", "detail": "in.parquet, row 1: no image"}
+    assert drops[0] == {
+        "key": "000000001",
+        "reason": "no_image",
+        "detail": "in.parquet, row 1: no bytes, only the path b; a folder source reads files",
+    }
 
 
 def test_a_probe_reads_every_so_manieth_row(tmp_path, data):
@@ -207,11 +211,17 @@ def test_a_damaged_page_fails_its_shard(tmp_path):
     [
         (
             {"image_column": "picture"},
-            r"has no column 'picture'; it has \['image', 'caption', 'long', 'score'\]",
+            r"has no column 'picture' .*; it has \['image', 'caption', 'long', 'score'\]",
         ),
-        ({"image_column": "caption"}, "column 'caption' of .* is string; expected binary or a struct"),
-        ({"caption_column": "score"}, "column 'score' of .* is double; expected text"),
-        ({"extra_columns": ("image",)}, "column 'image' of .*; expected text, numbers"),
+        (
+            {"image_column": "caption"},
+            r"column 'caption' \(source.image_column\) is string; expected binary or a struct",
+        ),
+        ({"caption_column": "score"}, r"column 'score' \(source.caption_column\) is double; expected text"),
+        (
+            {"extra_columns": ("image",)},
+            r"column 'image' \(source.extra_columns\) is .*; expected text, numbers",
+        ),
         ({"extra_columns": ("width",)}, r"\['width'\] are names that the sample's json has already"),
         ({"path": "nowhere-*.parquet"}, "nowhere-.* leads to no file"),
     ],
@@ -228,3 +238,44 @@ def test_what_decides_the_bytes():
     )
     other = ParquetConfig(path="a", extra_columns=("long",))
     assert base != parquet_source.fingerprint_fields(other, IngestConfig())
+
+
+def test_captions_are_lists(tmp_path):
+    images = [{"bytes": picture(i), "path": f"{i}.png"} for i in range(2)]
+    pq.write_table(pa.table({"image": images, "caption": [["c", "other"], ["d"]]}), tmp_path / "in.parquet")
+    config = ParquetConfig(path=str(tmp_path / "in.parquet"))
+    with pytest.raises(
+        ValueError, match=r"in\.parquet: column 'caption' .* is list.*several_captions to first"
+    ):
+        jobs(config)
+    (sidecar,) = run(config.model_copy(update={"several_captions": "all"}), tmp_path / "out")
+    found = read(tmp_path / "out", sidecar.name).values()
+    assert [(one["txt"], json.loads(one["json"])["all_captions"]) for one in found] == [
+        (b"c", ["c", "other"]), (b"d", ["d"]),
+    ]  # fmt: skip
+
+
+def test_paths_without_bytes_are_counted_with_the_path(tmp_path):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images = pa.array([{"bytes": None, "path": f"/data/{i}.png"} for i in range(2)], kind)
+    pq.write_table(pa.table({"image": images, "caption": ["x"] * 2}), tmp_path / "in.parquet")
+    config = ParquetConfig(path=str(tmp_path / "in.parquet"))
+    (sidecar,) = run(config, tmp_path / "out")
+    assert sidecar.drops == {"no_image": 2}
+    with pytest.raises(ShardError, match=r"2 of 2 samples dropped.*no_image 2; .*only the path /data/0\.png"):
+        run(config, tmp_path / "out", ingest=IngestConfig(image_size=None))
+
+
+def test_text_that_is_not_utf8_costs_its_own_row(tmp_path):
+    """Careless writers leave such text in columns of text."""
+
+    def column(values: list[bytes]) -> pa.Array:
+        return pa.Array.from_buffers(pa.string(), len(values), pa.array(values, pa.binary()).buffers())
+
+    names = ["caption", "long"]
+    texts = [column([b"fine", b"caf\xe9", b"fine", b"nul \0"]), column([b"a", b"b", b"\xff", b"c"])]
+    images = pa.array([picture(i) for i in range(4)], pa.binary())
+    pq.write_table(pa.table([images, *texts], names=["image", *names]), tmp_path / "in.parquet")
+    config = ParquetConfig(path=str(tmp_path / "in.parquet"), extra_columns=("long",))
+    (sidecar,) = run(config, tmp_path / "out")
+    assert sidecar.samples == 1 and sidecar.drops == {"undecodable_caption": 2, "undecodable_metadata": 1}

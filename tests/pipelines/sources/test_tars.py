@@ -130,11 +130,11 @@ def test_every_bad_sample_is_counted_under_its_reason(tmp_path):
             ("0.jpg", good), ("0.txt", b"fine"),
             ("1.txt", b"no image"),
             ("2.jpg", good),
-            ("3.jpg", good), ("3.txt", b"\xff\xfe"),
+            ("3.jpg", good), ("3.txt", b"caf\xe9"),
             ("4.jpg", b"junk" * 50), ("4.txt", b"x"),
             ("5.jpg", good), ("5.txt", b"x"), ("5.json", b"{"),
             ("6.jpg", good), ("6.txt", b"x"), ("6.json", b"[1]"),
-            ("7.jpg", good), ("7.txt", b"x"), ("7.json", b'{"a": NaN}'),
+            ("7.jpg", good), ("7.txt", b"x"), ("7.json", b'{"a": "\\ud800"}'),
             ("0.jpg", good), ("0.txt", b"again"),
             ("8.jpg", picture(size=(60, 60))), ("8.txt", b"x"),
             ("9.jpg", good), ("9.txt", b"fine too"),
@@ -169,7 +169,7 @@ def test_the_caption_may_be_a_field_of_the_json(tmp_path):
     write_tar(tmp_path / "in.tar", members)
     config = TarsConfig(path=str(tmp_path / "in.tar"), caption_field="long")
     (sidecar,) = run(config, tmp_path / "out")
-    assert sidecar.drops == {"no_caption": 2}
+    assert sidecar.drops == {"no_caption": 1, "not_text": 1}
     assert [one["txt"] for one in read(tmp_path / "out").values()] == [
         b"a long caption of 0",
         b"a long caption of 1",
@@ -444,3 +444,85 @@ def test_links_and_what_is_too_large_are_followed_or_counted(tmp_path):
     assert sidecar.samples == 2
     assert sidecar.drops == {"broken_link": 1, "too_many_bytes": 1, "unreadable_member": 1}
     assert [(one["jpg"], one["txt"]) for one in read(tmp_path / "out").values()] == [(good, b"x")] * 2
+
+
+def test_nan_in_a_json_is_null_as_everywhere(tmp_path):
+    """Metadata made by pandas says so that there is none."""
+    members: dict[str, bytes] = {}
+    for index in range(4):
+        score = b"NaN" if index % 2 else b"0.5"
+        members[f"{index}.png"], members[f"{index}.txt"] = picture("PNG"), b"caption"
+        members[f"{index}.json"] = b'{"aesthetic": ' + score + b', "more": [-Infinity, {"x": NaN}]}'
+    write_tar(tmp_path / "in.tar", members)
+    (sidecar,) = run(TarsConfig(path=str(tmp_path / "in.tar")), tmp_path / "out")
+    assert sidecar.samples == 4 and not sidecar.drops
+    found = [json.loads(one["json"]) for one in read(tmp_path / "out").values()]
+    assert [one["aesthetic"] for one in found] == [0.5, None, 0.5, None]
+    assert found[0]["more"] == [None, {"x": None}]
+
+
+@pytest.mark.parametrize(
+    ("several", "caption", "kept", "drops"),
+    [
+        ("whole", b"a\nb\n", None, {"several_captions": 1}),
+        ("first", b"a", None, {}),
+        ("all", b"a", ["a", "b"], {}),
+    ],
+)
+def test_captions_of_several_lines_and_lists_of_them(tmp_path, several, caption, kept, drops):
+    members = {"0.png": picture("PNG"), "0.TXT": b"\xef\xbb\xbfa\nb\n", "0.json": b'{"list": ["a", "b"]}'}
+    members |= {"1.png": picture("PNG"), "1.caption": "a\nb\n".encode("utf-16")}
+    write_tar(tmp_path / "in.tar", members)
+    config = TarsConfig(path=str(tmp_path / "in.tar"), several_captions=several)
+    (sidecar,) = run(config, tmp_path / "out")
+    assert sidecar.samples == 2
+    for one in read(tmp_path / "out").values():
+        assert one["txt"] == caption and json.loads(one["json"]).get("all_captions") == kept
+    of_json = config.model_copy(update={"caption_field": "list"})
+    (sidecar,) = run(of_json, tmp_path / "json")
+    assert sidecar.drops == {**drops, "no_caption": 1}
+
+
+def test_tars_by_a_pattern_of_numbers(tmp_path):
+    for index in (8, 9, 10, 11):
+        write_tar(tmp_path / "in" / f"{index:03d}.tar", samples(index, 1))
+    pattern = f"{tmp_path}/in/{{009..011}}.tar"
+    assert [job.arguments["file"].name for job in jobs(TarsConfig(path=pattern))] == [
+        "009.tar", "010.tar", "011.tar",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"2 of the 4 names that .*lead to no file, first .*012\.tar"):
+        jobs(TarsConfig(path=f"{tmp_path}/in/{{010..013}}.tar"))
+    with pytest.raises(ValueError, match="its braces do not match"):
+        jobs(TarsConfig(path=f"{tmp_path}/in/{{010..013.tar"))
+    (tmp_path / "in" / "{009..011}.tar").write_bytes(b"")
+    assert [file.name for file in find_inputs(pattern, (".tar",), "p", {})] == ["{009..011}.tar"]
+
+
+def test_a_pattern_of_folders_and_of_patterns(tmp_path):
+    for name in ("a/0.tar", "a/1.tar", "b/0.TAR", "c/0.tar"):
+        write_tar(tmp_path / "in" / name, samples(0, 1))
+    found = find_inputs(f"{tmp_path}/in/{{a,b}}", (".tar",), "p", {})
+    assert [file.name for file in found] == ["a/0.tar", "a/1.tar", "b/0.TAR"]
+    found = find_inputs(f"{tmp_path}/in/{{a,c}}/*.tar", (".tar",), "p", {})
+    assert [file.name for file in found] == ["a/0.tar", "a/1.tar", "c/0.tar"]
+
+
+def test_a_pattern_of_numbers_at_a_url(tmp_path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for index in range(3):
+        memory.pipe(f"/numbered/a-{index:03d}.tar", b"x")
+    found = find_inputs("memory://numbered/a-{000..002}.tar", (".tar",), "p", {})
+    assert [(file.name, file.base, file.size) for file in found] == [
+        (f"a-{index:03d}.tar",) * 2 + (1,) for index in range(3)
+    ]
+    with pytest.raises(ValueError, match=r"1 of the 4 names .* first memory://numbered/a-003\.tar"):
+        find_inputs("memory://numbered/a-{000..003}.tar", (".tar",), "p", {})
+
+
+def test_an_input_whose_name_is_no_text_is_named(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.tar", "wb"):
+        pass
+    with pytest.raises(ValueError, match=r"p: .*caf\\udce9\.tar: the name is no UTF-8"):
+        find_inputs(str(tmp_path), (".tar",), "p", {})

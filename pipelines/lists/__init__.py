@@ -1,0 +1,1 @@
+"""What others wrote beside their images: lists in any format, captions, further values."""
