@@ -1,5 +1,7 @@
 """Readers of foreign bytes: for each, valid inputs, how they are spoilt, and how they are read."""
 
+import csv
+import gzip
 import io
 import json
 import shutil
@@ -10,6 +12,8 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 from PIL import Image
 
@@ -21,6 +25,7 @@ from pipelines.sources.folder import jobs as folder_jobs
 from pipelines.sources.ingest import BadImage, ImageFitter, IngestConfig
 from pipelines.sources.tars import TarsConfig, TarWorker
 from pipelines.sources.tars import jobs as tar_jobs
+from pipelines.sources.urls import UrlList, UrlsConfig
 from repfusion.config import load_config
 from repfusion.data.columns import Column
 from tests.fuzz.mutate import mutate
@@ -187,6 +192,52 @@ def read_caption(data: bytes, scratch: Path) -> None:
     assert sidecar.entries == 1
 
 
+LISTS = ["l.csv", "l.tsv", "l.jsonl", "l.json", "l.csv.gz", "l.jsonl.gz", "l.parquet"]
+
+
+def url_list(random: Random) -> bytes:
+    """A list; the first byte says in which format."""
+    texts = [*CAPTIONS, None, "a, b; c", "\ufeffx"]
+    rows = [
+        {"url": f"http://h/{index}", "caption": random.choice(texts), "score": random.choice([1, 0.5, None])}
+        for index in range(random.randint(0, 5))
+    ]
+    kind = random.randrange(len(LISTS))
+    name = LISTS[kind].removesuffix(".gz")
+    if name == "l.parquet":
+        stream = io.BytesIO()
+        kinds = [("url", pa.string()), ("caption", pa.string()), ("score", pa.float64())]
+        pq.write_table(pa.Table.from_pylist(rows, pa.schema(kinds)), stream)
+        data = stream.getvalue()
+    elif name in ("l.csv", "l.tsv"):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, ["url", "caption", "score"], delimiter="\t" if name == "l.tsv" else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+        data = text.getvalue().encode(random.choice(["utf-8", "utf-8-sig", "utf-16"]))
+    else:
+        data = (
+            json.dumps(rows).encode()
+            if name == "l.json"
+            else b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+        )
+    return bytes([kind]) + (gzip.compress(data) if LISTS[kind].endswith(".gz") else data)
+
+
+def spoil_list(random: Random, data: bytes) -> bytes:
+    return data[:1] + mutate(random, data[1:])
+
+
+def read_url_list(data: bytes, scratch: Path) -> None:
+    path = _fresh(scratch) / LISTS[data[0]]
+    path.write_bytes(data[1:])
+    for several in ("whole", "all"):
+        config = UrlsConfig(path=str(path), extra_columns=("score",), several_captions=several)
+        if length := len(listed := UrlList(config)):
+            rows, bad = listed.read(range(length))
+            assert len(rows) + len(bad) == length
+
+
 def workflow(random: Random) -> bytes:
     sources = [{"kind": "tars", "path": "in/*.tar"}, {"kind": "urls", "path": "a.csv"}, "scenes"]
     values = {
@@ -257,6 +308,7 @@ TARGETS: dict[str, Target] = {
     "tar": Target(foreign_tar, read_foreign_tar, spoil_tar),
     "column": Target(column_tar, read_column, spoil_tar),
     "caption": Target(caption, read_caption),
+    "list": Target(url_list, read_url_list, spoil_list),
     "workflow": Target(workflow, read_workflow),
     "override": Target(override, read_override),
     "json": Target(sample_json, read_sample_json),
