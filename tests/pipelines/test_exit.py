@@ -25,8 +25,8 @@ def test_arrow_reads_in_few_places():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["list.csv", "list.csv.gz", "list.parquet"])
-def test_a_list_without_the_column_is_status_1(tmp_path: Path, name: str):
+@pytest.mark.parametrize(("name", "times"), [("list.csv", 10), ("list.csv.gz", 3), ("list.parquet", 3)])
+def test_a_list_without_the_column_is_status_1(tmp_path: Path, name: str, times: int):
     """Ten times: a third of the runs ended in an abort, status 134."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -46,6 +46,6 @@ def test_a_list_without_the_column_is_status_1(tmp_path: Path, name: str):
         f"root: {tmp_path}/run\nsource: {{kind: urls, path: {path}}}\nlast_stage: curate\n"
     )
     command = [sys.executable, "-m", "pipelines", "status", str(tmp_path / "w.yaml")]
-    for _ in range(10):
+    for _ in range(times):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert (done.returncode, "has no column 'url'" in done.stderr) == (1, True), done.stderr
