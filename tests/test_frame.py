@@ -89,7 +89,7 @@ def test_no_module_and_no_room_imports_in_a_circle():
 
 
 LAYERS = [
-    {"config", "files", "inputs", "layers", "request", "tables", "tars", "weights", "scenes"},
+    {"config", "files", "images", "inputs", "layers", "request", "tables", "tars", "weights", "scenes"},
     {"latents", "data", "diffusion", "llm"},
     {"conditioning"},
     {"model"},
@@ -240,3 +240,13 @@ def test_docstrings_name_their_subject():
                 if isinstance(part, ast.Expr) and isinstance(text, str) and DANGLING.match(text):
                     found.append(f"{path.relative_to(ROOT)}:{part.lineno}: {text.splitlines()[0]}")
     assert not found, "\n".join(found)
+
+
+DECODING = re.compile(r"\bImage\.open\(|\bimdecode\(|\bimread\(|\bexif_transpose\(")
+DECODER = "repfusion/images/decode.py"
+
+
+def test_images_are_decoded_in_one_place():
+    """Elsewhere orientation, transparency, 16 bits and limits would be forgotten."""
+    opening = {str(path.relative_to(ROOT)) for path in SOURCES if DECODING.search(path.read_text())}
+    assert opening == {DECODER}

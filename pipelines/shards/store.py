@@ -16,7 +16,7 @@ from pipelines.shards.storage import Folder
 from repfusion.config import Strict
 from repfusion.files import file_sha256, json_bytes
 
-SCHEMA = 2
+SCHEMA = 3
 """Raised when a stage's code changes the bytes it writes; part of every fingerprint."""
 
 

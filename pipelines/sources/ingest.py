@@ -28,10 +28,11 @@ from pipelines.shards.tars import read_samples, tar_shard
 from pipelines.sources.downloads import DownloadLimits, Downloads, ascii_url, is_transient
 from repfusion.config import Config
 from repfusion.files import canonical_json
+from repfusion.images.decode import EncodedImage
+from repfusion.images.limits import MAX_PIXELS, BadImage
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from PIL import Image
 
 PACKAGES = ("img2dataset", "opencv-python-headless", "pillow")
 SIZES = ("width", "height", "original_width", "original_height")
@@ -46,14 +47,17 @@ class IngestConfig(Config):
     """Downloads and resizes images."""
 
     image_size: int | None = Field(default=32, ge=1)
-    """Side in pixels that images are brought to; None keeps their size."""
+    """Side in pixels that images are brought to; None keeps their size. Those of tars, folders and parquet
+    then stay as they are, byte for byte, if they are JPEG, PNG or WebP that every decoder reads as the same
+    upright 8-bit RGB; others are decoded, and stored as `encode` says.
+    """
     resize: Literal["center_crop", "border", "keep_ratio", "keep_ratio_largest"] = "center_crop"
     """How, in img2dataset's words."""
     encode: Literal["png", "jpg", "webp"] = "png"
     """Format of the stored images; png is lossless."""
     quality: int = Field(default=6, ge=0, le=100)
     """Compression level 0 to 9 for png, quality 0 to 100 otherwise."""
-    max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
+    max_pixels: int = Field(default=100_000_000, ge=1, le=MAX_PIXELS)
     """Images of more pixels, also after they are scaled up, are dropped before they are decoded. Pillow reads
     no header that tells of more than the largest value.
     """
@@ -100,26 +104,15 @@ def fingerprint_fields(config: IngestConfig) -> dict[str, Any]:
     return image_fields(config) | {"ingest.allow_private_addresses": config.allow_private_addresses}
 
 
-class BadImage(ValueError):
-    """Bytes that become no image; `reason` is counted, `detail` is for people."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
-
-    def __str__(self) -> str:
-        return f"[{self.reason}] {self.detail}"
-
-
 class ImageFitter:
     """Image bytes -> (the image in the configured size and encoding, its sizes), by img2dataset's Resizer.
 
-    The result has 8 bits and three channels: transparency is laid over white, grey, palettes, CMYK and 16-bit
-    channels are converted, EXIF orientation is applied, animations give their first frame. Colour profiles
-    are ignored. May be called from several threads, which take turns.
+    The result has 8 bits and three channels, as `repfusion.images` decodes it. May be called from several
+    threads, which take turns.
 
     Raises:
-        BadImage: undecodable_image (also where it is cut short), too_many_pixels, failed_to_resize.
+        BadImage: undecodable_image (also where it is cut short), too_many_pixels, too_many_scans,
+            slow_to_decode, failed_to_resize.
     """
 
     def __init__(self, config: IngestConfig):
@@ -145,89 +138,27 @@ class ImageFitter:
         return encoded, dict(zip(SIZES, sizes, strict=True))
 
     def _plain(self, data: bytes) -> bytes:
-        """The bytes themselves where the Resizer reads them as they are meant, else a BMP of the same
-        picture.
+        """The bytes themselves where the Resizer's OpenCV reads the same picture, else a BMP of it: OpenCV
+        fills up a JPEG cut short with grey, and the Resizer lays RGBA over white in float64.
         """
-        from PIL import Image
+        image = EncodedImage(data, self.config.max_pixels)
+        self._check_scaled(*image.size)
+        if image.plain_extension is not None:
+            return data
+        stream = io.BytesIO()
+        image.decode().save(stream, "BMP")
+        return stream.getvalue()
 
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                self._check_pixels(*image.size)
-                if not _is_complete(image, data):
-                    image.load()  # raises where it is cut short
-                if _is_plain(image, data):
-                    return data
-                stream = io.BytesIO()
-                _to_rgb(image).save(stream, "BMP")
-                return stream.getvalue()
-        except BadImage:
-            raise
-        except Image.DecompressionBombError as error:
-            raise BadImage("too_many_pixels", str(error)) from error
-        except Exception as error:
-            # what Pillow says of unknown formats names the object's address
-            detail = "no known format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-            raise BadImage("undecodable_image", detail) from error
-
-    def _check_pixels(self, width: int, height: int) -> None:
-        scaled = width * height
-        if self.config.image_size is not None and self.config.resize in ("center_crop", "keep_ratio"):
-            # the shorter side is brought to image_size: a line of pixels grows by its square
-            scaled *= (self.config.image_size / min(width, height)) ** 2
-        if max(width * height, scaled) > self.config.max_pixels:
+    def _check_scaled(self, width: int, height: int) -> None:
+        if self.config.image_size is None or self.config.resize not in ("center_crop", "keep_ratio"):
+            return
+        # the shorter side is brought to image_size: a line of pixels grows by its square
+        scaled = width * height * (self.config.image_size / min(width, height)) ** 2
+        if scaled > self.config.max_pixels:
             raise BadImage(
                 "too_many_pixels",
                 f"{width} x {height}, scaled to {scaled:,.0f} pixels; max_pixels {self.config.max_pixels:,}",
             )
-
-
-def _is_complete(image: "Image.Image", data: bytes) -> bool:
-    """Whether the file has its end mark. OpenCV fills up a JPEG cut short with grey and says nothing."""
-    match image.format:
-        case "JPEG" | "MPO":
-            return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
-        case "PNG":
-            return data.rfind(b"IEND") >= 0
-        case "WEBP":
-            return len(data) >= int.from_bytes(data[4:8], "little") + 8
-    return False
-
-
-def _is_plain(image: "Image.Image", data: bytes) -> bool:
-    """Whether OpenCV decodes it to upright 8-bit RGB. Not RGBA: the Resizer lays it over white, in float64,
-    gigabytes of it where the image is large.
-    """
-    match image.format:
-        case "JPEG" | "MPO":
-            return image.mode == "RGB" and _orientation(image) == 1
-        case "PNG":
-            # bit depth and colour type; Pillow shows 16 bits as 8
-            plain = data[24:26] == b"\x08\x02"
-            return plain and "transparency" not in image.info and b"eXIf" not in data
-        case "WEBP":
-            still = not getattr(image, "is_animated", False)
-            return still and image.mode == "RGB" and _orientation(image) == 1
-    return False
-
-
-def _orientation(image: "Image.Image") -> int:
-    return image.getexif().get(0x0112, 1) if image.info.keys() & {"exif", "xmp"} else 1
-
-
-def _to_rgb(image: "Image.Image") -> "Image.Image":
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        # 16-bit grey: Pillow's own conversion would cut off all above 255
-        image = Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
-    if image.mode == "F":
-        raise BadImage("undecodable_image", "floating-point pixels have no known range")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def drop_reason(status: str, message: str) -> tuple[str, str]:

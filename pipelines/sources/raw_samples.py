@@ -2,7 +2,6 @@
 them.
 """
 
-import io
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from functools import partial
@@ -13,13 +12,13 @@ from pydantic import AfterValidator
 from pipelines.lists.captions import clean
 from pipelines.lists.values import BadEntry, json_values
 from pipelines.runtime.careful import KILLED, KilledError, guarded
-from pipelines.sources.ingest import SIZES, BadImage, ImageFitter, IngestConfig
+from pipelines.sources.ingest import SIZES, ImageFitter, IngestConfig
 from repfusion.files import canonical_json
+from repfusion.images.decode import EncodedImage
+from repfusion.images.limits import BadImage
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 """What counts as an image by its name."""
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-"""Pillow's names of the formats that later stages read, and the extension each is stored under."""
 OWN_FIELDS = {"key", "source_key", "source_file", *SIZES}
 """Fields of a sample's JSON that are ours to give."""
 PACKAGES = ("img2dataset", "opencv-python-headless", "pillow")
@@ -41,8 +40,8 @@ def free_names(reserved: Set[str]) -> AfterValidator:
 class SampleMaker:
     """Makes samples; may be called from several threads.
 
-    With `ingest.image_size` null, images that are JPEG, PNG or WebP pass byte for byte, only their headers
-    are looked at.
+    With `ingest.image_size` null, images that are plain (`EncodedImage.plain_extension`) and can be decoded
+    keep their bytes.
     """
 
     def __init__(self, config: IngestConfig):
@@ -70,13 +69,11 @@ class SampleMaker:
         return {extension: data, "txt": clean(caption).encode(), "json": text.encode()}
 
     def _fit(self, data: bytes) -> tuple[str, bytes, dict[str, int]]:
-        if self.config.image_size is None and (found := _header(data)) is not None:
-            extension, width, height = found
-            if width * height > self.config.max_pixels:
-                raise BadImage(
-                    "too_many_pixels", f"{width} x {height} px; max_pixels {self.config.max_pixels:,}"
-                )
-            return extension, data, dict(zip(SIZES, (width, height, width, height), strict=True))
+        if self.config.image_size is None:
+            image = EncodedImage(data, self.config.max_pixels)
+            if image.plain_extension is not None:
+                width, height = image.decode().size
+                return image.plain_extension, data, dict(zip(SIZES, (width, height) * 2, strict=True))
         return self.config.encode, *self._fitter(data)
 
 
@@ -96,14 +93,3 @@ def sample_maker(
                 raise BadEntry(KILLED, str(error)) from error
 
         yield make
-
-
-def _header(data: bytes) -> tuple[str, int, int] | None:
-    """Extension, width and height of an image that may pass as it is; None for any other bytes."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-            return EXTENSIONS[image.format or ""], *image.size
-    except Exception:  # noqa: BLE001  Pillow raises anything on hostile bytes; the fitter says what is wrong
-        return None

@@ -6,14 +6,11 @@ merged in the order of the shards, so the result has the same bits for any numbe
 """
 
 import ctypes
-import io
 import itertools
-import struct
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -29,6 +26,8 @@ from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sideca
 from pipelines.shards.tars import TarSamples, read_samples, tar_shard
 from pipelines.stages.judge import IMAGE_EXTENSIONS
 from repfusion.config import Config
+from repfusion.images.decode import read_pixels
+from repfusion.images.limits import BadImage
 from repfusion.latents.load import EncoderConfig
 from repfusion.runs.folder import STATISTICS
 
@@ -39,10 +38,8 @@ if TYPE_CHECKING:
 
 Batch = tuple[list[str], UInt8[np.ndarray, "b h w 3"]]
 
-PNG_START = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR"
 MALLOC_OPTIONS = {-1: 1 << 30, -3: 1 << 30, -8: 1}
 """glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in bytes, and M_ARENA_MAX."""
-"""File of the stage as a whole: the statistics of all shards."""
 STATISTICS_AT_ONCE = 16
 """Shards' statistics in memory at a time: at 576 x 1024 each takes 9 MiB."""
 
@@ -80,46 +77,35 @@ def fingerprint_fields(name: str, encoder: EncoderConfig, digest: str) -> dict[s
     }
 
 
-@lru_cache(maxsize=16)
-def plain_png_start(size: int) -> bytes:
-    """How a png of 8-bit RGB, not interlaced, of `size` x `size` px begins."""
-    return PNG_START + struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0)
-
-
-def decode_plain_png(data: bytes, size: int) -> UInt8[np.ndarray, "h w 3"] | None:
-    """PIL's pixels in a quarter of its time, by OpenCV; None for all but the plainest png, which libraries
-    may read differently (alpha, palettes, 16 bits, animations).
-    """
-    if not data.startswith(plain_png_start(size)) or data[37:41] != b"IDAT":
-        return None
-    import cv2
-
-    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-
-
 def decode_image(members: dict[str, bytes], size: int, place: str) -> UInt8[np.ndarray, "h w 3"]:
     """A sample's image, `size` x `size` px. One of another shape is brought there by its shorter side
     (bicubic, antialiased) and a centre crop.
 
     Raises:
-        ShardError: for an image with a side shorter than `size`.
+        ShardError: where there is no image, or none that can be decoded, or one with a side shorter than
+            `size`.
     """
-    data = next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members)
-    if (plain := decode_plain_png(data, size)) is not None:
-        return plain
+    data = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+    if data is None:
+        raise ShardError(f"{place}: no image; its members: {', '.join(sorted(members)) or 'none'}")
+    try:
+        pixels = read_pixels(data)
+    except BadImage as error:
+        raise ShardError(
+            f"{place}: the image cannot be decoded, {error}; 'curate' drops such images, so this shard was "
+            "not made by it or changed since; run 'verify', or take the sample out"
+        ) from error
+    height, width, _ = pixels.shape
+    if min(width, height) < size:
+        raise ShardError(
+            f"{place}: image is {width} x {height} px, smaller than the {size} x {size} that the encoder "
+            f"takes; set ingest.image_size={size}"
+        )
+    if (width, height) == (size, size):
+        return pixels
     from PIL import Image, ImageOps
 
-    with Image.open(io.BytesIO(data)) as image:
-        if min(image.size) < size:
-            raise ShardError(
-                f"{place}: image is {image.width} x {image.height} px, smaller than the {size} x {size} "
-                f"that the encoder takes; set ingest.image_size={size}"
-            )
-        rgb = image.convert("RGB")
-    if rgb.size != (size, size):
-        rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(rgb)
+    return np.asarray(ImageOps.fit(Image.fromarray(pixels), (size, size), Image.Resampling.BICUBIC))
 
 
 def decoded_batches(
@@ -130,7 +116,7 @@ def decoded_batches(
 
     Raises:
         ShardError: where the shard is missing or broken (the last of it when all was read), or an image is
-            too small.
+            none or too small.
     """
     samples = read_samples(folder, f"{name}.tar", sidecar, IMAGE_EXTENSIONS)
     while part := list(itertools.islice(samples, batch_size)):

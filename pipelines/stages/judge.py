@@ -1,9 +1,7 @@
 """A raw shard -> one row for each sample: why it is dropped, if so, and what its image is recognised by."""
 
 import hashlib
-import io
 import json
-import re
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,13 +18,13 @@ from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, Sidecar, read_sidecar
 from pipelines.shards.tars import read_samples
 from pipelines.stages.curate import CurateConfig, judge_fields
+from repfusion.images.decode import read_image
+from repfusion.images.limits import BadImage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-FORMATS = ("JPEG", "PNG", "WEBP")
-"""What Pillow may take a file for. Its rarer decoders are no place for bytes from the web."""
 
 HASH_SIDE = 8
 THUMBNAIL_PX = 32
@@ -58,7 +56,7 @@ class Verdict:
 
 
 def perceptual_hash(image: "Image") -> int:
-    """64 bits: which of the 8 x 8 lowest frequencies of the image, in grey and at 32 x 32, lie above their
+    """64 bits: which of the 8 x 8 lowest frequencies of an RGB image, in grey and at 32 x 32, lie above their
     median.
 
     The bits, first to last, are those of `phash` in the imagehash library, rounding apart. An image of one
@@ -66,8 +64,6 @@ def perceptual_hash(image: "Image") -> int:
     """
     from PIL.Image import Resampling
 
-    if image.mode == "P":
-        image = image.convert("RGBA")
     grey = image.convert("L").resize((THUMBNAIL_PX, THUMBNAIL_PX), Resampling.LANCZOS)
     low = (COSINES @ np.asarray(grey, np.float64) @ COSINES.T).ravel()
     middle = low.size // 2
@@ -76,9 +72,7 @@ def perceptual_hash(image: "Image") -> int:
 
 
 def judge(members: dict[str, bytes], config: CurateConfig) -> Verdict:
-    """Looks at one sample alone. The one place where an exception means a bad sample."""
-    from PIL import Image
-
+    """Looks at one sample alone."""
     verdict = Verdict()
     extension = next((extension for extension in IMAGE_EXTENSIONS if extension in members), None)
     if extension is not None:
@@ -88,29 +82,15 @@ def judge(members: dict[str, bytes], config: CurateConfig) -> Verdict:
         verdict.detail = f"members: {', '.join(sorted(members))}"
         return verdict
     try:
-        with Image.open(io.BytesIO(members[extension]), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > config.max_pixels:
-                verdict.reason = "too_many_pixels"
-                verdict.detail = f"{width} x {height}, at most {config.max_pixels} pixels"
-                return verdict
-            image.load()
-            if config.duplicates == "near":
-                verdict.hash = perceptual_hash(image)
-    except Image.DecompressionBombError as error:
-        verdict.reason, verdict.detail = "too_many_pixels", str(error)
+        image = read_image(members[extension], config.max_pixels)
+    except BadImage as error:
+        verdict.reason, verdict.detail = error.reason, error.detail
         return verdict
-    except Exception as error:  # noqa: BLE001  decoders raise anything on hostile bytes
-        verdict.reason, verdict.detail = "undecodable_image", _describe(error)
-        return verdict
-    verdict.width, verdict.height = width, height
+    if config.duplicates == "near":
+        verdict.hash = perceptual_hash(image)
+    verdict.width, verdict.height = image.size
     verdict.reason, verdict.detail = _judge_text(members, verdict, config) or (None, "")
     return verdict
-
-
-def _describe(error: Exception) -> str:
-    """Pillow names the stream it read by its address, which is another in each process."""
-    return f"{type(error).__name__}: {re.sub(r' <_io.BytesIO object at 0x[0-9a-f]+>', '', str(error))}"
 
 
 def _judge_text(members: dict[str, bytes], verdict: Verdict, config: CurateConfig) -> tuple[str, str] | None:

@@ -9,11 +9,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from repfusion.data.columns import MANIFEST, manifest_digest
 from repfusion.files import file_sha256
+from repfusion.images.decode import png_text
+from repfusion.images.limits import BadImage
 from repfusion.lineage.environment import git_commit, has_local_changes, lock_digest
 from repfusion.runs.checkpoint import WEIGHTS_MARK, portable
 from repfusion.runs.folder import COMPLETE, LINEAGE
@@ -105,12 +106,10 @@ def png_info(record: Mapping[str, Any]) -> PngInfo:
 def read_png(path: Path) -> dict[str, Any]:
     """The record that `png_info` wrote. ValueError where the file is no image or holds none."""
     try:
-        with Image.open(path) as image:
-            image.load()  # the chunk may come after the pixels
-            text = image.info.get(CHUNK)
-    except OSError as error:
+        text = png_text(path.read_bytes(), CHUNK)
+    except (OSError, BadImage) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from error
-    if not isinstance(text, str):
+    if text is None:
         raise ValueError(
             f"{path}: no text chunk {CHUNK!r}; only PNG files written by repfusion.generate have one, "
             "and many programs drop it when they save an image anew"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from repfusion.images.decode import read_image
 from repfusion.tracking.config import without_password
 
 # Read by mlflow when it is imported.
@@ -125,10 +126,7 @@ def send_output(client: Any, run_id: str, model_id: str, step: int) -> None:
 
 
 def send_image(client: Any, run_id: str, path: Path, key: str, step: int, time_ms: int) -> None:
-    from PIL import Image
-
-    with Image.open(path) as image:
-        client.log_image(run_id, image, key=key, step=step, timestamp=time_ms)
+    client.log_image(run_id, read_image(path.read_bytes()), key=key, step=step, timestamp=time_ms)
 
 
 def sqlite_path(uri: str) -> Path | None:

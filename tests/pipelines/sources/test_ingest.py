@@ -1,4 +1,4 @@
-"""Downloads into shards: each row accounted for, each picture 8-bit RGB, the same bytes however they came."""
+"""Downloads into shards: each row accounted for, the same bytes however they came."""
 
 import io
 import json
@@ -10,8 +10,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -34,13 +32,13 @@ from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardError, Sidecar
 from pipelines.shards.tars import read_samples
 from pipelines.sources.ingest import (
-    BadImage,
     ImageFitter,
     IngestConfig,
     IngestWorker,
     drop_reason,
     fingerprint_fields,
 )
+from repfusion.images.limits import BadImage
 
 JOB = ShardJob("00000", "f", {"source": "s"})
 AS_IT_IS = IngestConfig(image_size=None)
@@ -327,93 +325,6 @@ def test_reasons(status, message, reason):
     assert drop_reason(status, message) == reason
 
 
-RGB = np.asarray(Image.open(io.BytesIO(picture(7, (48, 40)))))
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def rotated() -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    return exif
-
-
-def with_alpha(alpha: int) -> Image.Image:
-    image = Image.fromarray(RGB)
-    image.putalpha(alpha)
-    return image
-
-
-GREY = np.asarray(Image.fromarray(RGB).convert("L"))
-THREE_GREYS = np.stack([GREY] * 3, -1)
-FADED = np.rint(RGB * (102 / 255) + 255 * (153 / 255))
-TURNED = np.rot90(RGB, -1)
-PICTURES = {
-    "rgb png": (encoded(Image.fromarray(RGB)), RGB, 0),
-    "rgb jpeg": (encoded(Image.fromarray(RGB), "JPEG", quality=100, subsampling=0), RGB, 3),
-    "rgb webp": (encoded(Image.fromarray(RGB), "WEBP", lossless=True), RGB, 0),
-    "bmp": (encoded(Image.fromarray(RGB), "BMP"), RGB, 0),
-    "tiff": (encoded(Image.fromarray(RGB), "TIFF"), RGB, 0),
-    "gif": (encoded(Image.fromarray(THREE_GREYS), "GIF"), THREE_GREYS, 4),
-    "palette": (encoded(Image.fromarray(GREY).convert("P")), THREE_GREYS, 0),
-    "grey png": (encoded(Image.fromarray(GREY)), THREE_GREYS, 0),
-    "grey jpeg": (encoded(Image.fromarray(GREY), "JPEG", quality=100), THREE_GREYS, 3),
-    "grey alpha": (encoded(Image.fromarray(GREY).convert("LA")), THREE_GREYS, 0),
-    "bilevel": (encoded(Image.fromarray(GREY > 128)), 255 * (THREE_GREYS > 128), 0),
-    "grey 16": (encoded(Image.fromarray(GREY.astype(np.uint16) * 257)), THREE_GREYS, 0),
-    "rgb 16": (cv2.imencode(".png", RGB[..., ::-1].astype(np.uint16) * 257)[1].tobytes(), RGB, 0),
-    "cmyk": (encoded(Image.fromarray(RGB).convert("CMYK"), "JPEG", quality=100), RGB, 6),
-    "alpha": (encoded(with_alpha(102)), FADED, 1),
-    "alpha webp": (encoded(with_alpha(102), "WEBP", lossless=True), FADED, 1),
-    "clear": (encoded(with_alpha(0)), np.full_like(RGB, 255), 0),
-    "transparent palette": (
-        encoded(Image.fromarray(np.zeros((40, 48), np.uint8), "P"), transparency=0),
-        np.full_like(RGB, 255),
-        0,
-    ),
-    "transparent colour": (
-        encoded(Image.new("RGB", (48, 40), (1, 2, 3)), transparency=(1, 2, 3)),
-        np.full_like(RGB, 255),
-        0,
-    ),
-    "turned jpeg": (
-        encoded(Image.fromarray(RGB), "JPEG", quality=100, subsampling=0, exif=rotated()),
-        TURNED,
-        3,
-    ),
-    "turned png": (encoded(Image.fromarray(RGB), exif=rotated()), TURNED, 0),
-    "turned webp": (encoded(Image.fromarray(RGB), "WEBP", lossless=True, exif=rotated()), TURNED, 0),
-    "animation": (
-        encoded(
-            Image.fromarray(RGB),
-            "WEBP",
-            lossless=True,
-            save_all=True,
-            append_images=[Image.new("RGB", (48, 40))],
-        ),
-        RGB,
-        0,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PICTURES)
-def test_every_picture_becomes_upright_8_bit_rgb(name):
-    data, expected, tolerance = PICTURES[name]
-    image, sizes = ImageFitter(AS_IT_IS)(data)
-    with Image.open(io.BytesIO(image)) as opened:
-        assert (opened.format, opened.mode) == ("PNG", "RGB")
-        pixels = np.asarray(opened).astype(int)
-    assert pixels.shape == expected.shape
-    assert np.abs(pixels - expected).max() <= tolerance
-    height, width, _ = expected.shape
-    assert sizes == {"width": width, "height": height, "original_width": width, "original_height": height}
-
-
 @pytest.mark.parametrize(
     ("resize", "size"),
     [
@@ -431,29 +342,14 @@ def test_sizes(resize, size):
         assert Image.open(io.BytesIO(image)).getpixel((8, 0)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF"])
-def test_pictures_that_are_cut_short(kind):
-    data = picture(3, (200, 200), kind)
-    fitter = ImageFitter(AS_IT_IS)
-    fitter(data)
-    for keep in (0, 10, len(data) // 2, len(data) - max(8, len(data) // 20)):
-        with pytest.raises(BadImage) as caught:
-            fitter(data[:keep])
-        assert caught.value.reason == "undecodable_image"
-
-
 def test_what_follows_the_end_of_a_picture_does_no_harm():
     for kind in ("PNG", "JPEG", "WEBP"):
         data = picture(3, (40, 40), kind)
         assert ImageFitter(AS_IT_IS)(data + b"\xff\xda trailing") == ImageFitter(AS_IT_IS)(data)
 
 
-def test_bombs_are_refused_before_they_are_decoded():
-    black = encoded(Image.new("1", (20_000, 20_000)))
-    assert len(black) < 100_000
+def test_what_would_grow_too_large_is_refused_before_it_is_decoded():
     start = time.perf_counter()
-    with pytest.raises(BadImage, match="too_many_pixels"):
-        ImageFitter(IngestConfig())(black)
     # a line of pixels, brought to a height of 400
     with pytest.raises(BadImage, match=r"5000 x 1, scaled to 800,000,000 pixels"):
         ImageFitter(IngestConfig(image_size=400, resize="keep_ratio"))(picture(0, (5000, 1)))

@@ -3,9 +3,7 @@ two.
 """
 
 import io
-import struct
 import tarfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 import webdataset as wds
 from diffusers import AutoencoderKL
+from image_forms import POSTSCRIPT, jpeg_of_scans
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -24,11 +23,9 @@ from pipelines.shards.tars import tar_shard
 from pipelines.stages.image_features import (
     ImageFeaturesConfig,
     ImageFeaturesWorker,
-    decode_plain_png,
     fingerprint_fields,
     merge_statistics,
     npy_bytes,
-    plain_png_start,
 )
 from repfusion.files import file_sha256
 from repfusion.latents.load import EncoderConfig
@@ -80,10 +77,6 @@ def image_bytes(
         size, Image.Resampling.BICUBIC
     )
     stream = io.BytesIO()
-    if mode == "I;16":
-        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
-    else:
-        image = image.convert(mode)
     image.save(stream, **{"format": "PNG", **FORMATS[extension]})
     return stream.getvalue()
 
@@ -222,13 +215,24 @@ def test_smaller_images_are_an_error_that_says_what_to_set(encoder, tmp_path, si
     assert folder.names() == set()
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "I;16", "1"])
-def test_images_of_other_modes_are_read_as_pil_converts_them(encoder, tmp_path, mode):
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"png": image_bytes(1)[:-200]}, r"cannot be decoded, \[undecodable_image\]"),
+        (
+            {"jpg": POSTSCRIPT},
+            r"\[undecodable_image\] no known format",
+        ),
+        ({"jpeg": jpeg_of_scans(101)}, r"\[too_many_scans\] a JPEG of more than 100"),
+        ({}, "no image; its members: none"),
+    ],
+)
+def test_an_image_that_cannot_be_decoded_is_an_error_that_names_it(encoder, tmp_path, members, message):
     images, folder = Folder.at(tmp_path / "images"), Folder.at(tmp_path / "image_features")
-    write_shard(images, "00000", {"000000000": {"png": image_bytes(3, mode=mode)}})
-    make_worker(folder, images, encoder)(ShardJob("00000", "f"))
-    expected_shard(images, "00000", encoder, tmp_path / "expected.tar")
-    assert folder.read("00000.tar") == (tmp_path / "expected.tar").read_bytes()
+    write_shard(images, "00000", {"000000000": {"png": image_bytes(0)}, "000000001": members})
+    with pytest.raises(ShardError, match=rf"shard .*00000\.tar, key 000000001: .*{message}"):
+        make_worker(folder, images, encoder)(ShardJob("00000", "f"))
+    assert folder.names() == set()
 
 
 def test_another_image_size_gives_its_own_grid(images, encoder, tmp_path):
@@ -317,40 +321,6 @@ def test_a_shard_that_changed_since_it_was_written_is_not_encoded(images, encode
     with pytest.raises((ShardError, OSError, SyntaxError), match=r"00001|image"):
         worker(ShardJob("00001", "f"))
     assert worker.folder.names() == set()
-
-
-def png_chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-@pytest.mark.parametrize("filters", [(0,), (1,), (2,), (3,), (4,), (0, 1, 2, 3, 4)])
-def test_plain_png_is_decoded_to_pils_pixels(filters):
-    """Whatever the row filters; PIL's own files and OpenCV's are covered by the other tests and here."""
-    rng = np.random.default_rng(0)
-    raw = rng.integers(0, 256, (SIZE, 3 * SIZE), dtype=np.uint8)
-    lines = b"".join(bytes([filters[row % len(filters)]]) + raw[row].tobytes() for row in range(SIZE))
-    start = plain_png_start(SIZE)
-    data = start + struct.pack(">I", zlib.crc32(start[12:]))
-    data += png_chunk(b"IDAT", zlib.compress(lines)) + png_chunk(b"IEND", b"")
-    decoded = decode_plain_png(data, SIZE)
-    assert decoded is not None
-    np.testing.assert_array_equal(decoded, np.asarray(Image.open(io.BytesIO(data))))
-
-
-def test_every_other_image_is_left_to_pil():
-    plain = image_bytes(0)
-    assert decode_plain_png(plain, SIZE) is not None
-    assert decode_plain_png(plain, SIZE + 1) is None
-    for mode in ("L", "RGBA", "P", "LA", "I;16", "1"):
-        assert decode_plain_png(image_bytes(0, mode=mode), SIZE) is None
-    for extension in ("jpg", "webp"):
-        assert decode_plain_png(image_bytes(0, extension), SIZE) is None
-    # a transparent colour and an orientation come before or after the pixels
-    head, tail = plain[:33], plain[33:]
-    assert decode_plain_png(head + png_chunk(b"tRNS", bytes(6)) + tail, SIZE) is None
-    turned = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
-    late = plain[:-12] + png_chunk(b"eXIf", turned) + plain[-12:]
-    np.testing.assert_array_equal(decode_plain_png(late, SIZE), decode_plain_png(plain, SIZE))
 
 
 @pytest.mark.parametrize("shape, dtype", [((2, 3), np.float16), ((0, 4), np.float32), ((5,), np.int64)])
