@@ -42,9 +42,11 @@ FORMATS = tuple(str(reader.format) for reader in READERS)
 are no place for bytes from the web.
 """
 MAX_SECONDS = 30.0
-"""Computing time of a decoder, looked at whenever it reads on. Those of JPEG, PNG, GIF and BMP read 64 KiB at
+"""Computing time of a decoder, looked at as it reads on. Those of JPEG, PNG, GIF and BMP read 64 KiB at
 a time or less; WebP's, AVIF's and libtiff's take a file at once and are bounded by its pixels alone.
 """
+READS_A_LOOK = 32
+"""Asking for the time takes longer than to read a few bytes of a header."""
 PNG_CHUNK = struct.Struct(">I4s")
 PNG_PLAIN = (8, 2, 0, 0)
 """Bit depth, colour type, compression and filter of 8-bit RGB. Pillow shows 16 bits as 8: only the
@@ -154,8 +156,8 @@ def is_plain_png(data: bytes) -> bool:
 
 
 class _TimedStream(io.BytesIO):
-    """Bytes that can be read for MAX_SECONDS of the thread's computing time. That of a busy machine's clock
-    would drop images for its load.
+    """Bytes that can be read for MAX_SECONDS of the thread's computing time: by a clock on the wall, a busy
+    machine would drop images.
     """
 
     def __init__(self, data: bytes):
@@ -163,10 +165,11 @@ class _TimedStream(io.BytesIO):
         self.restart()
 
     def restart(self) -> None:
-        self._until = time.thread_time() + MAX_SECONDS
+        self._reads, self._until = 0, time.thread_time() + MAX_SECONDS
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if time.thread_time() > self._until:
+        self._reads += 1
+        if self._reads % READS_A_LOOK == 0 and time.thread_time() > self._until:
             raise BadImage("slow_to_decode", f"not decoded in {MAX_SECONDS:g} s of computing")
         return super().read(size)
 
