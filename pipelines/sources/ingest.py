@@ -129,25 +129,29 @@ class ImageFitter:
         )
 
     def __call__(self, data: bytes) -> tuple[bytes, dict[str, int]]:
-        plain = self._plain(data)
-        with _RESIZING:
-            encoded, *sizes, message = self._resizer(io.BytesIO(plain))
-        if message is not None:
-            reason = "undecodable_image" if "decod" in message else "failed_to_resize"
-            raise BadImage(reason, message)
-        return encoded, dict(zip(SIZES, sizes, strict=True))
-
-    def _plain(self, data: bytes) -> bytes:
-        """The bytes themselves where the Resizer's OpenCV reads the same picture, else a BMP of it: OpenCV
-        fills up a JPEG cut short with grey, and the Resizer lays RGBA over white in float64.
-        """
         image = EncodedImage(data, self.config.max_pixels)
         self._check_scaled(*image.size)
-        if image.plain_extension is not None:
-            return data
-        stream = io.BytesIO()
-        image.decode().save(stream, "BMP")
-        return stream.getvalue()
+        found = None
+        # OpenCV reads these as Pillow does, and faster; of a broken WebP it makes up the rest
+        if image.plain_extension in ("jpg", "png"):
+            found = self._resize(data)
+        if found is None:  # not plain, or one of a few PNGs at which OpenCV is the stricter
+            stream = io.BytesIO()
+            image.decode().save(stream, "BMP")
+            found = self._resize(stream.getvalue())
+        if found is None:
+            raise BadImage("undecodable_image", "OpenCV does not read it")
+        return found
+
+    def _resize(self, plain: bytes) -> tuple[bytes, dict[str, int]] | None:
+        """None where OpenCV does not read the bytes."""
+        with _RESIZING:
+            encoded, *sizes, message = self._resizer(io.BytesIO(plain))
+        if message is None:
+            return encoded, dict(zip(SIZES, sizes, strict=True))
+        if "decod" in message:
+            return None
+        raise BadImage("failed_to_resize", message)
 
     def _check_scaled(self, width: int, height: int) -> None:
         if self.config.image_size is None or self.config.resize not in ("center_crop", "keep_ratio"):
