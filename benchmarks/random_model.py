@@ -28,7 +28,7 @@ NUM_BATCHES = 8
 class NumberTokenizer(BareTokenizer):
     """A prompt is a line of token ids."""
 
-    def __call__(self, prompts: list[str], add_special_tokens: bool) -> SimpleNamespace:
+    def __call__(self, prompts: list[str], **options: bool) -> SimpleNamespace:
         return SimpleNamespace(input_ids=[[int(word) for word in prompt.split()] for prompt in prompts])
 
 

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -47,6 +48,15 @@ WeightsFolder = Annotated[Path, Weights()]
 """A folder of frozen weights that a model stands on; `weights_of` finds every one of a configuration."""
 
 C = TypeVar("C", bound=BaseModel)
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Puts the key of the configuration before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 Wanted = Callable[[Weights], bool]

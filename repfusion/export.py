@@ -28,9 +28,12 @@ from repfusion.evaluation.shown import shown_suites
 from repfusion.files import file_sha256, write_json
 from repfusion.latents.geometry import is_vae, latent_geometry
 from repfusion.lineage.describe import checkpoint_record, read_lineage
+from repfusion.llm.causal import CausalLM
 from repfusion.llm.load import LANGUAGE_MODELS
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
+from repfusion.pretrained.config import transformers_config
+from repfusion.pretrained.weights import load_transformers
 from repfusion.runs.checkpoint import check_complete, load_checkpoint, portable, read_weights
 from repfusion.runs.exported import (
     DECODER,
@@ -140,10 +143,10 @@ def write_language_model(config: ModelConfig, tokenizer: Any, folder: Path) -> s
     Raises:
         ValueError: a LLaVA over a language model that `MLLM` does not load by itself.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, LlavaForConditionalGeneration
+    from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
     dtype = torch.bfloat16 if config.mllm_dtype == "bfloat16" else "auto"
-    source = AutoConfig.from_pretrained(config.mllm)
+    source = transformers_config(config.mllm, "MLLM")
     if source.model_type == "llava":
         text = source.get_text_config()
         if text.model_type not in LANGUAGE_MODELS:
@@ -151,12 +154,12 @@ def write_language_model(config: ModelConfig, tokenizer: Any, folder: Path) -> s
                 f"MLLM folder {config.mllm}: its language model is a {text.model_type!r}; an export takes "
                 f"{', '.join(LANGUAGE_MODELS)}"
             )
-        llava = LlavaForConditionalGeneration.from_pretrained(config.mllm, dtype=dtype)
+        llava = load_transformers(LlavaForConditionalGeneration, config.mllm, "MLLM", dtype)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(text)
         model.model, model.lm_head = llava.model.language_model, llava.lm_head
     else:
-        model = AutoModelForCausalLM.from_pretrained(config.mllm, dtype=dtype)
+        model = load_transformers(CausalLM.model_class(source), config.mllm, "MLLM", dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return type(model).__name__

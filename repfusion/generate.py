@@ -48,6 +48,7 @@ def generate(
     """Pixels in [0, 1] on the CPU. Image i depends on seed + i and its request, not on the batch size (but
     for rounding).
     """
+    model.conditioner.llm.check_lengths([request.prompt for request in requests])
     images = []
     for start in range(0, len(requests), batch_size):
         part = requests[start : start + batch_size]

@@ -32,6 +32,7 @@ from repfusion.inputs import to_device
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.lineage.describe import lineage_record
 from repfusion.model.build import build_model, columns_of
+from repfusion.model.check import check_model
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.model.trainable import Trainable
@@ -45,6 +46,7 @@ from repfusion.runs.checkpoint import (
 )
 from repfusion.runs.folder import CONFIG, STATISTICS, RunFolder, checkpoint_folder, latest_checkpoint
 from repfusion.tracking import StoreError, Tracker, TrackingConfig, without_password
+from repfusion.training.captions import check_captions
 from repfusion.training.distributed import (
     broadcast_object,
     failures,
@@ -155,6 +157,19 @@ def build_trainable(config: TrainConfig, dataset: Mixture, resume_from: Path | N
     return model
 
 
+def refuse_long_captions(model: TextToImage, dataset: Mixture) -> None:
+    """Raises ValueError, on all ranks, where a caption does not fit into the context: each looks at its
+    share.
+    """
+    error = None
+    try:
+        check_captions(dataset, model.conditioner.llm, dist.get_rank(), dist.get_world_size())
+    except ValueError as caught:
+        error = caught
+    if found := failures(error):
+        raise ValueError(next(iter(found.values())).removeprefix("ValueError: "))
+
+
 def loop_state(config: TrainConfig, dataset: Mixture) -> dict[str, Any]:
     """What must not change between a checkpoint and the run that resumes from it."""
     return {
@@ -243,7 +258,8 @@ def train(
         CheckpointError: a checkpoint could not be written; the ones before are as they were.
         TrainingStopped: after the checkpoint that `should_stop` led to.
     """
-    # Validate what needs no model
+    # Validate what needs no weights
+    check_model(config.model)
     dataset = Mixture.open(config.data, columns_of(config.model))
     checkpoints = RunFolder(config.output_dir).checkpoints
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -255,6 +271,7 @@ def train(
 
     # Build
     model = build_trainable(config, dataset, resume_from=last)
+    refuse_long_captions(model, dataset)
     digests = frozen_digests(model)
     flops = flops_per_sample(model, dataset, config.condition_dropout)
     engine = Engine(model, config.engine, config.global_batch_size, config.num_steps, model.frozen_parts())

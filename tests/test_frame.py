@@ -89,7 +89,19 @@ def test_no_module_and_no_room_imports_in_a_circle():
 
 
 LAYERS = [
-    {"config", "files", "images", "inputs", "layers", "request", "tables", "tars", "weights", "scenes"},
+    {
+        "config",
+        "files",
+        "images",
+        "inputs",
+        "layers",
+        "pretrained",
+        "request",
+        "tables",
+        "tars",
+        "weights",
+        "scenes",
+    },
     {"latents", "data", "diffusion", "llm"},
     {"conditioning"},
     {"model"},
@@ -131,6 +143,30 @@ def test_a_public_class_has_its_name_to_itself():
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
     assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
+OWN_READERS = {"cls", "nn.Embedding", "RAEDecoder", "RepresentationEncoder", "VAEDecoder", "VAEEncoder"}
+"""What has a `from_pretrained` of ours (or reads nothing)."""
+
+
+def test_folders_of_models_are_read_in_one_place_which_runs_no_code_of_theirs():
+    """Of the libraries' own `from_pretrained` each call says so by word."""
+    places = {
+        "repfusion/pretrained/weights.py",
+        "repfusion/pretrained/config.py",
+        "repfusion/llm/tokenizer.py",
+        "repfusion/latents/vae.py",
+    }
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            if node.func.attr != "from_pretrained" or ast.unparse(node.func.value) in OWN_READERS:
+                continue
+            name = str(path.relative_to(ROOT))
+            assert name in places, f"{name}:{node.lineno} reads a model past repfusion/pretrained/"
+            said = {ast.unparse(one) for one in node.keywords}
+            assert said & {"**OWN_FILES_ALONE", "trust_remote_code=False"}, f"{name}:{node.lineno}"
 
 
 SCENES = (

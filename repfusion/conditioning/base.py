@@ -47,6 +47,10 @@ class MethodConfig(Config):
         """Whether the language model's head is needed, which scores the next token."""
         return False
 
+    def tokens_beside(self, num_latents: int) -> int:
+        """Tokens that the language model reads after a prompt, where the latents have `num_latents`."""
+        return 0
+
 
 @dataclass(frozen=True)
 class Context:

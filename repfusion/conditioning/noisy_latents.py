@@ -60,6 +60,10 @@ class NoisyLatentsConfig(MethodConfig):
         """Whether captions are learned."""
         return self.captioning is not None
 
+    def tokens_beside(self, num_latents: int) -> int:
+        """The noisy latents."""
+        return num_latents
+
 
 class NoisyLatentConditioner(Conditioner):
     """The LLM's outputs at the noisy latents after the prompt.
@@ -90,9 +94,10 @@ class NoisyLatentConditioner(Conditioner):
             took = self.projector.linear_1.in_features
             raise ValueError(
                 f"MLLM {llm.folder}: its projector takes width {took}, the latents have {latent_dim}; "
-                "use the vision tower this MLLM was trained with as encoder"
+                "use the vision tower this MLLM was trained with as encoder (encoder.path), or another MLLM "
+                "(mllm)"
             )
-        llm.leave_room(num_tokens)
+        llm.leave_room(config.tokens_beside(num_tokens))
         llm.projector = None  # one owner: the trained copy
         self.time = TimestepEmbedder(latent_dim, zero_init=True)
         if config.train_llm:
@@ -107,6 +112,7 @@ class NoisyLatentConditioner(Conditioner):
         inputs: Inputs = {"prefix": self.llm.tokenise(conditioning_prompts(requests, branches))}
         if self.captioning is not None and seeds is not None:
             captions = [one.prompt for one in requests]
+            self.llm.check_lengths(captions)  # also of those whose prompt was dropped
             inputs["captions"] = caption_batch(self.llm, captions, seeds, self.captioning)
         return inputs
 

@@ -42,6 +42,10 @@ class QueriesConfig(MethodConfig):
     connector_depth: int = Field(default=0, ge=0)
     """Bidirectional transformer layers after the LLM, as MetaQuery's connector; 0 leaves it out."""
 
+    def tokens_beside(self, num_latents: int) -> int:
+        """The queries."""
+        return self.num_queries or num_latents
+
 
 class ConnectorLayer(nn.Module):
     def __init__(self, width: int, num_heads: int):
@@ -74,7 +78,7 @@ class QueriesConditioner(Conditioner):
 
     def __init__(self, llm: LanguageModel, num_tokens: int, config: QueriesConfig = QueriesConfig()):
         super().__init__()
-        num_queries = config.num_queries or num_tokens
+        num_queries = config.tokens_beside(num_tokens)
         if config.interface == "adaln" and num_queries != num_tokens:
             raise ValueError(
                 f"conditioning.num_queries is {num_queries}, the latents are {num_tokens} tokens: interface "

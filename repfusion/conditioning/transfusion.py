@@ -27,6 +27,10 @@ class TransfusionConfig(MethodConfig):
         """Whether captions are learned."""
         return self.captioning is not None
 
+    def tokens_beside(self, num_latents: int) -> int:
+        """The noisy latents."""
+        return num_latents
+
     def reading(self) -> NoisyLatentsConfig:
         """How the LLM reads prompt and noisy latents."""
         return NoisyLatentsConfig(train_llm=True, bidirectional=True, captioning=self.captioning)

@@ -35,6 +35,11 @@ class Sample:
         return self.dataset.weights
 
     @property
+    def place(self) -> str:
+        """Where it lies, as messages name it."""
+        return self.dataset.images.place(self.shard, self.row)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the captions."""
         return sum(len(text) for texts in self.captions.values() for text in texts)
@@ -228,6 +233,15 @@ class ColumnDataset:
                 )
             found[CAPTION] = tuple(variants)
         return found
+
+    def rows_above(self, shard: int, num_bytes: int) -> list[int]:
+        """Rows of a shard that may have a caption of more bytes: by the sizes of its members alone. The json
+        may hold variants of the main one.
+        """
+        found = [self._caption_column(name).spans[name][shard][:, 1] for name in self.weights]
+        if CAPTION in self.weights:
+            found.append(self.images.spans["json"][shard][:, 1])
+        return np.flatnonzero(np.max(found, axis=0) > num_bytes).tolist()
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -61,6 +61,9 @@ class Drawing:
         if self._loaded is None:
             self._loaded = self.run(self._load)
         requests = [item.request for item in items for _ in range(item.num_outputs)]
+        # before hours of others: a prompt that does not fit
+        assert self._loaded is not None
+        self._loaded[0].conditioner.llm.check_lengths([request.prompt for request in requests])
         return np.concatenate([to_uint8(batch) for batch in self._batches(requests)])
 
     def _batches(self, requests: Sequence[Request]) -> Iterator[Float[Tensor, "b 3 h w"]]:

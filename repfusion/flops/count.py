@@ -45,7 +45,7 @@ NUM_SEEDS = 2**12
 class WordTokenizer:
     """A token a word, whatever it is."""
 
-    def __call__(self, prompts: list[str], add_special_tokens: bool) -> SimpleNamespace:
+    def __call__(self, prompts: list[str], **options: bool) -> SimpleNamespace:
         return SimpleNamespace(input_ids=[[0 for _ in prompt.split()] for prompt in prompts])
 
 

@@ -7,8 +7,6 @@ import json
 import time
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from repfusion.foundation.decoder import train_decoder
 from repfusion.foundation.dialogues import train_tokenizer
 from repfusion.foundation.fluent import train_fluent
@@ -22,6 +20,7 @@ from repfusion.foundation.perception import (
     train_llava,
 )
 from repfusion.foundation.vae import train_vae
+from repfusion.llm.tokenizer import load_tokenizer
 from repfusion.weights import WEIGHTS
 
 PARTS = (
@@ -60,18 +59,18 @@ def main() -> None:
             case "llava":
                 train_llava(pool, train_tokenizer(args.out / "llava"), config, args.out)
             case "language":
-                tokenizer = AutoTokenizer.from_pretrained(args.out / "llava")
+                tokenizer = load_tokenizer(args.out / "llava")
                 train_language_twin(pool, tokenizer, config, args.out / "language")
             case "decoder" | "polish":
                 train_decoder(pool, config, args.out, polish=part == "polish")
             case "fluent":
-                train_fluent(pool, AutoTokenizer.from_pretrained(args.out / "llava"), config, args.out)
+                train_fluent(pool, load_tokenizer(args.out / "llava"), config, args.out)
             case "large":
-                train_large(pool, AutoTokenizer.from_pretrained(args.out / "llava"), config, args.out)
+                train_large(pool, load_tokenizer(args.out / "llava"), config, args.out)
             case "vae" | "vae_polish":
                 train_vae(pool, config, args.out, polish=part == "vae_polish")
             case "refine":
-                refine(pool, AutoTokenizer.from_pretrained(args.out / "llava"), config, args.out)
+                refine(pool, load_tokenizer(args.out / "llava"), config, args.out)
             case "measure":
                 record["quality"] = measure(args.out, config)
         record["seconds"][part] = round(time.perf_counter() - started, 1)

@@ -20,6 +20,7 @@ from repfusion.foundation.perception import (
     optimise,
     save_mllm,
 )
+from repfusion.pretrained.weights import load_transformers
 
 
 def train_fluent(
@@ -27,8 +28,8 @@ def train_fluent(
 ) -> None:
     """Writes `llava_fluent`; the tower is the shipped one's, bit for bit."""
     torch.manual_seed(8)
-    shipped = LlavaForConditionalGeneration.from_pretrained(folder / "llava", dtype=torch.float32)
-    twin = LlamaForCausalLM.from_pretrained(folder / "language", dtype=torch.float32)
+    shipped = load_transformers(LlavaForConditionalGeneration, folder / "llava", "LLaVA")
+    twin = load_transformers(LlamaForCausalLM, folder / "language", "language model")
     llava = LlavaForConditionalGeneration(llava_config(config, tokenizer))
     llava.model.vision_tower.load_state_dict(shipped.model.vision_tower.state_dict())
     llava.model.language_model.load_state_dict(twin.model.state_dict())

@@ -19,6 +19,7 @@ from repfusion.foundation.perception import (
     optimise,
     save_mllm,
 )
+from repfusion.pretrained.weights import load_transformers
 
 
 @torch.no_grad()
@@ -81,7 +82,7 @@ def train_large(
 ) -> None:
     """Writes `llava_large`; the tower is the small one's, bit for bit."""
     torch.manual_seed(6)
-    small = LlavaForConditionalGeneration.from_pretrained(folder / "llava_fluent", dtype=torch.float32)
+    small = load_transformers(LlavaForConditionalGeneration, folder / "llava_fluent", "LLaVA")
     size = {"text_width": config.large_width, "text_layers": config.large_layers}
     large = LlavaForConditionalGeneration(llava_config(config.model_copy(update=size), tokenizer))
     grow(small, large)

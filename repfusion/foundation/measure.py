@@ -6,11 +6,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoTokenizer, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from repfusion.foundation.dialogues import DESCRIBE
 from repfusion.foundation.perception import PIXEL_MEAN, PIXEL_STD, FoundationConfig
 from repfusion.latents.load import EncoderConfig, load_decoder
+from repfusion.llm.tokenizer import load_tokenizer
+from repfusion.pretrained.weights import load_transformers
 from repfusion.scenes.captions import ask, canonical_caption, possible_tasks, write_prompt
 from repfusion.scenes.detector import score_image
 from repfusion.scenes.world import Scene, WorldConfig, draw_scene, render
@@ -42,8 +44,8 @@ def measure_llava(
 ) -> dict[str, float]:
     rng = np.random.default_rng(0)
     questions, answers = zip(*(ask(scene, rng) for scene in scenes), strict=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    llava = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(folder)
+    llava = load_transformers(LlavaForConditionalGeneration, folder, "LLaVA")
 
     def said(texts: list[str]) -> list[str]:
         image = "<image>" * config.num_tokens

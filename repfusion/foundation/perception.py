@@ -27,6 +27,7 @@ from transformers import (
 from repfusion.config import Config
 from repfusion.foundation.dialogues import IGNORED, encode_captions, encode_dialogues, write_dialogue
 from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
+from repfusion.pretrained.weights import load_transformers
 from repfusion.scenes.captions import caption_scene
 from repfusion.scenes.world import Scene, WorldConfig, draw_scene, render
 
@@ -293,7 +294,7 @@ def refine(
     this size.
     """
     torch.manual_seed(3)
-    llava = LlavaForConditionalGeneration.from_pretrained(folder / "llava", dtype=torch.float32)
+    llava = load_transformers(LlavaForConditionalGeneration, folder / "llava", "LLaVA")
     decoder = RAEDecoder.from_pretrained(folder / "decoder").requires_grad_(True).train()
     loss = joint_loss(llava, decoder, tokenizer, pool, config, config.refine_noise, pixel_weight=20.0)
     optimise([*llava.parameters(), *decoder.parameters()], config, config.refine_steps, loss, "refine")

@@ -4,10 +4,11 @@ A folder is a vision tower of transformers (`model_type`), a dual encoder or LLa
 diffusers (`_class_name`).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from repfusion.pretrained.config import read_config
 
 TOWERS = {
     "clip_vision_model": {"image_size": 224, "patch_size": 32, "hidden_size": 768},
@@ -105,7 +106,7 @@ def tower_config(folder: str | Path) -> tuple[str, dict[str, Any]]:
     Raises:
         ValueError: where there is no config.json, or one of another architecture.
     """
-    config = read_config(folder)
+    config = read_config(folder, "encoder")
     kind = config.get("model_type")
     if kind in TOWERS:
         return kind, TOWERS[kind] | config
@@ -121,14 +122,16 @@ def tower_config(folder: str | Path) -> tuple[str, dict[str, Any]]:
     )
 
 
-def is_vae(folder: str | Path) -> bool:
-    """Whether a folder holds a VAE of diffusers. Raises ValueError where there is no config.json."""
-    return read_config(folder).get("_class_name") in VAES
+def is_vae(folder: str | Path, what: str = "encoder") -> bool:
+    """Whether a folder, which messages call a `what` folder, holds a VAE of diffusers. Raises ValueError
+    where there is no config.json.
+    """
+    return read_config(folder, what).get("_class_name") in VAES
 
 
 def vae_config(folder: str | Path) -> dict[str, Any]:
     """The fields of a VAE folder. Raises ValueError where it holds something else."""
-    config = read_config(folder)
+    config = read_config(folder, "VAE")
     if (name := config.get("_class_name")) not in VAES:
         raise ValueError(f"VAE folder {folder}: _class_name {name!r}; expected one of {', '.join(VAES)}")
     return VAES[name] | config
@@ -138,12 +141,3 @@ def vae_factor(config: dict[str, Any]) -> int:
     """Side in px of the square that a latent token stands for: each stage but the last halves the image."""
     name = "block_out_channels" if config["_class_name"] == "AutoencoderKL" else "encoder_block_out_channels"
     return 2 ** (len(config[name]) - 1)
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    try:
-        return json.loads((Path(folder) / "config.json").read_text())
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"encoder folder {folder}: no config.json; expected a folder written by save_pretrained"
-        ) from error

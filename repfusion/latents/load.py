@@ -31,25 +31,51 @@ class EncoderConfig(Config):
     are interpolated. None is the size it was trained at.
     """
 
-    def load(self) -> PixelEncoder:
-        """The encoder, on the CPU in float32. Raises ValueError where the folder has no such tower, layer or
-        size.
+    def load(self, on_meta: bool = False) -> PixelEncoder:
+        """The encoder, on the CPU in float32.
+
+        Args:
+            on_meta: shapes without memory: of a tower's weights the headers alone are read. A VAE, which is
+                small, is read.
+
+        Raises:
+            ValueError: where the folder has no such tower, layer or size, or weights that do not fit.
         """
         if is_vae(self.path):
             return VAEEncoder.from_pretrained(self.path, image_size=self.image_size)
-        return RepresentationEncoder.from_pretrained(self.path, self.layer, image_size=self.image_size)
+        size = self.image_size
+        return RepresentationEncoder.from_pretrained(self.path, self.layer, image_size=size, on_meta=on_meta)
 
 
-def load_decoder(folder: str | Path, grid: tuple[int, int] | None = None) -> Decoder:
+def load_decoder(folder: str | Path, grid: tuple[int, int] | None = None, on_meta: bool = False) -> Decoder:
     """A RAE decoder, or the decoder of a VAE; on the CPU in float32, frozen, in eval mode.
 
     Args:
         folder: as written by RAEDecoder.save_pretrained, or a VAE's.
         grid: rows and columns of the tokens that a VAE is to decode; None is its own. A RAE decoder has one.
+        on_meta: shapes without memory: of a RAE decoder's weights the headers alone are read.
 
     Raises:
         ValueError: where the folder lacks a file or the weights do not fit the config.
     """
-    if (Path(folder) / "config.json").is_file() and is_vae(folder):
+    if (Path(folder) / "config.json").is_file() and is_vae(folder, "decoder"):
         return VAEDecoder.from_pretrained(folder, grid)
-    return RAEDecoder.from_pretrained(folder)
+    return RAEDecoder.from_pretrained(folder, on_meta)
+
+
+def fitting_decoder(
+    folder: str | Path, grid: tuple[int, int], feature_dim: int, on_meta: bool = False
+) -> Decoder:
+    """The decoder of a folder, for features of `feature_dim` channels on `grid`; see `load_decoder`.
+
+    Raises:
+        ValueError: where it reads other features than these.
+    """
+    decoder = load_decoder(folder, grid, on_meta)
+    got, expected = (decoder.grid, decoder.feature_dim), (grid, feature_dim)
+    if got != expected:
+        raise ValueError(
+            f"decoder {folder} reads (grid, width) {got}, the model makes {expected}: "
+            "use a decoder trained on this encoder's features at this encoder.image_size"
+        )
+    return decoder

@@ -2,17 +2,19 @@
 MAE, arXiv 2111.06377).
 """
 
-import json
 from pathlib import Path
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from repfusion.config import Config
 from repfusion.layers import Attention, RMSNorm, SwiGLU, rotary_2d, sin_cos_positions
+from repfusion.pretrained.config import read_config
+from repfusion.pretrained.weights import read_headers, refuse_misfits, refuse_not_finite, weight_files
 
 
 class RAEDecoderConfig(Config):
@@ -91,22 +93,41 @@ class RAEDecoder(nn.Module):
         )
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "RAEDecoder":
+    def from_pretrained(cls, folder: str | Path, on_meta: bool = False) -> "RAEDecoder":
         """Loads strictly, in float32, frozen and in eval mode.
 
-        Raises:
-            ValueError: where the folder lacks a file or the weights do not fit the config.
+        Args:
+            folder: as written by `save_pretrained`.
+            on_meta: shapes without memory: of the weights the headers alone are read.
+
+        Raises: ValueError: where the folder lacks a file, or weights are missing, left over, of another shape
+            or not finite.
         """
-        folder = Path(folder)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise ValueError(
-                    f"decoder folder {folder}: no {name}; expected a folder written by "
-                    "RAEDecoder.save_pretrained"
-                )
-        decoder = cls(RAEDecoderConfig(**json.loads((folder / "config.json").read_text())))
+        folder, writer = Path(folder), "RAEDecoder.save_pretrained"
+        place = f"decoder folder {folder}"
+        fields = read_config(folder, "decoder", writer)
         try:
-            decoder.load_state_dict(load_file(str(folder / "model.safetensors")), strict=True)
-        except RuntimeError as error:
-            raise ValueError(f"decoder folder {folder}: weights do not fit config.json: {error}") from error
+            config = RAEDecoderConfig.model_validate(fields)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise ValueError(
+                f"{place}: config.json: {problem['loc'][0] if problem['loc'] else 'the whole'}: "
+                f"{problem['msg']}; expected a folder written by {writer}, or a VAE's"
+            ) from error
+        headers = read_headers(weight_files(folder, "decoder"), "decoder")
+        with torch.device("meta"):
+            decoder = cls(config)
+        own = decoder.state_dict()
+        misshapen = [
+            (name, headers[name].shape, own[name].shape)
+            for name in own.keys() & headers.keys()
+            if headers[name].shape != own[name].shape
+        ]
+        missing, left_over = own.keys() - headers.keys(), headers.keys() - own.keys()
+        refuse_misfits(place, missing, left_over, misshapen, writer)
+        if not on_meta:
+            decoder = cls(config)
+            for file in weight_files(folder, "decoder"):
+                decoder.load_state_dict(load_file(str(file)), strict=False)
+            refuse_not_finite(decoder, place)
         return decoder.float().eval().requires_grad_(False)

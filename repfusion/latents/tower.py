@@ -5,7 +5,8 @@
 affine, which is the normalisation that every layer gets here.
 """
 
-import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from repfusion.files import weights_digest
 from repfusion.latents.encoder import PixelEncoder
 from repfusion.latents.geometry import LatentGeometry, TowerGeometry, tower_config, tower_geometry
+from repfusion.pretrained.config import read_json
+from repfusion.pretrained.weights import load_transformers
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 PIXEL_STATISTICS = {
@@ -26,6 +29,15 @@ PIXEL_STATISTICS = {
     "dinov2_with_registers": IMAGENET,
 }
 """Mean and standard deviation with which a family was trained, for folders that do not say."""
+BESIDE = {
+    "clip": r"text_model\.|text_projection\.|visual_projection\.|logit_scale$",
+    "siglip": r"text_model\.|logit_scale$|logit_bias$",
+    "clip_vision_model": r"visual_projection\.",
+    "siglip_vision_model": r"classifier\.",
+    "dinov2": r"classifier\.",
+    "dinov2_with_registers": r"classifier\.",
+}
+"""Names of weights that may lie beside a tower's, by the folder's `model_type`."""
 
 
 class RepresentationEncoder(PixelEncoder):
@@ -68,6 +80,7 @@ class RepresentationEncoder(PixelEncoder):
         layer: int = -2,
         dtype: torch.dtype = torch.float32,
         image_size: int | None = None,
+        on_meta: bool = False,
     ) -> "RepresentationEncoder":
         """Loads a vision folder, or the tower of a CLIP, SigLIP or LLaVA folder. Pixel mean and std come from
         its image processor's file, else from the family.
@@ -77,15 +90,16 @@ class RepresentationEncoder(PixelEncoder):
             layer: the hidden state taken as features.
             dtype: in which the tower computes.
             image_size: side of the images in px, a multiple of the patch size; None is the tower's own.
+            on_meta: shapes without memory, and no digest: of the weights the headers alone are read.
 
-        Raises:
-            ValueError: where the folder is missing or holds another architecture, or has no such layer or
-                size, or lacks weights.
+        Raises: ValueError: where the folder is missing or holds another architecture, has no such layer or
+            size, or weights are missing, left over or of another shape.
         """
         folder = Path(folder)
         geometry = tower_geometry(folder, image_size)
-        tower = load_tower(folder, dtype)
-        return cls(tower, layer, geometry, *pixel_statistics(folder), weights_digest(folder))
+        statistics = pixel_statistics(folder)
+        tower = load_tower(folder, dtype, on_meta)
+        return cls(tower, layer, geometry, *statistics, "none" if on_meta else weights_digest(folder))
 
     def _features(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
         """Zero mean and unit variance over each token's channels."""
@@ -95,38 +109,92 @@ class RepresentationEncoder(PixelEncoder):
         return F.layer_norm(hidden[:, self.num_other_tokens :].float(), (self.feature_dim,), eps=eps)
 
 
-def load_tower(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Raises ValueError where weights are missing, which transformers would draw at random."""
+def load_tower(folder: Path, dtype: torch.dtype, on_meta: bool = False) -> nn.Module:
+    """The vision tower of a folder; what else lies there is left out.
+
+    Raises:
+        ValueError: weights are missing, left over, of another shape or not finite.
+    """
     import transformers
 
     kind, vision = tower_config(folder)
     match "llava" if kind == "llava" else vision["model_type"]:
         case "llava":
-            model: Any = transformers.LlavaForConditionalGeneration
+            model_class: Any = transformers.LlavaForConditionalGeneration
         case "clip_vision_model":
-            model = transformers.CLIPVisionModel
+            model_class = transformers.CLIPVisionModel
         case "siglip_vision_model":
-            model = transformers.SiglipVisionModel
+            model_class = transformers.SiglipVisionModel
         case "dinov2":
-            model = transformers.Dinov2Model
+            model_class = transformers.Dinov2Model
         case _:
-            model = transformers.Dinov2WithRegistersModel
-    loaded, report = model.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"encoder folder {folder}: no weights for {missing[:4]} ({len(missing)} in all)")
+            model_class = transformers.Dinov2WithRegistersModel
+    loaded = load_transformers(model_class, folder, "encoder", dtype, BESIDE.get(kind), on_meta)
     return loaded.model.vision_tower if kind == "llava" else loaded
 
 
 def pixel_statistics(folder: Path) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation, per channel, by which the folder's image processor normalises pixels."""
-    fields: dict[str, Any] = {}
+    """Mean and standard deviation, per channel, by which the folder's image processor normalises pixels in
+    [0, 1]. What its file leaves out, or gives as null, is the family's: transformers takes its default for
+    both.
+
+    Raises:
+        ValueError: the file is damaged, or what it says is no normalisation.
+    """
+    fields, name = _processor_fields(folder)
+    mean, std = PIXEL_STATISTICS[tower_config(folder)[1]["model_type"]]
+    scale = 255 * _rescaling(fields, folder / name)
+    if fields.get("do_normalize", True) is False:
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    else:
+        mean = _channels(fields, "image_mean", mean, folder / name)
+        std = _channels(fields, "image_std", std, folder / name)
+    if math.isclose(scale, 1):
+        return list(mean), list(std)
+    return [value / scale for value in mean], [value / scale for value in std]
+
+
+def _processor_fields(folder: Path) -> tuple[dict[str, Any], str]:
+    """What an image processor's file says, and its name."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
-            fields = json.loads((folder / name).read_text())
-            fields = fields.get("image_processor", fields)
-            break
-    mean, std = PIXEL_STATISTICS[tower_config(folder)[1]["model_type"]]
-    return fields.get("image_mean", list(mean)), fields.get("image_std", list(std))
+            fields = read_json(folder / name, "encoder")
+            own = fields.get("image_processor")
+            return (own if isinstance(own, dict) else fields), name
+    return {}, "preprocessor_config.json"
+
+
+def _rescaling(fields: Mapping[str, Any], path: Path) -> float:
+    """What 8-bit values are multiplied by."""
+    if fields.get("do_rescale", True) is False:
+        return 1.0
+    factor = fields.get("rescale_factor")
+    factor = 1 / 255 if factor is None else factor
+    if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 < factor < math.inf:
+        raise ValueError(
+            f"encoder folder {path.parent}: {path.name}: rescale_factor {factor!r}; expected 1/255"
+        )
+    return float(factor)
+
+
+def _channels(
+    fields: Mapping[str, Any], field: str, default: Sequence[float], path: Path
+) -> tuple[float, ...]:
+    """A number for each of the three channels; a single one stands for all."""
+    value = fields.get(field)
+    value = list(default) if value is None else value
+    value = [value] * 3 if isinstance(value, int | float) else value
+    is_numbers = (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(isinstance(one, int | float) and math.isfinite(one) for one in value)
+    )
+    if not is_numbers or (field == "image_std" and min(value) <= 0):
+        raise ValueError(
+            f"encoder folder {path.parent}: {path.name}: {field} {value!r}; expected three numbers"
+            + (" above 0" if field == "image_std" else "")
+        )
+    return tuple(map(float, value))
 
 
 def drop_above(tower: nn.Module, num_layers: int) -> int:

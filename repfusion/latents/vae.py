@@ -17,6 +17,11 @@ from torch import Tensor, nn
 from repfusion.files import weights_digest
 from repfusion.latents.encoder import PixelEncoder
 from repfusion.latents.geometry import LatentGeometry, latent_geometry, vae_config
+from repfusion.pretrained.config import said_of
+from repfusion.pretrained.weights import refuse_misfits, refuse_not_finite, weight_files
+
+STEM = "diffusion_pytorch_model"
+"""How diffusers names the file of weights."""
 
 
 class VAEEncoder(PixelEncoder):
@@ -74,22 +79,25 @@ def load_vae(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """Diffusers' own module; strictly, every weight is there and none is left over.
 
     Raises:
-        ValueError: where the folder lacks a file or its weights do not fit config.json.
+        ValueError: where the folder lacks a file, or weights are missing, left over, of another shape or not
+            finite.
     """
     import diffusers
 
-    name = vae_config(folder)["_class_name"]
-    try:
+    name, place = vae_config(folder)["_class_name"], f"VAE folder {folder}"
+    weight_files(Path(folder), "VAE", STEM)
+    with said_of(place, f"as an {name}"):
         vae, report = getattr(diffusers, name).from_pretrained(
             folder,
             torch_dtype=dtype,
             low_cpu_mem_usage=False,
             local_files_only=True,
             use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"VAE folder {folder}: cannot be loaded: {error}") from error
-    if wrong := {what: keys for what, keys in report.items() if keys}:
-        raise ValueError(f"VAE folder {folder}: weights do not fit config.json: {wrong}")
+    misshapen = report["mismatched_keys"]
+    refuse_misfits(place, report["missing_keys"], report["unexpected_keys"], misshapen)
+    refuse_not_finite(vae, place)
     return vae

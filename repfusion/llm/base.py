@@ -13,9 +13,22 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from repfusion.llm.projector import Projector
+from repfusion.llm.tokenizer import plain_ids
 
 MAX_CACHED_PROMPTS = 100_000
 """Tokenised prompts kept: training meets the same captions in every epoch."""
+
+
+class PromptTooLong(ValueError):
+    """A prompt that does not fit into the context."""
+
+    def __init__(self, prompt: str, num_tokens: int, most: int):
+        super().__init__(prompt, num_tokens, most)
+        self.prompt, self.num_tokens, self.most = prompt, num_tokens, most
+
+    def __str__(self) -> str:
+        start, num, most = self.prompt[:60], self.num_tokens, self.most
+        return f"prompt {start!r}... has {num} tokens; the context takes {most}: shorten it"
 
 
 @dataclass(frozen=True)
@@ -89,19 +102,18 @@ class LanguageModel(nn.Module):
         self._ids: dict[str, list[int]] = {}
 
     @classmethod
-    def load_parts(
-        cls, folder: Path, config: Any, dtype: torch.dtype
-    ) -> tuple[nn.Module, nn.Module, Projector | None]:
-        """What a family reads of a folder written by save_pretrained: the language model without its head,
-        the head, and a pretrained projector.
-
-        Args:
-            folder: the model's.
-            config: transformers' config of the folder.
-            dtype: precision of the language model's weights.
+    def model_class(cls, config: Any) -> Any:
+        """transformers' class that reads a folder with this config.
 
         Raises:
             ValueError: the folder holds what the family cannot be read with.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def parts(cls, model: Any) -> tuple[nn.Module, nn.Module, Projector | None]:
+        """What a family takes of the model that was read: the language model without its head, the head, and
+        a pretrained projector.
         """
         raise NotImplementedError
 
@@ -141,30 +153,29 @@ class LanguageModel(nn.Module):
         """
         known, found = self._ids, {}
         if unknown := [text for text in dict.fromkeys(texts) if text not in known]:
-            ids = self.tokenizer(unknown, add_special_tokens=False).input_ids
-            found = dict(zip(unknown, ids, strict=True))
+            found = dict(zip(unknown, plain_ids(self.tokenizer, unknown), strict=True))
             if len(known) + len(found) > MAX_CACHED_PROMPTS:
                 self._ids = found
             else:
                 known.update(found)
         return [found[text] if text in found else known[text] for text in texts]
 
+    def check_lengths(self, prompts: Sequence[str]) -> None:
+        """Raises PromptTooLong where one is longer than the context, begin token included."""
+        for prompt, ids in zip(prompts, self.token_ids(prompts), strict=True):
+            if len(ids) + 1 > self.max_text_tokens:
+                raise PromptTooLong(prompt, len(ids) + 1, self.max_text_tokens)
+
     def tokenise(self, prompts: Sequence[str]) -> Prefix:
         """Prompts -> ids and mask on the CPU, left-padded, begin token first (an empty prompt is that token
         alone).
 
         Raises:
-            ValueError: where a prompt is longer than the context.
+            PromptTooLong: where a prompt is longer than the context.
         """
+        self.check_lengths(prompts)
         rows = [[self.begin_id, *ids] for ids in self.token_ids(prompts)]
-        longest = max(range(len(rows)), key=lambda i: len(rows[i]))
-        width = len(rows[longest])
-        if width > self.max_text_tokens:
-            start = prompts[longest][:60]
-            raise ValueError(
-                f"prompt {start!r}... has {width} tokens; the context takes {self.max_text_tokens}: "
-                "shorten it"
-            )
+        width = max(map(len, rows))
         ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in rows])
         lengths = torch.tensor([len(row) for row in rows])
         return Prefix(ids, torch.arange(width) >= width - lengths[:, None])

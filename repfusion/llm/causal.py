@@ -1,11 +1,8 @@
 """A plain causal language model, without eyes: the language-only twin."""
 
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from repfusion.llm.base import LanguageModel
 from repfusion.llm.projector import Projector
@@ -15,9 +12,13 @@ class CausalLM(LanguageModel):
     """A causal language model of transformers; whoever projects into it starts with a fresh projector."""
 
     @classmethod
-    def load_parts(
-        cls, folder: Path, config: Any, dtype: torch.dtype
-    ) -> tuple[nn.Module, nn.Module, Projector | None]:
+    def model_class(cls, config: Any) -> Any:
+        """The class that transformers has for the folder's `model_type`."""
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+    @classmethod
+    def parts(cls, model: Any) -> tuple[nn.Module, nn.Module, Projector | None]:
         """The language model and its head; there is no projector."""
-        causal = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        return causal.model, causal.lm_head, None
+        return model.model, model.lm_head, None

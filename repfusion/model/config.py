@@ -9,6 +9,7 @@ from repfusion.conditioning.captioning import CaptioningConfig
 from repfusion.conditioning.noisy_latents import NoisyLatentsConfig
 from repfusion.config import Config, Wanted, Weights, WeightsFolder, weights_of
 from repfusion.diffusion.flow import FlowConfig
+from repfusion.latents.geometry import latent_geometry
 from repfusion.latents.load import EncoderConfig
 from repfusion.model.dit import DiTConfig
 from repfusion.model.methods import ConditioningConfig
@@ -51,6 +52,14 @@ class ModelConfig(Config):
     def captioning(self) -> CaptioningConfig | None:
         """The caption loss of a trained LLM; None where there is none."""
         return getattr(self.conditioning, "captioning", None)
+
+    @property
+    def tokens_beside(self) -> int:
+        """Tokens that the MLLM reads after a prompt. Raises ValueError where the encoder's folder is
+        missing.
+        """
+        rows, columns = latent_geometry(self.encoder.path, self.encoder.image_size).grid
+        return self.conditioning.tokens_beside(rows * columns)
 
     def parts(self, wanted: Wanted = lambda weights: True) -> dict[str, Path]:
         """Folders of frozen weights by part: `encoder`, `mllm`, `decoder`, and those of the method."""

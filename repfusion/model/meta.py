@@ -22,6 +22,7 @@ from repfusion.llm.projector import Projector
 from repfusion.model.build import assemble
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
+from repfusion.pretrained.config import transformers_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 """Trainings at the published scale, and the geometry of the models that they name."""
@@ -94,10 +95,8 @@ def meta_model(
 
 def meta_from_config(config: ModelConfig) -> TextToImage:
     """A model of any size from the config.json of the folders that a config names; no weights are read."""
-    from transformers import AutoConfig
-
     geometry = latent_geometry(geometry_folder(config.encoder.path), config.encoder.image_size)
-    source = AutoConfig.from_pretrained(geometry_folder(config.mllm))
+    source = transformers_config(geometry_folder(config.mllm), "MLLM")
     projector = {
         "activation": getattr(source, "projector_hidden_act", "gelu"),
         "bias": getattr(source, "multimodal_projector_bias", True),

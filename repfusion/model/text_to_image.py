@@ -14,8 +14,9 @@ from repfusion.data.readers import IMAGE_FEATURES, SampleArray
 from repfusion.data.recipe import Recipe
 from repfusion.diffusion.flow import draw, interpolate, shift_factor, velocity
 from repfusion.inputs import Inputs, empty, to_device
-from repfusion.latents.load import Decoder, load_decoder
+from repfusion.latents.load import Decoder, fitting_decoder
 from repfusion.latents.statistics import LatentStatistics
+from repfusion.llm.base import PromptTooLong
 from repfusion.model.config import ModelConfig
 from repfusion.model.denoiser import Denoiser, Prefilled
 from repfusion.model.trainable import Trainable
@@ -83,8 +84,8 @@ class TextToImage(Trainable):
     def collate(self, samples: Sequence[Sample], recipe: Recipe, seeds: Sequence[int]) -> Inputs:
         """Requests, features as they lie on disk (mostly float16), noise levels and noise of a micro-batch.
 
-        Raises:
-            ValueError: features of another shape than the model's latents.
+        Raises: ValueError: features of another shape than the model's latents, or a caption that does not fit
+            into the context.
         """
         drawn = [
             recipe.draw(one, seed, self.config.conditioning.columns)
@@ -92,8 +93,13 @@ class TextToImage(Trainable):
         ]
         requests, branches = [request for request, _ in drawn], [branch for _, branch in drawn]
         t, noise = draw(seeds, self.latent_shape, self.shift)
+        try:
+            request = self.conditioner.collate(requests, branches, seeds)
+        except PromptTooLong as error:
+            texts = [one.prompt for one in requests]
+            raise ValueError(f"{samples[texts.index(error.prompt)].place}: {unfit_caption(error)}") from error
         return {
-            "request": self.conditioner.collate(requests, branches, seeds),
+            "request": request,
             "features": stack([sample.read(IMAGE_FEATURES) for sample in samples]),
             "t": t,
             "noise": noise,
@@ -146,14 +152,17 @@ class TextToImage(Trainable):
         Raises:
             ValueError: where it reads other features than this model makes.
         """
-        decoder = load_decoder(self.config.decoder, self.grid).to(self.device)
-        got, expected = (decoder.grid, decoder.feature_dim), (self.grid, self.latent_shape[1])
-        if got != expected:
-            raise ValueError(
-                f"decoder {self.config.decoder} reads (grid, width) {got}, the model makes {expected}: "
-                "use a decoder trained on this encoder's features at this encoder.image_size"
-            )
-        return decoder
+        return fitting_decoder(self.config.decoder, self.grid, self.latent_shape[1]).to(self.device)
+
+
+def unfit_caption(error: PromptTooLong) -> str:
+    """What is wrong with a caption of a training, and what to do."""
+    return (
+        f"its caption {error.prompt[:60]!r}... has {error.num_tokens} tokens, begin token included; the "
+        f"context of model.mllm takes {error.most} beside what else it reads: leave such samples out by "
+        "curate.max_caption_tokens (a column's captions by their max_tokens) in the workflow that wrote the "
+        "shards, or that caption by data.caption_weights"
+    )
 
 
 def stack(arrays: Sequence[np.ndarray | None]) -> Tensor:

@@ -24,6 +24,7 @@ from repfusion.latents.statistics import LatentStatistics
 from repfusion.model.build import build_model
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
+from repfusion.pretrained.weights import read_headers
 from repfusion.runs.folder import (
     AVERAGES,
     COMPLETE,
@@ -203,8 +204,9 @@ def differences(got: Any, expected: Any, prefix: str = "") -> list[str]:
     return [] if got == expected else [f"{prefix} {got!r}, expected {expected!r}"]
 
 
-def load_weights(model: TextToImage, folder: Path, use_ema: bool = True) -> None:
-    """Weights of a checkpoint into a model that was built already.
+def load_weights(model: TextToImage, folder: Path, use_ema: bool = True, on_meta: bool = False) -> None:
+    """Weights of a checkpoint into a model that was built already; into one without memory (`on_meta`), their
+    headers alone are read.
 
     Raises:
         ValueError: of another geometry, naming the first tensors, and the config fields in which the two
@@ -212,7 +214,11 @@ def load_weights(model: TextToImage, folder: Path, use_ema: bool = True) -> None
     """
     check_complete(folder)
     try:
-        model.load_trainable_state(read_weights(folder, use_ema))
+        if on_meta:
+            state = read_headers([folder / (AVERAGES if use_ema else WEIGHTS_FILE)], "checkpoint")
+        else:
+            state = read_weights(folder, use_ema)
+        model.load_trainable_state(state)
     except ValueError as error:
         saved, _ = read_config(folder)
         fields = differences(saved.model_dump(mode="json"), model.config.model_dump(mode="json"))

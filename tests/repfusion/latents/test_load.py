@@ -3,8 +3,10 @@ VAEs.
 """
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_training import tiny_model
 from transformers import (
     CLIPConfig,
+    CLIPImageProcessor,
     CLIPModel,
     CLIPTextConfig,
     CLIPVisionConfig,
@@ -26,6 +29,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     SiglipConfig,
+    SiglipImageProcessor,
     SiglipModel,
     SiglipTextConfig,
     SiglipVisionConfig,
@@ -38,7 +42,7 @@ from repfusion.generate import generate
 from repfusion.latents.geometry import latent_geometry
 from repfusion.latents.load import EncoderConfig, load_decoder
 from repfusion.latents.statistics import LatentStatistics
-from repfusion.latents.tower import IMAGENET, PIXEL_STATISTICS, RepresentationEncoder
+from repfusion.latents.tower import IMAGENET, PIXEL_STATISTICS, RepresentationEncoder, pixel_statistics
 from repfusion.latents.vae import VAEDecoder, VAEEncoder
 from repfusion.model.build import build_model
 from repfusion.request import Request
@@ -206,13 +210,58 @@ def test_pixels_are_normalised_as_the_folder_says_or_as_the_family_was_trained(k
     assert statistics() == (pytest.approx(other["image_mean"]), pytest.approx(other["image_std"]))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"rescale_factor": 0.5},
+        {"rescale_factor": 1 / 127.5, "do_normalize": False},
+        {"image_mean": None, "image_std": None},
+        {"image_mean": [0.1, 0.2, 0.3], "image_std": None},
+        {"rescale_factor": None, "image_mean": [0.1, 0.2, 0.3]},
+    ],
+)
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_pixels_reach_the_tower_as_the_folders_own_image_processor_makes_them(kind, fields, towers, tmp_path):
+    """transformers' processor of the family, on 8-bit images of the tower's size."""
+    processor = {"clip": CLIPImageProcessor, "siglip": SiglipImageProcessor}[kind]
+    shutil.copytree(towers[kind], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
+    image = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    given = {name: value for name, value in fields.items() if value is not None}  # null is its default
+    made = processor(**given)(image, do_resize=False, do_center_crop=False, return_tensors="pt")
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in pixel_statistics(tmp_path))
+    pixels = torch.from_numpy(image).permute(2, 0, 1).float() / 255
+    torch.testing.assert_close((pixels - mean) / std, made["pixel_values"][0].float(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"image_mean": [0.5, 0.5]}, r"image_mean \[0\.5, 0\.5\]; expected three numbers"),
+        ({"image_std": [0.5, 0.0, 0.5]}, "image_std .*; expected three numbers above 0"),
+        ({"image_std": "half"}, "image_std 'half'"),
+        ({"rescale_factor": 0}, "rescale_factor 0; expected 1/255"),
+        ([1], "holds a list"),
+    ],
+)
+def test_an_image_processor_that_says_no_normalisation_is_refused(fields, says, towers, tmp_path):
+    shutil.copytree(towers["clip"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=rf"encoder folder .*preprocessor_config\.json.*{says}"):
+        EncoderConfig(path=tmp_path).load(on_meta=True)
+
+
 def test_a_tower_that_lacks_weights_is_refused(towers, tmp_path):
     """Transformers would draw them at random."""
     (tmp_path / "config.json").write_bytes((towers["siglip"] / "config.json").read_bytes())
     weights = load_file(str(towers["siglip"] / "model.safetensors"))
     weights.pop(next(name for name in weights if "patch_embedding.weight" in name))
     save_file(weights, str(tmp_path / "model.safetensors"), metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"no weights for .*patch_embedding"):
+    with pytest.raises(ValueError, match=r"missing: .*patch_embedding"):
         RepresentationEncoder.from_pretrained(tmp_path)
 
 
@@ -314,7 +363,7 @@ def test_a_vae_whose_weights_do_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"do not fit config\.json.*decoder\.conv_out\.bias"):
         load_decoder(tmp_path)
     file.unlink()
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    with pytest.raises(ValueError, match=r"no diffusion_pytorch_model\.safetensors"):
         load_decoder(tmp_path)
 
 

@@ -104,7 +104,7 @@ def test_the_language_only_twin_loads_without_a_projector(foundation, tmp_path):
 
 def test_another_causal_language_model_loads(foundation, tmp_path):
     config = Qwen2Config(
-        vocab_size=15,
+        vocab_size=16,
         hidden_size=24,
         intermediate_size=32,
         num_hidden_layers=1,

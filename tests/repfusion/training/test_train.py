@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -22,10 +23,13 @@ from tiny_training import (
     tiny_data,
     tiny_model,
     tiny_train,
+    write_tar,
 )
 
 from repfusion.config import ConfigError, load_config
+from repfusion.data.columns import scan_tar
 from repfusion.data.mixture import Mixture
+from repfusion.data.recipe import Recipe
 from repfusion.diffusion.flow import FlowConfig
 from repfusion.flops import train_flops
 from repfusion.lineage.describe import read_lineage
@@ -328,3 +332,58 @@ def test_the_command_line_overrides_the_file_and_a_typo_names_its_key(world, tmp
     with pytest.raises(ConfigError, match=r"engine\.learning_rate"):
         load_config(TrainConfig, path, ["engine.learning_rate=0.5"])
     assert load_config(TrainConfig, path, []) == tiny_train(*world, tmp_path)
+
+
+def write_caption(columns: Path, key: str, caption: str, variants: list[str] = []) -> None:  # noqa: B006
+    """Gives a sample of `make_columns` another caption."""
+    shard = next(path for path in (columns / "curate").glob("*.tar") if f"{key}.txt" in scan_tar(path))
+    members: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(shard) as archive:
+        for one in archive:
+            stem, _, extension = one.name.partition(".")
+            stream = archive.extractfile(one)
+            assert stream is not None
+            members.setdefault(stem, {})[extension] = stream.read()
+    members[key] |= {"txt": caption.encode(), "json": json.dumps({"captions": variants}).encode()}
+    write_tar(shard, list(members.items()))
+
+
+@pytest.mark.parametrize("where", ["caption", "variant"])
+def test_a_caption_that_does_not_fit_is_named_before_the_first_step(world, tmp_path, where):
+    """Also one that the steps of this training would not have met."""
+    foundation, _ = world
+    columns, long = make_columns(tmp_path / "data"), "a red circle " * 20
+    write_caption(columns, "000011", *((long,) if where == "caption" else ("a red", ["a", long])))
+    config = tiny_train(foundation, columns, tmp_path / "run", num_steps=1, global_batch_size=1)
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"micro_batch_size": 1})})
+    says = (
+        r"shard \S+00001\.tar, key 000011: its caption 'a red circle .*'\.\.\. has 61 tokens, begin token "
+        r"included; the context of model\.mllm takes 48 .*curate\.max_caption_tokens .*data\.caption_weights"
+    )
+    with pytest.raises(ValueError, match=says):
+        train(config)
+    assert not complete_checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def test_a_caption_that_does_not_fit_is_named_in_the_step_that_meets_it_too(world, tmp_path):
+    """A text that grows when it is tokenised could pass by its size."""
+    foundation, _ = world
+    columns = make_columns(tmp_path / "data")
+    write_caption(columns, "000003", "a red circle " * 20)
+    config = tiny_train(foundation, columns, tmp_path / "run")
+    mixture = Mixture.open(config.data, columns_of(config.model))
+    model = build_trainable(config, mixture)
+    samples = [mixture.datasets["main"][i] for i in (2, 3)]
+    with pytest.raises(ValueError, match=r"shard \S+00000\.tar, key 000003: its caption .* has 61 tokens"):
+        model.collate(samples, Recipe(0.0), [1, 2])
+
+
+def test_a_decoder_that_does_not_fit_is_named_before_the_training(world, tmp_path):
+    foundation, columns = world
+    wide = make_foundation(tmp_path / "wide", tower_width=2 * WIDTH)
+    model = tiny_model(foundation).model_copy(update={"decoder": wide / "decoder"})
+    with pytest.raises(
+        ValueError, match=r"model\.decoder: decoder .* reads \(grid, width\) \(\(2, 2\), 32\)"
+    ):
+        train(tiny_train(foundation, columns, tmp_path / "run", model=model))
+    assert not (tmp_path / "run").exists()

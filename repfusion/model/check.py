@@ -1,0 +1,32 @@
+"""Whether the folders of a model hold what they say, and fit each other, before anything is computed: from
+their config.json and the headers of their weights.
+"""
+
+import torch
+
+from repfusion.config import naming
+from repfusion.latents.load import fitting_decoder
+from repfusion.latents.statistics import LatentStatistics
+from repfusion.llm.load import load_language_model
+from repfusion.model.build import assemble
+from repfusion.model.config import ModelConfig
+from repfusion.model.text_to_image import TextToImage
+
+
+def check_model(config: ModelConfig, key: str = "model") -> TextToImage:
+    """The model without memory (torch's meta device), made by the code that makes the real one. `key` is
+    where the configuration stands, for messages.
+
+    Raises: ValueError: a folder is missing, lacks weights, or has others than its config.json says; encoder,
+        MLLM, decoder, method and denoiser do not fit each other. The message begins with the key.
+    """
+    with naming(f"{key}.encoder.path"):
+        encoder = config.encoder.load(on_meta=True)
+    with naming(f"{key}.mllm"):
+        dtype = getattr(torch, config.mllm_dtype)
+        llm = load_language_model(config.mllm, dtype, config.conditioning.needs_head, on_meta=True)
+    with naming(f"{key}.decoder"):
+        fitting_decoder(config.decoder, encoder.grid, encoder.feature_dim, on_meta=True)
+    with naming(key), torch.device("meta"):
+        statistics = LatentStatistics.empty(encoder.num_tokens, encoder.feature_dim)
+        return assemble(config, llm, statistics, encoder.grid)
