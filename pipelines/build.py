@@ -1,13 +1,14 @@
 """A workflow's configuration -> its stages, each with the fields that decide its bytes and what to run."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipelines.config import WorkflowConfig
 from pipelines.dag import Place, ShardStage, Stage, WholeStage
-from pipelines.shards.digests import Digests
+from pipelines.limits import TextReader, caption_limits
+from pipelines.shards.digests import Digests, require_folder
 from pipelines.shards.storage import Folder
 from pipelines.sources.base import Entries
 from pipelines.sources.build import source_of
@@ -19,7 +20,8 @@ from pipelines.stages.judge import judge_stage
 from pipelines.stages.prompt_features import PromptFeaturesConfig, prompt_features_stage
 from pipelines.stages.report import report_stage
 from pipelines.stages.train import Reference, train_stage
-from repfusion.data.config import CAPTIONS
+from repfusion.config import naming
+from repfusion.data.config import CAPTION, CAPTIONS
 
 
 def build_stages(
@@ -41,7 +43,9 @@ def build_stages(
             case "source" | "ingest":
                 pass  # the source's own
             case "judge":
-                found[name] = judge_stage(config.curate, found["ingest"], place)
+                readers = _text_readers(config, CAPTION)
+                limits = caption_limits(readers, config.curate.max_caption_tokens, place.digests)
+                found[name] = judge_stage(config.curate, limits, found["ingest"], place)
             case "curate":
                 found[name] = curate_stage(config.curate, found["ingest"], found["judge"], place)
             case "evaluate":
@@ -63,7 +67,13 @@ def _column(config: WorkflowConfig, name: str, above: Mapping[str, Stage], place
     images = above["curate"]
     match column := config.columns[name]:
         case CaptionsConfig():
-            return captions_stage(name, column, images, place)
+            limits = {
+                caption: caption_limits(
+                    _text_readers(config, f"{caption}.{CAPTION}", name), one.max_tokens, place.digests
+                )
+                for caption, one in column.captions.items()
+            }
+            return captions_stage(name, column, limits, images, place)
         case ImageFeaturesConfig():
             encoder, key = _maker(config, name, "encoder", column.encoder)
             return image_features_stage(name, column, encoder, key, images, place)
@@ -117,6 +127,27 @@ def _captions(config: WorkflowConfig, column: str) -> str | None:
             "one column of captions; give each training prompt features of its own"
         )
     return found[0] if found else None
+
+
+def _text_readers(config: WorkflowConfig, caption: str, column: str | None = None) -> Iterator[TextReader]:
+    """The language models that read a caption, `txt` or `NAME.txt` of a column of captions: those of the
+    trainings that draw it, and of the columns of its prompt features.
+    """
+    for name, training in config.trainings.items():
+        data, model = training.data, training.model
+        place = data.images if column is None else data.columns.get(CAPTIONS)
+        reference = Reference.of(place)
+        is_ours = reference is not None and reference.stage == (column or "curate")
+        if is_ours and data.caption_weights.get(caption, 0) > 0:
+            require_folder(model.encoder.path, key := f"trainings.{name}.model.encoder.path")
+            with naming(key):
+                num_beside = model.tokens_beside
+            yield TextReader(f"trainings.{name}.model.mllm", model.mllm, num_beside)
+    for name in config.made_columns:
+        match config.columns[name]:
+            case PromptFeaturesConfig(mllm=own) if column is None or _captions(config, name) == column:
+                mllm, key = _maker(config, name, "mllm", own)
+                yield TextReader(key, mllm, 0)
 
 
 def _training(config: WorkflowConfig, name: str, above: Mapping[str, Stage], place: Place) -> WholeStage:

@@ -64,6 +64,8 @@ def print_plan(config: WorkflowConfig, num_samples: int, rates: Sequence[str]) -
     from pipelines.workflow.plan import plan, table
 
     given: dict[str, float] = {}
+    for stage in build_stages(config):
+        stage.check()
     stages = data_stages(config)
     names = [stage.name for stage in stages]
     for rate in rates:

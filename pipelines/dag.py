@@ -46,6 +46,10 @@ class Stage:
     fields: dict[str, Any]
     folder: Folder
     upstream: tuple["Stage", ...] = ()
+    check: Callable[[], object] = field(default=lambda: None, kw_only=True)
+    """Looks at what the stage needs of models before the first stage of a run. Raises ValueError where it
+    would fail.
+    """
 
     @cached_property
     def fingerprint(self) -> str:

@@ -43,7 +43,13 @@ def _workflow(config: LadderConfig, spaces: Sequence[Space]) -> WorkflowConfig:
             "last_stage": COLUMNS[spaces[-1]],
             "source": config.data.scenes,
             "ingest": {"image_size": size},
-            "curate": {"min_side_px": min(16, size), "max_caption_chars": 200, "duplicates": "keep"},
+            "curate": {
+                "min_side_px": min(16, size),
+                "max_caption_chars": 200,
+                "duplicates": "keep",
+                # the rows' own: each training looks whether all captions fit
+                "max_caption_tokens": None,
+            },
             "columns": {
                 COLUMNS[space]: {"kind": "image_features", "encoder": encoder}
                 for space, encoder in encoders.items()

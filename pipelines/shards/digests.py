@@ -50,11 +50,16 @@ class Digests:
         """Over the names and bytes of a model folder's files. Raises ValueError, naming the config key,
         where it is missing.
         """
-        if not path.is_dir():
-            remedy = CHECKPOINT_REMEDY if key.endswith("init_from") else REMEDY
-            raise ValueError(f"{key}: {path} is no folder; {remedy}")
+        require_folder(path, key)
         files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
         return digest_of({file.name: self.file(file) for file in files if file.suffix != ".md"})
+
+
+def require_folder(path: Path, key: str) -> None:
+    """Raises ValueError, naming the config key, where a model's folder is missing."""
+    if not path.is_dir():
+        remedy = CHECKPOINT_REMEDY if key.endswith("init_from") else REMEDY
+        raise ValueError(f"{key}: {path} is no folder; {remedy}")
 
 
 def flatten(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:

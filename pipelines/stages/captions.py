@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipelines.dag import Place, ShardStage, Stage
+from pipelines.limits import Limits, MostTokens, limit_fields
 from pipelines.lists.blocks import key_text
 from pipelines.lists.captions import all_texts, one_text
 from pipelines.lists.columns import caption_column, key_column
@@ -30,6 +31,7 @@ from pipelines.shards.tars import read_samples, tar_shard
 from pipelines.sources.inputs import InputFile, find_inputs
 from repfusion.config import Config, Strict
 from repfusion.files import canonical_json, digest_of, json_bytes
+from repfusion.llm.tokenizer import CaptionLimit
 
 COVERAGE = "coverage.json"
 """How many samples have each caption, and why the others lack it."""
@@ -62,9 +64,9 @@ class CaptionConfig(Strict):
     a text as it is, and no lists.
     """
     max_chars: int | None = Field(default=None, ge=1)
-    """A longer caption counts as lacking; None takes any. Choose it so that captions fit into the MLLM's
-    context.
-    """
+    """A caption of more characters counts as lacking; None takes any."""
+    max_tokens: MostTokens = "context"
+    """A caption of more tokens counts as lacking; see `curate.max_caption_tokens`."""
     options: dict[str, Any] = {}
     """Options of the table's fsspec file system: an endpoint, a profile. Changes no bytes."""
 
@@ -105,16 +107,20 @@ class CaptionsConfig(Config):
 
 
 def fingerprint_fields(
-    column: str, config: CaptionsConfig, identify: Callable[[str, Mapping[str, Any]], str]
+    column: str,
+    config: CaptionsConfig,
+    identify: Callable[[str, Mapping[str, Any]], str],
+    limits: Mapping[str, Limits] = {},
 ) -> dict[str, Any]:
     """What decides the bytes of the column of a name; `identify` gives what changes with a file's content, by
-    its URL and options. Raises ValueError where a table is missing.
+    its URL and options, `limits` is by caption. Raises ValueError where a table is missing.
     """
     fields: dict[str, Any] = {}
     for name, caption in sorted(config.captions.items()):
         prefix = f"columns.{column}.captions.{name}."
         fields[f"{prefix}max_chars"] = caption.max_chars
         fields[f"{prefix}item"] = caption.item
+        fields[f"{prefix}max_tokens"] = limit_fields(limits.get(name, {}))
         if caption.table is None:
             fields[f"{prefix}field"] = caption.field
             continue
@@ -177,19 +183,26 @@ class _Table:
 class CaptionsWorker:
     """Makes `NAME.tar` of alternative captions.
 
-    Reasons why a sample lacks one: no_field, not_text, undecodable_caption, no_item, empty, too_long, and
-    where it comes from a table no_join_field, no_row.
+    Reasons why a sample lacks one: no_field, not_text, undecodable_caption, no_item, empty, too_long,
+    too_many_tokens, and where it comes from a table no_join_field, no_row.
 
     Args:
         folder: of the stage.
         source: folder of the image shards.
         config: the stage's.
+        limits: how many tokens each caption may have.
     """
 
     concurrency: ClassVar[int] = 2
 
-    def __init__(self, folder: Folder, source: Folder, config: CaptionsConfig):
-        self.folder, self.source, self.config = folder, source, config
+    def __init__(
+        self,
+        folder: Folder,
+        source: Folder,
+        config: CaptionsConfig,
+        limits: Mapping[str, Collection[CaptionLimit]] = {},
+    ):
+        self.folder, self.source, self.config, self.limits = folder, source, config, limits
         self._tables = {
             name: _Table(name, one) for name, one in config.captions.items() if one.table is not None
         }
@@ -236,9 +249,7 @@ class CaptionsWorker:
         column = self.config.captions[name]
         if column.field is not None:
             field = column.field
-            return {
-                key: self._judge(column, "no_field", record.get(field)) for key, record in records.items()
-            }
+            return {key: self._judge(name, "no_field", record.get(field)) for key, record in records.items()}
         joins = {key: _join_value(key, record, column.join_field) for key, record in records.items()}
         table = self._tables[name].find({value for value in joins.values() if value is not None})
         captions: dict[str, tuple[str, str | None]] = {}
@@ -248,11 +259,11 @@ class CaptionsWorker:
             elif value not in table:
                 captions[key] = ("", "no_row")
             else:
-                captions[key] = self._judge(column, "empty", table[value])
+                captions[key] = self._judge(name, "empty", table[value])
         return captions
 
-    @staticmethod
-    def _judge(column: CaptionConfig, absent: str, caption: Any) -> tuple[str, str | None]:
+    def _judge(self, name: str, absent: str, caption: Any) -> tuple[str, str | None]:
+        column = self.config.captions[name]
         if caption is None:
             return "", absent
         try:
@@ -269,6 +280,8 @@ class CaptionsWorker:
             return "", "empty"
         if column.max_chars is not None and len(text) > column.max_chars:
             return "", "too_long"
+        if any(limit.excess(text) for limit in self.limits.get(name, ())):
+            return "", "too_many_tokens"
         return text, None
 
     @staticmethod
@@ -304,19 +317,27 @@ def count_coverage(config: CaptionsConfig, folder: Folder, shards: ShardTable) -
     return [COVERAGE]
 
 
-def captions_stage(name: str, config: CaptionsConfig, images: Stage, place: Place) -> ShardStage:
-    """The stage of a column of alternative captions. Raises ValueError where a table is missing."""
+def captions_stage(
+    name: str, config: CaptionsConfig, limits: Mapping[str, Limits], images: Stage, place: Place
+) -> ShardStage:
+    """The stage of a column of alternative captions; `limits` is by caption. Raises ValueError where a table
+    is missing.
+    """
 
     def finish(folder: Folder, shards: ShardTable) -> list[str]:
         return count_coverage(config, folder, shards)
 
     return ShardStage(
         name,
-        fingerprint_fields(name, config, place.digests.url),
+        fingerprint_fields(name, config, place.digests.url, limits),
         place.data / name,
         (images,),
         CaptionsWorker,
-        {"source": images.folder, "config": config},
+        {
+            "source": images.folder,
+            "config": config,
+            "limits": {caption: tuple(one.values()) for caption, one in limits.items()},
+        },
         config.actors,
         finish=finish,
     )

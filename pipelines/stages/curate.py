@@ -8,6 +8,7 @@ from pydantic import Field
 
 from pipelines.dag import Place, ShardStage, Stage
 from pipelines.duplicates.find import DUPLICATES, DuplicateList, Duplicates, read_verdicts
+from pipelines.limits import Limits, MostTokens, limit_fields
 from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
@@ -27,7 +28,13 @@ class CurateConfig(Config):
     min_caption_chars: int = Field(default=1, ge=0)
     """Shortest caption, surrounding space not counted."""
     max_caption_chars: int = Field(default=1000, ge=1)
-    """Longest caption. Choose it so that captions fit into the MLLM's context."""
+    """Longest caption, in characters."""
+    max_caption_tokens: MostTokens = "context"
+    """Longest caption, in tokens of the language models that read it: those of the trainings that draw the
+    main caption and of the columns of prompt features. `context` is what fits into their contexts, a number
+    may be less; None counts none, and a training then refuses to start where one does not fit. Another
+    tokenizer, or a method that leaves less room, makes `judge` and what follows stale.
+    """
     duplicates: Duplicates = "exact"
     """Which images count as the same, so that the first alone stays: `exact` compares the stored bytes,
     `near` also the perceptual hash, which sees brightness and coarse layout and no colour. Captions
@@ -41,11 +48,13 @@ class CurateConfig(Config):
     """The pool of each of the two. Changes no bytes."""
 
 
-def judge_fields(config: CurateConfig) -> dict[str, Any]:
-    """What decides the bytes of `judge`."""
+def judge_fields(config: CurateConfig, limits: Limits) -> dict[str, Any]:
+    """What decides the bytes of `judge`; `limits` are those of the captions."""
     fields = config.model_dump(mode="json", exclude={"near_duplicate_bits", "max_drop_fraction", "actors"})
     if config.duplicates == "near":
         fields["near_duplicate_bits"] = config.near_duplicate_bits
+    if limits:
+        fields["caption_limits"] = limit_fields(limits)
     return {f"curate.{name}": value for name, value in fields.items()}
 
 

@@ -25,7 +25,7 @@ from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
 from pipelines.shards.tars import TarSamples, read_samples, tar_shard
 from pipelines.stages.judge import IMAGE_EXTENSIONS
-from repfusion.config import Config
+from repfusion.config import Config, naming
 from repfusion.images.decode import read_pixels
 from repfusion.images.limits import BadImage
 from repfusion.latents.load import EncoderConfig
@@ -278,6 +278,10 @@ def image_features_stage(
         merge_statistics(folder, shards.names, STATISTICS)
         return [STATISTICS]
 
+    def check() -> None:
+        with naming(f"{key}.path"):
+            encoder.load(on_meta=True)
+
     digest = place.digests.folder(encoder.path, f"{key}.path")
     return ShardStage(
         name,
@@ -288,4 +292,5 @@ def image_features_stage(
         {"source": images.folder, "config": config, "encoder": encoder},
         config.actors,
         finish=finish,
+        check=check,
     )

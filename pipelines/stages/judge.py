@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from pipelines.dag import Place, ShardStage, Stage
 from pipelines.duplicates.find import DIGEST_BYTES, find_duplicates
+from pipelines.limits import Limits
 from pipelines.runtime.careful import KILLED, KilledError, guarded
 from pipelines.runtime.pool import ShardJob
 from pipelines.runtime.session import in_worker
@@ -20,6 +22,7 @@ from pipelines.shards.tars import read_samples
 from pipelines.stages.curate import CurateConfig, judge_fields
 from repfusion.images.decode import read_image
 from repfusion.images.limits import BadImage
+from repfusion.llm.tokenizer import CaptionLimit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,7 +74,7 @@ def perceptual_hash(image: "Image") -> int:
     return int.from_bytes(np.packbits(2 * low > below + above).tobytes(), "big")
 
 
-def judge(members: dict[str, bytes], config: CurateConfig) -> Verdict:
+def judge(members: dict[str, bytes], config: CurateConfig, limits: Collection[CaptionLimit] = ()) -> Verdict:
     """Looks at one sample alone."""
     verdict = Verdict()
     extension = next((extension for extension in IMAGE_EXTENSIONS if extension in members), None)
@@ -89,11 +92,13 @@ def judge(members: dict[str, bytes], config: CurateConfig) -> Verdict:
     if config.duplicates == "near":
         verdict.hash = perceptual_hash(image)
     verdict.width, verdict.height = image.size
-    verdict.reason, verdict.detail = _judge_text(members, verdict, config) or (None, "")
+    verdict.reason, verdict.detail = _judge_text(members, verdict, config, limits) or (None, "")
     return verdict
 
 
-def _judge_text(members: dict[str, bytes], verdict: Verdict, config: CurateConfig) -> tuple[str, str] | None:
+def _judge_text(
+    members: dict[str, bytes], verdict: Verdict, config: CurateConfig, limits: Collection[CaptionLimit]
+) -> tuple[str, str] | None:
     """The (reason, detail) that caption and metadata give, or None; enters the original size."""
     try:
         caption = members["txt"].decode().strip()
@@ -120,7 +125,28 @@ def _judge_text(members: dict[str, bytes], verdict: Verdict, config: CurateConfi
         return "caption_too_short", f"{len(caption)} characters, at least {config.min_caption_chars}"
     if len(caption) > config.max_caption_chars:
         return "caption_too_long", f"{len(caption)} characters, at most {config.max_caption_chars}"
-    return None
+    return _too_many_tokens([caption, *_variants(metadata)], limits)
+
+
+def _variants(metadata: dict[str, Any]) -> list[str]:
+    """Texts that say what the caption says, which a training draws in its place."""
+    variants = metadata.get("captions")
+    return [one for one in variants if isinstance(one, str)] if isinstance(variants, list) else []
+
+
+def _too_many_tokens(texts: Sequence[str], limits: Collection[CaptionLimit]) -> tuple[str, str] | None:
+    found = (limit.excess(text) for limit in limits for text in texts)
+    excess = next((one for one in found if one is not None), None)
+    return None if excess is None else ("caption_too_many_tokens", f"{excess} (curate.max_caption_tokens)")
+
+
+def prepared_judge(
+    config: CurateConfig, limits: Collection[CaptionLimit]
+) -> Callable[[dict[str, bytes]], Verdict]:
+    """`judge` with its tokenizers loaded: the first sample is not to pay for them."""
+    for limit in limits:
+        _ = limit.tokenizer
+    return partial(judge, config=config, limits=limits)
 
 
 class JudgeWorker:
@@ -128,8 +154,10 @@ class JudgeWorker:
     `Verdict`.
     """
 
-    def __init__(self, folder: Folder, source: Folder, config: CurateConfig):
-        self.folder, self.source, self.config = folder, source, config
+    def __init__(
+        self, folder: Folder, source: Folder, config: CurateConfig, limits: Collection[CaptionLimit] = ()
+    ):
+        self.folder, self.source, self.config, self.limits = folder, source, config, limits
 
     def __call__(self, job: ShardJob) -> Sidecar:
         import pyarrow as pa
@@ -147,8 +175,9 @@ class JudgeWorker:
         rows: list[dict[str, Any]] = []
         with ShardCommit(self.folder, job.name, job.fingerprint, job.inputs, ("pillow", "pyarrow")) as commit:
             sidecar = read_sidecar(self.source, job.name)
-            own = partial(judge, config=self.config)
-            with guarded(own, partial(partial, judge, config=self.config), job.careful_sec) as decide:
+            own = partial(judge, config=self.config, limits=self.limits)
+            alone = partial(prepared_judge, self.config, self.limits)
+            with guarded(own, alone, job.careful_sec) as decide:
                 for key, members in read_samples(self.source, f"{job.name}.tar", sidecar):
                     try:
                         verdict = decide(members)
@@ -161,8 +190,8 @@ class JudgeWorker:
             return commit.commit(f"{job.name}.parquet")
 
 
-def judge_stage(config: CurateConfig, raw: Stage, place: Place) -> ShardStage:
-    """The stage `judge` of what `ingest` (`raw`) holds."""
+def judge_stage(config: CurateConfig, limits: Limits, raw: Stage, place: Place) -> ShardStage:
+    """The stage `judge` of what `ingest` (`raw`) holds; `limits` are those of the captions."""
 
     def finish(folder: Folder, shards: ShardTable) -> list[str]:
         # in a task: its memory grows with the number of samples, the driver's must not
@@ -170,11 +199,11 @@ def judge_stage(config: CurateConfig, raw: Stage, place: Place) -> ShardStage:
 
     return ShardStage(
         "judge",
-        judge_fields(config),
+        judge_fields(config, limits),
         place.data / "judge",
         (raw,),
         JudgeWorker,
-        {"source": raw.folder, "config": config},
+        {"source": raw.folder, "config": config, "limits": tuple(limits.values())},
         config.actors,
         finish=finish,
     )

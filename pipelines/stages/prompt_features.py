@@ -20,7 +20,7 @@ from pipelines.shards.arrays import npy_bytes
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
 from pipelines.shards.tars import read_samples, tar_shard
-from repfusion.config import Config, WeightsFolder
+from repfusion.config import Config, WeightsFolder, naming
 from repfusion.data.readers import PROMPT_FEATURES, CaptionArray
 
 PROMPT_TEMPLATE = "{bos}{caption}"
@@ -109,6 +109,7 @@ class PromptFeaturesWorker:
 
     def __call__(self, job: ShardJob) -> Sidecar:
         captions = self._read(job.name)
+        self._refuse_long(captions, job.name)
         distinct = {caption for own in captions.values() for caption in own.values()}
         with (
             ShardCommit(
@@ -147,6 +148,20 @@ class PromptFeaturesWorker:
     ) -> Iterable[tuple[str, dict[str, bytes]]]:
         return read_samples(folder, f"{name}.tar", read_sidecar(folder, name), wanted)
 
+    def _refuse_long(self, captions: dict[str, dict[str, str]], name: str) -> None:
+        """Raises ShardError, naming the first key, where a caption does not fit into the MLLM's context."""
+        from repfusion.llm.base import PromptTooLong
+
+        for key, own in captions.items():
+            try:
+                self.mllm.check_lengths(list(own.values()))
+            except PromptTooLong as error:
+                raise ShardError(
+                    f"shard {self.source / name}.tar, key {key}: a caption does not fit the MLLM "
+                    f"{self.mllm.folder}: {error} (curate.max_caption_tokens, and max_tokens of a captions "
+                    "column, leave such ones out and count them)"
+                ) from error
+
     def _encode(self, captions: set[str], scratch: IO[bytes], name: str) -> dict[str, tuple[int, int]]:
         """Writes each caption's npy bytes to `scratch`: a shard's features may not fit into memory. Returns
         where they lie, as (offset, size). Captions of like length share a batch, so that little is padded.
@@ -166,14 +181,7 @@ class PromptFeaturesWorker:
         from repfusion.conditioning.text_embed import encode_text
         from repfusion.inputs import to_device
 
-        try:
-            rows = encode_text(self.mllm, to_device(self.mllm.tokenise(captions), self.device))
-        except ValueError as error:
-            raise ShardError(
-                f"shard {self.source / name}.tar: a caption does not fit the MLLM: {error} "
-                "(lower curate.max_caption_chars, or its max_chars in the captions column, so that it is "
-                "left out and counted)"
-            ) from error
+        rows = encode_text(self.mllm, to_device(self.mllm.tokenise(captions), self.device))
         # one transfer from the device for all of them
         stored = torch.cat(rows).to(getattr(torch, self.config.dtype)).cpu().split([len(row) for row in rows])
         for caption, row in zip(captions, stored, strict=True):
@@ -222,6 +230,13 @@ def prompt_features_stage(
     stage `captions`. `key` is where the configuration says what the MLLM is. Raises ValueError where its
     folder is missing.
     """
+
+    def check() -> None:
+        from repfusion.llm.load import load_language_model
+
+        with naming(key):
+            load_language_model(mllm, on_meta=True)
+
     digest = place.digests.folder(mllm, key)
     arguments = {
         "source": images.folder,
@@ -239,4 +254,5 @@ def prompt_features_stage(
         PromptFeaturesWorker,
         arguments,
         config.actors,
+        check=check,
     )

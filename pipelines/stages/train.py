@@ -18,10 +18,12 @@ from pipelines.runtime.session import RayConfig, ray_session
 from pipelines.shards.digests import Digests, flatten
 from pipelines.shards.manifest import MANIFEST, Upstream
 from pipelines.shards.storage import Folder
-from repfusion.config import weights_of
+from repfusion.config import naming, weights_of
 from repfusion.data.columns import manifest_digest
 from repfusion.data.config import CAPTIONS, DataConfig
 from repfusion.model.build import columns_of
+from repfusion.model.check import check_model
+from repfusion.runs.checkpoint import load_weights
 from repfusion.runs.folder import RunFolder, complete_checkpoints
 from repfusion.tracking import prepare_store
 from repfusion.train import TrainConfig
@@ -206,8 +208,14 @@ def train_stage(
         ranks = config.num_workers, config.max_failures
         return run_train(resolved, *ranks, remote_copies(upstream, place), evaluate, ray)
 
+    def check() -> None:
+        model = check_model(config.model, f"trainings.{name}.model")
+        if config.init_from is not None and Reference.of(config.init_from) is None:
+            with naming(f"trainings.{name}.init_from"):
+                load_weights(model, config.init_from, on_meta=True)
+
     fields = fingerprint_fields(name, config, place.digests)
-    return WholeStage(name, fields, Folder(str(place.root / name)), upstream, execute)
+    return WholeStage(name, fields, Folder(str(place.root / name)), upstream, execute, check=check)
 
 
 def remote_copies(upstream: Sequence[Stage], place: Place) -> list[tuple[Folder, Path]]:

@@ -77,7 +77,8 @@ def run(
 
     Raises:
         StageError: where shards failed; the stage's other shards are complete.
-        ValueError: where another run holds the root.
+        ValueError: where another run holds the root, or before any stage runs, where one cannot run with the
+            models that it is given.
     """
     results: list[StageResult] = []
     above: dict[str, StageOutput] = {}
@@ -85,6 +86,10 @@ def run(
     with locked(root), ExitStack() as session:
         pool = pool or ActorPool()
         before = states(stages)
+        # what a stage at the end cannot run with is said before hours of others
+        for stage in stages:
+            if before[stage.name].status != "fresh" or stage.name in redo:
+                stage.check()
         for stage in stages:
             nothing_ran = all(result.skipped for result in results)
             state = before[stage.name] if nothing_ran else inspect(stage, above)

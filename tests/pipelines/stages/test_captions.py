@@ -21,6 +21,8 @@ from pipelines.stages.captions import (
     count_coverage,
     fingerprint_fields,
 )
+from repfusion.llm.tokenizer import CaptionLimit
+from repfusion.weights import WEIGHTS
 
 NUM_SHARDS, SHARD_SIZE = 3, 4
 KEYS = [f"{index:09d}" for index in range(NUM_SHARDS * SHARD_SIZE)]
@@ -361,3 +363,21 @@ def test_the_module_starts_fast():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_a_caption_of_too_many_tokens_counts_as_lacking(root):
+    """By the tokenizers of the language models that read it; another caption has limits of its own."""
+    columns = {name: CaptionConfig(field="long") for name in ("long", "free")}
+    limits = {"long": (CaptionLimit(WEIGHTS / "llava", 6),)}
+    worker = CaptionsWorker(
+        Folder.at(root / "captions"), Folder.at(root / "curate"), CaptionsConfig(captions=columns), limits
+    )
+    found = read(root, [worker(ShardJob("00001", "f", {"curate": "a"}))])
+    assert json.loads(found[KEYS[5]]["missing.json"]) == {"long": "too_many_tokens"}
+    assert found[KEYS[5]]["free.txt"] == "x" * 50
+    assert found[KEYS[4]] == {"long.txt": "long 4", "free.txt": "long 4"}
+    with_limits = fingerprint_fields(
+        "c", CaptionsConfig(captions=columns), str, {"long": {"ab": limits["long"][0]}}
+    )
+    assert with_limits["columns.c.captions.long.max_tokens"] == {"ab": 6}
+    assert with_limits["columns.c.captions.free.max_tokens"] == {}

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from pipelines.shards.store import ShardCommit, ShardError
 from pipelines.shards.tars import tar_shard
 from pipelines.stages.curate import CurateConfig, judge_fields
 from pipelines.stages.judge import JudgeWorker, judge, perceptual_hash
+from repfusion.llm.tokenizer import CaptionLimit
+from repfusion.weights import WEIGHTS
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: int) -> bytes:
@@ -194,8 +197,36 @@ def test_another_process_writes_the_same_bytes(tmp_path):
 
 
 def test_only_what_changes_bytes_is_in_the_fingerprint():
-    fields = judge_fields(CurateConfig())
-    assert fields == judge_fields(CurateConfig(near_duplicate_bits=2, max_drop_fraction=1))
+    fields = judge_fields(CurateConfig(), {})
+    assert fields == judge_fields(CurateConfig(near_duplicate_bits=2, max_drop_fraction=1), {})
     near = CurateConfig(duplicates="near", near_duplicate_bits=2)
-    assert judge_fields(near)["curate.near_duplicate_bits"] == 2
+    assert judge_fields(near, {})["curate.near_duplicate_bits"] == 2
     assert fields["curate.duplicates"] == "exact" and "curate.max_aspect" in fields
+
+
+LIMITS = (CaptionLimit(WEIGHTS / "llava", 7),)
+
+
+@pytest.mark.parametrize(
+    ("caption", "metadata", "detail"),
+    [
+        ("a red circle", {}, None),
+        ("a red circle left of a blue square", {}, "8 tokens, at most 7 (curate.max_caption_tokens)"),
+        ("a red circle", {"captions": ["a red circle", "red"]}, None),
+        ("a red circle", {"captions": ["red", "a red circle left of a blue square"]}, "8 tokens, at most 7"),
+        ("a red circle", {"captions": "a red circle left of a blue square"}, None),
+        ("red</s></s>", {}, "9 tokens, at most 7"),  # no command, but characters
+    ],
+)
+def test_a_caption_of_too_many_tokens_is_dropped_and_counted(caption, metadata, detail):
+    """By the tokenizer of what reads it; a training draws the variants in its json too."""
+    members = {"png": png(), "txt": caption.encode(), "json": json.dumps(metadata).encode()}
+    verdict = judge(members, CurateConfig(), LIMITS)
+    assert verdict.reason == (None if detail is None else "caption_too_many_tokens")
+    assert verdict.detail.startswith(detail or "")
+    assert judge(members, CurateConfig()).reason is None
+
+
+def test_the_limits_are_in_the_fingerprint_where_there_are_any():
+    with_limits = judge_fields(CurateConfig(), {"0123": LIMITS[0]})
+    assert with_limits == judge_fields(CurateConfig(), {}) | {"curate.caption_limits": {"0123": 7}}

@@ -173,7 +173,7 @@ def test_without_alternatives_only_the_main_caption_is_encoded(root, models):
 def test_a_caption_that_does_not_fit_is_an_error_with_advice(root, models):
     write_captions(root, {"00002": {"000000009": {"txt": "red " * 80}}})
     with pytest.raises(
-        ShardError, match=r"00002\.tar: a caption does not fit the MLLM.*curate\.max_caption_chars"
+        ShardError, match=r"00002\.tar, key \S+: a caption does not fit the MLLM.*curate\.max_caption_tokens"
     ):
         make(make_worker(root, models["llava"]), "00002")
     assert not list((root / "prompt_features").glob("*00002*"))
