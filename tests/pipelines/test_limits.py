@@ -47,7 +47,8 @@ def roomy(models: dict[str, Path], tmp_path: Path) -> Path:
     ],
 )
 def test_the_context_minus_what_the_method_reads_beside(conditioning, room, make_config: Make, roomy):
-    config = make_config(trainings={"train": {"model": {"mllm": roomy, "conditioning": conditioning}}})
+    model = {"mllm": roomy, "conditioning": conditioning}
+    config = make_config(last_stage="curate", trainings={"train": {"model": model}})
     assert limits(config) == [room]
 
 
