@@ -9,7 +9,6 @@ alternating rounds, so that a busy machine slows them alike.
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -93,8 +92,7 @@ class Loader:
         for position in range(self.geometry.steps * self.geometry.batch_size):
             index = order.at(position).index
             shard = int(starts.searchsorted(index, side="right")) - 1
-            offset, size = column.spans[f"{IMAGE_FEATURES}.npy"][shard][index - int(starts[shard])].tolist()
-            os.pread(column.files[shard], size, offset)
+            column.read(f"{IMAGE_FEATURES}.npy", shard, index - int(starts[shard]))
         return time.perf_counter() - start
 
     def seconds_of_drawing(self) -> float:

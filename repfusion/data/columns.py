@@ -7,12 +7,14 @@ import io
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from repfusion.data.descriptors import SHARDS_OPEN
 from repfusion.files import digest_of
-from repfusion.tars import TarError, index_tar, split_name
+from repfusion.tars import BLOCK_BYTES, TarError, index_tar, split_name
 
 MANIFEST = "manifest.json"
 SHARDS = "shards.parquet"
@@ -57,6 +59,10 @@ def manifest_digest(folder: Path) -> str | None:
     return digest_of(content)
 
 
+Keys = np.ndarray
+"""Keys of a shard as UTF-8, dtype S: a byte a letter, where a str takes 50 more."""
+
+
 class Column:
     """Members of a folder's shards: one for each key and extension.
 
@@ -71,15 +77,19 @@ class Column:
 
     def __init__(self, folder: Path, required: tuple[str, ...] = (), optional: tuple[str, ...] = ()):
         self.folder, self.required = folder, required
-        self.paths: list[Path] = []
-        self.files: list[int] = []
-        self.keys: list[list[str]] = []
-        """Keys of each shard, in order."""
+        self.names: list[str] = []
+        """File name of each shard."""
+        self.keys: list[Keys] = []
+        """Keys of each shard, in order; those of the images are shared."""
         self.spans: dict[str, list[np.ndarray]] = {name: [] for name in (*required, *optional)}
-        """Offset and size of each key's member, one array a shard; offset -1 where a key lacks it."""
+        """Where each key's member begins, in blocks of the tar, and its bytes: one array [n, 2] a shard, 8
+        bytes a member; block 0 where a key lacks it.
+        """
+        self._stamps: list[tuple[int, int]] = []
+        """Size and time of change of each shard."""
         self._headers: dict[bytes, tuple[tuple[int, ...], np.dtype, int]] = {}
 
-    def open_shard(self, name: str, keys: list[str] | None = None) -> list[str]:
+    def open_shard(self, name: str, keys: Keys | None = None) -> Keys:
         """Finds the members of the next shard, in the order of `keys`, which default to the shard's own;
         returns them.
 
@@ -90,45 +100,55 @@ class Column:
         path = self.folder / name
         if not path.exists():
             raise ValueError(f"shard {path} is missing; re-run the '{self.folder.name}' stage")
-        members = scan_tar(path)
-        own = list(dict.fromkeys(parts[0] for member in members if (parts := split_name(member))))
-        keys = own if keys is None else keys
-        if extra := set(own) - set(keys):
-            raise ValueError(
-                f"shard {path}, key {min(extra)}: not among the {len(keys)} keys of the images; "
-                f"{rebuild_hint(path)}"
-            )
-        self.paths.append(path)
-        self.keys.append(keys)
-        self.files.append(os.open(path, os.O_RDONLY))
-        for extension, spans in self.spans.items():
-            found = [self._span(key, extension, members) for key in keys]
-            spans.append(np.array(found, np.int64).reshape(-1, 2))
+        with SHARDS_OPEN.open(f"{self.folder}/{name}") as file:
+            stamp = _stamp(file)
+            members = scan_tar(path)
+            own = list(dict.fromkeys(parts[0] for member in members if (parts := split_name(member))))
+            keys = np.array([key.encode() for key in own], bytes) if keys is None else keys
+            texts = [key.decode() for key in keys.tolist()]
+            if extra := set(own) - set(texts):
+                raise ValueError(
+                    f"shard {path}, key {min(extra)}: not among the {len(keys)} keys of the images; "
+                    f"{rebuild_hint(path)}"
+                )
+            self.names.append(name)
+            self.keys.append(keys)
+            self._stamps.append(stamp)
+            for extension, spans in self.spans.items():
+                spans.append(_packed([self._span(key, extension, members, file) for key in texts]))
         for extension in self.required:
             self.check_present(extension, -1, np.ones(len(keys), bool))
         return keys
 
-    def _span(self, key: str, extension: str, members: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    def _span(
+        self, key: str, extension: str, members: dict[str, tuple[int, int]], file: int
+    ) -> tuple[int, int]:
         if (span := members.get(f"{key}.{extension}")) is not None:
             return span
         stem, _, kind = extension.rpartition(".")
         if kind != "npy" or (reference := members.get(f"{key}.{stem}.ref")) is None:
-            return (-1, 0)
+            return (0, 0)
         offset, size = reference
-        target = os.pread(self.files[-1], size, offset).decode(errors="replace")
+        target = os.pread(file, size, offset).decode(errors="replace")
         if target not in members:
-            path = self.paths[-1]
+            path = self.path(-1)
             raise ValueError(
                 f"shard {path}, key {key}: {key}.{stem}.ref names {target!r}, which the shard lacks; "
                 f"{rebuild_hint(path)}"
             )
         return members[target]
 
+    def path(self, shard: int) -> Path:
+        return self.folder / self.names[shard]
+
+    def key(self, shard: int, row: int) -> str:
+        return self.keys[shard][row].decode()
+
     def check_present(self, extension: str, shard: int, wanted: np.ndarray) -> None:
         """Raises ValueError, naming the first, where keys that are `wanted` (bool) lack a member."""
         missing = np.flatnonzero(wanted & ~self.has(extension, shard))
         if len(missing):
-            key, path = self.keys[shard][missing[0]], self.paths[shard]
+            key, path = self.key(shard, int(missing[0])), self.path(shard)
             raise ValueError(
                 f"shard {path}, key {key}: no member {key}.{extension} "
                 f"({len(missing)} of {len(wanted)} keys lack it); {rebuild_hint(path)}"
@@ -136,24 +156,33 @@ class Column:
 
     def has(self, extension: str, shard: int) -> np.ndarray:
         """Which keys of a shard have a member of that extension; bool."""
-        return self.spans[extension][shard][:, 0] >= 0
+        return self.spans[extension][shard][:, 0] > 0
 
     def read(self, extension: str, shard: int, row: int) -> bytes | None:
-        """A member's bytes; None where the key lacks it. ValueError where the disk does not give them."""
-        offset, size = (int(number) for number in self.spans[extension][shard][row])
-        if offset < 0:
+        """A member's bytes; None where the key lacks it. ValueError where the disk does not give them, or the
+        shard is not the one that was opened.
+        """
+        block, size = self.spans[extension][shard][row].tolist()
+        if block == 0:
             return None
         try:
-            raw = os.pread(self.files[shard], size, offset)
+            with SHARDS_OPEN.open(f"{self.folder}/{self.names[shard]}") as file:
+                raw = os.pread(file, size, block * BLOCK_BYTES)
+                stamp = _stamp(file)
         except OSError as error:
             raise ValueError(
                 f"{self.place(shard, row)}: {extension} cannot be read ({error}); check the disk, then "
-                f"{rebuild_hint(self.paths[shard])}"
+                f"{rebuild_hint(self.path(shard))}"
             ) from error
         if len(raw) != size:
             raise ValueError(
                 f"{self.place(shard, row)}: {extension} has {len(raw)} of its {size} bytes: the shard was "
-                f"cut short since it was opened; {rebuild_hint(self.paths[shard])}"
+                f"cut short since it was opened; {rebuild_hint(self.path(shard))}"
+            )
+        if stamp != self._stamps[shard]:
+            raise ValueError(
+                f"{self.place(shard, row)}: it was written again since it was opened; see that nothing "
+                "else is at work in this folder, and run the training again: it resumes"
             )
         return raw
 
@@ -170,7 +199,7 @@ class Column:
         except ValueError as error:
             raise ValueError(
                 f"{self.place(shard, row)}: not a readable npy member ({error}); "
-                f"{rebuild_hint(self.paths[shard])}"
+                f"{rebuild_hint(self.path(shard))}"
             ) from error
 
     def _plain_header(self, raw: bytes) -> tuple[tuple[int, ...], np.dtype, int] | None:
@@ -190,8 +219,20 @@ class Column:
 
     def place(self, shard: int, row: int) -> str:
         """A sample as messages name it."""
-        return f"shard {self.paths[shard]}, key {self.keys[shard][row]}"
+        return f"shard {self.path(shard)}, key {self.key(shard, row)}"
 
     def close(self) -> None:
-        while self.files:
-            os.close(self.files.pop())
+        """Closes the shards' files; a read opens them again."""
+        SHARDS_OPEN.close(self.folder)
+
+
+def _packed(spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Offsets and sizes in 4 bytes each, as all members of a tar begin at a block: up to 2 TiB a shard."""
+    packed = np.array(spans, np.int64).reshape(-1, 2)
+    packed[:, 0] //= BLOCK_BYTES
+    return packed.astype(np.uint32 if packed.max(initial=0) < 1 << 32 else np.int64)
+
+
+def _stamp(file: int) -> tuple[int, int]:
+    stat = os.fstat(file)
+    return stat.st_size, stat.st_mtime_ns

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from repfusion.data.columns import Column, rebuild_hint, scan_tar, shard_names
+from repfusion.data.columns import Column, Keys, rebuild_hint, scan_tar, shard_names
 from repfusion.data.config import CAPTION, CAPTIONS, MAIN_CAPTION_ONLY, DatasetConfig, check_weights
 from repfusion.data.readers import Reader
+
+SAMPLE_BYTES = 1000
+"""What a sample takes in the cache beside its texts and arrays."""
 
 
 class Sample:
@@ -23,7 +26,7 @@ class Sample:
 
     def __init__(self, dataset: "ColumnDataset", shard: int, row: int):
         self.dataset, self.shard, self.row = dataset, shard, row
-        self.key = dataset.keys[shard][row]
+        self.key = dataset.images.key(shard, row)
         self.captions = dataset.read_captions(shard, row)
         """Texts under each name that has a weight: the caption, or several that say the same."""
         self.is_kept = False
@@ -41,8 +44,8 @@ class Sample:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the captions."""
-        return sum(len(text) for texts in self.captions.values() for text in texts)
+        """Bytes of the captions, and about what Python needs to hold them."""
+        return SAMPLE_BYTES + sum(len(text) for texts in self.captions.values() for text in texts)
 
     def read(self, column: str, caption: str = CAPTION) -> np.ndarray | None:
         """The sample's array of a column, that of a caption where the column has one for each; None where the
@@ -129,7 +132,7 @@ class ColumnDataset:
         yield from (column for column in (self.images, self.captions, *self.columns.values()) if column)
 
     def _open_shard(self, name: str) -> None:
-        keys: list[str] | None = None
+        keys: Keys | None = None
         for column in self._all():
             keys = column.open_shard(name, keys)
 
@@ -153,9 +156,9 @@ class ColumnDataset:
                 for column, opened in by_caption.items():
                     opened.check_present(self.readers[column].member(column, name), shard, present)
             if not drawable.all():
-                path = self._caption_column(next(iter(self.weights))).paths[shard]
+                column = self._caption_column(next(iter(self.weights)))
                 raise ValueError(
-                    f"shard {path}, key {keys[int(drawable.argmin())]}: none of the captions "
+                    f"{column.place(shard, int(drawable.argmin()))}: none of the captions "
                     f"{', '.join(self.weights)} ({(~drawable).sum()} of {len(keys)} keys); "
                     f"give {CAPTION!r}, which every sample has, a weight in caption_weights"
                 )
@@ -180,7 +183,7 @@ class ColumnDataset:
         """Shape and dtype of the first sample's array of each dense column."""
         dense = [name for name in self.columns if self.readers[name].is_dense]
         members = {name: self.readers[name].member(name, CAPTION) for name in dense}
-        first = next(shard for shard, keys in enumerate(self.keys) if keys)
+        first = next(shard for shard, keys in enumerate(self.keys) if len(keys))
         arrays = {name: self.columns[name].read_array(members[name], first, 0) for name in dense}
         return {name: (array.shape, array.dtype) for name, array in arrays.items()}
 
@@ -190,7 +193,7 @@ class ColumnDataset:
         """
         column, member = self.columns[name], self.readers[name].member(name, CAPTION)
         for shard, keys in enumerate(self.keys):
-            if not keys:
+            if not len(keys):
                 continue
             self.read_array(name, member, shard, 0)
             sizes = column.spans[member][shard][:, 1]
@@ -206,7 +209,7 @@ class ColumnDataset:
             shape, dtype = self.forms[name]
             raise ValueError(
                 f"{column.place(shard, row)}: {name} are {array.shape} {array.dtype}, expected {shape} "
-                f"{dtype}; {rebuild_hint(column.paths[shard])}"
+                f"{dtype}; {rebuild_hint(column.path(shard))}"
             )
         return array
 
