@@ -6,7 +6,7 @@ plan     shards, samples, bytes and device time before anything runs
 verify   read every byte again; quarantine what is broken and rebuild only that
 retry    download again what failed for a reason that may have passed
 evaluate score checkpoints now; CONFIG.yaml may also be a workflow's root, a training's folder or a checkpoint
-gc       list what no workflow refers to; --delete removes it
+gc       list what no workflow refers to; --delete removes it, of trainings only with --trainings
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from pipelines.build import build_stages, data_stages, probe_stages, source_entries
 from pipelines.config import WorkflowConfig
@@ -26,6 +26,9 @@ from pipelines.workflow.inspection import contents, states
 from pipelines.workflow.run import run
 from pipelines.workflow.summary import write_summary
 from repfusion.config import load_config, to_yaml
+
+if TYPE_CHECKING:
+    from pipelines.workflow.collect import Garbage
 
 
 def run_workflow(config: WorkflowConfig, started: float) -> None:
@@ -87,28 +90,46 @@ def verify_data(config: WorkflowConfig, repair: bool) -> int:
     return 1 if broken and not repair else 0
 
 
-def collect_garbage(configs: Sequence[WorkflowConfig], delete: bool) -> None:
-    """Lists, and deletes if asked, under the locks of all roots."""
-    from contextlib import ExitStack
-
+def collect_garbage(configs: Sequence[WorkflowConfig], delete: bool, trainings: bool = False) -> int:
+    """Lists, and deletes if asked, under the locks of all roots and of their data folders; trainings too only
+    where they are asked for. Exit status 1 where something could not be removed.
+    """
     from pipelines.workflow.collect import find_garbage
-    from pipelines.workflow.run import locked
+    from pipelines.workflow.locks import DataLocks, locked_roots
 
-    with ExitStack() as locks:
-        for root in {config.root for config in configs}:
-            locks.enter_context(locked(root))
-        found = find_garbage([build_stages(config) for config in configs], {one.root for one in configs})
-        for one in found:
-            print(one)
-        total = sum(one.bytes for one in found)
-        if not found:
-            print("nothing to collect")
-        elif not delete:
-            print(f"{len(found)} items, {total:,} bytes; run again with --delete to remove them")
-        else:
+    roots = {config.root for config in configs}
+    with locked_roots(*roots):
+        workflows = [build_stages(config) for config in configs]
+        with DataLocks(stage for workflow in workflows for stage in workflow) as data:
+            data.write() if delete else data.read()
+            every = find_garbage(workflows, roots)
+            found = [one for one in every if trainings or not one.is_training]
             for one in found:
-                one.delete()
-            print(f"removed {len(found)} items, {total:,} bytes")
+                print(one)
+            if left := [one for one in every if one not in found]:
+                total = sum(one.bytes for one in left)
+                print(f"{len(left)} trainings, {total:,} bytes, are left alone; --trainings lists them too")
+            return _delete(found) if delete and found else _count(found)
+
+
+def _count(found: "Sequence[Garbage]") -> int:
+    total = sum(one.bytes for one in found)
+    print(
+        f"{len(found)} items, {total:,} bytes; run again with --delete to remove them"
+        if found
+        else "nothing to collect"
+    )
+    return 0
+
+
+def _delete(found: "Sequence[Garbage]") -> int:
+    removed = [one.delete() for one in found]
+    whole, total = sum(not one.problems for one in removed), sum(one.bytes for one in removed)
+    print(f"removed {whole} of {len(found)} items, {total:,} bytes")
+    problems = [problem for one in removed for problem in one.problems]
+    for problem in problems:
+        print(f"could not remove {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -151,6 +172,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="CONFIG.yaml",
         help="a further workflow whose outputs stay",
     )
+    group.add_argument("--trainings", action="store_true", help="list trainings too, also those set aside")
     group.add_argument("--delete", action="store_true", help="remove what is listed")
     # intermixed, so that options may stand between or after the overrides
     return parser.parse_intermixed_args()
@@ -185,7 +207,7 @@ def main() -> int:
                 retry(data_stages(config), config.root, config.ray, args.reason)
             case "gc":
                 others = [load_config(WorkflowConfig, path) for path in args.others]
-                collect_garbage([config, *others], args.delete)
+                return collect_garbage([config, *others], args.delete, args.trainings)
     except (ValueError, StageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

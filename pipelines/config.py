@@ -1,5 +1,6 @@
 """The configuration of a whole workflow."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -130,6 +131,12 @@ class WorkflowConfig(Config):
                 )
         if both := self.columns.keys() & self.trainings.keys():
             raise ValueError(f"{', '.join(sorted(both))}: a column and a training have the same name")
+        for name, training in self.trainings.items():
+            if Path(os.path.abspath(training.output_dir)) != Path(os.path.abspath(self.root / name)):
+                raise ValueError(
+                    f"trainings.{name}.output_dir is {training.output_dir}; in a workflow it is ROOT/{name}, "
+                    f"here {self.root / name}, so that no two roots write to one training: leave it out"
+                )
         if not self.trainings:
             raise ValueError("trainings: there is none; leave the section out for one of the name 'train'")
         return self

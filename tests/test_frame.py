@@ -95,6 +95,7 @@ LAYERS = [
         "images",
         "inputs",
         "layers",
+        "locks",
         "pretrained",
         "request",
         "tables",

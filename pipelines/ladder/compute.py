@@ -14,7 +14,7 @@ from pipelines.ladder.task import Task, tasks_of
 from pipelines.ladder.worker import hardware, now
 from pipelines.runtime.session import brief, ray_session
 from pipelines.runtime.tasks import run_on_ray
-from pipelines.workflow.run import locked
+from pipelines.workflow.locks import locked_roots
 from repfusion.evaluation.record import EvaluationConfig
 from repfusion.runs.folder import RunFolder
 
@@ -77,7 +77,7 @@ def run_compute(config: LadderConfig, say: Callable[[str], None] = print) -> int
     """
     wanted = config.model_copy(update={"rows": config.compute.rows})
     with ExitStack() as session:
-        session.enter_context(locked(config.root / config.name))
+        session.enter_context(locked_roots(config.root / config.name))
         columns = prepare(
             config, [ROWS[name].space for name in wanted.rows], lambda line: say(f"data: {line}")
         )

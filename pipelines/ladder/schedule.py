@@ -13,7 +13,7 @@ from pipelines.ladder.task import Task, tasks_of
 from pipelines.ladder.worker import now, run_task
 from pipelines.runtime.session import brief, ray_session
 from pipelines.runtime.tasks import run_on_ray
-from pipelines.workflow.run import locked
+from pipelines.workflow.locks import locked_roots
 from repfusion.runs.folder import RunFolder
 from repfusion.tracking import prepare_store
 
@@ -30,7 +30,7 @@ def run_ladder(config: LadderConfig, say: Callable[[str], None] = print) -> int:
     """
     spaces = [ROWS[name].space for name in config.rows]
     with ExitStack() as session:
-        session.enter_context(locked(config.root / config.name))
+        session.enter_context(locked_roots(config.root / config.name))
         columns = prepare(config, spaces, lambda line: say(f"data: {line}"))
         tasks = tasks_of(config, columns)
         done = finished(read(config.results, Result))

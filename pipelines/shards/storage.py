@@ -60,6 +60,15 @@ class Folder:
         return self.url.rstrip("/").rpartition("/")[2]
 
     @property
+    def parent(self) -> "Folder":
+        return Folder(self.url.rstrip("/").rpartition("/")[0], self.options)
+
+    @property
+    def identity(self) -> str:
+        """The place's one spelling, however a workflow spells it: links followed, no slash at the end."""
+        return str(self.path.resolve()) if self.is_local else self.url.rstrip("/")
+
+    @property
     def is_local(self) -> bool:
         return "://" not in self.url
 
@@ -162,6 +171,18 @@ class Folder:
         with atomic_path(self.path / name) as temporary:
             temporary.write_bytes(data)
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Writes a small file of a remote folder unless there is one of that name; whether it did. On S3 and
+        some others only one of several writers does, elsewhere several may.
+        """
+        try:
+            self._files.pipe_file(self._at(name), data, mode="create")
+        except OSError as error:
+            if isinstance(error, FileExistsError) or "PreconditionFailed" in str(error) or self.has(name):
+                return False
+            raise
+        return True
+
     def put(self, name: str, source: Path) -> None:
         """Moves a local file, made in `staging`, here."""
         if not self.is_local:
@@ -188,12 +209,14 @@ class Folder:
             self._files.copy(self._at(name), target._at(name))
             self._files.rm_file(self._at(name))
 
-    def clear(self) -> None:
-        """Removes the folder and all in it."""
+    def clear(self) -> list[str]:
+        """Removes the folder and all in it; returns what could not be removed, and why."""
+        problems: list[str] = []
         if self.is_local:
-            shutil.rmtree(self.path, ignore_errors=True)
+            shutil.rmtree(self.path, onerror=lambda _, path, info: problems.append(f"{path}: {info[1]}"))
         elif self._files.exists(self.url):
             self._files.rm(self.url, recursive=True)
+        return problems
 
     @contextmanager
     def staging(self, label: str) -> Iterator[Path]:

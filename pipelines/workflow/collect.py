@@ -1,13 +1,16 @@
 """Garbage: what lies under workflows' roots that none of them refers to. Listed first, deleted when asked."""
 
+import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.dag import ShardStage, Stage
 from pipelines.shards.manifest import MANIFEST, SHARDS, read_output
 from pipelines.shards.storage import Folder
-from pipelines.workflow.inspection import STAGE, read_asked
+from pipelines.workflow.inspection import STAGE, STALE, is_training, read_asked
+from pipelines.workflow.locks import lock_file, stage_lock
 from pipelines.workflow.verify import QUARANTINE
 from repfusion.files import TEMPORARY
 
@@ -21,26 +24,56 @@ class Garbage:
     """None is the folder itself."""
     why: str
     bytes: int
+    is_stage: bool = False
+    """Whether it is the whole folder of a stage."""
+    is_training: bool = False
+
+    @property
+    def place(self) -> Folder:
+        return self.folder if self.name is None else self.folder / self.name
 
     def __str__(self) -> str:
-        place = self.folder if self.name is None else self.folder / self.name
-        return f"{place}  {self.bytes:,} bytes  ({self.why})"
+        return f"{self.place}  {self.bytes:,} bytes  ({self.why})"
 
-    def delete(self) -> None:
-        if self.name is None:
-            self.folder.clear()
-        else:
-            self.folder.remove(self.name)
+    def delete(self) -> "Removed":
+        """Removes what can be removed, and says what was and what was not."""
+        try:
+            problems = self._clear() if self.name is None else self.folder.remove(self.name) or []
+        except (OSError, ValueError) as error:
+            problems = [f"{self.place}: {error}"]
+        left = tree_bytes(self.folder) if self.name is None else self.folder.sizes().get(self.name, 0)
+        return Removed(self.bytes - left, problems)
+
+    def _clear(self) -> list[str]:
+        """Removes the folder unless somebody makes or reads it, of a workflow that was not given."""
+        if not self.is_stage:
+            return self.folder.clear()
+        with stage_lock(self.folder):
+            problems = self.folder.clear()
+            if self.folder.is_local and not problems:
+                lock_file(self.folder).unlink(missing_ok=True)
+        return problems
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What became of something that was to be deleted."""
+
+    bytes: int
+    problems: list[str]
+    """Each path that is still there, and why."""
 
 
 def tree_bytes(folder: Folder) -> int:
-    """Bytes of all files below a folder."""
-    return sum(folder.sizes().values()) + sum(tree_bytes(folder / name) for name in folder.folders())
-
-
-def _identity(folder: Folder) -> str:
-    """A place's one spelling, however two workflows spell it: one's data must not be garbage to the other."""
-    return str(folder.path.resolve()) if folder.is_local else folder.url.rstrip("/")
+    """Bytes of all files below a folder; of links their own."""
+    if not folder.is_local:
+        return sum(folder.sizes().values()) + sum(tree_bytes(folder / name) for name in folder.folders())
+    paths = (Path(parent) / name for parent, _, names in os.walk(folder.path) for name in names)
+    total = 0
+    for path in paths:
+        with suppress(FileNotFoundError):
+            total += path.lstat().st_size
+    return total
 
 
 def find_garbage(workflows: Iterable[Sequence[Stage]], roots: Iterable[Path]) -> list[Garbage]:
@@ -49,19 +82,18 @@ def find_garbage(workflows: Iterable[Sequence[Stage]], roots: Iterable[Path]) ->
     Only folders that a stage once wrote (they hold a stage.json) or set aside are looked at; anything else is
     not ours. What is stale stays: the next run replaces it.
     """
-    stages = {_identity(stage.folder): stage for workflow in workflows for stage in workflow}
-    places = {_identity(Folder.at(root)): Folder.at(root) for root in roots}
+    stages = {stage.folder.identity: stage for workflow in workflows for stage in workflow}
+    places = {Folder.at(root).identity: Folder.at(root) for root in roots}
     for stage in stages.values():
-        parent = Folder(stage.folder.url.rpartition("/")[0], stage.folder.options)
-        places.setdefault(_identity(parent), parent)
+        places.setdefault(stage.folder.parent.identity, stage.folder.parent)
     found: list[Garbage] = []
     for place in places.values():
         for name in sorted(place.folders()):
             folder = place / name
-            stage = stages.get(_identity(folder))
-            if stage is None and read_asked(folder) is not None:
-                why = "set aside" if ".stale-" in name else "no workflow given has this stage"
-                found.append(Garbage(folder, None, why, tree_bytes(folder)))
+            stage = stages.get(folder.identity)
+            if stage is None and (asked := read_asked(folder)) is not None:
+                why = "set aside" if f".{STALE}" in name else "no workflow given has this stage"
+                found.append(Garbage(folder, None, why, tree_bytes(folder), True, is_training(asked)))
             elif isinstance(stage, ShardStage):
                 found += _inside(folder)
     return found

@@ -18,6 +18,8 @@ MIXED = re.compile(r"(trainings\.[^.]+\.data\.mix\.([^.]+)\.)(.+)")
 """Fields of the data sets that a training mixes into the workflow's own."""
 STAGE = "stage.json"
 """What was asked for, written when a stage starts."""
+STALE = "stale-"
+"""Begins the ending of a folder that was set aside: `train.stale-1234abcd`."""
 LISTED_AHEAD = 2
 """Folders whose listings are held while another is compared."""
 SIDE_FILE = re.compile(r'"([^"]+)":\{"bytes":(\d+)')
@@ -59,7 +61,7 @@ def inspect(stage: Stage, above: Upstream, sizes: Mapping[str, int] | None = Non
             listed = output if output is not None and _has_shards(output) else None
             return _inspect_shards(stage, listed, above, listing)
         case WholeStage():
-            return _inspect_whole(stage, output, above)
+            return _inspect_whole(stage, asked, output, above)
         case _:
             raise AssertionError(f"{type(stage)} is neither")
 
@@ -72,12 +74,14 @@ def _has_shards(output: StageOutput) -> bool:
         return False
 
 
-def _inspect_whole(stage: WholeStage, output: StageOutput | None, above: Upstream) -> State:
+def _inspect_whole(
+    stage: WholeStage, asked: Mapping[str, Any], output: StageOutput | None, above: Upstream
+) -> State:
+    for name, digest in asked.get("upstream_digests", {}).items():
+        if name not in above or above[name].manifest.digest != digest:
+            return State("stale", f"the data of {name} changed", todo=None)
     if output is None:
         return State("partial", "started, not complete")
-    for name, digest in output.manifest.extra.get("upstream_digests", {}).items():
-        if above[name].manifest.digest != digest:
-            return State("stale", f"the data of {name} changed")
     if gone := [path.name for path in stage.outputs if not path.is_file()]:
         return State("partial", f"{', '.join(gone)} missing", output)
     return State("fresh", output=output)
@@ -165,6 +169,11 @@ def read_asked(folder: Folder) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return asked if isinstance(asked, dict) and asked.keys() >= {"fingerprint", "fields", "lineage"} else None
+
+
+def is_training(asked: Mapping[str, Any]) -> bool:
+    """Whether the stage that wrote a stage.json is a training."""
+    return any(name.startswith("trainings.") for name in asked["fields"])
 
 
 def explain(asked: Mapping[str, Any], stage: Stage) -> str:

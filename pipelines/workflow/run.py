@@ -5,12 +5,11 @@ A stage's state is plain files: `stage.json` (what was asked for, written at the
 `shards.parquet` and `manifest.json` (written when all is complete).
 """
 
-import fcntl
-import shutil
+import glob
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,20 @@ from pipelines.shards.manifest import (
 )
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import SCHEMA, Sidecar, SideFile, read_sidecar
-from pipelines.workflow.inspection import STAGE, State, contents, inspect, read_asked, states, wrong_files
+from pipelines.workflow.inspection import (
+    STAGE,
+    STALE,
+    State,
+    contents,
+    inspect,
+    is_training,
+    read_asked,
+    states,
+    wrong_files,
+)
+from pipelines.workflow.locks import DataLocks, locked_roots
 from repfusion.files import file_sha256, json_bytes
+from repfusion.runs.folder import set_aside
 
 Redo = Mapping[str, Mapping[str, dict[str, Any]]]
 """Shards to make again though they are complete: by stage and shard, further arguments of their jobs."""
@@ -50,20 +61,6 @@ class StageResult:
         return self.output.manifest
 
 
-@contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """Keeps a second run out of the same root; the lock goes with the process, however it ends."""
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{root}: another run is at work here; wait for it, or give root=another/folder"
-            ) from error
-        yield
-
-
 def run(
     stages: Sequence[Stage],
     root: Path,
@@ -77,23 +74,31 @@ def run(
 
     Raises:
         StageError: where shards failed; the stage's other shards are complete.
-        ValueError: where another run holds the root, or before any stage runs, where one cannot run with the
-            models that it is given.
+        ValueError: where another run holds the root, or is at work on the same data; before any stage runs,
+            where one cannot run with the models that it is given.
     """
     results: list[StageResult] = []
     above: dict[str, StageOutput] = {}
     owns_pool = pool is None
-    with locked(root), ExitStack() as session:
+    with locked_roots(root), DataLocks(stages) as data, ExitStack() as session:
         pool = pool or ActorPool()
+        data.read()
         before = states(stages)
         # what a stage at the end cannot run with is said before hours of others
         for stage in stages:
             if before[stage.name].status != "fresh" or stage.name in redo:
                 stage.check()
+        while new := to_make(stages, before, redo) - data.written:
+            data.write(new | data.written)
+            before = states(stages)  # others may have been here in between
         for stage in stages:
             nothing_ran = all(result.skipped for result in results)
             state = before[stage.name] if nothing_ran else inspect(stage, above)
             again = redo.get(stage.name, {})
+            if data.written and isinstance(stage, WholeStage):
+                data.read()  # a training takes days; others may read what it reads
+            if state.status in ("stale", "missing") and isinstance(stage, WholeStage):
+                state = exchange(stage, state, above, say)
             if state.status == "fresh" and not again:
                 assert state.output is not None
                 output = state.output
@@ -115,6 +120,16 @@ def run(
     return results
 
 
+def to_make(stages: Sequence[Stage], found: Mapping[str, State], redo: Redo) -> set[str]:
+    """Names of the data stages that are not as they should be, and of those made from them."""
+    names: set[str] = set()
+    for stage in stages:
+        is_new = found[stage.name].status != "fresh" or stage.name in redo
+        if isinstance(stage, ShardStage) and (is_new or any(one.name in names for one in stage.upstream)):
+            names.add(stage.name)
+    return names
+
+
 def _bring_up_to_date(
     stage: Stage, state: State, above: Upstream, pool: ActorPool, redo: Mapping[str, dict[str, Any]]
 ) -> StageOutput:
@@ -124,11 +139,9 @@ def _bring_up_to_date(
     kept = state.kept if is_whole or state.output is None else tuple(state.output.shards)
     stage.folder.remove(MANIFEST)
     if is_whole:
-        if state.status == "stale" and stage.folder.path.is_dir():
-            _set_aside(stage.folder.path)
         stage.folder.path.mkdir(parents=True, exist_ok=True)
     stage.folder.remove_temporaries()
-    stage.folder.write(STAGE, json_bytes(_asked(stage)))
+    stage.folder.write(STAGE, json_bytes(_asked(stage, above)))
     shards, names = ShardTable.of([]), []
     extra: dict[str, Any] = {}
     match stage:
@@ -172,13 +185,16 @@ def complete(
     return write_output(stage.folder, manifest, shards)
 
 
-def _asked(stage: Stage) -> dict[str, Any]:
-    return {
+def _asked(stage: Stage, above: Upstream) -> dict[str, Any]:
+    asked = {
         "schema": SCHEMA,
         "fingerprint": stage.fingerprint,
         "fields": stage.fields,
         "lineage": stage.lineage,
     }
+    if isinstance(stage, WholeStage):
+        asked["upstream_digests"] = {one.name: above[one.name].manifest.digest for one in stage.upstream}
+    return asked
 
 
 def _side_file(folder: Folder, name: str) -> SideFile:
@@ -234,12 +250,30 @@ def _remove_strangers(folder: Folder, names: set[str]) -> None:
         folder.remove(SHARDS)
 
 
-def _set_aside(folder: Path) -> None:
-    """Keeps what a stale training made, under another name: it took long, and must not be continued under
-    another configuration.
+def exchange(stage: WholeStage, state: State, above: Upstream, say: Callable[[str], None]) -> State:
+    """Sets aside what a stale stage made, under another name: it took long, and must not be continued under
+    another configuration. A training that was set aside earlier and is of the present configuration and data
+    comes back. Returns the stage's state after that.
     """
-    asked = read_asked(Folder(str(folder))) or {}
-    target = folder.with_name(f"{folder.name}.stale-{asked.get('fingerprint', 'unknown')[:8]}")
-    if target.exists():
-        shutil.rmtree(target)
-    folder.rename(target)
+    folder = stage.folder.path
+    if state.status == "stale":
+        asked = read_asked(stage.folder) or {}
+        kept = set_aside(folder, f"{STALE}{asked.get('fingerprint', 'unknown')[:8]}")
+        say(f"{stage.name}: stale: {state.reason}; what it made is kept as {kept.name}")
+    former = None if folder.exists() else former_training(stage, above)
+    if former is None:
+        return State("missing", todo=None)
+    former.rename(folder)
+    say(f"{stage.name}: {former.name} is of this configuration and is {stage.name} again")
+    return inspect(stage, above)
+
+
+def former_training(stage: WholeStage, above: Upstream) -> Path | None:
+    """A set-aside training that a stage can go on with, a complete one first."""
+    folder, found = stage.folder.path, {}
+    for path in sorted(folder.parent.glob(f"{glob.escape(folder.name)}.{STALE}*")):
+        asked = read_asked(Folder(str(path)))
+        if asked is not None and is_training(asked):
+            state = inspect(replace(stage, folder=Folder(str(path))), above)
+            found.setdefault(state.status, path)
+    return found.get("fresh") or found.get("partial")

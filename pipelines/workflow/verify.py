@@ -13,7 +13,8 @@ from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardError, Sidecar, read_sidecar
 from pipelines.shards.tars import read_samples
 from pipelines.workflow.inspection import State, read_sidecars, states
-from pipelines.workflow.run import locked, run
+from pipelines.workflow.locks import DataLocks, locked_roots
+from pipelines.workflow.run import run
 from repfusion.files import file_sha256
 
 QUARANTINE = "quarantine"
@@ -128,7 +129,8 @@ def verify(
     with ray_session(ray):
         pool = pool or ActorPool()
         try:
-            with locked(root):
+            with locked_roots(root), DataLocks(data) as lock:
+                lock.write() if repair else lock.read()
                 before = states(data)
                 for stage in data:
                     state = before[stage.name]

@@ -3,8 +3,10 @@
 OUTPUT_DIR/  config.json  train.json  mlflow_run.json  checkpoints/  evaluations/
   checkpoints/step_00000500/  config.json  model.safetensors  ema.safetensors  statistics.safetensors
                               lineage.json  resume/  pins/  complete.json (written last)
+  checkpoints/step_00000500.damaged/  what a training found damaged when it resumed from the one before
 """
 
+import os
 import re
 import time
 from dataclasses import dataclass
@@ -64,6 +66,11 @@ class RunFolder:
         return self.root / "progress.json"
 
     @property
+    def warnings(self) -> Path:
+        """What rank 0 had to say, a line each, for whoever started the ranks."""
+        return self.root / "warnings.txt"
+
+    @property
     def stop(self) -> Path:
         """Asks the ranks to stop after a checkpoint."""
         return self.root / "stop"
@@ -80,14 +87,17 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
+def checkpoint_folders(root: Path) -> list[Path]:
+    """Folders under `root` with a checkpoint's name, by step. They get it when all is written: one without
+    `complete.json` has lost it.
+    """
+    found = [path for path in root.glob("step_*") if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
 def complete_checkpoints(root: Path) -> list[Path]:
     """Checkpoints under `root` that were written to the end, by step."""
-    folders = [
-        path
-        for path in root.glob("step_*")
-        if STEP_FOLDER.fullmatch(path.name) and (path / COMPLETE).exists()
-    ]
-    return sorted(folders, key=step_of)
+    return [path for path in checkpoint_folders(root) if (path / COMPLETE).exists()]
 
 
 def latest_checkpoint(root: Path, resumable: bool = False) -> Path | None:
@@ -95,9 +105,7 @@ def latest_checkpoint(root: Path, resumable: bool = False) -> Path | None:
     state.
     """
     folders = [
-        path
-        for path in complete_checkpoints(root)
-        if not resumable or (path / "resume" / "loop.json").exists()
+        path for path in complete_checkpoints(root) if not resumable or (path / RESUME / LOOP).exists()
     ]
     return folders[-1] if folders else None
 
@@ -105,6 +113,16 @@ def latest_checkpoint(root: Path, resumable: bool = False) -> Path | None:
 def working_folder(folder: Path) -> Path:
     """Where a checkpoint is written before it has its name."""
     return folder.with_name(f".{folder.name}.partial")
+
+
+def set_aside(folder: Path, why: str) -> Path:
+    """Renames a folder to NAME.WHY, or NAME.WHY-2 and so on: nothing that was set aside is overwritten."""
+    target, number = folder.with_name(f"{folder.name}.{why}"), 1
+    while os.path.lexists(target):
+        number += 1
+        target = folder.with_name(f"{folder.name}.{why}-{number}")
+    folder.rename(target)
+    return target
 
 
 def is_pinned(folder: Path) -> bool:

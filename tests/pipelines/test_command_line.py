@@ -68,7 +68,7 @@ def test_garbage_is_of_all_workflows_given(command, run_copy, tmp_path):
     assert code == 0 and f"{run_copy.root}/prompt_features" in out and "run again with --delete" in out
     assert (run_copy.root / "prompt_features" / "manifest.json").is_file()
     code, out, _ = command("gc", "last_stage=image_features", "--delete")
-    assert code == 0 and out.splitlines()[-1].startswith("removed 1 items")
+    assert code == 0 and out.splitlines()[-1].startswith("removed 1 of 1 items")
     assert not (run_copy.root / "prompt_features").exists()
 
 

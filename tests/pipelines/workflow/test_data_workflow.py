@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from running import DATA_STAGES, data_files, found, manifests, ran, run_all, statuses
+from running import DATA_STAGES, data_files, file_times, found, manifests, ran, run_all, statuses
 
 from pipelines.shards.tars import read_samples
 from repfusion.llm.load import load_language_model
@@ -33,7 +33,7 @@ def test_counts_columns_and_a_second_run(pool, make_config):
 
     check_columns(config, results)
 
-    before = {path: path.stat().st_mtime_ns for path in config.root.rglob("*") if path.is_file()}
+    before = file_times(config.root)
     _, said = run_all(config, pool)
     assert said == [
         "source: fresh, skipped (4 shards, 40 samples)",
@@ -43,7 +43,7 @@ def test_counts_columns_and_a_second_run(pool, make_config):
         "image_features: fresh, skipped (4 shards, 34 samples)",
         "prompt_features: fresh, skipped (4 shards, 34 samples)",
     ]
-    assert before == {path: path.stat().st_mtime_ns for path in config.root.rglob("*") if path.is_file()}
+    assert before == file_times(config.root)
 
 
 def check_columns(config, results) -> None:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import data_files, run_all, shard_times, statuses
+from running import data_files, file_times, run_all, shard_times, statuses
 
 from pipelines.build import data_stages
 from pipelines.commands import verify_data
@@ -116,9 +116,9 @@ def test_a_table_of_shards_that_says_something_else_is_written_again(run_copy, p
 def test_reporting_touches_nothing(run_copy, pool):
     path = run_copy.root / "prompt_features" / "00002.tar"
     flip(path)
-    before = {path: path.stat().st_mtime_ns for path in run_copy.root.rglob("*")}
+    before = file_times(run_copy.root)
     assert verify_data(run_copy, repair=False) == 1
-    assert {path: path.stat().st_mtime_ns for path in run_copy.root.rglob("*")} == before
+    assert file_times(run_copy.root) == before
     assert statuses(run_copy)["prompt_features"] == "fresh"
 
 

@@ -1,0 +1,82 @@
+"""What keeps two runs out of each other's way: a lock for each place that is written, however it is spelled.
+
+ROOT/.lock              whoever is at work in a root, alone
+DATA/.STAGE.lock        beside the folder of a data stage: who makes its shards, alone; who reads them, shared
+DATA/.STAGE.lock.json   the same behind a URL, of who makes shards (lease.py). Reading needs none there:
+                        training reads copies of its own, which are compared with their sha256
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Self
+
+from pipelines.dag import ShardStage, Stage
+from pipelines.shards.lease import Lease
+from pipelines.shards.storage import Folder
+from repfusion.locks import locked
+
+
+@contextmanager
+def locked_roots(*roots: Path) -> Iterator[None]:
+    """Keeps a second run out of the same roots.
+
+    Raises:
+        ValueError: another run holds one of them.
+    """
+    with ExitStack() as held:
+        for root in sorted({root.resolve() for root in roots}):
+            held.enter_context(locked(root / ".lock", "give root=another/folder"))
+        yield
+
+
+def stage_lock(folder: Folder, is_shared: bool = False) -> AbstractContextManager[object]:
+    """Keeps others from writing a data stage's folder, and, unless it is shared, from reading it."""
+    if folder.is_local:
+        place = Path(folder.identity)
+        return locked(lock_file(folder), "give another data_url", is_shared, place=place)
+    return nullcontext() if is_shared else Lease(folder)
+
+
+def lock_file(folder: Folder) -> Path:
+    place = Path(folder.identity)
+    return place.with_name(f".{place.name}.lock")
+
+
+class DataLocks:
+    """The data stages of a run or several, for the length of a block: held for nothing at first.
+
+    A stage is made by one run alone, and read by any number.
+
+    Args:
+        stages: of which those that are made of shards count.
+    """
+
+    def __init__(self, stages: Iterable[Stage]):
+        self.stages = {stage.folder.identity: stage for stage in stages if isinstance(stage, ShardStage)}
+        self.written: frozenset[str] = frozenset()
+        """Names of the stages that are held alone."""
+        self._held = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> bool | None:
+        return self._held.__exit__(*exception)  # pyright: ignore[reportArgumentType]
+
+    def read(self) -> None:
+        """Lets others read too, and nobody write. Raises ValueError where somebody writes."""
+        self.write(())
+
+    def write(self, names: Iterable[str] | None = None) -> None:
+        """Keeps everybody else from the stages of these names (None: from all), and others from writing any.
+        Raises ValueError where somebody is at work.
+        """
+        every = {stage.name for stage in self.stages.values()}
+        wanted = frozenset(every if names is None else every & {*names})
+        self._held.close()
+        self.written = frozenset()
+        for identity in sorted(self.stages):
+            stage = self.stages[identity]
+            self._held.enter_context(stage_lock(stage.folder, is_shared=stage.name not in wanted))
+        self.written = wanted
