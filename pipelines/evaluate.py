@@ -12,6 +12,7 @@ from pipelines.evaluation.schedule import CONFIG, EvaluationScheduler
 from pipelines.runtime.session import RayConfig, ray_session
 from repfusion.config import Config, load_config
 from repfusion.evaluation.shown import by_part
+from repfusion.runs.completion import latest_whole
 from repfusion.runs.folder import COMPLETE, RunFolder, complete_checkpoints, step_of
 from repfusion.train import TrainConfig
 
@@ -88,7 +89,8 @@ def choose(target: Target, step: str) -> list[Path]:
         case "all":
             return found
         case "latest":
-            return found[-1:]
+            whole = latest_whole(root)
+            return [] if whole is None else [whole]
         case "best":
             best = best_checkpoint(found, RunFolder(target.train.output_dir).evaluations, _scheduled(target))
             if best is None:

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from repfusion.conditioning.noisy_latents import NoisyLatentConditioner
 from repfusion.evaluation.record import Evaluation, read_evaluation
 from repfusion.evaluation.shown import shown_suites
-from repfusion.files import file_sha256, write_json
+from repfusion.files import replace_folder, write_json
 from repfusion.latents.geometry import is_vae, latent_geometry
 from repfusion.lineage.describe import checkpoint_record, read_lineage
 from repfusion.llm.causal import CausalLM
@@ -34,7 +34,8 @@ from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.pretrained.config import transformers_config
 from repfusion.pretrained.weights import load_transformers
-from repfusion.runs.checkpoint import check_complete, load_checkpoint, portable, read_weights
+from repfusion.runs.checkpoint import load_checked, portable, read_weights
+from repfusion.runs.completion import check_complete
 from repfusion.runs.exported import (
     DECODER,
     DENOISER,
@@ -44,6 +45,7 @@ from repfusion.runs.exported import (
     is_export,
 )
 from repfusion.runs.folder import AVERAGES, CONFIG, LINEAGE, STATISTICS, WEIGHTS_FILE
+from repfusion.runs.seals import files_below, seal, write_seals
 from repfusion.tables import markdown
 from repfusion.weights import WEIGHTS
 
@@ -64,7 +66,7 @@ def export(checkpoint: Path, out: Path, use_ema: bool = True) -> Path:
     name = AVERAGES if use_ema else WEIGHTS_FILE
     if name not in check_complete(checkpoint)["files"]:
         raise ValueError(f"checkpoint {checkpoint} holds no {name}; choose the other weights")
-    model = load_checkpoint(checkpoint, use_ema)
+    model = load_checked(checkpoint, use_ema)
     model.load_decoder()  # fits, or says why not
     working = out.with_name(f".{out.name}.partial")
     shutil.rmtree(working, ignore_errors=True)
@@ -86,12 +88,8 @@ def export(checkpoint: Path, out: Path, use_ema: bool = True) -> Path:
         mode = (working / CARD).stat().st_mode
         for path in working.rglob("*.safetensors"):
             path.chmod(mode)  # safetensors lets nobody else read what it writes
-        files = {
-            str(path.relative_to(working)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            for path in sorted(working.rglob("*"))
-            if path.is_file() and path.name != CARD
-        }
-        write_json(working / MARK, {"schema": SCHEMA, "files": files})
+        seals = seal(working, [name for name in files_below(working) if Path(name).name != CARD])
+        write_seals(working / MARK, SCHEMA, {}, seals)
         replace_folder(working, out)
     finally:
         shutil.rmtree(working, ignore_errors=True)
@@ -102,15 +100,6 @@ def check_target(out: Path) -> None:
     """ValueError where writing to `out` would destroy what is no export."""
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not is_export(out)):
         raise ValueError(f"{out}: exists and is no export; choose a new or empty folder")
-
-
-def replace_folder(working: Path, out: Path) -> None:
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.is_dir():
-        os.replace(out, old)
-    os.replace(working, out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_denoiser(model: TextToImage, checkpoint: Path, folder: Path, use_ema: bool) -> None:

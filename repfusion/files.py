@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,11 +33,29 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Brings a file's bytes to the disk. A rename is only as good as the data below it: unflushed, a power
-    cut can leave an empty file of the right name.
+    """Brings a file's bytes, or a folder's list of names, to the disk. A rename is only as good as the data
+    below it: unflushed, a power cut can leave an empty file of the right name.
     """
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_folder(working: Path, folder: Path) -> None:
+    """Gives a working folder, whose files were flushed, the name `folder`; an earlier one goes in one move.
+    After a power cut there is the whole folder of that name, or the one before, or none.
+    """
+    for path in (*(one for one in working.rglob("*") if one.is_dir()), working):
+        flush(path)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.is_dir():
+        os.replace(folder, old)
+    os.replace(working, folder)
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -37,17 +37,20 @@ from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.model.trainable import Trainable
 from repfusion.runs.checkpoint import (
-    check_complete,
     check_continues,
     continued_model,
+    files_to_load,
     frozen_digests,
     load_weights,
     prune,
 )
-from repfusion.runs.folder import CONFIG, STATISTICS, RunFolder, checkpoint_folder, latest_checkpoint
+from repfusion.runs.completion import read_complete
+from repfusion.runs.folder import CONFIG, STATISTICS, RunFolder, checkpoint_folder
 from repfusion.tracking import StoreError, Tracker, TrackingConfig, without_password
 from repfusion.training.captions import check_captions
+from repfusion.training.choice import Warn, check_together, choose
 from repfusion.training.distributed import (
+    alone_in,
     broadcast_object,
     failures,
     init_process_group,
@@ -127,7 +130,8 @@ class TrainingStopped(RuntimeError):
 
 def build_trainable(config: TrainConfig, dataset: Mixture, resume_from: Path | None = None) -> TextToImage:
     """The model to train: from scratch on the data set's statistics, or from a checkpoint with its own: the
-    averaged weights of `config.init_from`, or the weights of this training's own `resume_from`.
+    averaged weights of `config.init_from`, or the weights of this training's own `resume_from`, whose files
+    were compared with their sha256 already (`choice.py`).
 
     Raises:
         ValueError: the checkpoint is of another geometry, encoder or noise schedule, or the features are not
@@ -135,7 +139,7 @@ def build_trainable(config: TrainConfig, dataset: Mixture, resume_from: Path | N
     """
     start = resume_from or config.init_from
     if start is not None:
-        check_complete(start)
+        read_complete(start)
     source = start or config.data.columns[IMAGE_FEATURES]
     statistics = LatentStatistics.load(source / STATISTICS)
     torch.manual_seed(config.seed)
@@ -246,26 +250,42 @@ def train(
     on_checkpoint: Callable[[Path, int], None] | None = None,
     on_report: Callable[[Report], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    warn: Warn = log.warning,
 ) -> dict[str, Any]:
-    """Trains to `num_steps`, resuming from the last checkpoint of `output_dir`; returns what train.json says.
+    """Trains to `num_steps`, resuming from the last whole checkpoint of `output_dir`; returns what train.json
+    says.
 
     The callbacks are called on every rank: after a checkpoint is complete (folder, step), after each log
-    line, and `should_stop` in each step: where one rank says so, all write a checkpoint and stop.
+    line, and `should_stop` in each step: where one rank says so, all write a checkpoint and stop. `warn` is
+    told on rank 0 of checkpoints that are damaged.
 
     Raises:
-        ValueError: data, model or resume state do not fit.
+        ValueError: data, model or resume state do not fit, or all checkpoints are damaged.
         NonFiniteError: a loss or gradient is not finite; the weights were not updated.
         CheckpointError: a checkpoint could not be written; the ones before are as they were.
         TrainingStopped: after the checkpoint that `should_stop` led to.
     """
+    prepare_environment()
+    init_process_group()
+    with alone_in(config.output_dir):
+        return _train(config, on_checkpoint, on_report, should_stop, warn)
+
+
+def _train(
+    config: TrainConfig,
+    on_checkpoint: Callable[[Path, int], None] | None,
+    on_report: Callable[[Report], None] | None,
+    should_stop: Callable[[], bool] | None,
+    warn: Warn,
+) -> dict[str, Any]:
     # Validate what needs no weights
     check_model(config.model)
     dataset = Mixture.open(config.data, columns_of(config.model))
     checkpoints = RunFolder(config.output_dir).checkpoints
     checkpoints.mkdir(parents=True, exist_ok=True)
-    prepare_environment()
-    init_process_group()
-    last = broadcast_object(latest_checkpoint(checkpoints, resumable=True))
+    last = choose(checkpoints, warn)
+    if last is None and config.init_from is not None:
+        check_together(config.init_from, files_to_load)
     state = loop_state(config, dataset)
     saved = None if last is None else check_resumes(last, state)
 

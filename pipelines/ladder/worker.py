@@ -26,6 +26,8 @@ def run_task(task: Task) -> str:
     Raises:
         ValueError: data, weights or model do not fit. NonFiniteError, CheckpointError: as the training does.
     """
+    from repfusion.runs.checkpoint import prune
+
     os.chdir(task.directory)
     record = task.train.output_dir / RECORD
     if record.exists() and (known := Result.model_validate_json(record.read_text())).key == task.key:
@@ -36,6 +38,8 @@ def run_task(task: Task) -> str:
     result = _result(task, summary, points, time.perf_counter() - started)
     _track(task, result)
     write_json(record, result.model_dump(mode="json"))
+    # only the last one's weights stay; before the record, a kill would leave nothing to resume from
+    prune(RunFolder(task.train.output_dir).checkpoints, keep_resume=0, keep_last=1)
     return result.model_dump_json()
 
 
@@ -56,12 +60,11 @@ def _train(task: Task) -> dict[str, Any]:
 
 
 def _score(task: Task) -> list[CheckpointScores]:
-    """Scores of every checkpoint, then only the last one's weights stay."""
+    """Scores of every checkpoint."""
     import torch
 
     from pipelines.evaluation.records import finished
     from repfusion.evaluation.checkpoints import evaluate_checkpoint
-    from repfusion.runs.checkpoint import prune
     from repfusion.runs.folder import complete_checkpoints, step_of
 
     if not torch.cuda.is_available():
@@ -83,7 +86,6 @@ def _score(task: Task) -> list[CheckpointScores]:
                 validation_loss=validation_loss(folder, task.num_validation, task.world),
             )
         )
-    prune(checkpoints, keep_resume=0, keep_last=1)
     return points
 
 

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -58,10 +58,14 @@ def train_rank(launch: dict[str, Any]) -> None:
         asked[0] = time.monotonic()
         return stop.exists()
 
+    def warn(text: str) -> None:
+        with RunFolder(config.output_dir).warnings.open("a") as file:
+            file.write(f"{text}\n")
+
     try:
         for column, copy in launch["columns"]:
             mirror(column, copy)
-        train(config, on_checkpoint, on_report, should_stop)
+        train(config, on_checkpoint, on_report, should_stop, warn)
     except TrainingStopped:
         return
     except (ValueError, NonFiniteError, CheckpointError) as error:
@@ -70,8 +74,10 @@ def train_rank(launch: dict[str, Any]) -> None:
 
 @contextmanager
 def progress_bar(config: TrainConfig) -> Iterator[None]:
-    """Shows on the driver what rank 0 last reported: a bar on a terminal, a line now and then elsewhere."""
-    path, stopped = RunFolder(config.output_dir).progress, Event()
+    """Shows on the driver what rank 0 last reported: a bar on a terminal, a line now and then elsewhere; and
+    its warnings.
+    """
+    path, stopped, warnings = RunFolder(config.output_dir).progress, Event(), Warnings(config.output_dir)
     path.unlink(missing_ok=True)
     last = latest_checkpoint(RunFolder(config.output_dir).checkpoints)
     first_step = 0 if last is None else step_of(last)
@@ -83,6 +89,7 @@ def progress_bar(config: TrainConfig) -> Iterator[None]:
             total=config.num_steps, initial=first_step, desc="train", unit="step", disable=not is_terminal
         ) as bar:
             while not stopped.wait(0.5):
+                warnings.show()
                 if not path.exists():
                     continue
                 report = json.loads(path.read_text())
@@ -108,6 +115,22 @@ def progress_bar(config: TrainConfig) -> Iterator[None]:
     finally:
         stopped.set()
         thread.join()
+        warnings.show()
+
+
+class Warnings:
+    """Lines that rank 0 adds to a file, each shown once on the driver."""
+
+    def __init__(self, output_dir: Path):
+        self.path, self.shown = RunFolder(output_dir).warnings, 0
+        self.path.unlink(missing_ok=True)
+
+    def show(self) -> None:
+        with suppress(FileNotFoundError):
+            lines = self.path.read_text().splitlines()
+            for line in lines[self.shown :]:
+                tqdm.write(f"train: warning: {line}")
+            self.shown = len(lines)
 
 
 def base_of(error: Exception) -> BaseException:

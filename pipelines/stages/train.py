@@ -24,6 +24,7 @@ from repfusion.data.config import CAPTIONS, DataConfig
 from repfusion.model.build import columns_of
 from repfusion.model.check import check_model
 from repfusion.runs.checkpoint import load_weights
+from repfusion.runs.completion import latest_whole
 from repfusion.runs.folder import RunFolder, complete_checkpoints
 from repfusion.tracking import prepare_store
 from repfusion.train import TrainConfig
@@ -230,12 +231,12 @@ def started_from(config: TrainConfig, base: Path) -> TrainConfig:
     """The training with the checkpoint that `init_from` stands for, of the training in the folder `base`.
 
     Raises:
-        ValueError: there is no such checkpoint.
+        ValueError: there is no such checkpoint, or none that is whole.
     """
-    reference, root = Reference.of(config.init_from), base / "checkpoints"
+    reference, root = Reference.of(config.init_from), RunFolder(base).checkpoints
     assert reference is not None
     found = {path.name: path for path in complete_checkpoints(root)}
-    chosen = found.get(reference.step or max(found, default=""))
+    chosen = latest_whole(root) if reference.step is None else found.get(reference.step)
     if chosen is None:
         wanted = reference.step or "checkpoint"
         raise ValueError(

@@ -21,7 +21,7 @@ from repfusion.evaluation.gallery import Tile, gallery
 from repfusion.evaluation.record import GALLERY, SCORES, Evaluation, EvaluationConfig, SuiteResult
 from repfusion.evaluation.suites.base import Answer, Item, Scores, Suite
 from repfusion.files import atomic_path, digest_of, write_json
-from repfusion.runs.checkpoint import check_complete
+from repfusion.runs.completion import read_complete
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,11 @@ def evaluate_checkpoint(
     each in a thread of its choice.
 
     Raises:
-        ValueError: an incomplete checkpoint, or one whose frozen weights are not those on this machine.
+        ValueError: an incomplete or damaged checkpoint, or one whose frozen weights are not those on this
+            machine.
     """
     started = time.perf_counter()
-    info = check_complete(checkpoint)
+    info = read_complete(checkpoint)
     drawing = Drawing(checkpoint, config, run)
     scored = {
         name: score_suite(suite, out / name, drawing, config.max_items, run)

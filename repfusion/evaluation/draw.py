@@ -13,12 +13,13 @@ from torch import Tensor
 from repfusion.evaluation.columns import asked
 from repfusion.evaluation.record import EvaluationConfig
 from repfusion.evaluation.suites.base import Item
-from repfusion.files import digest_of, file_sha256
+from repfusion.files import digest_of
 from repfusion.generate import generate, to_uint8
 from repfusion.latents.load import Decoder
 from repfusion.model.text_to_image import TextToImage
 from repfusion.request import Request
-from repfusion.runs.checkpoint import load_checkpoint
+from repfusion.runs.checkpoint import load_checked, load_checkpoint
+from repfusion.runs.completion import check_complete
 from repfusion.runs.folder import AVERAGES, CONFIG, STATISTICS, WEIGHTS_FILE
 
 Run = Callable[[Callable[[], Any]], Any]
@@ -50,9 +51,11 @@ class Drawing:
         }
 
     def _digests(self) -> dict[str, str]:
+        """sha256 of the files that decide the images, each compared with what is there."""
         trained = AVERAGES if self.config.use_ema else WEIGHTS_FILE
         names = (CONFIG, trained, STATISTICS)
-        return {name: file_sha256(self.checkpoint / name) for name in names}
+        files = check_complete(self.checkpoint, names)["files"]
+        return {name: files[name].sha256 for name in names}
 
     def __call__(self, items: Sequence[Item]) -> UInt8[np.ndarray, "n h w 3"]:
         """Images of all items, each item's outputs beside each other. The noise of image i is that of
@@ -74,7 +77,8 @@ class Drawing:
             yield self.run(partial(generate, *self._loaded, part, seed, config.sampler, size))
 
     def _load(self) -> tuple[TextToImage, Decoder]:
-        model = load_checkpoint(self.checkpoint, use_ema=self.config.use_ema).to(self.device)
+        load = load_checkpoint if self._weights is None else load_checked
+        model = load(self.checkpoint, self.config.use_ema).to(self.device)
         return model, model.load_decoder()
 
 

@@ -19,8 +19,9 @@ from tqdm import tqdm
 from repfusion.data.readers import IMAGE_FEATURES
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.latents.tower import RepresentationEncoder
-from repfusion.runs.checkpoint import begin_checkpoint, finish_checkpoint, load_checkpoint
-from repfusion.runs.folder import latest_checkpoint
+from repfusion.runs.checkpoint import load_checked
+from repfusion.runs.completion import begin_checkpoint, finish_checkpoint, latest_whole
+from repfusion.runs.folder import step_of
 from repfusion.scenes.captions import caption_scene
 from repfusion.scenes.world import BASE_COLOURS, BASE_SHAPES, WorldConfig, draw_scene, render
 from repfusion.weights import WEIGHTS
@@ -65,10 +66,10 @@ def prepare(root: Path, num_scenes: int) -> None:
 
 def release(checkpoints: Path, folder: Path) -> None:
     """The last checkpoint's averaged weights in half precision, as a checkpoint of its own."""
-    source = latest_checkpoint(checkpoints)
+    source = latest_whole(checkpoints)
     if source is None:
         raise ValueError(f"{checkpoints}: no complete checkpoint; train first")
-    model = load_checkpoint(source)
+    model = load_checked(source)
     working = begin_checkpoint(folder)
     (working / "config.json").write_bytes((source / "config.json").read_bytes())
     save_file(
@@ -76,7 +77,7 @@ def release(checkpoints: Path, folder: Path) -> None:
         str(working / "ema.safetensors"),
     )
     model.statistics.save(working / "statistics.safetensors")
-    finish_checkpoint(working, folder, {"step": json.loads((source / "complete.json").read_text())["step"]})
+    finish_checkpoint(working, folder, {"step": step_of(source)})
 
 
 def main() -> None:

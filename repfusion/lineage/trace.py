@@ -11,7 +11,8 @@ from typing import Any, Literal
 from repfusion.data.columns import manifest_digest
 from repfusion.files import file_sha256, weights_digest
 from repfusion.lineage.describe import read_lineage, read_png
-from repfusion.runs.checkpoint import WEIGHTS_MARK, check_complete, portable, read_config
+from repfusion.runs.checkpoint import WEIGHTS_MARK, portable, read_config
+from repfusion.runs.completion import check_all
 from repfusion.runs.exported import MARK, check_export
 from repfusion.runs.folder import COMPLETE, CONFIG, RunFolder
 from repfusion.tables import aligned
@@ -96,7 +97,7 @@ def marked_folder(name: str, saved: Mapping[str, Any], mark: str, absent: State)
 def trace_checkpoint(folder: Path, note: str = "complete") -> Iterator[Link]:
     step = None
     try:
-        step = check_complete(folder).get("step")
+        step = check_all(folder).get("step")
         yield Link("checkpoint", str(folder), "agrees", note)
     except ValueError as error:
         yield Link("checkpoint", str(folder), "differs", str(error))

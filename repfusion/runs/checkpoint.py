@@ -1,5 +1,5 @@
-"""A model <-> a folder of safetensors and JSON. A folder without `complete.json` was cut short and is
-never read.
+"""A model <-> a folder of safetensors and JSON; what is read is compared with `complete.json` first
+(completion.py).
 
 step_00000500/  config.json  model.safetensors  ema.safetensors  statistics.safetensors  resume/
 complete.json
@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,17 @@ from repfusion.model.build import build_model
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.pretrained.weights import read_headers
+from repfusion.runs.completion import (
+    SCHEMA,
+    begin_checkpoint,
+    check_complete,
+    finish_checkpoint,
+    read_complete,
+)
 from repfusion.runs.folder import (
     AVERAGES,
-    COMPLETE,
     CONFIG,
+    LINEAGE,
     RESUME,
     STATISTICS,
     WEIGHTS_FILE,
@@ -40,7 +47,6 @@ from repfusion.runs.folder import (
 from repfusion.weights import WEIGHTS
 
 log = logging.getLogger(__name__)
-SCHEMA = 2
 TRAINING_FIELDS = {"model", "output_dir", "data", "init_from", "engine", "num_steps"}
 """Fields by which a training's YAML is told from a model's."""
 # Stands for the folder of shipped weights in a saved config, so that a checkpoint can move to another
@@ -69,22 +75,6 @@ def frozen_digests(model: TextToImage) -> dict[str, str]:
     }
 
 
-def begin_checkpoint(folder: Path) -> Path:
-    """An empty working folder beside `folder`, which takes its name in `finish_checkpoint`."""
-    working = working_folder(folder)
-    shutil.rmtree(working, ignore_errors=True)
-    working.mkdir(parents=True)
-    return working
-
-
-def finish_checkpoint(working: Path, folder: Path, info: Mapping[str, Any]) -> None:
-    """Writes `complete.json` with the size of every file, then gives the folder its name."""
-    files = {path.name: path.stat().st_size for path in sorted(working.iterdir()) if path.is_file()}
-    write_json(working / COMPLETE, {"schema": SCHEMA, **info, "files": files})
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(working, folder)
-
-
 def write_model(
     folder: Path,
     model: TextToImage,
@@ -111,27 +101,6 @@ def save_checkpoint(folder: Path, model: TextToImage, ema: Mapping[str, Tensor],
     working = begin_checkpoint(folder)
     write_model(working, model, model.trainable_state(), ema, frozen_digests(model))
     finish_checkpoint(working, folder, info)
-
-
-def check_complete(folder: Path) -> dict[str, Any]:
-    """What `complete.json` says. ValueError where the checkpoint is missing, was cut short, or lost a
-    file since.
-    """
-    if not (folder / COMPLETE).exists():
-        what = "has no complete.json: it was cut short" if folder.is_dir() else "does not exist"
-        raise ValueError(f"checkpoint {folder} {what}; choose another checkpoint")
-    info = json.loads((folder / COMPLETE).read_text())
-    if info["schema"] != SCHEMA:
-        raise ValueError(f"checkpoint {folder} has schema {info['schema']}, this code reads {SCHEMA}")
-    for name, num_bytes in info["files"].items():
-        path = folder / name
-        got = path.stat().st_size if path.exists() else None
-        if got != num_bytes:
-            found = "missing" if got is None else f"{got} bytes long (truncated?)"
-            raise ValueError(
-                f"checkpoint {folder}: {name} is {found}, expected {num_bytes} bytes; copy it again"
-            )
-    return info
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, str]]:
@@ -205,14 +174,13 @@ def differences(got: Any, expected: Any, prefix: str = "") -> list[str]:
 
 
 def load_weights(model: TextToImage, folder: Path, use_ema: bool = True, on_meta: bool = False) -> None:
-    """Weights of a checkpoint into a model that was built already; into one without memory (`on_meta`), their
-    headers alone are read.
+    """Weights of a checkpoint, whose files were compared already, into a model that was built already; into
+    one without memory (`on_meta`), their headers alone are read.
 
     Raises:
         ValueError: of another geometry, naming the first tensors, and the config fields in which the two
             models differ.
     """
-    check_complete(folder)
     try:
         if on_meta:
             state = read_headers([folder / (AVERAGES if use_ema else WEIGHTS_FILE)], "checkpoint")
@@ -230,11 +198,22 @@ def load_checkpoint(folder: str | Path, use_ema: bool = True) -> TextToImage:
     """The model of a checkpoint, on the CPU, in eval mode.
 
     Raises:
-        ValueError: an incomplete checkpoint, or frozen weights on this machine that are not those it was
-            trained with.
+        ValueError: a checkpoint that is incomplete or damaged, or frozen weights on this machine that are
+            not those it was trained with.
     """
     folder = Path(folder)
-    check_complete(folder)
+    check_complete(folder, files_to_load(read_complete(folder)["files"], use_ema))
+    return load_checked(folder, use_ema)
+
+
+def files_to_load(files: Container[str], use_ema: bool = True) -> list[str]:
+    """Which of a checkpoint's files are read to load the model, and to say where it is from."""
+    names = [CONFIG, STATISTICS, AVERAGES if use_ema else WEIGHTS_FILE]
+    return [*names, LINEAGE] if LINEAGE in files else names
+
+
+def load_checked(folder: Path, use_ema: bool = True) -> TextToImage:
+    """`load_checkpoint` of one whose files were compared already."""
     config, digests = read_config(folder)
     model = build_model(config, LatentStatistics.load(folder / STATISTICS))
     check_digests(folder, digests, frozen_digests(model))
@@ -303,6 +282,8 @@ def prune(
                 shutil.rmtree(doomed)
                 removed.append(step)
     resumable = [path for path in complete_checkpoints(root) if (path / RESUME).exists()]
+    for folder in complete_checkpoints(root):  # of a process that was killed in the next lines
+        shutil.rmtree(working_folder(folder / RESUME), ignore_errors=True)
     for folder in resumable[: max(0, len(resumable) - keep_resume)]:
         doomed = working_folder(folder / RESUME)
         os.replace(folder / RESUME, doomed)

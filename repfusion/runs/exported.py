@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from repfusion.files import file_sha256
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.llm.load import load_language_model
 from repfusion.llm.projector import Projector
@@ -15,9 +14,10 @@ from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import WEIGHTS_MARK, load_checkpoint, portable, read_weights
 from repfusion.runs.folder import CONFIG, STATISTICS
+from repfusion.runs.seals import damage, read_seals
 from repfusion.weights import WEIGHTS
 
-SCHEMA = 2
+SCHEMA = 3
 MARK = "export.json"
 """Digests of an export's files; written last, it marks the export complete."""
 LANGUAGE_MODEL, DENOISER, DECODER = "language_model", "denoiser", "decoder"
@@ -35,23 +35,9 @@ def check_export(folder: Path) -> dict[str, Any]:
     if not is_export(folder):
         what = f"has no {MARK}: it is no export" if folder.is_dir() else "does not exist"
         raise ValueError(f"export {folder} {what}; 'python -m repfusion.export' writes one")
-    info = json.loads((folder / MARK).read_text())
-    if info["schema"] != SCHEMA:
-        raise ValueError(f"export {folder} has schema {info['schema']}, this code reads {SCHEMA}")
-    for name, expected in info["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"export {folder}: {name} is missing; copy it again")
-        if (got := path.stat().st_size) != expected["bytes"]:
-            raise ValueError(
-                f"export {folder}: {name} is {got} bytes long (truncated?), expected {expected['bytes']}; "
-                "copy it again"
-            )
-        if (digest := file_sha256(path)) != expected["sha256"]:
-            raise ValueError(
-                f"export {folder}: {name} has sha256 {digest[:12]}, expected {expected['sha256'][:12]}: its "
-                "content was changed or damaged; copy it again"
-            )
+    info = read_seals(folder / MARK, SCHEMA, f"export {folder}")
+    if problem := damage(folder, info["files"]):
+        raise ValueError(f"export {folder}: {problem}; copy it again")
     return info
 
 

@@ -2,10 +2,19 @@
 
 import os
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from repfusion.locks import locked
+
+T = TypeVar("T")
+PATIENCE_SEC = 60.0
+"""How long a training waits for one that is at work in its folder: its own may just have been killed."""
 
 
 def prepare_environment() -> None:
@@ -45,11 +54,37 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, by rank, on every rank."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def failures(error: BaseException | None) -> dict[int, str]:
     """Which ranks failed and how, known to every rank, so that all take the same way. Called by all ranks."""
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, None if error is None else f"{type(error).__name__}: {error}")
-    return {rank: text for rank, text in enumerate(found) if text is not None}
+    texts = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    return {rank: text for rank, text in enumerate(texts) if text is not None}
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps a second training out of an output folder. Called by all ranks; rank 0 has the lock.
+
+    Raises:
+        ValueError: on every rank, where another training is at work there. Ranks that were killed a moment
+            ago are waited for.
+    """
+    with ExitStack() as held:
+        error = None
+        try:
+            if dist.get_rank() == 0:
+                held.enter_context(locked(folder / ".lock", "give another output_dir", wait_sec=PATIENCE_SEC))
+        except (ValueError, OSError) as caught:
+            error = caught
+        if found := failures(error):
+            raise ValueError("; ".join(found.values()))
+        yield
 
 
 def num_cores() -> int:

@@ -111,10 +111,10 @@ class Partition:
                 whole = file.get_tensor(fragment.name).reshape(-1)
                 fragment.of(tensors).copy_(whole[fragment.start : fragment.start + fragment.numel])
 
-    def save(self, folder: Path) -> None:
-        """This rank's optimizer state, if it is not another's too, as one file of `folder`."""
+    def save(self, folder: Path) -> Path | None:
+        """This rank's optimizer state as one file of `folder`; None where it is another's too."""
         if self.rank and not self.is_sharded:
-            return
+            return None
         world_size = self.world_size if self.is_sharded else 1
         tensors, starts = {}, {}
         for moment in MOMENTS:
@@ -125,6 +125,7 @@ class Partition:
                 tensors[f"{fragment.name}/{moment}"] = fragment.of(values).cpu().clone()
         path = folder / f"optimizer_{self.rank:05d}_of_{world_size:05d}.safetensors"
         save_file(tensors, str(path), {"starts": json.dumps(starts)})
+        return path
 
     @torch.no_grad()
     def load(self, folder: Path, step: int) -> None:

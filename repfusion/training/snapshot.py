@@ -1,6 +1,8 @@
 """The state of a training <-> a checkpoint that it resumes from, exactly, on any number of ranks.
 
 step_00000500/resume/  loop.json  optimizer_RANK_of_RANKS.safetensors  rng_RANK_of_RANKS.safetensors
+
+Each rank takes the sha256 of the files that it writes.
 """
 
 import json
@@ -13,17 +15,22 @@ from safetensors import SafetensorError
 
 from repfusion.files import write_json
 from repfusion.model.text_to_image import TextToImage
-from repfusion.runs.checkpoint import begin_checkpoint, finish_checkpoint, write_model
+from repfusion.runs.checkpoint import write_model
+from repfusion.runs.completion import begin_checkpoint, finish_checkpoint
 from repfusion.runs.folder import (
     AVERAGES,
+    CONFIG,
     LINEAGE,
     LOOP,
     RESUME,
+    STATISTICS,
+    WEIGHTS_FILE,
     checkpoint_folder,
     latest_checkpoint,
     working_folder,
 )
-from repfusion.training.distributed import failures
+from repfusion.runs.seals import Seal, Sealing
+from repfusion.training.distributed import failures, gather_objects
 from repfusion.training.ema import EMA
 from repfusion.training.engine import Engine
 from repfusion.training.rng import load_rng, rng_path, save_rng, seed_rng
@@ -51,6 +58,7 @@ def snapshot(
     folder, working = checkpoint_folder(root, step), working_folder(checkpoint_folder(root, step))
     weights, averages = engine.weights(), engine.partition.gather(ema.averages)
     position = step * state["global_batch_size"]
+    own: dict[str, Seal] = {}
 
     def begin() -> None:
         if engine.rank == 0:
@@ -58,16 +66,24 @@ def snapshot(
             (working / RESUME).mkdir()
 
     def write() -> None:
-        engine.partition.save(working / RESUME)
-        save_rng(rng_path(working / RESUME, engine.rank, engine.world_size))
-        if weights is not None and averages is not None:
-            write_model(working, model, weights, averages, digests)
-            write_json(working / LINEAGE, {**lineage, "step": step})
-            write_json(working / RESUME / LOOP, {"step": step, "position": position, **state})
+        random_state = rng_path(working / RESUME, engine.rank, engine.world_size)
+        with Sealing(working) as sealing:
+            save_rng(random_state)
+            sealing.add(random_state)
+            if (path := engine.partition.save(working / RESUME)) is not None:
+                sealing.add(path)
+            if weights is not None and averages is not None:
+                write_model(working, model, weights, averages, digests)
+                write_json(working / LINEAGE, {**lineage, "step": step})
+                write_json(working / RESUME / LOOP, {"step": step, "position": position, **state})
+                names = (CONFIG, WEIGHTS_FILE, AVERAGES, STATISTICS, LINEAGE, f"{RESUME}/{LOOP}")
+                sealing.add(*(working / name for name in names))
+            own.update(sealing.seals())
 
     def finish() -> None:
+        seals = {name: one for part in gather_objects(own) for name, one in part.items()}
         if engine.rank == 0:
-            finish_checkpoint(working, folder, {"step": step, "position": position})
+            finish_checkpoint(working, folder, {"step": step}, seals)
 
     for act in (begin, write, finish):
         error = None

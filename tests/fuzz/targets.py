@@ -29,8 +29,10 @@ from pipelines.sources.tars import jobs as tar_jobs
 from pipelines.sources.urls import UrlList, UrlsConfig
 from repfusion.config import load_config
 from repfusion.data.columns import Column
+from repfusion.files import bytes_sha256, digest_of, json_bytes
 from repfusion.images.decode import read_image, read_pixels
 from repfusion.images.limits import BadImage
+from repfusion.runs.completion import SCHEMA, check_all
 from tests.fuzz.mutate import mutate
 
 INGEST = IngestConfig(image_size=16, max_drop_fraction=1, max_pixels=4_000_000, max_download_bytes=1 << 20)
@@ -319,6 +321,24 @@ def read_sample_json(data: bytes, scratch: Path) -> None:
     read_foreign_tar(stream.getvalue(), scratch)
 
 
+CHECKPOINT = {"config.json": b"{}", "ema.safetensors": bytes(99), "resume/loop.json": b'{"step": 4}'}
+
+
+def completion(random: Random) -> bytes:
+    files = {name: {"bytes": len(data), "sha256": bytes_sha256(data)} for name, data in CHECKPOINT.items()}
+    record = {"schema": SCHEMA, "step": 4, "files": files}
+    return json_bytes({**record, "digest": digest_of(record)})
+
+
+def read_completion(data: bytes, scratch: Path) -> None:
+    folder = _fresh(scratch) / "step_00000004"
+    (folder / "resume").mkdir(parents=True)
+    for name, content in CHECKPOINT.items():
+        (folder / name).write_bytes(content)
+    (folder / "complete.json").write_bytes(data)
+    assert check_all(folder)["files"].keys() == CHECKPOINT.keys()
+
+
 TARGETS: dict[str, Target] = {
     "image": Target(picture, ingest_image),
     "tar": Target(foreign_tar, read_foreign_tar, spoil_tar),
@@ -328,5 +348,6 @@ TARGETS: dict[str, Target] = {
     "workflow": Target(workflow, read_workflow),
     "override": Target(override, read_override),
     "json": Target(sample_json, read_sample_json),
+    "checkpoint": Target(completion, read_completion),
 }
 """By name, which findings carry."""

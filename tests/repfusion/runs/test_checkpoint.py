@@ -14,8 +14,6 @@ from repfusion.model.build import build_model
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import (
-    begin_checkpoint,
-    check_complete,
     continued_model,
     load_checkpoint,
     load_weights,
@@ -23,6 +21,7 @@ from repfusion.runs.checkpoint import (
     read_config,
     save_checkpoint,
 )
+from repfusion.runs.completion import begin_checkpoint, check_complete
 from repfusion.runs.folder import complete_checkpoints, latest_checkpoint, step_of
 from repfusion.weights import WEIGHTS
 
@@ -102,7 +101,7 @@ def test_damage_of_the_same_size_is_noticed(saved):
     _, folder = saved
     path = folder / "ema.safetensors"
     path.write_bytes(b"\xff" * path.stat().st_size)
-    with pytest.raises(ValueError, match=r"ema\.safetensors is not readable"):
+    with pytest.raises(ValueError, match=r"ema\.safetensors has sha256 .*: its content was changed"):
         load_checkpoint(folder)
 
 

@@ -151,6 +151,27 @@ def test_a_full_disk_ends_every_rank_and_keeps_the_last_good_checkpoint(world, r
     assert_same(whole, config)
 
 
+def test_damage_that_one_rank_finds_is_known_to_all(world, ranks, tmp_path):
+    """Each of two ranks compares some of the files: both go on from the checkpoint before, or both end."""
+    config = tiny_train(*world, tmp_path / "out", {"micro_batch_size": 4, "zero_stage": 2}, num_steps=4)
+    assert ranks.run(job(config, world_size=2)) == [0, 0], said(config)
+    before, checkpoints = weights(config), config.output_dir / "checkpoints"
+    for rank in range(2):
+        path = checkpoints / "step_00000004" / "resume" / f"optimizer_0000{rank}_of_00002.safetensors"
+        path.write_bytes(bytes(path.stat().st_size))
+        assert ranks.run(job(config, world_size=2)) == [0, 0], said(config)
+        log = said(config)
+        assert f"resume/{path.name} has sha256" in log and "goes on from step_00000002" in log
+        after = weights(config)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+    for folder in complete_checkpoints(checkpoints):
+        (folder / "ema.safetensors").unlink()
+    assert ranks.run(job(config, world_size=2)) == [1, 1]
+    for rank in range(2):
+        log = (config.output_dir / "log" / f"{rank}.log").read_text()
+        assert "none that the training can go on from: step_00000004: ema.safetensors is missing" in log
+
+
 def test_a_bad_sample_of_one_rank_stops_both_before_the_update(world, ranks, tmp_path):
     root = make_columns(tmp_path / "data", num_samples=8)
     bad = np.zeros((GRID**2, WIDTH), np.float16)
