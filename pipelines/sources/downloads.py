@@ -7,7 +7,6 @@ time are bounded, requests to one host are spaced out, and failures that may pas
 import functools
 import http.client
 import io
-import ipaddress
 import re
 import socket
 import ssl
@@ -16,12 +15,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.message import Message
 from typing import Any, ClassVar
 from urllib.parse import quote, urlsplit
 from urllib.response import addinfourl
+
+from pipelines.sources.addresses import is_public
 
 TRANSIENT_REASONS = frozenset(
     {"timeout", "connection_error", "dns_failure", "incomplete_read", "http_408", "http_425", "http_429"}
@@ -88,25 +90,6 @@ class DownloadLimits:
     """Requests of this process; redirects count. None is no limit."""
 
 
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet; one of IPv6 that carries others says what they
-    say.
-    """
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        carried = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-        if ip in _NAT64:
-            carried.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-        if inner := [one for one in carried if one is not None]:
-            return all(is_public(str(one)) for one in inner)
-        if ip.is_site_local:
-            return False
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
-
-
 class HostRate:
     """Spaces out requests to one host, over all threads."""
 
@@ -115,10 +98,10 @@ class HostRate:
         self._free_at: dict[str, float] = {}
         self._lock = threading.Lock()
 
-    def wait(self, host: str) -> None:
-        """Returns when the next request to the host may go out."""
+    def wait(self, host: str) -> float:
+        """Returns when the next request to the host may go out; how many seconds that took."""
         if self._interval_sec is None:
-            return
+            return 0.0
         with self._lock:
             now = time.monotonic()
             if len(self._free_at) > KNOWN_HOSTS:
@@ -126,6 +109,24 @@ class HostRate:
             turn = max(now, self._free_at.get(host, now))
             self._free_at[host] = turn + self._interval_sec
         time.sleep(turn - now)
+        return turn - now
+
+
+class _Allowance(float):
+    """Seconds for a request, which urllib hands on to every connection of it, redirects included, and the
+    moment at which they are over.
+    """
+
+    def __new__(cls, seconds: float) -> "_Allowance":
+        made = super().__new__(cls, seconds)
+        made.deadline = time.monotonic() + seconds
+        return made
+
+    deadline: float
+
+    def extend(self, seconds: float) -> None:
+        """Our own waiting is not the servers' fault."""
+        self.deadline += seconds
 
 
 class Downloads:
@@ -173,8 +174,8 @@ class Downloads:
     def open(
         self, request: urllib.request.Request | str, data: None = None, timeout: float = 10
     ) -> addinfourl:
-        """The response to a GET, read to its end; each request of a chain of redirects may take `timeout`
-        seconds from connecting to the last byte.
+        """The response to a GET, read to its end. An attempt may take `timeout` seconds from the names'
+        resolution to the last byte, its redirects included.
 
         Raises:
             DownloadError: the last attempt's.
@@ -194,7 +195,7 @@ class Downloads:
 
     def _attempt(self, request: urllib.request.Request | str, timeout: float) -> addinfourl:
         try:
-            with self._director.open(request, timeout=timeout) as response:
+            with self._director.open(request, timeout=_Allowance(timeout)) as response:
                 body = io.BytesIO(response.read())
                 return addinfourl(body, response.headers, response.url, response.status)
         except (OSError, ValueError, http.client.HTTPException) as error:
@@ -255,19 +256,21 @@ class _Handler(urllib.request.AbstractHTTPHandler):
     https_request = http_request
 
     def _open(self, req: urllib.request.Request, context: ssl.SSLContext | None) -> http.client.HTTPResponse:
-        self._rate.wait(req.host.lower())
+        allowance = req.timeout
+        assert isinstance(allowance, _Allowance)
+        allowance.extend(self._rate.wait(req.host.lower()))
         return self.do_open(functools.partial(_Connection, limits=self._limits, context=context), req)
 
 
 class _Connection(http.client.HTTPConnection):
-    """Connects to an address that was checked, and no longer than `timeout` seconds in all."""
+    """Connects to an address that was checked, and no longer than the request's allowance lasts."""
 
     def __init__(
-        self, host: str, timeout: float, limits: DownloadLimits, context: ssl.SSLContext | None
+        self, host: str, timeout: _Allowance, limits: DownloadLimits, context: ssl.SSLContext | None
     ) -> None:
         self.default_port = http.client.HTTP_PORT if context is None else http.client.HTTPS_PORT
         super().__init__(host, timeout=timeout)
-        self._limits, self._tls, self._deadline = limits, context, time.monotonic() + timeout
+        self._limits, self._tls, self._deadline = limits, context, timeout.deadline
 
     def connect(self) -> None:
         sock = self._connect()
@@ -281,7 +284,7 @@ class _Connection(http.client.HTTPConnection):
         self.sock = sock
 
     def _connect(self) -> socket.socket:
-        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        found = _resolve(self.host, self.port, self._deadline)
         if not self._limits.allow_private_addresses:
             found = [entry for entry in found if is_public(str(entry[4][0]))]
         if not found:
@@ -305,6 +308,23 @@ class _Connection(http.client.HTTPConnection):
 
     def response_class(self, sock: socket.socket, **options: Any) -> "_Response":  # pyright: ignore
         return _Response(_TimedSocket(sock, self._deadline), self._limits.max_bytes, **options)
+
+
+def _resolve(host: str, port: int, deadline: float) -> list[Any]:
+    """What getaddrinfo says, asked in a thread of its own: nothing can interrupt it, and a name server may
+    never answer. Raises TimeoutError, and what it raises.
+    """
+    answer: Future[list[Any]] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        # Whatever it is, it is raised where the answer is waited for.
+        except Exception as error:  # noqa: BLE001
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, name="resolve", daemon=True).start()
+    return answer.result(_remaining(deadline))
 
 
 def _remaining(deadline: float) -> float:

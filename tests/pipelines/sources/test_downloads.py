@@ -17,7 +17,6 @@ from pipelines.sources.downloads import (
     Downloads,
     HostRate,
     ascii_url,
-    is_public,
     is_transient,
 )
 
@@ -35,39 +34,6 @@ def reason_of(downloads: Downloads, address: str, timeout: float = 5.0) -> str:
         downloads.open(address, timeout=timeout)
     assert str(caught.value) == f"[{caught.value.reason}] {caught.value.detail}"
     return caught.value.reason
-
-
-@pytest.mark.parametrize(
-    ("address", "public"),
-    [
-        ("93.184.216.34", True),
-        ("2606:4700::1111", True),
-        ("127.0.0.1", False),
-        ("127.8.9.1", False),
-        ("10.0.0.1", False),
-        ("172.16.0.1", False),
-        ("192.168.1.1", False),
-        ("169.254.169.254", False),
-        ("100.64.0.1", False),
-        ("0.0.0.0", False),
-        ("224.0.0.1", False),
-        ("240.0.0.1", False),
-        ("255.255.255.255", False),
-        ("::1", False),
-        ("::", False),
-        ("fe80::1%eth0", False),
-        ("fc00::1", False),
-        ("fec0::1", False),
-        ("ff02::1", False),
-        ("::ffff:127.0.0.1", False),
-        ("::ffff:93.184.216.34", True),
-        ("64:ff9b::10.0.0.1", False),
-        ("64:ff9b::93.184.216.34", True),
-        ("2002:7f00:1::", False),
-    ],
-)
-def test_public_addresses(address, public):
-    assert is_public(address) is public
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "2130706433", "0x7f.1", "0.0.0.0"])
@@ -150,6 +116,40 @@ def test_slow_answers_end_at_the_timeout(server):
         start = time.monotonic()
         assert reason_of(Downloads(LOCAL), server.address + page, timeout=0.4) == "timeout", page
         assert 0.3 < time.monotonic() - start < 2
+
+
+def test_redirects_share_one_time(server):
+    """Each of them would be quick enough by itself."""
+
+    def slowly(number: int):
+        def page(handler) -> None:
+            handler.server.closing.wait(0.3)
+            redirects(f"{server.address}{number + 1}")(handler)
+
+        return page
+
+    server.pages |= {str(number): slowly(number) for number in range(10)}
+    start = time.monotonic()
+    assert reason_of(Downloads(LOCAL), f"{server.address}0", timeout=1.0) == "timeout"
+    assert 0.9 < time.monotonic() - start < 2
+    assert server.requests.total() <= 4
+
+
+def test_a_name_server_that_never_answers_costs_no_more(server, monkeypatch):
+    answers = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: answers.wait(60))
+    start = time.monotonic()
+    try:
+        assert reason_of(Downloads(LOCAL), "http://example.invalid/", timeout=0.4) == "timeout"
+        assert 0.3 < time.monotonic() - start < 2
+    finally:
+        answers.set()
+
+
+def test_waiting_for_ones_own_turn_is_not_the_servers_time(server):
+    server.pages |= {"a": redirects(f"{server.address}b"), "b": shows(b"fine")}
+    limits = DownloadLimits(1000, allow_private_addresses=True, max_requests_per_sec_per_host=2)
+    assert Downloads(limits).open(f"{server.address}a", timeout=0.4).read() == b"fine"
 
 
 def test_broken_connections(server):
