@@ -34,13 +34,14 @@ LINE_SEC = 15.0
 
 
 def train_rank(launch: dict[str, Any]) -> None:
-    """What each rank runs. Ray Train has set up the process group and changed the working directory."""
+    """What each rank runs. Ray Train has said who the ranks are and changed the working directory."""
     from ray import train as ray_train
 
     from repfusion.train import train
+    from repfusion.training.distributed import init_process_group, prepare_environment
 
     os.chdir(launch["directory"])
-    config = TrainConfig.model_validate(launch["config"])
+    config: TrainConfig = launch["config"]
     rank = ray_train.get_context().get_world_rank()
     stop, asked = RunFolder(config.output_dir).stop, [0.0]
 
@@ -63,6 +64,8 @@ def train_rank(launch: dict[str, Any]) -> None:
             file.write(f"{text}\n")
 
     try:
+        prepare_environment()
+        init_process_group(launch["backend"])
         for column, copy in launch["columns"]:
             mirror(column, copy)
         train(config, on_checkpoint, on_report, should_stop, warn)
@@ -181,7 +184,9 @@ def launch(
     """
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from pipelines.runtime.group import RankConfig
 
     least = num_workers if isinstance(num_workers, int) else num_workers[0]
     resources = ray.cluster_resources()
@@ -200,11 +205,12 @@ def launch(
     trainer = TorchTrainer(
         train_rank,
         train_loop_config={
-            "config": config.model_dump(mode="json"),
+            "config": config,  # itself: pickled from memory to memory, with what it may not write
             "directory": os.getcwd(),
             "columns": list(columns),
+            "backend": "nccl" if use_gpu else "gloo",
         },
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=RankConfig(),
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=None),
         run_config=RunConfig(
             # A name of its own: under an old one Ray Train would look for its own checkpoints.

@@ -1,5 +1,6 @@
 """Tiny models of the real classes, written by save_pretrained and loaded by the code that users run."""
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,3 +192,10 @@ def clip_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
         '{"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}'
     )
     return folder
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port of loopback that nobody listened on a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]

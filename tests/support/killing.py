@@ -27,6 +27,8 @@ TAG = "REPFUSION_RUN"
 MACHINE_FILES = {".lock", "config.yaml", "digests.json", "summary.json"}
 """Of a workflow's root: they name times and places."""
 POLL_SEC = 0.05
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+"""127.0.0.1, ::1 and ::ffff:127.0.0.1 as the kernel writes them."""
 Target = Literal["driver", "actor", "raylet"]
 
 
@@ -86,14 +88,25 @@ def listening_sockets(pids: Sequence[int]) -> set[str]:
     return found
 
 
+def listening_addresses(pids: Sequence[int]) -> set[str]:
+    """Addresses on which processes listen, as the kernel writes them, such as those of LOOPBACK."""
+    own = listening_sockets(pids)
+    return {words[1].partition(":")[0] for words in _listening_lines() if words[9] in own}
+
+
 def _all_listening() -> set[str]:
+    return {words[9] for words in _listening_lines()}
+
+
+def _listening_lines() -> list[list[str]]:
+    """Words of the kernel's lines about TCP sockets that listen."""
     lines = [
         line.split()
         for name in ("tcp", "tcp6")
         if (path := Path("/proc/net") / name).is_file()
         for line in path.read_text().splitlines()[1:]
     ]
-    return {words[9] for words in lines if words[3] == "0A"}
+    return [words for words in lines if words[3] == "0A"]
 
 
 def still_listening(sockets: set[str], patience_sec: float = 5.0) -> set[str]:

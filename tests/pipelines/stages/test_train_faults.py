@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from killing import run_command, tagged_process, wait_until_gone
+from killing import LOOPBACK, listening_addresses, run_command, tagged_process, wait_until_gone
 from ranks import Job, Ranks, rank_server
 from running import until
 from tiny_training import GRID, WIDTH, make_columns, make_foundation, npy, scan_and_replace, tiny_train
@@ -148,6 +148,19 @@ def test_a_killed_rank_restarts_all_from_the_last_checkpoint(world, ranks, tmp_p
     assert_each_sample_once([first, second], 12)
     assert weights(config.trainings["train"]) == undisturbed(ranks, train, tmp_path / "alone")
     print(f"restart: {second[0].reads[0].time - first[1].reads[-1].time:.1f} s")
+
+
+@pytest.mark.slow
+def test_on_one_machine_nobody_else_reaches_the_ranks(world, tmp_path):
+    train = tiny_train(*world, tmp_path, {"micro_batch_size": 4}, num_steps=3, checkpoint_every_steps=3)
+    config = workflow(tmp_path / "reached", train)
+    with start_traced(config, STEP_SEC="2") as process:
+        until(lambda: steps_read(read_traces(traces_of(config))) >= 1, process, log_of(config))
+        (ranks,) = read_traces(traces_of(config))
+        assert len(ranks) == 2
+        addresses = listening_addresses([rank.pid for rank in ranks])
+        assert process.wait(LIMIT_SEC) == 0, log_of(config).read_text()
+    assert addresses and addresses <= LOOPBACK
 
 
 @pytest.mark.slow
