@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,12 +15,22 @@ from PIL import Image
 from torch import Tensor
 
 from repfusion.diffusion.sampler import SamplerConfig, sample
+from repfusion.display.redaction import redact_text
+from repfusion.display.terminal import printable_lines
 from repfusion.latents.load import Decoder
-from repfusion.lineage.describe import checkpoint_record, folder_record, png_info, read_lineage
+from repfusion.lineage.describe import (
+    checkpoint_record,
+    folder_record,
+    png_info,
+    read_lineage,
+    without_places,
+)
 from repfusion.model.text_to_image import TextToImage
 from repfusion.request import Request
 from repfusion.runs.exported import MARK, is_export, load_any
 from repfusion.weights import WEIGHTS
+
+Kept = Literal["all", "portable", "none"]
 
 
 def initial_noise(seeds: Iterable[int], shape: tuple[int, int]) -> Float[Tensor, "b n d"]:
@@ -87,10 +97,21 @@ def image_record(
     }
 
 
-def save_image(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
-    """The ending decides the format; PNG files carry the record."""
+def kept_of(record: dict[str, Any], kept: Kept) -> dict[str, Any] | None:
+    """What of a record a file is to carry."""
+    match kept:
+        case "all":
+            return record
+        case "portable":
+            return without_places(record)
+        case "none":
+            return None
+
+
+def save_image(image: Image.Image, path: Path, record: dict[str, Any] | None) -> None:
+    """The ending decides the format; PNG files carry the record, where there is one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"pnginfo": png_info(record)} if path.suffix.lower() == ".png" else {}
+    options = {"pnginfo": png_info(record)} if record and path.suffix.lower() == ".png" else {}
     image.save(path, **options)
 
 
@@ -110,6 +131,13 @@ def main() -> None:
         type=Path,
         required=True,
         help="image file to write; its ending decides the format, and .png carries the lineage",
+    )
+    parser.add_argument(
+        "--lineage",
+        choices=get_args(Kept),
+        default="all",
+        help="what a .png carries: all; portable, without this machine's folders and the tracking "
+        "address, for images that are given away; none (default: all)",
     )
     parser.add_argument(
         "--num-images", type=int, default=1, help="images side by side, of the seeds SEED, SEED + 1, ..."
@@ -149,12 +177,12 @@ def main() -> None:
             model, model.load_decoder(), [Request(args.prompt)] * args.num_images, args.seed, sampler
         )
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable_lines(redact_text(f"error: {error}")))
     strip = np.concatenate(list(to_uint8(pixels)), axis=1)
     image = Image.fromarray(strip).resize(
         (strip.shape[1] * args.scale, strip.shape[0] * args.scale), Image.Resampling.NEAREST
     )
-    save_image(image, args.out, record)
+    save_image(image, args.out, kept_of(record, args.lineage))
     print(f"{args.prompt!r} -> {args.out} ({len(pixels)} image(s), checkpoint {args.checkpoint})")
 
 

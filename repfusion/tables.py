@@ -2,11 +2,16 @@
 
 from collections.abc import Collection, Iterable, Sequence
 
+from repfusion.display.terminal import printable
+
 Cells = Sequence[str]
 
 
 def aligned(rows: Sequence[Cells], left: Collection[int] = (0,)) -> str:
-    """Lines of text; the columns `left` are set left, the others right. A heading is a row like any other."""
+    """Lines of text; the columns `left` are set left, the others right. A heading is a row like any other.
+    What a terminal would obey is escaped.
+    """
+    rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(row: Cells) -> str:

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from repfusion.display.terminal import printable, printable_lines
 from repfusion.lineage.trace import BROKEN, table, trace
 
 
@@ -20,7 +21,7 @@ def main() -> None:
     try:
         links = trace(args.subject)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable_lines(f"error: {error}"))
     broken = [link for link in links if link.state in BROKEN]
     if args.json:
         shown = {"subject": str(args.subject), "agrees": not broken, "links": [vars(link) for link in links]}
@@ -28,7 +29,9 @@ def main() -> None:
     else:
         print(table(links))
     if broken:
-        lines = "\n".join(f"  {link.name}: {link.value}: {link.state}: {link.note}" for link in broken)
+        lines = "\n".join(
+            printable(f"  {link.name}: {link.value}: {link.state}: {link.note}") for link in broken
+        )
         sys.exit(f"error: {len(broken)} of {len(links)} do not agree:\n{lines}")
 
 

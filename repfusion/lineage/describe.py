@@ -12,6 +12,7 @@ from typing import Any
 from PIL.PngImagePlugin import PngInfo
 
 from repfusion.data.columns import MANIFEST, manifest_digest
+from repfusion.display.redaction import redact
 from repfusion.files import file_sha256
 from repfusion.images.decode import png_text
 from repfusion.images.limits import BadImage
@@ -21,6 +22,8 @@ from repfusion.runs.folder import COMPLETE, LINEAGE
 from repfusion.weights import WEIGHTS
 
 CHUNK = "repfusion"
+PLACES = {"path", "folder", "tracking_uri"}
+"""Fields of records that name a place of this machine or network."""
 
 
 @cache
@@ -77,9 +80,19 @@ def lineage_record(
 
 
 def read_lineage(folder: Path) -> dict[str, Any] | None:
-    """lineage.json of a checkpoint or an export; None where it has none."""
+    """lineage.json of a checkpoint or an export; None where it has none. ValueError where it is damaged."""
     path = folder / LINEAGE
-    return json.loads(path.read_text()) if path.is_file() else None
+    return _read_object(path.read_text(), str(path)) if path.is_file() else None
+
+
+def _read_object(text: str, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} is {type(found).__name__}, expected an object")
+    return found
 
 
 def folder_record(folder: Path, mark: str) -> dict[str, Any]:
@@ -96,22 +109,43 @@ def checkpoint_record(folder: Path) -> dict[str, Any]:
     return {**folder_record(folder, COMPLETE), "step": step}
 
 
+def without_places(record: Any) -> Any:
+    """A record without folders of this machine (those of shipped weights mean the same on every one) and
+    without the address at which the run is tracked: what may be shown to anybody.
+    """
+    match record:
+        case dict():
+            return {name: _kept(name, part) for name, part in record.items()}
+        case list() | tuple():
+            return [without_places(part) for part in record]
+        case _:
+            return record
+
+
+def _kept(name: str, value: Any) -> Any:
+    if name not in PLACES or not isinstance(value, str):
+        return without_places(value)
+    return value if value.startswith(WEIGHTS_MARK) else None
+
+
 def png_info(record: Mapping[str, Any]) -> PngInfo:
     """The record as JSON in the text chunk `repfusion`, for `Image.save(path, pnginfo=...)`."""
     info = PngInfo()
-    info.add_text(CHUNK, json.dumps(record))
+    info.add_text(CHUNK, json.dumps(redact(dict(record))))
     return info
 
 
 def read_png(path: Path) -> dict[str, Any]:
-    """The record that `png_info` wrote. ValueError where the file is no image or holds none."""
+    """The record that `png_info` wrote. ValueError where the file is no image of this format, holds none, or
+    one that is no JSON object; text chunks are unpacked to a few MB at most.
+    """
     try:
         text = png_text(path.read_bytes(), CHUNK)
     except (OSError, BadImage) as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from error
+        raise ValueError(f"{path}: not a readable image, expected a PNG file ({error})") from error
     if text is None:
         raise ValueError(
             f"{path}: no text chunk {CHUNK!r}; only PNG files written by repfusion.generate have one, "
             "and many programs drop it when they save an image anew"
         )
-    return json.loads(text)
+    return _read_object(text, f"{path}: its text chunk {CHUNK!r}")

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from repfusion.data.columns import manifest_digest
 from repfusion.files import file_sha256, weights_digest
-from repfusion.lineage.describe import read_lineage, read_png
+from repfusion.lineage.describe import CHUNK, read_lineage, read_png
+from repfusion.lineage.records import ExportRecord, ImageRecord, TrainingRecord, checked
 from repfusion.runs.checkpoint import WEIGHTS_MARK, portable, read_config
 from repfusion.runs.completion import check_all
 from repfusion.runs.exported import MARK, check_export
-from repfusion.runs.folder import COMPLETE, CONFIG, RunFolder
+from repfusion.runs.folder import COMPLETE, CONFIG, LINEAGE, RunFolder
 from repfusion.tables import aligned
 from repfusion.weights import WEIGHTS
 
@@ -56,7 +57,7 @@ def trace(subject: Path) -> list[Link]:
 
 
 def trace_image(path: Path) -> Iterator[Link]:
-    record = read_png(path)
+    record = checked(ImageRecord, read_png(path), f"{path}: its text chunk {CHUNK!r}").model_dump()
     yield Link("image", str(path), "agrees", "carries its lineage")
     last = record["seed"] + record["num_images"] - 1
     yield Link("prompt", record["prompt"])
@@ -68,12 +69,12 @@ def trace_image(path: Path) -> Iterator[Link]:
     if (exported := record.get("export")) is not None:
         link = marked_folder("export", exported, MARK, "missing")
         yield link
-        if link.state == "agrees":
+        if link.state == "agrees" and exported["path"] is not None:
             yield from trace_export(here(exported["path"]), is_subject=False)
             return
     saved = record["checkpoint"]
     link = marked_folder("checkpoint", saved, COMPLETE, "missing" if exported is None else "elsewhere")
-    if link.state == "agrees":
+    if link.state == "agrees" and saved["path"] is not None:
         yield from trace_checkpoint(here(saved["path"]), note=link.note)
         return
     yield link
@@ -84,7 +85,10 @@ def trace_image(path: Path) -> Iterator[Link]:
 
 def marked_folder(name: str, saved: Mapping[str, Any], mark: str, absent: State) -> Link:
     """A recorded folder whose digest is that of its file `mark`."""
-    folder, expected = here(saved["path"]), saved["digest"]
+    expected = saved["digest"]
+    if saved["path"] is None:
+        return Link(name, "-", "recorded", f"digest {short(expected)}; its folder was left out")
+    folder = here(saved["path"])
     if not (folder / mark).is_file():
         return Link(name, str(folder), absent, f"no {mark} there; it was {short(expected)}")
     got = file_sha256(folder / mark)
@@ -107,7 +111,9 @@ def trace_checkpoint(folder: Path, note: str = "complete") -> Iterator[Link]:
     if lineage is None:
         yield from guess_training(folder)
     else:
-        yield from describe_training(lineage, "missing")
+        yield from describe_training(
+            checked(TrainingRecord, lineage, str(folder / LINEAGE)).model_dump(), "missing"
+        )
     if (folder / CONFIG).is_file():
         config, digests = read_config(folder)
         yield Link("config", str(folder / CONFIG), "recorded", config.describe())
@@ -123,9 +129,9 @@ def trace_export(folder: Path, is_subject: bool = True) -> Iterator[Link]:
             yield Link("export", str(folder), "agrees", f"{num_files} files hold what they held")
     except ValueError as error:
         yield Link("export", str(folder), "differs", str(error))
-    lineage = read_lineage(folder)
-    if lineage is None:
+    if (found := read_lineage(folder)) is None:
         return
+    lineage = checked(ExportRecord, found, str(folder / LINEAGE)).model_dump()
     yield marked_folder("checkpoint", lineage["checkpoint"], COMPLETE, "elsewhere")
     yield Link("step", str(lineage["checkpoint"]["step"]), "recorded", f"{lineage['weights']} weights")
     yield from describe_training(lineage.get("training"), "elsewhere")
@@ -142,7 +148,8 @@ def describe_training(lineage: Mapping[str, Any] | None, absent: State) -> Itera
     if lineage["run_id"] is None:
         yield Link("run", "-", "unknown", "the training was not tracked")
     else:
-        yield Link("run", lineage["run_id"], "recorded", f"MLflow at {lineage['tracking_uri']}")
+        place = lineage["tracking_uri"] or "an address that was left out"
+        yield Link("run", lineage["run_id"], "recorded", f"MLflow at {place}")
     lock = short(lineage["lock_digest"])
     yield Link("code", lineage["git_commit"] or "-", "recorded", f"requirements.lock {lock}")
     if (parent := lineage.get("init_from")) is not None:
@@ -154,8 +161,11 @@ def describe_training(lineage: Mapping[str, Any] | None, absent: State) -> Itera
 
 def data_link(name: str, saved: Mapping[str, Any], absent: State) -> Link:
     """Whether a column's folder still holds the manifest it was trained on."""
-    folder, expected = Path(saved["folder"]), saved["manifest_digest"]
+    expected = saved["manifest_digest"]
     what = f"manifest {short(expected)}, fingerprint {short(saved['fingerprint'])}"
+    if saved["folder"] is None:
+        return Link(name, "-", "recorded", f"{what}; its folder was left out")
+    folder = Path(saved["folder"])
     if not folder.is_dir():
         return Link(name, str(folder), absent, f"no such folder; it held {what}")
     if expected is None:
@@ -187,7 +197,9 @@ def guess_training(folder: Path) -> Iterator[Link]:
 
 def frozen_weights(digests: Mapping[str, str], folders: Mapping[str, Path], absent: State) -> Iterator[Link]:
     for part, expected in digests.items():
-        folder = folders[part]
+        if (folder := folders.get(part)) is None:
+            yield Link(part, "-", "unknown", "no folder of these weights is recorded")
+            continue
         if not any(folder.glob("*.safetensors")):
             yield Link(part, str(folder), absent, f"no weights there; they were {short(expected)}")
             continue

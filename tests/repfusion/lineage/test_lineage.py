@@ -2,9 +2,13 @@
 
 import json
 import shutil
+import struct
 import subprocess
 import sys
+import time
+import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,10 +59,10 @@ class World:
         write_json(self.checkpoint / "lineage.json", self.lineage)
         self.image = root / "x.png"
 
-    def draw(self, monkeypatch: pytest.MonkeyPatch, source: Path | None = None) -> None:
+    def draw(self, monkeypatch: pytest.MonkeyPatch, source: Path | None = None, *options: str) -> None:
         arguments = ["--checkpoint", source or self.checkpoint, "--prompt", "a red circle", "--seed", 5]
         arguments += ["--out", self.image, "--num-steps", 1, "--device", "cpu", "--num-images", 2]
-        monkeypatch.setattr(sys, "argv", ["generate", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["generate", *map(str, arguments), *options])
         generate_main()
 
 
@@ -281,3 +285,141 @@ def test_a_png_of_another_program_is_refused(tmp_path):
         read_png(tmp_path / "x.png")
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png", pnginfo=png_info({"prompt": "é \U0001f600"}))
     assert read_png(tmp_path / "x.png") == {"prompt": "é \U0001f600"}
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_with(path: Path, *chunks: bytes) -> Path:
+    """A PNG file of one pixel with chunks in front of its pixels."""
+    from PIL import Image
+
+    Image.new("RGB", (1, 1)).save(path)
+    data = path.read_bytes()
+    start = data.index(b"IDAT") - 4
+    path.write_bytes(data[:start] + b"".join(chunks) + data[start:])
+    return path
+
+
+RECORD = {
+    **{"prompt": "a", "seed": 0, "num_images": 1, "num_steps": 1, "solver": "euler", "guidance_scale": 4.0},
+    **{"guidance_interval": [0, 1], "checkpoint": {"path": "x", "digest": "d", "step": 1}, "lineage": None},
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no JSON"),
+        ("{", "no JSON"),
+        ("[" * 100_000, "no JSON"),
+        ("[1]", "is list, expected an object"),
+        ("{}", "not what this program writes there; prompt: Field required"),
+        (json.dumps(RECORD | {"seed": "five"}), "seed: Input should be a valid integer"),
+        (json.dumps(RECORD | {"num_images": 0}), "num_images: Input should be greater"),
+        (json.dumps(RECORD | {"guidance_interval": [0]}), "guidance_interval.1: Field required"),
+        (json.dumps(RECORD | {"checkpoint": "x"}), "checkpoint: Input should be"),
+        (json.dumps(RECORD | {"lineage": {"run_id": 3}}), "lineage.run_id: Input should be"),
+        (json.dumps(RECORD | {"lineage": {"datasets": {"\x1b[2J": 3}}}), "lineage"),
+    ],
+)
+def test_a_record_that_is_none_of_ours_is_an_error(tmp_path, monkeypatch, text, message):
+    path = png_with(tmp_path / "x.png", chunk(b"tEXt", b"repfusion\0" + text.encode("latin-1")))
+    monkeypatch.setattr(sys, "argv", ["lineage", str(path)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = str(stopped.value.code)
+    assert said.startswith(f"error: {path}: its text chunk 'repfusion'") and message in said
+    assert "\x1b" not in said
+
+
+BOMB = zlib.compress(bytes(1 << 28), 9)
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [chunk(b"zTXt", b"repfusion\0\0" + BOMB)],
+        [chunk(b"iTXt", b"repfusion\0\1\0\0\0" + BOMB)],
+        [chunk(b"zTXt", b"k%d\0\0" % i + zlib.compress(bytes(1 << 20), 9)) for i in range(200)],
+    ],
+    ids=["zTXt", "iTXt", "many"],
+)
+def test_text_chunks_that_unpack_to_far_more_are_refused(tmp_path, chunks):
+    path, started = png_with(tmp_path / "x.png", *chunks), time.monotonic()
+    with pytest.raises(ValueError, match=r"x\.png: not a readable image, expected a PNG file"):
+        read_png(path)
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "checksum", "size", "eps"])
+def test_damaged_and_disguised_images_are_refused(tmp_path, damage):
+    path = png_with(tmp_path / "x.png", chunk(b"tEXt", b"repfusion\0{}"))
+    data = bytearray(path.read_bytes())
+    match damage:
+        case "cut":
+            data = data[: data.index(b"IDAT") + 6]
+        case "checksum":
+            data[data.index(b"{}")] ^= 1
+        case "size":
+            data[16:24] = struct.pack(">II", 1 << 15, 1 << 15)
+            data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+        case "eps":  # which Pillow would hand to Ghostscript
+            data = bytearray(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"x\.png: not a readable image"):
+        read_png(path)
+
+
+def test_a_prompt_sends_nothing_to_the_terminal(tmp_path, monkeypatch, capsys):
+    evil = "a cat\x1b]0;mine\x07\x1b[2J\x9b31m\u202etxt.\nmllm  agrees"
+    record = RECORD | {"prompt": evil, "checkpoint": {"path": "/\x1b[31m", "digest": "\x1b[0m"}}
+    path = png_with(tmp_path / "x.png", chunk(b"tEXt", b"repfusion\0" + json.dumps(record).encode()))
+    for options in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", ["lineage", str(path), *options])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        said = capsys.readouterr().out + str(stopped.value.code)
+        assert not set(said) & set("\x1b\x07\x9b\u202e")
+        assert not any(line.startswith("mllm") for line in said.splitlines())
+
+
+def places_in(record: Any) -> list[str]:
+    match record:
+        case dict():
+            return [place for part in record.values() for place in places_in(part)]
+        case list():
+            return [place for part in record for place in places_in(part)]
+        case str() if "/" in record:
+            return [record]
+    return []
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "export"])
+def test_an_image_that_is_given_away_names_no_place(world, tmp_path, monkeypatch, source):
+    folder = world.checkpoint if source == "checkpoint" else export(world.checkpoint, tmp_path / "out")
+    world.draw(monkeypatch, folder)
+    assert places_in(read_png(world.image))
+    world.draw(monkeypatch, folder, "--lineage", "portable")
+    record = read_png(world.image)
+    assert places_in(record) == [] and "sqlite" not in json.dumps(record)
+    links = {link.name: link for link in trace(world.image)}
+    assert not broken(world.image)
+    assert (
+        links["run"].value == "0123abcd" and links["checkpoint"].state == links[FEATURES].state == "recorded"
+    )
+    assert "left out" in links["checkpoint"].note and "left out" in links[FEATURES].note
+    world.draw(monkeypatch, folder, "--lineage", "none")
+    with pytest.raises(ValueError, match="no text chunk 'repfusion'"):
+        read_png(world.image)
+
+
+@pytest.mark.parametrize("name", ["lineage.json", "config.json"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"run_id": 3}', "{"])
+def test_a_folder_with_damaged_records_is_an_error_or_named(world, name, text):
+    (world.checkpoint / name).write_text(text)
+    try:
+        assert broken(world.checkpoint)
+    except ValueError as error:
+        assert name in str(error)

@@ -1,0 +1,1 @@
+"""Text for people: without secrets, and nothing in it that a terminal would obey."""
