@@ -59,11 +59,14 @@ class Record(Strict):
         return sum(attempt.status == "failed" for attempt in self.attempts)
 
     def due_at(self, backoff_sec: float) -> float:
-        """Seconds since 1970 before which there is no further attempt."""
+        """Seconds since 1970 before which there is no further attempt. A failure that is dated in the future,
+        as by a clock that has been set back since, puts nothing off.
+        """
         failed = [attempt for attempt in self.attempts if attempt.status == "failed"]
-        if not failed:
+        ended = (failed[-1].ended_at or 0.0) if failed else 0.0
+        if not failed or ended > time.time():
             return 0.0
-        return (failed[-1].ended_at or 0.0) + backoff_sec * 2 ** (len(failed) - 1)
+        return ended + backoff_sec * 2 ** (len(failed) - 1)
 
     def begin(self) -> "Record":
         attempt = Attempt(number=len(self.attempts) + 1, status="running", started_at=time.time())
@@ -119,7 +122,8 @@ def pin(checkpoint: Path, name: str = PIN) -> bool:
     """Keeps a checkpoint from being pruned; False where it is gone."""
     path = checkpoint / PINS / name
     try:
-        if not path.exists() or time.time() - path.stat().st_mtime > PIN_AGAIN_SEC:
+        # a date far in the future too: it would not be renewed for as long
+        if not path.exists() or abs(time.time() - path.stat().st_mtime) > PIN_AGAIN_SEC:
             path.parent.mkdir(exist_ok=True)
             path.touch()
     except FileNotFoundError:

@@ -166,11 +166,15 @@ class EvaluationScheduler:
         """The newest checkpoint without scores, where its time has come."""
         if self.config.every_minutes is None:
             return []
-        if time.time() < self._clock_at:
+        if time.monotonic() < self._clock_at:
             return []
+        now = time.time()
         begun = [one.started_at for folder in self._folders() for one in self._attempts(folder)[:1]]
-        self._clock_at = max(begun, default=0.0) + 60 * self.config.every_minutes
-        if time.time() < self._clock_at:
+        # what is dated in the future says nothing of the pace
+        past_sec = now - max((began for began in begun if began <= now), default=0.0)
+        left_sec = 60 * self.config.every_minutes - past_sec
+        if left_sec > 0:
+            self._clock_at = time.monotonic() + left_sec
             return []
         left = [path for path in self.checkpoints() if path.name not in self._done]
         return [path for path in left if not self._record(path).attempts and not self.is_done(path)][-1:]

@@ -8,9 +8,11 @@ OUTPUT_DIR/  config.json  train.json  mlflow_run.json  checkpoints/  evaluations
 
 import os
 import re
-import time
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from repfusion.files import TEMPORARY
 
 CONFIG = "config.json"
 """The resolved configuration, of a training and of the model of a checkpoint."""
@@ -26,6 +28,10 @@ COMPLETE = "complete.json"
 PINS = "pins"
 """Files in it keep a checkpoint from being pruned."""
 PIN_SEC = 24 * 3600.0
+CLOCK_STEP_SEC = 60.0
+"""How far into the future a date may be without being corrected: the two clocks of a file system and its
+machines differ by a little.
+"""
 STEP_FOLDER = re.compile(r"step_(\d+)")
 
 
@@ -129,6 +135,23 @@ def is_pinned(folder: Path) -> bool:
     """Whether somebody still needs the checkpoint: it holds a file pins/NAME that is younger than a day, or
     pins/best.
     """
-    pins = list((folder / "pins").glob("*"))
-    oldest = time.time() - PIN_SEC
-    return any(pin.name == "best" or pin.stat().st_mtime > oldest for pin in pins if pin.exists())
+    ages = {pin.name: age_of(pin) for pin in (folder / PINS).glob("*")}
+    return any(name == "best" or (age is not None and age < PIN_SEC) for name, age in ages.items())
+
+
+def age_of(path: Path) -> float | None:
+    """Seconds since a file was last touched; None where it is gone. Both ends of the time are of the file
+    system's clock, since the machine that touched it may have another than this one. A date of the future, as
+    before a clock was set back, counts as now from now on.
+    """
+    try:
+        touched = path.stat().st_mtime
+        with tempfile.NamedTemporaryFile(
+            prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent.parent
+        ) as now:
+            age = os.stat(now.name).st_mtime - touched
+        if age < -CLOCK_STEP_SEC:
+            os.utime(path)
+    except FileNotFoundError:
+        return None
+    return max(age, 0.0)

@@ -17,6 +17,7 @@ from pipelines.evaluation.records import (
     unpin,
     write_record,
 )
+from pipelines.evaluation.schedule import EvaluationScheduler
 from repfusion.evaluation.record import Evaluation, SuiteResult
 from repfusion.evaluation.suites.base import Scores
 from repfusion.runs.checkpoint import prune
@@ -94,6 +95,51 @@ def test_a_pin_in_use_is_renewed_and_a_forgotten_one_lapses(training: EvaluatedT
         os.utime(training.checkpoint(step) / "pins" / "evaluate", (old, old))
     pin(training.checkpoint(4))
     assert left(training) == [4, 8]
+
+
+def test_a_clock_that_is_a_day_off_keeps_no_pin_and_loses_none(training: EvaluatedTraining, monkeypatch):
+    """The machine that pins and the one that prunes may have different clocks, and set them back."""
+    real, day = time.time, 25 * 3600
+    for step, skew in ((2, -day), (4, day)):
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(time, "time", lambda skew=skew: real() + skew)
+            assert pin(training.checkpoint(step))
+            pin(training.checkpoint(step))
+            assert left(training)[:1] == [2]
+    assert left(training) == [2, 4, 8]
+    path = training.checkpoint(2) / "pins" / "evaluate"
+    os.utime(path, (real() + 30 * day, real() + 30 * day))
+    assert left(training) == [2, 4, 8]
+    assert abs(path.stat().st_mtime - real()) < 60  # from now on it is as old as any other
+    os.utime(path, (real() - day, real() - day))
+    assert left(training) == [4, 8]
+
+
+def test_a_failure_dated_in_the_future_puts_nothing_off(training: EvaluatedTraining, monkeypatch):
+    config = evaluate_config(backoff_sec=600.0)
+    scheduler = EvaluationScheduler(config, training.train)
+    checkpoint, folder = training.checkpoint(2), training.evaluation(2)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 25 * 3600)
+    write_record(folder, read_record(folder, config.scoring).begin().end("failed", "ValueError: no"))
+    assert not scheduler._is_due(checkpoint)
+    monkeypatch.undo()
+    assert scheduler._is_due(checkpoint)
+
+
+def test_the_pace_by_the_clock_is_kept_by_what_is_past(training: EvaluatedTraining, monkeypatch):
+    config = evaluate_config(every_minutes=60.0)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 25 * 3600)
+    record = read_record(training.evaluation(2), config.scoring).begin().end("finished")
+    write_record(training.evaluation(2), record)
+    scheduler = EvaluationScheduler(config, training.train)
+    assert scheduler._clock() == []
+    monkeypatch.undo()  # set back: what began an hour ago is dated tomorrow
+    assert EvaluationScheduler(config, training.train)._clock() == [training.checkpoint(8)]
+    # and one that waits for its time does not wait for the clock to come back to where it was
+    monkeypatch.setattr(time, "monotonic", lambda start=time.monotonic(): start + 3600.5)
+    assert scheduler._clock() == [training.checkpoint(8)]
 
 
 def test_attempts_are_those_with_the_same_configuration(tmp_path: Path):
