@@ -74,7 +74,7 @@ def simulate(stage: ShardStage, above: dict[str, StageOutput]) -> StageOutput:
     asked = {
         "schema": SCHEMA,
         "fingerprint": stage.fingerprint,
-        "fields": stage.fields,
+        "fields": stage.shown,
         "lineage": stage.lineage,
     }
     stage.folder.write(STAGE, json_bytes(asked))

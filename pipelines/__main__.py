@@ -9,10 +9,12 @@ import sys
 gc.disable()
 
 from pipelines.commands import main, terminate  # noqa: E402
+from repfusion.display.redaction import redact_tracebacks  # noqa: E402
 
 gc.freeze()
 gc.enable()
 
 if __name__ == "__main__":
+    redact_tracebacks()
     signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())

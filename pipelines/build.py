@@ -35,7 +35,7 @@ def build_stages(
             column is to be made by two models.
     """
     names = config.stage_names
-    place = place or Place(config.data_folder, config.root, Digests(config.root))
+    place = place or Place(config.data_folder, config.root, Digests(config.root), config.written)
     first = source_of(config.source).stages(config.ingest, place)
     found: dict[str, Stage] = {stage.name: stage for stage in first}
     for name in names[: names.index(config.last_stage) + 1]:
@@ -55,7 +55,13 @@ def build_stages(
                 )
             case "report":
                 began = time.perf_counter() if started is None else started
-                found[name] = report_stage(config.scored, found["evaluate"], began, place)
+                found[name] = report_stage(
+                    config.scored,
+                    config.trainings[config.scored].tracking.uri,
+                    found["evaluate"],
+                    began,
+                    place,
+                )
             case _ if name in config.columns:
                 found[name] = _column(config, name, found, place)
             case _:

@@ -21,11 +21,15 @@ from typing import TYPE_CHECKING, NoReturn
 from pipelines.build import build_stages, data_stages, probe_stages, source_entries
 from pipelines.config import WorkflowConfig
 from pipelines.runtime.session import StageError
-from pipelines.shards.storage import Folder, is_store_error
+from pipelines.shards.storage import is_store_error
 from pipelines.workflow.inspection import contents, states
 from pipelines.workflow.run import run
 from pipelines.workflow.summary import write_summary
 from repfusion.config import load_config, to_yaml
+from repfusion.display.redaction import redact_text
+from repfusion.display.terminal import printable_lines
+from repfusion.files import write_text
+from repfusion.tracking import StoreError
 
 if TYPE_CHECKING:
     from pipelines.workflow.collect import Garbage
@@ -43,7 +47,7 @@ def run_workflow(config: WorkflowConfig, started: float) -> None:
     if all(result.skipped for result in results) and summary.is_file():
         print(f"nothing to do: all {len(results)} stages are fresh ({total_sec:.1f} s)")
     else:
-        Folder.at(config.root).write("config.yaml", to_yaml(config).encode())
+        write_text(config.root / "config.yaml", to_yaml(config), mode=0o600)
         manifests = {result.name: result.manifest for result in results}
         write_summary(config.root, manifests, config.scored, total_sec)
         print(f"total: {total_sec:.1f} s")
@@ -208,14 +212,15 @@ def main() -> int:
             case "gc":
                 others = [load_config(WorkflowConfig, path) for path in args.others]
                 return collect_garbage([config, *others], args.delete, args.trainings)
-    except (ValueError, StageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, StageError, StoreError, OSError) as error:
+        print(printable_lines(redact_text(f"error: {error}")), file=sys.stderr)
         return 1
     except Exception as error:
         if not is_store_error(error):
             raise
         place = args.config if config is None else config.data_folder
-        print(f"error: {place}: {type(error).__name__}: {error}", file=sys.stderr)
+        text = redact_text(f"error: {place}: {type(error).__name__}: {error}")
+        print(printable_lines(text), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         number = terminated_by[0] if terminated_by else signal.SIGINT

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Self, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -23,7 +23,9 @@ from pipelines.stages.image_features import ImageFeaturesConfig
 from pipelines.stages.prompt_features import PromptFeaturesConfig
 from pipelines.stages.train import Reference, TrainingConfig
 from repfusion.config import Config, tags_of
+from repfusion.display.interpolations import Written, below
 from repfusion.runs.checkpoint import continued_fields
+from repfusion.tracking import sqlite_uri
 from repfusion.train import TrainConfig
 
 BEFORE_COLUMNS = ("source", "ingest", "judge", "curate")
@@ -92,6 +94,14 @@ class WorkflowConfig(Config):
     def scored(self) -> str:
         """Name of the training whose checkpoints are evaluated."""
         return self.evaluate.training or list(self.trainings)[-1]
+
+    def with_written(self, written: Written) -> Self:
+        """A workflow that knows, and whose trainings know, the texts of values from the environment."""
+        trainings = {
+            name: one.with_written(below(written, f"trainings.{name}"))
+            for name, one in self.trainings.items()
+        }
+        return super().with_written(written).model_copy(update={"trainings": trainings})
 
     def training(self, name: str) -> TrainConfig:
         """A training as it runs, with the folders of its columns."""
@@ -224,9 +234,10 @@ class _Layout:
         if name in self.filled or not isinstance(self.given[name], dict | None):
             return self.filled.get(name, self.given[name])
         section = self._inherit(self.given[name] or {}, (*below, name))
-        run_name = self.root.name if len(self.given) == 1 else f"{self.root.name}-{name}"
+        root_name = self.root.resolve().name
+        run_name = root_name if len(self.given) == 1 else f"{root_name}-{name}"
         # relative to the working directory, like `root`: MLflow resolves it where the run is started
-        tracking = {"uri": f"sqlite:///{self.root.parent / 'mlflow.db'}", "run_name": run_name}
+        tracking = {"uri": sqlite_uri(_beside(self.root) / "mlflow.db"), "run_name": run_name}
         section = {
             **section,
             "output_dir": section.get("output_dir", self.root / name),
@@ -251,6 +262,12 @@ class _Layout:
         self.fill(start.stage, below)
         model = continued_fields(self.models.get(start.stage, {}), section.get("model") or {})
         return {**section, "model": model}
+
+
+def _beside(root: Path) -> Path:
+    """The folder that holds a root, the same however the root is spelled: by `.` or through a link too."""
+    real = root.resolve().parent
+    return root.parent if root.parent.resolve() == real else real
 
 
 def _with_columns(section: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from pipelines.shards.digests import Digests
 from pipelines.shards.manifest import ShardTable, Upstream
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import SCHEMA
+from repfusion.display.interpolations import Written, restored
+from repfusion.display.redaction import redact
 from repfusion.files import canonical_json, digest_of
 
 
@@ -24,6 +26,8 @@ class Place:
     root: Path
     """Holds those of the others."""
     digests: Digests
+    written: Written = field(default_factory=dict)
+    """Texts of the configuration's values that follow from the environment, by dotted key."""
 
     @property
     def columns(self) -> Path:
@@ -50,6 +54,8 @@ class Stage:
     """Looks at what the stage needs of models before the first stage of a run. Raises ValueError where it
     would fail.
     """
+    written: Written = field(default_factory=dict, kw_only=True)
+    """Texts of the fields that follow from the environment."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -58,11 +64,18 @@ class Stage:
         return digest_of({"schema": SCHEMA, "stage": self.name, "fields": self.fields, "upstream": above})
 
     @cached_property
+    def shown(self) -> dict[str, Any]:
+        """The fields as they are written and compared: values from the environment as the file has
+        them, no secret.
+        """
+        return redact(restored(self.fields, self.written))
+
+    @cached_property
     def lineage(self) -> dict[str, dict[str, Any]]:
-        """The fields of every stage above, by stage."""
+        """The fields of every stage above, by stage, as they are written."""
         fields: dict[str, dict[str, Any]] = {}
         for stage in self.upstream:
-            fields |= stage.lineage | {stage.name: stage.fields}
+            fields |= stage.lineage | {stage.name: stage.shown}
         return fields
 
 

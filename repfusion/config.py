@@ -12,7 +12,10 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+
+from repfusion.display.interpolations import Written, escaped, restored, written_texts
+from repfusion.display.redaction import redact, redact_text
 
 TAGS = ("kind", "method")
 """Fields whose value says which of several classes a section is."""
@@ -23,15 +26,48 @@ class Strict(BaseModel):
     written as JSON.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # what is given may be a secret: `validate` says what it was, without those
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True
+    )
+
+
+S = TypeVar("S", bound="Config")
 
 
 class Config(Strict):
     """A section of a configuration. Defaults live in the class alone."""
 
+    _written: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """What is printed of a configuration, as where an error shows what a function was given."""
+        for name, value in super().__repr_args__():
+            yield name, redact({name: value})[name]
+
+    @property
+    def written(self) -> Written:
+        """Texts of the values that follow from the environment, by dotted key, as the file has them."""
+        return self._written
+
+    def with_written(self: S, written: Written) -> S:
+        """A section that knows the texts of its values from the environment."""
+        copy = self.model_copy()
+        copy._written = dict(written)
+        return copy
+
+    def as_written(self) -> dict[str, Any]:
+        """What may be written of it, to disk or to a tracking store: every field, values from the environment
+        as the file has them, no secret.
+        """
+        return redact(restored(self.model_dump(mode="json"), self._written))
+
 
 class ConfigError(ValueError):
-    """A configuration that does not hold; the message names every bad key."""
+    """A configuration that does not hold; the message names every bad key and shows no secret."""
+
+    def __init__(self, message: str):
+        super().__init__(redact_text(message))
 
 
 @dataclass(frozen=True)
@@ -94,7 +130,11 @@ def weight_marks(info: Any) -> list[Weights]:
 
 
 def load_config(
-    kind: type[C], source: Path | Mapping[str, Any], overrides: Sequence[str] = (), place: str | None = None
+    kind: type[C],
+    source: Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    place: str | None = None,
+    is_data: bool = False,
 ) -> C:
     """The configuration of class `kind`: defaults < YAML file (or values) < overrides.
 
@@ -104,14 +144,20 @@ def load_config(
         overrides: `key.path=value`. What a field of text (or a path) is given is the text as typed; any other
             value is as YAML writes it. `null` empties a field that may be None.
         place: what messages call the source; None is the file's path.
+        is_data: the source was found in a folder, not given by whoever runs this: its interpolations stay
+            text.
 
     Raises:
         ConfigError: a missing or unreadable file, a malformed override, an unknown key (with the nearest
             known one), a bad value; one line for each.
     """
     place = place or (str(source) if isinstance(source, Path) else "config")
+    if is_data:
+        place = f"{place} (found in a folder, so it reads no environment)"
     parsed = [Override.parse(kind, text) for text in overrides]
-    return validate(kind, read_values(source, parsed), place, parsed)
+    tree = _read_tree(source, parsed, is_data)
+    config = validate(kind, _resolved(tree, source, parsed), place, parsed)
+    return config.with_written(written_texts(tree)) if isinstance(config, Config) else config
 
 
 @dataclass(frozen=True)
@@ -198,10 +244,19 @@ def read_values(source: Path | Mapping[str, Any], overrides: Sequence[Override] 
     Raises:
         ConfigError: a missing or unreadable file, or an override that has no place in it.
     """
+    return _resolved(_read_tree(source, overrides), source, overrides)
+
+
+def _read_tree(
+    source: Path | Mapping[str, Any], overrides: Sequence[Override] = (), is_data: bool = False
+) -> DictConfig:
+    """A file, or values, with overrides; interpolations as they stand, those of data as plain text."""
     if isinstance(source, Path) and not source.is_file():
         raise ConfigError(f"{source}: no such config file")
     try:
         given = OmegaConf.load(source) if isinstance(source, Path) else OmegaConf.create(dict(source))
+        if is_data:
+            given = OmegaConf.create(escaped(OmegaConf.to_container(given, resolve=False)))
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source if isinstance(source, Path) else 'config'}: {error}") from error
     if not isinstance(given, DictConfig):
@@ -212,8 +267,14 @@ def read_values(source: Path | Mapping[str, Any], overrides: Sequence[Override] 
                 change(override, given)
             except UNREADABLE as error:
                 raise ConfigError(f"override {override.text!r}: {_first_line(error)}") from error
+    return given
+
+
+def _resolved(
+    tree: DictConfig, source: Path | Mapping[str, Any], overrides: Sequence[Override]
+) -> dict[str, Any]:
     try:
-        return cast(dict[str, Any], OmegaConf.to_container(given, resolve=True))
+        return cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", None) or "")
         blamed = [f"override {one.text!r}" for one in overrides if key and one.key == key]
@@ -240,14 +301,23 @@ def validate(kind: type[C], values: Any, place: str = "config", overrides: Seque
                 near = nearest_in(section, key) or nearest_key(kind, key)
                 lines.append(f"{where}: unknown key {key!r}" + (f"; did you mean '{near}'?" if near else ""))
             else:
-                got = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+                got = "" if isinstance(problem["input"], dict) else f" (got {_shown(key, problem)!r})"
                 lines.append(f"{where}: {key}: {problem['msg']}{got}")
         raise ConfigError("\n".join(lines)) from error
 
 
-def to_yaml(config: BaseModel) -> str:
-    """The resolved configuration; loading it again gives the same one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def _shown(key: str, problem: Mapping[str, Any]) -> Any:
+    """What stands at a key, unless that is a secret."""
+    name = key.rpartition(".")[2]
+    return redact({name: problem["input"]})[name]
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, values from the environment as the file has them; loading it again gives
+    the same one, but for secrets that stand in it.
+    """
+    values = redact(restored(escaped(config.model_dump(mode="json")), config.written))
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def sections(annotation: Any) -> Iterator[type[BaseModel]]:

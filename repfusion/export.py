@@ -23,6 +23,8 @@ import torch
 from safetensors.torch import save_file
 
 from repfusion.conditioning.noisy_latents import NoisyLatentConditioner
+from repfusion.display.redaction import redact_text
+from repfusion.display.terminal import printable_lines
 from repfusion.evaluation.record import Evaluation, read_evaluation
 from repfusion.evaluation.shown import shown_suites
 from repfusion.files import replace_folder, write_json
@@ -241,7 +243,7 @@ def main() -> None:
     try:
         out = export(args.checkpoint, args.out, use_ema=not args.no_ema)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable_lines(redact_text(f"error: {error}")))
     num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{args.checkpoint} -> {out} ({num_bytes / 1e6:.1f} MB)")
 

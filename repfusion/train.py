@@ -26,6 +26,8 @@ from repfusion.data.config import DataConfig
 from repfusion.data.mixture import Mixture
 from repfusion.data.readers import IMAGE_FEATURES
 from repfusion.data.recipe import Recipe
+from repfusion.display.redaction import RedactingFormatter, redact_text, redact_tracebacks
+from repfusion.display.terminal import printable_lines
 from repfusion.files import write_json
 from repfusion.flops import batch_flops, peak_flops, train_flops
 from repfusion.inputs import to_device
@@ -46,7 +48,7 @@ from repfusion.runs.checkpoint import (
 )
 from repfusion.runs.completion import read_complete
 from repfusion.runs.folder import CONFIG, STATISTICS, RunFolder, checkpoint_folder
-from repfusion.tracking import StoreError, Tracker, TrackingConfig, without_password
+from repfusion.tracking import StoreError, Tracker, TrackingConfig, store_identity
 from repfusion.training.captions import check_captions
 from repfusion.training.choice import Warn, check_together, choose
 from repfusion.training.distributed import (
@@ -108,6 +110,11 @@ class TrainConfig(Config):
     """Checkpoints at multiples of this stay for good."""
     log_every_steps: int = Field(default=20, ge=1)
     """Steps between lines of metrics."""
+
+    @property
+    def tracking_address(self) -> str | None:
+        """Where the run is tracked, as it may be written."""
+        return self.as_written()["tracking"]["uri"]
 
     @model_validator(mode="before")
     @classmethod
@@ -208,9 +215,9 @@ def start_run(config: TrainConfig, dataset: Mixture) -> Tracker:
     """Rank 0's. Raises StoreError where the store cannot be reached."""
     tracker = Tracker(remembered_run(config))
     if tracker.uri is not None:
-        run = {"uri": without_password(tracker.uri), "run_id": tracker.run_id}
+        run = {"uri": config.tracking_address, "store": store_identity(tracker.uri), "run_id": tracker.run_id}
         write_json(RunFolder(config.output_dir).tracked, run)
-    tracker.log_config(config.model_dump(mode="json"))
+    tracker.log_config(config.as_written())
     tracker.log_environment(world_size=dist.get_world_size())
     for name, columns in dataset.folders.items():
         tracker.log_dataset(name, columns, dataset.num_samples[name])
@@ -223,7 +230,7 @@ def remembered_run(config: TrainConfig) -> TrackingConfig:
     if tracking.uri is None or tracking.run_id is not None or not path.exists():
         return tracking
     saved = json.loads(path.read_text())
-    is_same = saved["uri"] == without_password(tracking.uri)
+    is_same = saved.get("store") == store_identity(tracking.uri)
     return tracking.model_copy(update={"run_id": saved["run_id"]}) if is_same else tracking
 
 
@@ -301,10 +308,10 @@ def _train(
     # Resume
     first_step = 0 if last is None or saved is None else resume(last, saved, engine, ema)
     if is_main:
-        write_json(RunFolder(config.output_dir).config, config.model_dump(mode="json"))
+        write_json(RunFolder(config.output_dir).config, config.as_written())
         log.info("training steps %d to %d on %d samples", first_step, config.num_steps, len(dataset))
     tracker = start_tracking(config, dataset)
-    run = {"run_id": tracker.run_id, "tracking_uri": tracker.uri and without_password(tracker.uri)}
+    run = {"run_id": tracker.run_id, "tracking_uri": tracker.uri and config.tracking_address}
     made_of = {"datasets": dataset.folders, "digests": digests, "init_from": config.init_from}
     lineage = lineage_record(step=first_step, **made_of, **run) if is_main else {}
     status = "FAILED"
@@ -423,7 +430,7 @@ def summarise(
         "final_loss": sum(recent) / len(recent) if recent else None,
         "train_sec": seconds,
         "world_size": world_size,
-        "tracking_uri": config.tracking.uri and without_password(config.tracking.uri),
+        "tracking_uri": config.tracking_address,
         "run_id": tracker.run_id,
         "checkpoint": str(checkpoint_folder(RunFolder(config.output_dir).checkpoints, config.num_steps)),
     }
@@ -438,15 +445,18 @@ def main() -> None:
     try:
         config = load_config(TrainConfig, args.config, args.overrides)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable_lines(redact_text(f"error: {error}")))
     if args.dry_run:
-        print(config.model_dump_json(indent=2))
+        print(json.dumps(config.as_written(), indent=2))
         return
     stop = Event()
     signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
     is_main = os.environ.get("RANK", "0") == "0"
     level = logging.INFO if is_main else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    shown = logging.StreamHandler()
+    shown.setFormatter(RedactingFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=level, handlers=[shown])
+    redact_tracebacks()
     try:
         summary = train(config, should_stop=stop.is_set)
     except TrainingStopped as stopped:

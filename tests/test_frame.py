@@ -89,20 +89,8 @@ def test_no_module_and_no_room_imports_in_a_circle():
 
 
 LAYERS = [
-    {
-        "config",
-        "files",
-        "images",
-        "inputs",
-        "layers",
-        "locks",
-        "pretrained",
-        "request",
-        "tables",
-        "tars",
-        "weights",
-        "scenes",
-    },
+    {"config", "display", "files", "images", "inputs", "layers", "locks", "pretrained", "request"}
+    | {"scenes", "tables", "tars", "weights"},
     {"latents", "data", "diffusion", "llm"},
     {"conditioning"},
     {"model"},

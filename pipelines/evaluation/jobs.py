@@ -17,6 +17,7 @@ from pipelines.evaluation.process import RUN_FILE, Evaluator, report_failure, re
 from pipelines.evaluation.records import Record, finished, hold, read_record, write_record
 from pipelines.runtime.session import PATIENCE_SEC, StageError, brief, check_ray_lives
 from pipelines.runtime.tasks import AtWork
+from repfusion.display.redaction import redact_text
 from repfusion.evaluation.shown import in_brief
 from repfusion.runs.folder import RunFolder, step_of
 from repfusion.train import TrainConfig
@@ -52,6 +53,7 @@ def tracking_of(train: TrainConfig) -> dict[str, Any] | None:
     if train.tracking.uri is None or not path.exists():
         return None
     run_id = json.loads(path.read_text())["run_id"]
+    # the address itself, from this process's memory: the file beside it has none that anybody logs in to
     return train.tracking.model_copy(update={"run_id": run_id}).model_dump(mode="json")
 
 
@@ -149,9 +151,9 @@ class EvaluationJobs:
 
         match outcome:
             case RayTaskError():
-                self._end(job, "failed", brief(outcome), COLOUR.sub("", str(outcome)))
+                self._end(job, "failed", brief(outcome), redact_text(COLOUR.sub("", str(outcome))))
             case RayError():
-                self._end(job, "failed", f"its process died: {brief(outcome)}", str(outcome))
+                self._end(job, "failed", f"its process died: {brief(outcome)}", redact_text(str(outcome)))
             case _:
                 self._end(job, "finished")
 

@@ -15,6 +15,8 @@ from typing import NoReturn
 from pipelines.ladder.config import CONFIGS, LadderConfig
 from pipelines.runtime.session import StageError
 from repfusion.config import load_config
+from repfusion.display.redaction import redact_text, redact_tracebacks
+from repfusion.display.terminal import printable_lines
 
 DEFAULT = CONFIGS / "ladder.yaml"
 
@@ -77,7 +79,7 @@ def main() -> int:
                 print_plan(config)
                 return 0
     except (ValueError, StageError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable_lines(redact_text(f"error: {error}")), file=sys.stderr)
         return 1
     if failed:
         print(f"{failed} runs failed; their errors are in the results, and running again retries them")
@@ -85,5 +87,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    redact_tracebacks()
     signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())

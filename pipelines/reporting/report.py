@@ -35,9 +35,11 @@ class Finished:
     """Folder and scores, by step."""
 
 
-def read_workflow(root: Path, data: Folder | None = None, name: str = "train") -> Finished:
+def read_workflow(
+    root: Path, data: Folder | None = None, name: str = "train", tracking_uri: str | None = None
+) -> Finished:
     """`data` is where the data stages lie; None is under `root` too. `name` is of the training that was
-    evaluated.
+    evaluated, `tracking_uri` where its run is: what lies in `root` names no address that anybody logs in to.
 
     Raises:
         ValueError: where no stage of a workflow is complete.
@@ -56,8 +58,8 @@ def read_workflow(root: Path, data: Folder | None = None, name: str = "train") -
     train_json = root / name / "train.json"
     training = json.loads(train_json.read_text()) if train_json.is_file() else {}
     losses: list[tuple[int, float]] = []
-    if training.get("tracking_uri") and training.get("run_id"):
-        losses = metric_history(training["tracking_uri"], training["run_id"], "train/loss")
+    if tracking_uri and training.get("run_id"):
+        losses = metric_history(tracking_uri, training["run_id"], "train/loss")
     folders = [path for path in (root / "evaluate").glob("step_*") if STEP_FOLDER.fullmatch(path.name)]
     evaluations = [
         (folder, one) for folder in sorted(folders) if (one := read_evaluation(folder)) is not None
@@ -161,14 +163,16 @@ def lineage(data: Finished) -> str:
     )
 
 
-def write_report(root: Path, data: Folder | None = None, name: str = "train") -> Path:
+def write_report(
+    root: Path, data: Folder | None = None, name: str = "train", tracking_uri: str | None = None
+) -> Path:
     """Writes `report.html` and, from the last checkpoint, `gallery.png` under `root`; returns the page.
     The arguments are `read_workflow`'s.
 
     Raises:
         ValueError: where no stage is complete.
     """
-    found = read_workflow(root, data, name)
+    found = read_workflow(root, data, name, tracking_uri)
     if found.evaluations:
         with atomic_path(root / GALLERY) as temporary:
             shutil.copyfile(found.evaluations[-1][0] / GALLERY, temporary)

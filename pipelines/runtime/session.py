@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from repfusion.config import Config
+from repfusion.display.redaction import redact_text
 
 PATIENCE_SEC = 5.0
 """Between two looks at the cluster while nothing comes of it."""
@@ -196,7 +197,7 @@ def _signal_kept() -> Iterator[None]:
 
 
 def brief(error: BaseException) -> str:
-    """Class and first line of an error, of its cause where a task of Ray raised it."""
+    """Class and first line of an error, of its cause where a task of Ray raised it; without secrets."""
     cause = getattr(error, "cause", None) or error
     lines = str(cause).strip().splitlines() or [""]
-    return f"{type(cause).__name__}: {lines[0]}"
+    return redact_text(f"{type(cause).__name__}: {lines[0]}")

@@ -34,7 +34,7 @@ class Folder:
     """
 
     url: str
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.is_local and (found := set(self.url) & set("*?[")):

@@ -340,4 +340,5 @@ def captions_stage(
         },
         config.actors,
         finish=finish,
+        written=place.written,
     )

@@ -293,4 +293,5 @@ def image_features_stage(
         config.actors,
         finish=finish,
         check=check,
+        written=place.written,
     )

@@ -255,4 +255,5 @@ def prompt_features_stage(
         arguments,
         config.actors,
         check=check,
+        written=place.written,
     )

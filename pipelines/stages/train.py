@@ -93,7 +93,8 @@ class TrainingConfig(TrainConfig):
 
         columns = {kind: folder(path) for kind, path in self.data.columns.items()}
         update = {"images": folder(self.data.images), "columns": columns}
-        return TrainConfig(**{**fields, "data": self.data.model_copy(update=update)})
+        plain = TrainConfig(**{**fields, "data": self.data.model_copy(update=update)})
+        return plain.with_written(self.written)
 
     @property
     def columns_read(self) -> dict[str, str]:
@@ -216,7 +217,8 @@ def train_stage(
                 load_weights(model, config.init_from, on_meta=True)
 
     fields = fingerprint_fields(name, config, place.digests)
-    return WholeStage(name, fields, Folder(str(place.root / name)), upstream, execute, check=check)
+    folder = Folder(str(place.root / name))
+    return WholeStage(name, fields, folder, upstream, execute, check=check, written=place.written)
 
 
 def remote_copies(upstream: Sequence[Stage], place: Place) -> list[tuple[Folder, Path]]:

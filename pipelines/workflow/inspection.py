@@ -182,13 +182,23 @@ def explain(asked: Mapping[str, Any], stage: Stage) -> str:
         return f"written by schema {asked.get('schema')}, this is {SCHEMA}"
     changes: list[str] = []
     old_all = {**asked["lineage"], stage.name: asked["fields"]}
-    new_all = {**stage.lineage, stage.name: stage.fields}
+    new_all = {**stage.lineage, stage.name: stage.shown}
     for name in dict.fromkeys([*new_all, *old_all]):
         old, new = old_all.get(name, {}), new_all.get(name, {})
         changes += [
             _change(key, old, new) for key in dict.fromkeys([*new, *old]) if old.get(key) != new.get(key)
         ]
+    if not changes and (texts := [one for one in _interpolated(new_all) if one in _interpolated(old_all)]):
+        return (
+            f"what {', '.join(dict.fromkeys(texts))} stands for changed, or the stages above are other ones"
+        )
     return ", ".join(dict.fromkeys(changes)) or "the stages above are other ones"
+
+
+def _interpolated(fields: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Values that are texts of what the environment says."""
+    values = (value for one in fields.values() for value in one.values())
+    return [value for value in values if isinstance(value, str) and "${" in value]
 
 
 def _change(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

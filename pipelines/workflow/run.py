@@ -169,7 +169,7 @@ def complete(
     manifest = Manifest(
         stage=stage.name,
         fingerprint=stage.fingerprint,
-        fields=stage.fields,
+        fields=stage.shown,
         upstream={one.name: one.fingerprint for one in stage.upstream},
         lineage=stage.lineage,
         num_shards=len(shards),
@@ -189,7 +189,7 @@ def _asked(stage: Stage, above: Upstream) -> dict[str, Any]:
     asked = {
         "schema": SCHEMA,
         "fingerprint": stage.fingerprint,
-        "fields": stage.fields,
+        "fields": stage.shown,
         "lineage": stage.lineage,
     }
     if isinstance(stage, WholeStage):

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 from repfusion.config import load_config
+from repfusion.display.redaction import redact_text
+from repfusion.display.terminal import printable_lines
 from repfusion.evaluation.checkpoints import evaluate_checkpoint
 from repfusion.evaluation.record import GALLERY, SCORES, EvaluationConfig
 from repfusion.evaluation.shown import as_lines
@@ -26,7 +28,7 @@ def main() -> None:
         config = load_config(EvaluationConfig, {}, args.overrides)
         evaluation = evaluate_checkpoint(args.checkpoint, out, config)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable_lines(redact_text(f"error: {error}")))
     print("\n".join(as_lines(evaluation)))
     print(f"{evaluation.seconds:.1f} s; {out / SCORES}, {out / GALLERY}")
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from repfusion.config import read_values, validate
 from repfusion.diffusion.sampler import SamplerConfig
+from repfusion.display.redaction import redact_text
+from repfusion.display.terminal import printable_lines
 from repfusion.flops.count import Costs, sample_costs, train_costs
 from repfusion.flops.counter import Cost, Number
 from repfusion.flops.memory import Frozen, column_bytes, rank_memory, sizes
@@ -124,7 +126,7 @@ def main() -> None:
         config = load_model_config(args.config) if args.config else read_config(args.checkpoint)[0]
         say(config, args.config, args)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable_lines(redact_text(f"error: {error}")))
 
 
 if __name__ == "__main__":

@@ -105,8 +105,14 @@ def save_checkpoint(folder: Path, model: TextToImage, ema: Mapping[str, Tensor],
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, str]]:
     """The model config and the digests of the frozen weights it was trained with."""
-    saved = json.loads((folder / CONFIG).read_text())
-    return ModelConfig.model_validate(portable(saved["model"], WEIGHTS_MARK, str(WEIGHTS))), saved["digests"]
+    try:
+        saved = json.loads((folder / CONFIG).read_text())
+        model, digests = saved["model"], saved["digests"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"checkpoint {folder}: {CONFIG} is damaged ({type(error).__name__}: {error}); copy it again"
+        ) from error
+    return ModelConfig.model_validate(portable(model, WEIGHTS_MARK, str(WEIGHTS))), digests
 
 
 def continued_model(folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,14 @@
 """Runs in MLflow. `store.py`, `source.py` and `system.py` are the only files that import mlflow."""
 
-from repfusion.tracking.config import TrackingConfig, flatten, without_password
-from repfusion.tracking.store import StoreError, metric_history, prepare_store
+from repfusion.tracking.config import TrackingConfig, flatten
+from repfusion.tracking.store import (
+    StoreError,
+    metric_history,
+    prepare_store,
+    sqlite_path,
+    sqlite_uri,
+    store_identity,
+)
 from repfusion.tracking.tracker import Tracker
 
 __all__ = [
@@ -11,5 +18,7 @@ __all__ = [
     "flatten",
     "metric_history",
     "prepare_store",
-    "without_password",
+    "sqlite_path",
+    "sqlite_uri",
+    "store_identity",
 ]

@@ -1,21 +1,23 @@
 """Where runs are tracked, and a configuration -> MLflow's parameters."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from repfusion.config import Config
+from repfusion.display.redaction import has_raw_password
 
 MAX_PARAM_CHARS = 6000
 
 
 class TrackingConfig(Config):
     uri: str | None = None
-    """MLflow tracking URI: sqlite:///runs/mlflow.db, postgresql://user@host/database (extra `postgres`), or a
-    server's http://host:5000; None tracks nothing. A password belongs in PGPASSWORD or
-    MLFLOW_TRACKING_PASSWORD: this address is written beside the checkpoints."""
+    """MLflow tracking URI: sqlite:///runs/mlflow.db, postgresql://user@host/database (extra
+    `postgres`), or a server's http://host:5000; None tracks nothing. A password belongs in PGPASSWORD,
+    MLFLOW_TRACKING_PASSWORD or `${oc.env:NAME}`: what is written beside the checkpoints is the address
+    without it.
+    """
     experiment: str = "repfusion"
     """MLflow experiment; made where it does not exist."""
     run_name: str | None = None
@@ -37,22 +39,16 @@ class TrackingConfig(Config):
     """How long the end of a run waits for what has not been sent, and a call that must not be lost for the
     store."""
 
-
-def without_password(uri: str) -> str:
-    """scheme://user:secret@host -> scheme://user:***@host."""
-    return re.sub(r"(://[^/:@\s]*):[^/@\s]*@", r"\1:***@", uri)
-
-
-def readable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested configuration without the passwords that addresses in it hold."""
-    return {
-        key: readable(value)
-        if isinstance(value, Mapping)
-        else without_password(value)
-        if isinstance(value, str)
-        else value
-        for key, value in config.items()
-    }
+    @field_validator("uri")
+    @classmethod
+    def _password_is_encoded(cls, uri: str | None) -> str | None:
+        """A database's driver would take a part of the password for a host, and say so in its errors."""
+        if uri is not None and has_raw_password(uri):
+            raise ValueError(
+                "its password holds a space, '@', '/', '?' or '#' as it is; write %20, %40, %2F, %3F, %23 "
+                "(urllib.parse.quote(password, safe='')), or leave it to PGPASSWORD"
+            )
+        return uri
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from repfusion.tracking.config import without_password
+from repfusion.display.redaction import redact_text
 from repfusion.tracking.store import MAX_BATCH_METRICS, Point, is_lasting
 
 log = logging.getLogger("repfusion.tracking")
@@ -104,7 +104,7 @@ class Outbox:
 
     def _drop(self, count: int, what: str, why: object) -> None:
         self.num_dropped += count
-        reason = without_password(str(why))
+        reason = redact_text(str(why))
         log.warning("%s: not logged, %d values or calls: %s (%s)", self.where, count, what, reason)
 
     def _run(self) -> None:
@@ -133,7 +133,7 @@ class Outbox:
             return
         self.num_failures += 1
         if self.num_failures == 1:
-            reason = (without_password(str(failure)).splitlines() or [repr(failure)])[0]
+            reason = (redact_text(str(failure)).splitlines() or [repr(failure)])[0]
             log.warning("%s: cannot be written to; training goes on, metrics wait (%s)", self.where, reason)
 
     def _pause(self) -> None:

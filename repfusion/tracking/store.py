@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import quote, unquote
 
+from repfusion.display.redaction import redact_text
+from repfusion.files import digest_of
 from repfusion.images.decode import read_image
-from repfusion.tracking.config import without_password
 
 # Read by mlflow when it is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -51,8 +53,11 @@ class Point(NamedTuple):
 
 def with_driver(uri: str) -> str:
     """postgresql:// names psycopg 3 to SQLAlchemy; MLflow's server knows psycopg2, and so does this package's
-    extra `postgres`.
+    extra `postgres`. Of an SQLite file whose path is encoded, MLflow would first make a folder as it is
+    spelled.
     """
+    if uri.startswith("sqlite:///") and "%" in uri:
+        return uri.replace("sqlite://", "sqlite+pysqlite://", 1)
     return re.sub(r"^postgres(ql)?://", "postgresql+psycopg2://", uri)
 
 
@@ -84,7 +89,7 @@ def patiently(action: Callable[[], T], limit_sec: float) -> T:
         # Databases, object stores and HTTP each raise their own, from libraries that may be absent.
         except Exception as error:
             if is_lasting(error) or time.monotonic() + pause > deadline:
-                raise StoreError(without_password(str(error))) from error
+                raise StoreError(redact_text(str(error))) from error
         time.sleep(pause)
         pause = min(2 * pause, 10.0)
 
@@ -129,8 +134,24 @@ def send_image(client: Any, run_id: str, path: Path, key: str, step: int, time_m
     client.log_image(run_id, read_image(path.read_bytes()), key=key, step=step, timestamp=time_ms)
 
 
+def sqlite_uri(path: Path) -> str:
+    """The tracking address of an SQLite file, whatever characters its path has."""
+    return "sqlite:///" + re.sub("[?#%]", lambda found: quote(found[0]), str(path))
+
+
 def sqlite_path(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    """The file of an SQLite address. None for other addresses."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
+
+
+def store_identity(uri: str) -> str:
+    """sha256 of the store that an address leads to: one for every spelling of an SQLite file's path, whoever
+    logs in.
+    """
+    path = sqlite_path(uri)
+    return digest_of(redact_text(uri) if path is None else str(path.resolve()))
 
 
 def artifact_root(uri: str, artifacts: str | None) -> str | None:
@@ -143,7 +164,7 @@ def artifact_root(uri: str, artifacts: str | None) -> str | None:
         return (path.parent / "mlartifacts").resolve().as_uri()
     if not uri.startswith(("http://", "https://")):
         raise ValueError(
-            f"tracking.artifacts is not set, and {without_password(uri)} is a database without a server that "
+            f"tracking.artifacts is not set, and {redact_text(uri)} is a database without a server that "
             "could choose: give a folder that all nodes see, or s3://bucket/prefix"
         )
     return None
@@ -188,7 +209,7 @@ def prepare_store(uri: str, experiment: str, artifacts: str | None = None) -> st
                 return client.create_experiment(experiment, artifact_location=root)
         if found.lifecycle_stage != "active":
             raise ValueError(
-                f"experiment {experiment!r} at {without_password(uri)} is deleted; restore it, or set "
+                f"experiment {experiment!r} at {redact_text(uri)} is deleted; restore it, or set "
                 "tracking.experiment to another name"
             )
         if artifacts is not None and found.artifact_location != root:
@@ -249,9 +270,9 @@ def _or_explain(action: Callable[[], T], uri: str) -> T:
         raise
     # As in `patiently`.
     except Exception as error:
-        reason = (without_password(str(error)).splitlines() or [repr(error)])[0]
+        reason = (redact_text(str(error)).splitlines() or [repr(error)])[0]
         raise StoreError(
-            f"tracking.uri {without_password(uri)}: cannot start a run there ({reason}). Is the server up, "
+            f"tracking.uri {redact_text(uri)}: cannot start a run there ({reason}). Is the server up, "
             "and the address right? tracking.uri=null trains without tracking"
         ) from error
 

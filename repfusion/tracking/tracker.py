@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 
 import yaml
 
+from repfusion.display.redaction import redact, redact_text
 from repfusion.lineage import environment
 from repfusion.tracking import store
 from repfusion.tracking.checkpoints import Checkpoints
-from repfusion.tracking.config import TrackingConfig, flatten, readable, without_password
+from repfusion.tracking.config import TrackingConfig, flatten
 from repfusion.tracking.outbox import Outbox, log
 from repfusion.tracking.store import Point, StoreError
 
@@ -55,14 +56,14 @@ class Tracker:
 
     def log_config(self, config: Mapping[str, Any]) -> None:
         """The resolved configuration: parameters, which on a resumed run stay as they were set first, and the
-        artifact `config.yaml`. Passwords in addresses are left out.
+        artifact `config.yaml`. Secrets are left out.
         """
         self.log_params(config)
-        text = yaml.safe_dump(readable(config), sort_keys=False)
+        text = yaml.safe_dump(redact(dict(config)), sort_keys=False)
         self._now(lambda: self.client.log_text(self.run_id, text, "config.yaml"))
 
     def log_params(self, config: Mapping[str, Any]) -> None:
-        params = flatten(readable(config))
+        params = flatten(redact(dict(config)))
         self._now(lambda: store.send_params(self.client, self.run_id, params))
 
     def log_environment(self, **facts: Any) -> None:
@@ -209,14 +210,14 @@ class Tracker:
             left_sec = max(deadline - time.monotonic(), 0.0)
             store.patiently(lambda: store.end_run(self.client, str(self.run_id), status, num_lost), left_sec)
         except StoreError as error:
-            log.warning("run %s stays open in %s: %s", self.run_id, without_password(str(self.uri)), error)
+            log.warning("run %s stays open in %s: %s", self.run_id, redact_text(str(self.uri)), error)
 
     def _outbox(self) -> Outbox:
         if self.outbox is None:
             self.outbox = Outbox(
                 lambda points: store.send_points(self.client, str(self.run_id), points),
                 self.config.max_buffered_metrics,
-                without_password(str(self.uri)),
+                redact_text(str(self.uri)),
             )
         return self.outbox
 

@@ -1,14 +1,17 @@
 """The workflow's configuration: shipped files parse, overrides apply, mistakes are named."""
 
+import pickle
 from pathlib import Path
 
 import pytest
 import yaml
+from running import start_training
 
 from pipelines.build import build_stages
 from pipelines.config import WorkflowConfig
 from pipelines.sources.scenes import ScenesConfig
 from pipelines.sources.urls import UrlsConfig
+from pipelines.workflow.inspection import states
 from repfusion.config import ConfigError, load_config, to_yaml, validate
 from repfusion.data.columns import MANIFEST
 
@@ -136,6 +139,39 @@ def test_finetuning_says_what_has_to_run_before_it(tmp_path):
         stages["train"].fields
     )
     assert list(stages)[-1] == "report"
+
+
+def test_what_follows_from_the_environment_is_text_in_a_stage_and_decides_its_fingerprint(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "w.yaml"
+    path.write_text(
+        f"root: {tmp_path}/run\nlast_stage: ingest\nsource: {{num_samples: '${{oc.env:NUM}}'}}\n"
+        "trainings: {train: {num_steps: '${oc.env:NUM}', tracking: {uri: '${oc.env:DSN}'}}}\n"
+    )
+    monkeypatch.setenv("NUM", "8")
+    monkeypatch.setenv("DSN", "postgresql://me:Zq7secret@host/db")
+    config = load_config(WorkflowConfig, path)
+    source, ingest = build_stages(config)
+    assert source.fields["source.num_samples"] == 8
+    assert (
+        source.shown["source.num_samples"]
+        == ingest.lineage["source"]["source.num_samples"]
+        == "${oc.env:NUM}"
+    )
+    start_training(source)
+    assert states([source])["source"].status == "partial"
+
+    train = config.training("train")
+    assert (train.num_steps, train.tracking.uri) == (8, "postgresql://me:Zq7secret@host/db")
+    for one in (train, pickle.loads(pickle.dumps(train)), train.model_copy(update={"seed": 1})):
+        assert one.as_written()["num_steps"] == "${oc.env:NUM}" and one.tracking_address == "${oc.env:DSN}"
+
+    monkeypatch.setenv("NUM", "16")
+    other = build_stages(load_config(WorkflowConfig, path))[0]
+    assert other.fingerprint != source.fingerprint and other.shown == source.shown
+    state = states([other])["source"]
+    assert state.status == "stale" and state.reason.startswith("what ${oc.env:NUM} stands for changed")
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def start_training(stage: Stage) -> None:
     asked = {
         "schema": SCHEMA,
         "fingerprint": stage.fingerprint,
-        "fields": stage.fields,
+        "fields": stage.shown,
         "lineage": stage.lineage,
     }
     stage.folder.write(STAGE, json.dumps(asked).encode())

@@ -2,9 +2,11 @@
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from pipelines.evaluate import Target, choose, evaluate_now, find_target
 from pipelines.evaluation.records import finished, write_json
 from pipelines.evaluation.schedule import EvaluationScheduler
 from repfusion.runs.folder import step_of
-from repfusion.tracking import metric_history
+from repfusion.tracking import metric_history, sqlite_uri
 
 RAY = ["ray.num_cpus=1", "ray.object_store_mib=80"]
 
@@ -56,6 +58,83 @@ def test_a_training_its_checkpoint_its_workflow_and_the_yaml_lead_to_the_same(tr
 def test_a_training_that_was_moved_is_evaluated_where_it_is(training: EvaluatedTraining, tmp_path: Path):
     training.folder.rename(tmp_path / "moved")
     assert find_target(tmp_path / "moved").train.output_dir == tmp_path / "moved"
+
+
+def as_found(training: EvaluatedTraining, uri: str | None) -> None:
+    """The training's folder, and its workflow's root, as somebody might pass them on."""
+    values = training.train.model_dump(mode="json")
+    values["tracking"]["uri"] = uri
+    write_json(training.folder / "config.json", values)
+    root = training.folder.parent
+    workflow = {"root": str(root), "trainings": {"train": {**values, "num_workers": 1}}, "evaluate": QUICK}
+    (root / "config.yaml").write_text(yaml.safe_dump(workflow))
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *("http://them.example/${oc.env:HOME}", "postgresql://me@them.example/db"),
+        *(
+            "sqlite:////tmp/their.db",
+            "sqlite:///../../elsewhere/mlflow.db",
+            "file:///tmp/their",
+            "databricks",
+        ),
+    ],
+)
+def test_what_lies_in_a_folder_chooses_no_tracking_address(
+    training: EvaluatedTraining, uri, monkeypatch, capsys
+):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    as_found(training, uri)
+    places = (training.folder, training.checkpoint(4), training.folder.parent)
+    for place in places:
+        assert find_target(place, RAY).train.tracking.uri is None
+        assert "chooses no address; set MLFLOW_TRACKING_URI" in capsys.readouterr().out
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ours.example")
+    for place in places:
+        assert find_target(place, RAY).train.tracking.uri == "http://ours.example"
+    given = find_target(places[-1], [*RAY, "trainings.train.tracking.uri=http://mine.example"])
+    assert given.train.tracking.uri == "http://mine.example"
+    if "${" not in uri:  # the file that is given is trusted
+        assert find_target(places[-1] / "config.yaml", RAY).train.tracking.uri == uri
+
+
+def test_the_database_beside_a_training_is_its_own(training: EvaluatedTraining, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = training.folder.parent
+    for folder in (training.folder, root, root.parent):
+        as_found(training, sqlite_uri(folder / "mlflow.db"))
+        for place in (training.folder, training.checkpoint(4), root):
+            assert find_target(place, RAY).train.tracking.uri == sqlite_uri(folder / "mlflow.db")
+    as_found(training, None)
+    assert find_target(training.folder, RAY).train.tracking.uri is None
+
+
+@pytest.mark.parametrize("place", [None, "s3://theirs/x", "file:///tmp/x", "../../x"])
+def test_nor_does_a_database_choose_where_files_go(tmp_path: Path, monkeypatch, place):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    training = EvaluatedTraining(tmp_path / "root", (2,))
+    if place is not None:
+        beside = (tmp_path / "root" / "mlartifacts").as_uri()
+        with closing(sqlite3.connect(tmp_path / "root" / "mlflow.db")) as connection, connection:
+            connection.execute(
+                "UPDATE runs SET artifact_uri = ?", [f"{beside}/{place}" if place[0] == "." else place]
+            )
+    assert find_target(training.folder, RAY).train.tracking.uri == (training.uri if place is None else None)
+
+
+def test_what_lies_in_a_folder_asks_nothing_of_the_environment(training: EvaluatedTraining, monkeypatch):
+    monkeypatch.setenv("ZQ7", "secret")
+    (training.folder / "evaluations").mkdir()
+    values = {**QUICK, "device": "${oc.env:ZQ7}"}
+    write_json(training.folder / "evaluations" / "config.json", values)
+    assert find_target(training.folder, RAY).evaluate.device == "${oc.env:ZQ7}"
+    as_found(training, None)
+    path = training.folder.parent / "config.yaml"
+    path.write_text(path.read_text().replace("num_steps: 6", "num_steps: ${oc.env:STEPS}"))
+    with pytest.raises(ValueError, match=r"config\.yaml \(found in a folder, so it reads no environment\)"):
+        find_target(training.folder.parent, RAY)
 
 
 def test_what_is_nothing_of_these_is_said(training: EvaluatedTraining, tmp_path: Path):

@@ -108,8 +108,12 @@ def workflow(tmp_path_factory):
     return tmp_path
 
 
+def tracked_at(workflow) -> str:
+    return f"sqlite:///{workflow / 'mlflow.db'}"
+
+
 def test_holds_stages_drops_curve_scores_pictures_and_lineage(workflow):
-    path = write_report(workflow)
+    path = write_report(workflow, tracking_uri=tracked_at(workflow))
     page = path.read_text()
     assert path == workflow / "report.html"
     assert page.index("<b>ingest</b>") < page.index("<b>curate</b>") < page.index("<b>image_features</b>")
@@ -161,7 +165,9 @@ def test_the_last_gallery_becomes_the_workflows(workflow):
 
 
 def test_the_curve_comes_from_the_tracked_run(workflow):
-    assert read_workflow(workflow).losses == [(10, 0.1), (20, 0.05), (30, pytest.approx(1 / 30))]
+    expected = [(10, 0.1), (20, 0.05), (30, pytest.approx(1 / 30))]
+    assert read_workflow(workflow, tracking_uri=tracked_at(workflow)).losses == expected
+    assert read_workflow(workflow).losses == []  # what lies in the folder leads nowhere
 
 
 def test_names_the_data_as_the_tracked_run_does(workflow):
