@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config import WorkflowConfig
-from pipelines.dag import Place, ShardStage, Stage, WholeStage
+from pipelines.dag import Place, ShardStage, Stage, WholeStage, with_texts
 from pipelines.limits import TextReader, caption_limits
 from pipelines.shards.digests import Digests, require_folder
 from pipelines.shards.storage import Folder
@@ -35,7 +35,7 @@ def build_stages(
             column is to be made by two models.
     """
     names = config.stage_names
-    place = place or Place(config.data_folder, config.root, Digests(config.root), config.written)
+    place = place or Place(config.data_folder, config.root, Digests(config.root))
     first = source_of(config.source).stages(config.ingest, place)
     found: dict[str, Stage] = {stage.name: stage for stage in first}
     for name in names[: names.index(config.last_stage) + 1]:
@@ -66,7 +66,8 @@ def build_stages(
                 found[name] = _column(config, name, found, place)
             case _:
                 found[name] = _training(config, name, found, place)
-    return [found[name] for name in names[: names.index(config.last_stage) + 1] if name in found]
+    stages = [found[name] for name in names[: names.index(config.last_stage) + 1] if name in found]
+    return with_texts(stages, config.written)
 
 
 def _column(config: WorkflowConfig, name: str, above: Mapping[str, Stage], place: Place) -> ShardStage:

@@ -1,11 +1,11 @@
 """What a stage is: a pure function of its configuration and of the stages above, with a fingerprint."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.digests import Digests
@@ -15,6 +15,8 @@ from pipelines.shards.store import SCHEMA
 from repfusion.display.interpolations import Written, restored
 from repfusion.display.redaction import redact
 from repfusion.files import canonical_json, digest_of
+
+StageT = TypeVar("StageT", bound="Stage")
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,6 @@ class Place:
     root: Path
     """Holds those of the others."""
     digests: Digests
-    written: Written = field(default_factory=dict)
-    """Texts of the configuration's values that follow from the environment, by dotted key."""
 
     @property
     def columns(self) -> Path:
@@ -77,6 +77,15 @@ class Stage:
         for stage in self.upstream:
             fields |= stage.lineage | {stage.name: stage.shown}
         return fields
+
+
+def with_texts(stages: Iterable[StageT], written: Written) -> list[StageT]:
+    """Stages, each after those that it reads, that know the texts of their fields from the environment."""
+    made: dict[str, StageT] = {}
+    for stage in stages:
+        upstream = tuple(made[one.name] for one in stage.upstream)
+        made[stage.name] = replace(stage, upstream=upstream, written=written)
+    return list(made.values())
 
 
 @dataclass(frozen=True)

@@ -62,15 +62,7 @@ def list_stage(
         for index, start in enumerate(range(0, number, shard_size))
     )
     return ShardStage(
-        "source",
-        dict(fields),
-        place.data / "source",
-        (),
-        worker,
-        dict(arguments),
-        actors,
-        jobs,
-        written=place.written,
+        "source", dict(fields), place.data / "source", (), worker, dict(arguments), actors, jobs
     )
 
 
@@ -85,15 +77,7 @@ def read_stage(
     """The stage `ingest` of a source that is read: the first one of its workflow."""
     arguments = {"config": config, "ingest": ingest}
     return ShardStage(
-        "ingest",
-        dict(fields),
-        place.data / "ingest",
-        (),
-        worker,
-        arguments,
-        ingest.actors,
-        jobs,
-        written=place.written,
+        "ingest", dict(fields), place.data / "ingest", (), worker, arguments, ingest.actors, jobs
     )
 
 
@@ -120,7 +104,6 @@ def download_stage(
         ingest.actors.model_copy(update={"deadline_sec": _deadline_sec(ingest, shard_size)}),
         reaches_out=own_server is None,
         surround=own_server or (lambda: nullcontext({})),
-        written=place.written,
     )
 
 

@@ -340,5 +340,4 @@ def captions_stage(
         },
         config.actors,
         finish=finish,
-        written=place.written,
     )

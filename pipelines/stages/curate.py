@@ -121,5 +121,4 @@ def curate_stage(config: CurateConfig, raw: Stage, judged: Stage, place: Place) 
         {"source": raw.folder, "judged": judged.folder, "config": config},
         config.actors,
         stage_files=((judged.name, DUPLICATES),),
-        written=place.written,
     )

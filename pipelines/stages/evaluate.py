@@ -75,4 +75,4 @@ def evaluate_stage(
         return run_evaluate(config, train, ray, place.root)
 
     fields, folder = flatten(config.decides, "evaluate."), Folder(str(place.root / "evaluate"))
-    return WholeStage("evaluate", fields, folder, (trained,), execute, written=place.written)
+    return WholeStage("evaluate", fields, folder, (trained,), execute)

@@ -293,5 +293,4 @@ def image_features_stage(
         config.actors,
         finish=finish,
         check=check,
-        written=place.written,
     )

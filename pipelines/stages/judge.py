@@ -206,5 +206,4 @@ def judge_stage(config: CurateConfig, limits: Limits, raw: Stage, place: Place) 
         {"source": raw.folder, "config": config, "limits": tuple(limits.values())},
         config.actors,
         finish=finish,
-        written=place.written,
     )

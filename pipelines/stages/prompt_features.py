@@ -255,5 +255,4 @@ def prompt_features_stage(
         arguments,
         config.actors,
         check=check,
-        written=place.written,
     )

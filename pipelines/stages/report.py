@@ -26,6 +26,4 @@ def report_stage(
 
     outputs = (place.root / "report.html", place.root / "gallery.png")
     folder = Folder(str(place.root / "report"))
-    return WholeStage(
-        "report", {}, folder, (evaluate,), execute, outputs, needs_ray=False, written=place.written
-    )
+    return WholeStage("report", {}, folder, (evaluate,), execute, outputs, needs_ray=False)

@@ -217,8 +217,7 @@ def train_stage(
                 load_weights(model, config.init_from, on_meta=True)
 
     fields = fingerprint_fields(name, config, place.digests)
-    folder = Folder(str(place.root / name))
-    return WholeStage(name, fields, folder, upstream, execute, check=check, written=place.written)
+    return WholeStage(name, fields, Folder(str(place.root / name)), upstream, execute, check=check)
 
 
 def remote_copies(upstream: Sequence[Stage], place: Place) -> list[tuple[Folder, Path]]:
