@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from image_forms import FORMS, Form, encoded
+from image_forms import FORMS, Form, badly_summed_png, encoded
 from PIL import Image
 
 from pipelines.sources.ingest import ImageFitter, IngestConfig
@@ -63,6 +63,12 @@ def test_every_reader_sees_the_plain_twin(seen: Callable[[bytes], np.ndarray], n
     else:
         # resizing rounds once more
         assert np.abs(found - expected).max() <= form.tolerance + (form.tolerance > 0)
+
+
+def test_what_opencv_is_stricter_with_is_taken_as_the_decoder_takes_it():
+    plain, badly_summed = FORMS["png"].data, badly_summed_png()
+    assert FIT(badly_summed) == FIT(plain)
+    assert (ingested_as_it_is(badly_summed) == ingested_as_it_is(plain)).all()
 
 
 def test_without_a_size_only_plain_images_keep_their_bytes():

@@ -93,6 +93,13 @@ def png(
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
+def badly_summed_png() -> bytes:
+    """A PNG whose pixels are all there, with a wrong checksum after them."""
+    data = encoded(IMAGE)
+    at = data.index(b"IEND") - 5
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
 def interlaced_png() -> bytes:
     passes = [
         (0, 0, 8, 8),

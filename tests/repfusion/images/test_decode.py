@@ -6,7 +6,16 @@ import warnings
 
 import numpy as np
 import pytest
-from image_forms import FORMS, IMAGE, POSTSCRIPT, RGB, encoded, gif_of_comments, jpeg_of_scans
+from image_forms import (
+    FORMS,
+    IMAGE,
+    POSTSCRIPT,
+    RGB,
+    badly_summed_png,
+    encoded,
+    gif_of_comments,
+    jpeg_of_scans,
+)
 from PIL import Image, PngImagePlugin
 
 from repfusion.images import decode
@@ -73,6 +82,15 @@ def test_a_png_is_plain_by_its_chunks_alone():
     info = PngImagePlugin.PngInfo()
     info.add_text("Title", "Raw profile type exif, and tRNS eXIf acTL")
     assert is_plain_png(encoded(IMAGE, pnginfo=info))
+
+
+def test_what_opencv_refuses_is_left_to_pillow():
+    """Very wide pictures, and pixels whose checksum is wrong."""
+    wide = encoded(Image.new("RGB", (1_200_000, 1), (1, 2, 3)))
+    assert is_plain_png(wide) and read_pixels(wide).shape == (1, 1_200_000, 3)
+    data = badly_summed_png()
+    assert is_plain_png(data)
+    np.testing.assert_array_equal(read_pixels(data), RGB)
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
