@@ -82,9 +82,11 @@ def decode_image(members: dict[str, bytes], size: int, place: str) -> UInt8[np.n
     (bicubic, antialiased) and a centre crop.
 
     Raises:
-        ShardError: for an image that cannot be decoded, or with a side shorter than `size`.
+        ShardError: for no image, one that cannot be decoded, or one with a side shorter than `size`.
     """
-    data = next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members)
+    data = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+    if data is None:
+        raise ShardError(f"{place}: no image; 'curate' keeps no such sample: run it again")
     try:
         pixels = read_pixels(data)
     except BadImage as error:
@@ -112,22 +114,15 @@ def decoded_batches(
     shards.
 
     Raises:
-        ShardError: where the shard is missing or broken (the last of it when all was read), where a sample
-            has no image, and what `decode_image` raises.
+        ShardError: where the shard is missing or broken (the last of it when all was read), and what
+            `decode_image` raises.
     """
-    place, num_images = f"shard {folder / name}.tar", 0
     samples = read_samples(folder, f"{name}.tar", sidecar, IMAGE_EXTENSIONS)
     while part := list(itertools.islice(samples, batch_size)):
         images = np.empty((len(part), size, size, 3), np.uint8)
         for row, (key, members) in enumerate(part):
-            images[row] = decode_image(members, size, f"{place}, key {key}")
-        num_images += len(part)
+            images[row] = decode_image(members, size, f"shard {folder / name}.tar, key {key}")
         yield [key for key, _ in part], images
-    if sidecar is not None and num_images != sidecar.samples:
-        raise ShardError(
-            f"{place}: {num_images} images in {sidecar.samples} samples, expected one each; 'curate' keeps "
-            "no sample without an image: run it again"
-        )
 
 
 def keep_freed_memory() -> None:
