@@ -23,7 +23,7 @@ import pipelines.runtime.ranks
 from pipelines.config import WorkflowConfig
 from pipelines.runtime.session import StageError
 from repfusion.config import to_yaml, validate
-from repfusion.runs.folder import complete_checkpoints, latest_checkpoint, step_of
+from repfusion.runs.folder import RunFolder, complete_checkpoints, latest_checkpoint, step_of
 from repfusion.train import TrainConfig
 
 pytestmark = pytest.mark.ray
@@ -98,7 +98,7 @@ def assert_gone(config: WorkflowConfig) -> None:
     assert wait_until_gone(tag_of(config.root)) < 30
     checkpoints = config.trainings["train"].output_dir / "checkpoints"
     assert [path.name for path in checkpoints.glob(".*")] == []
-    assert not (config.trainings["train"].output_dir / pipelines.runtime.ranks.STOP).exists()
+    assert not RunFolder(config.trainings["train"].output_dir).stop.exists()
 
 
 def weights(train: TrainConfig) -> dict[str, bytes]:
@@ -224,7 +224,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_moment(
     )
     path, log = tmp_path / "workflow.yaml", log_of(config)
     path.write_text(to_yaml(config))
-    progress = config.trainings["train"].output_dir / pipelines.runtime.ranks.PROGRESS
+    progress = RunFolder(config.trainings["train"].output_dir).progress
     with tagged_process(run_command(path), tag_of(root), log) as process:
         until(progress.exists, process, log)
         (os.killpg if to_all else os.kill)(process.pid, number)
@@ -251,7 +251,7 @@ def test_a_second_interrupt_ends_at_once(world, tmp_path):
     with start_traced(config, STEP_SEC="100") as process:
         until(lambda: steps_read(read_traces(traces_of(config))) >= 0, process, log_of(config))
         os.killpg(process.pid, signal.SIGINT)
-        stop = config.trainings["train"].output_dir / pipelines.runtime.ranks.STOP
+        stop = RunFolder(config.trainings["train"].output_dir).stop
         until(stop.exists, process, log_of(config))
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(60) == 130, log_of(config).read_text()
