@@ -105,8 +105,10 @@ def test_a_clock_that_is_a_day_off_keeps_no_pin_and_loses_none(training: Evaluat
             elsewhere.setattr(time, "time", lambda skew=skew: real() + skew)
             assert pin(training.checkpoint(step))
             pin(training.checkpoint(step))
-            assert left(training)[:1] == [2]
-    assert left(training) == [2, 4, 8]
+    for skew in (-day, 0, day):
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(time, "time", lambda skew=skew: real() + skew)
+            assert left(training) == [2, 4, 8]
     path = training.checkpoint(2) / "pins" / "evaluate"
     os.utime(path, (real() + 30 * day, real() + 30 * day))
     assert left(training) == [2, 4, 8]

@@ -124,6 +124,8 @@ def test_planted_secrets_are_found_nowhere(postgres: Postgres, tmp_path: Path):
     assert len(commands) > 5 and not leaks("\n".join(commands))
     (checkpoint,) = complete_checkpoints(root / "train" / "checkpoints")
 
+    assert "${oc.env:PLANTED_DSN}" in (root / "train" / "config.json").read_text()
+
     # whoever has to log in did so
     rows = stored_rows(secret["PLANTED_DSN"])
     assert "eval/overall" in rows and "train/loss" in rows and "${oc.env:PLANTED_DSN}" in rows
@@ -166,4 +168,3 @@ def test_planted_secrets_are_found_nowhere(postgres: Postgres, tmp_path: Path):
     assert leaky_files(tmp_path / "out") == {} and not leaks(log.read_text()) and not leaks(rows)
     assert (root / "config.yaml").stat().st_mode & 0o777 == 0o600
     assert "${oc.env:PLANTED_DSN}" in (root / "config.yaml").read_text()
-    assert "${oc.env:PLANTED_DSN}" in (root / "train" / "config.json").read_text()
