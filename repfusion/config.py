@@ -174,7 +174,7 @@ class Override:
         """`key.path=value` for a configuration of class `kind`. Raises ConfigError where it is malformed."""
         key, equals, typed = text.partition("=")
         if not (key and equals):
-            raise ConfigError(f"override {text!r}: expected key.path=value")
+            raise ConfigError(f"override {redact(text)!r}: expected key.path=value")
         takes = _types_at(kind, key)
         if takes and all(map(_is_text, takes - {NoneType})) and not (typed == "null" and NoneType in takes):
             return cls(text, key, typed)
@@ -182,11 +182,17 @@ class Override:
             value = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([f"_={typed}"])))["_"]
         except UNREADABLE as error:
             if Any not in takes:
-                raise ConfigError(f"override {text!r}: not YAML: {_first_line(error)}") from error
+                raise ConfigError(f"{cls(text, key, typed).shown}: not YAML: {_first_line(error)}") from error
             value = typed
         if Any in takes and isinstance(value, str) and typed[:1] not in ("'", '"'):
             value = typed
         return cls(text, key, value)
+
+    @property
+    def shown(self) -> str:
+        """What messages call it, without a secret."""
+        name, typed = self.key.rpartition(".")[2], self.text.partition("=")[2]
+        return f"override {f'{self.key}={redact({name: typed})[name]}'!r}"
 
     def is_about(self, key: str, problem: str) -> bool:
         """Whether pydantic's problem at a dotted key is with this value, or with where it was put."""
@@ -266,7 +272,7 @@ def _read_tree(
             try:
                 change(override, given)
             except UNREADABLE as error:
-                raise ConfigError(f"override {override.text!r}: {_first_line(error)}") from error
+                raise ConfigError(f"{override.shown}: {_first_line(error)}") from error
     return given
 
 
@@ -277,7 +283,7 @@ def _resolved(
         return cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", None) or "")
-        blamed = [f"override {one.text!r}" for one in overrides if key and one.key == key]
+        blamed = [one.shown for one in overrides if key and one.key == key]
         where = blamed[-1] if blamed else (source if isinstance(source, Path) else "config")
         raise ConfigError(f"{where}: {_first_line(error)}") from error
 
@@ -295,9 +301,15 @@ def validate(kind: type[C], values: Any, place: str = "config", overrides: Seque
         lines = []
         for problem in error.errors(include_url=False):
             key, section = spell(kind, problem["loc"])
-            blamed = [f"override {one.text!r}" for one in overrides if one.is_about(key, problem["type"])]
+            is_unknown = problem["type"] == "extra_forbidden"
+            # what stands at an unknown key may be a secret: its name does not tell
+            blamed = [
+                f"override {one.key!r}" if is_unknown else one.shown
+                for one in overrides
+                if one.is_about(key, problem["type"])
+            ]
             where = blamed[-1] if blamed else place
-            if problem["type"] == "extra_forbidden":
+            if is_unknown:
                 near = nearest_in(section, key) or nearest_key(kind, key)
                 lines.append(f"{where}: unknown key {key!r}" + (f"; did you mean '{near}'?" if near else ""))
             else:

@@ -186,5 +186,5 @@ def test_no_error_shows_a_secret(run_file: Path):
         Store(token=["Zq7secret"])  # pyright: ignore[reportArgumentType]
     assert "Zq7secret" not in str(raw.value)
     with pytest.raises(ConfigError) as unreadable:
-        load_config(Run, run_file, ["store.token=[Zq7secret"])
+        load_config(Run, run_file, ["store.ports=[http://me:Zq7secret@host"])
     assert "Zq7secret" not in str(unreadable.value)
