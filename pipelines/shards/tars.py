@@ -121,13 +121,13 @@ def read_samples(
         source = HashingReader(stream)
         try:
             yield from _group(TarReader(source), wanted)
-        except CutTarError as error:
+        except TarError as error:
             while source.skip(BLOCK_BYTES):
                 pass
             if sidecar is None or source.digest.hexdigest() == sidecar.sha256:
-                raise ShardError(f"{place}: {error} of {size:,}; {advice}") from error
-        except TarError as error:
-            raise ShardError(f"{place}: not readable as a tar ({error}); {advice}") from error
+                is_cut = isinstance(error, CutTarError)
+                fault = f"{error} of {size:,}" if is_cut else f"not readable as a tar ({error})"
+                raise ShardError(f"{place}: {fault}; {advice}") from error
     if sidecar is not None and source.digest.hexdigest() != sidecar.sha256:
         raise ShardError(
             f"{place}: its bytes changed since it was written (not the sidecar's sha256); {advice}"
