@@ -56,7 +56,9 @@ def nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Nodes]:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders `tower` and `llava` as save_pretrained writes them; random weights from a fixed seed."""
+    """Folders `tower`, `llava` and `decoder`, which fit, as save_pretrained writes them; random weights from
+    a fixed seed.
+    """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
@@ -67,6 +69,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         LlavaForConditionalGeneration,
         PreTrainedTokenizerFast,
     )
+
+    from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
 
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
@@ -101,7 +105,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=48
     )
     fast.save_pretrained(root / "llava")
-    return {"tower": root / "tower", "llava": root / "llava"}
+    decoder = RAEDecoderConfig(feature_dim=32, grid=(4, 4), patch_size=8, hidden_size=16, depth=1)
+    RAEDecoder(decoder).save_pretrained(root / "decoder")
+    return {name: root / name for name in ("tower", "llava", "decoder")}
 
 
 @pytest.fixture(scope="session")
@@ -123,6 +129,7 @@ def configure(models: dict[str, Path]) -> Callable[..., WorkflowConfig]:
                     "model": {
                         "encoder": {"path": models["tower"]},
                         "mllm": models["llava"],
+                        "decoder": models["decoder"],
                         "conditioning": "text_embed",
                     }
                 }

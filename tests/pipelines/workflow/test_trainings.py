@@ -47,6 +47,7 @@ def two_trainings(configure, models) -> Callable[..., WorkflowConfig]:
         "encoder": {"path": models["tower"]},
         "mllm": models["llava"],
         "dit": {"hidden_size": 32, "depth": 2, "num_heads": 2},
+        "decoder": models["decoder"],
     }
 
     def make(root: Path, first: dict = {}, second: dict = {}, **sections: Any) -> WorkflowConfig:  # noqa: B006
