@@ -203,7 +203,10 @@ class TarReader:
                 return {"linkpath": _text(data)}
             case b"g":
                 return {}
-        return dict(_pax_records(data))
+        records = dict(_pax_records(data))
+        if "path" in records:
+            records["path"] = records["path"].rstrip("/")
+        return records
 
     def _block(self) -> bytes:
         block = self._source.read(BLOCK_BYTES)

@@ -272,6 +272,7 @@ def train(
         CheckpointError: a checkpoint could not be written; the ones before are as they were.
         TrainingStopped: after the checkpoint that `should_stop` led to.
     """
+    check_model(config.model)  # needs no weights, and touches nothing
     prepare_environment()
     init_process_group()
     with alone_in(config.output_dir):
@@ -285,8 +286,6 @@ def _train(
     should_stop: Callable[[], bool] | None,
     warn: Warn,
 ) -> dict[str, Any]:
-    # Validate what needs no weights
-    check_model(config.model)
     dataset = Mixture.open(config.data, columns_of(config.model))
     checkpoints = RunFolder(config.output_dir).checkpoints
     checkpoints.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,7 @@ def stamps(folder: Folder) -> dict[str, object]:
     }
 
 
+@pytest.mark.slow
 def test_the_bytes_are_those_of_a_local_run(remote, complete_run):
     config, made = remote
     assert data_files(config.data_folder) == data_files(complete_run.data_folder)
@@ -68,6 +69,7 @@ def test_status_names_what_changed(remote, configure, s3_options):
     assert states["judge"].reason == "curate.max_caption_chars 1000 -> 60"
 
 
+@pytest.mark.slow
 def test_a_deleted_object_and_a_changed_one_are_made_good(remote, pool, complete_run):
     """In one test, as each of the two leaves the workflow complete."""
     config, _ = remote

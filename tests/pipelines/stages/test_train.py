@@ -94,6 +94,7 @@ def test_one_mlflow_run_holds_the_training_and_the_scores(trained):
         assert any(re.fullmatch(rf"gallery.step.{step}.timestamp.*\.png", name) for name in galleries)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_nothing_is_trained_or_scored_twice(trained):
     config, summary, evaluated = trained
@@ -104,6 +105,7 @@ def test_nothing_is_trained_or_scored_twice(trained):
     assert scores.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_failed_evaluation_fails_the_job_after_the_others(trained, tmp_path: Path):
     config, _, _ = trained
@@ -122,6 +124,7 @@ def test_a_failed_evaluation_fails_the_job_after_the_others(trained, tmp_path: P
     assert finished(scheduler.folder / "step_00000004", config.evaluate.scoring) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_rank_that_fails_says_why(trained, tmp_path: Path):
     config, _, _ = trained

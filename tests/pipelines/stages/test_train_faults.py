@@ -284,6 +284,7 @@ def test_an_error_of_our_own_is_said_once_and_not_repeated(ray_local, pool, worl
     assert len(read_traces(tmp_path / "base.traces")) == 1
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_share_the_folder_end_with_what_is_wrong(world, ranks, tmp_path):
     folders = [tmp_path / "one", tmp_path / "other"]
     for folder in folders:

@@ -99,6 +99,7 @@ def test_only_what_failed_is_asked_for_again(pool, make_workflow, server):
     assert said == ["nothing to retry; ingest dropped: http_404 1"] and not server.requests
 
 
+@pytest.mark.slow
 def test_what_still_fails_stays_a_drop_and_reasons_can_be_chosen(pool, make_workflow, server):
     config = make_workflow("run")
     fall_ill(server)

@@ -7,7 +7,7 @@ import pytest
 from running import found, run_all
 
 from pipelines.config import WorkflowConfig
-from pipelines.workflow.run import locked
+from pipelines.workflow.locks import locked_roots
 from repfusion.config import load_config, to_yaml, validate
 from repfusion.runs.folder import complete_checkpoints
 from repfusion.tracking import metric_history, sqlite_path, sqlite_uri, store_identity
@@ -46,8 +46,8 @@ def test_a_root_that_is_spelled_otherwise_is_the_same(tmp_path: Path, monkeypatc
         assert tracking.uri is not None
         names.add(tracking.run_name)
         stores.add(store_identity(tracking.uri))
-        with locked(config.root), pytest.raises(ValueError, match="another run is at work here"):
-            with locked(root):
+        with locked_roots(config.root), pytest.raises(ValueError, match="another run is at work here"):
+            with locked_roots(root):
                 pass
     assert names == {"x"} and len(stores) == 1
     assert stores == {store_identity(sqlite_uri(tmp_path / "runs" / "mlflow.db"))}

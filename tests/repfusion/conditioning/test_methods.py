@@ -258,7 +258,7 @@ def test_a_caption_is_told_apart_from_another_once_learned(make_generator, laten
     assert right.max() < 0.3 and (wrong > right + 0.5).all()
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ["noisy_latents_trained", "transfusion"])
 def test_a_trained_llm_under_the_engine(foundation, columns, tmp_path, method, stage):
     """It changes, its checkpoint holds it, and the caption loss is reported apart."""

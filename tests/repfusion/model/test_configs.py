@@ -122,6 +122,7 @@ def test_the_command_says_where_the_geometry_comes_from(monkeypatch, capsys):
     assert "bytes a sample: latents 1,179,648" in said
 
 
+@pytest.mark.slow
 def test_docs_hold_the_table_of_the_papers_figures():
     assert paper_markdown() in (ROOT / "docs" / "flops.md").read_text()
 

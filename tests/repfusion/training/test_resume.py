@@ -80,6 +80,7 @@ def test_a_killed_rank_costs_nothing_but_the_time_since_the_checkpoint(world, ra
     assert_same(whole, parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", STAGES)
 def test_the_world_may_change_from_two_ranks_to_one_to_four(world, ranks, tmp_path, engine):
     """The same weights within rounding as on one rank, and within an epoch (24 samples, 3 steps) no sample
@@ -119,6 +120,7 @@ def test_a_checkpoint_of_one_stage_resumes_under_another(world, ranks, tmp_path)
 MOMENTS = ["write_model", *(pytest.param(one, marks=SLOW) for one in ("begin_checkpoint", "write_json"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", [*MOMENTS, pytest.param("finish_checkpoint", marks=SLOW)])
 def test_a_kill_during_a_save_leaves_a_whole_checkpoint_or_none(world, ranks, tmp_path, moment):
     engine = {"micro_batch_size": 4}
@@ -135,6 +137,7 @@ def test_a_kill_during_a_save_leaves_a_whole_checkpoint_or_none(world, ranks, tm
     assert [path.name for path in checkpoints.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_every_rank_and_keeps_the_last_good_checkpoint(world, ranks, tmp_path):
     config = tiny_train(*world, tmp_path / "full", {"micro_batch_size": 4}, num_steps=6)
     codes = ranks.run(job(config, world_size=2, file_limit=(2, 20_000)))
@@ -151,6 +154,7 @@ def test_a_full_disk_ends_every_rank_and_keeps_the_last_good_checkpoint(world, r
     assert_same(whole, config)
 
 
+@pytest.mark.slow
 def test_damage_that_one_rank_finds_is_known_to_all(world, ranks, tmp_path):
     """Each of two ranks compares some of the files: both go on from the checkpoint before, or both end."""
     config = tiny_train(*world, tmp_path / "out", {"micro_batch_size": 4, "zero_stage": 2}, num_steps=4)

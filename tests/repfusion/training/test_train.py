@@ -61,7 +61,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 3])
+@pytest.mark.parametrize("zero_stage", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_four_steps_equal_two_and_two_bit_for_bit(world, tmp_path: Path, zero_stage: int):
     reports: dict[str, list[Report]] = {"whole": [], "parts": []}
     whole = tiny_train(*world, tmp_path / "whole", {"zero_stage": zero_stage, "micro_batch_size": 4})
