@@ -396,18 +396,18 @@ class FolderWorker:
             case ListedCaption(problem=problem, text=text, fields=fields):
                 if problem is not None:
                     raise BadEntry(*problem)
-            case Caption(path=path):
-                text, fields = read_caption(self._bytes(path), self.config.several_captions)
-        return self._bytes(entry.path), text, {**fields, "source_file": entry.path}
+            case Caption(path=path, version=version):
+                text, fields = read_caption(self._bytes(path, version), self.config.several_captions)
+        return self._bytes(entry.path, entry.image), text, {**fields, "source_file": entry.path}
 
-    def _bytes(self, path: str) -> bytes:
-        """A file's bytes. Raises BadEntry where they are too many, or not ours to read."""
-        limit = self.ingest.max_download_bytes
+    def _bytes(self, path: str, version: str) -> bytes:
+        """A file's bytes, in one request where it lies elsewhere. Raises BadEntry where they were too many
+        when it was listed, or are not ours to read.
+        """
+        size, limit = int(version.partition(":")[0]), self.ingest.max_download_bytes
+        if size > limit:
+            raise BadEntry("too_many_bytes", f"{size:,} bytes, at most {limit:,}")
         try:
-            with self._entries.folder.open(path) as stream:
-                data = stream.read(limit + 1)
+            return self._entries.folder.read(path)
         except PermissionError as error:
             raise BadEntry("not_readable", str(error)) from error
-        if len(data) > limit:
-            raise BadEntry("too_many_bytes", f"more than {limit:,} bytes")
-        return data

@@ -3,6 +3,7 @@ machine.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ def marked_folder(name: str, saved: Mapping[str, Any], mark: str, absent: State)
     if saved["path"] is None:
         return Link(name, "-", "recorded", f"digest {short(expected)}; its folder was left out")
     folder = here(saved["path"])
-    if not (folder / mark).is_file():
+    if not os.path.isfile(folder / mark):  # False too where the system takes no such path
         return Link(name, str(folder), absent, f"no {mark} there; it was {short(expected)}")
     got = file_sha256(folder / mark)
     if got != expected:
@@ -114,7 +115,7 @@ def trace_checkpoint(folder: Path, note: str = "complete") -> Iterator[Link]:
         yield from describe_training(
             checked(TrainingRecord, lineage, str(folder / LINEAGE)).model_dump(), "missing"
         )
-    if (folder / CONFIG).is_file():
+    if os.path.isfile(folder / CONFIG):
         config, digests = read_config(folder)
         yield Link("config", str(folder / CONFIG), "recorded", config.describe())
         folders = config.parts()
@@ -166,7 +167,7 @@ def data_link(name: str, saved: Mapping[str, Any], absent: State) -> Link:
     if saved["folder"] is None:
         return Link(name, "-", "recorded", f"{what}; its folder was left out")
     folder = Path(saved["folder"])
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return Link(name, str(folder), absent, f"no such folder; it held {what}")
     if expected is None:
         return Link(name, str(folder), "recorded", "had no manifest")

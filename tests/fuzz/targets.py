@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from pipelines.config import WorkflowConfig
 from pipelines.shards.storage import Folder
@@ -32,6 +33,7 @@ from repfusion.data.columns import Column
 from repfusion.files import bytes_sha256, digest_of, json_bytes
 from repfusion.images.decode import read_image, read_pixels
 from repfusion.images.limits import BadImage
+from repfusion.lineage.trace import trace
 from repfusion.runs.completion import SCHEMA, check_all
 from tests.fuzz.mutate import mutate
 
@@ -339,8 +341,39 @@ def read_completion(data: bytes, scratch: Path) -> None:
     assert check_all(folder)["files"].keys() == CHECKPOINT.keys()
 
 
+FOLDERS = [None, "runs/x", "WEIGHTS/base", "/dev/zero", "x" * 5000, "\x1b[31m", "a\0b"]
+
+
+def lineage_png(random: Random) -> bytes:
+    """A PNG that says what it was made of."""
+    column = {"folder": random.choice(FOLDERS), "manifest_digest": "0" * 64, "fingerprint": None}
+    training = {"run_id": "r", "tracking_uri": "sqlite:///x", "git_commit": None, "lock_digest": None}
+    record = {
+        "prompt": random.choice(CAPTIONS),
+        **{"seed": 3, "num_images": 2, "num_steps": 30, "solver": "euler", "guidance_scale": 4.0},
+        "guidance_interval": [0, 1],
+        "checkpoint": {"path": random.choice(FOLDERS), "digest": "0" * 64, "step": 4},
+        "lineage": {**training, "datasets": {"main": {"image_features": column}}},
+    }
+    text = json.dumps(record).encode()
+    if random.random() < 0.5:
+        text = mutate(random, text)
+    info = PngInfo()
+    info.add_text("repfusion", text.decode("latin-1"), zip=random.random() < 0.5)
+    stream = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(stream, "PNG", pnginfo=info)
+    return stream.getvalue()
+
+
+def read_lineage_png(data: bytes, scratch: Path) -> None:
+    path = _fresh(scratch) / "x.png"
+    path.write_bytes(data)
+    list(trace(path))
+
+
 TARGETS: dict[str, Target] = {
     "image": Target(picture, ingest_image),
+    "lineage": Target(lineage_png, read_lineage_png),
     "tar": Target(foreign_tar, read_foreign_tar, spoil_tar),
     "column": Target(column_tar, read_column, spoil_tar),
     "caption": Target(caption, read_caption),
