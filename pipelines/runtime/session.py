@@ -1,7 +1,9 @@
 """A session of Ray: connected to a cluster or started on this machine, and gone when the work is."""
 
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -183,17 +185,20 @@ def _loopback_kept() -> Iterator[None]:
 
 @contextmanager
 def _signal_kept() -> Iterator[None]:
-    """Ray puts its own handler of SIGTERM in the place of ours, to end the process with status 15: it may
-    not, not even for the moment in which it starts.
+    """Ray puts its own handlers of SIGTERM in the place of ours. The one in Python, which ends the process
+    with status 15, may not be set even for the moment in which Ray starts; the one of its core, which aborts,
+    is replaced when Ray has started.
     """
     from ray._private import utils
 
-    before = utils.set_sigterm_handler
+    before, ours = utils.set_sigterm_handler, signal.getsignal(signal.SIGTERM)
     utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
         utils.set_sigterm_handler = before
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)
 
 
 def brief(error: BaseException) -> str:

@@ -183,7 +183,7 @@ def contents(root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(root.rglob("*")):
         name = str(path.relative_to(root))
-        if path.is_dir() or name in MACHINE_FILES:
+        if path.is_dir() or name in MACHINE_FILES or path.suffix == ".lock":
             continue
         data = path.read_bytes()
         if path.name == "shards.parquet":

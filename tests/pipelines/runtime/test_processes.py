@@ -1,6 +1,7 @@
 """Driver, actors, Ray's own processes and the scenes' server are gone after every run, however it ended."""
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from killing import (
     wait_until_gone,
 )
 from running import until
+from safetensors.torch import load_file, save_file
 
 from pipelines.config import WorkflowConfig
 from repfusion.config import to_yaml
@@ -70,8 +72,13 @@ def test_after_shards_that_fail(make_config, write, tmp_path):
 
 
 def test_after_a_worker_that_cannot_start(make_config, models, write, tmp_path):
-    # a vision tower is no language model
-    config = make_config(train={"model": {"mllm": models["tower"]}})
+    # what headers do not tell: a weight that is no number
+    broken = tmp_path / "llava"
+    shutil.copytree(models["llava"], broken)
+    weights = load_file(broken / "model.safetensors")
+    next(value for name, value in weights.items() if "embed_tokens" in name)[0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    config = make_config(trainings={"train": {"model": {"mllm": broken}}})
     code, said = run_to_the_end(write(config), tmp_path)
     assert code == 1
     assert "error: stage prompt_features: its worker could not start" in said
