@@ -173,7 +173,7 @@ class Override:
     def parse(cls, kind: type[BaseModel], text: str) -> "Override":
         """`key.path=value` for a configuration of class `kind`. Raises ConfigError where it is malformed."""
         key, equals, typed = text.partition("=")
-        if not (key and equals):
+        if not (equals and all(key.split(".")) and key.strip(".[]")):
             raise ConfigError(f"override {redact(text)!r}: expected key.path=value")
         takes = _types_at(kind, key)
         if takes and all(map(_is_text, takes - {NoneType})) and not (typed == "null" and NoneType in takes):

@@ -114,6 +114,7 @@ def test_interpolations_are_resolved():
             r"^override 'parts\.p\.nane': unknown key 'parts\.p\.nane'; did you mean '.*name'\?$",
         ),
         ("=x", r"^override '=x': expected key\.path=value$"),
+        (".=x", r"^override '.=x': expected key\.path=value$"),
     ],
 )
 def test_an_error_names_the_override_and_not_the_file(tmp_path: Path, override: str, message: str):
