@@ -215,6 +215,7 @@ def main() -> int:
     except (ValueError, StageError, StoreError, OSError) as error:
         print(printable_lines(redact_text(f"error: {error}")), file=sys.stderr)
         return 1
+    # the clients of remote stores have no common class of errors: those become a line, all others are ours
     except Exception as error:
         if not is_store_error(error):
             raise

@@ -104,6 +104,7 @@ def open_table(
             case ".parquet":
                 try:
                     parquet = stack.enter_context(open_parquet(folder, name))
+                # Arrow's errors over a damaged file have no common class
                 except Exception as error:
                     if is_damage(error):
                         raise ValueError(f"{place} is not readable as parquet: {error}") from error

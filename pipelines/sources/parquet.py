@@ -170,6 +170,7 @@ class _Rows:
             self.parquet = self._opened.enter_context(opened)
             schema = self.parquet.schema_arrow
             check_columns(_needed(config), schema.names, place, lambda name: schema.field(name).type)
+        # Arrow's errors over a damaged file have no common class; the file is closed whatever happens
         except Exception as error:
             self._opened.close()
             if is_damage(error):
@@ -277,6 +278,7 @@ class ParquetWorker:
                 with _Rows(part.file, self.config) as rows:
                     for row, values in rows.read(inside):
                         yield part.first + row, part.file, row, values
+            # Arrow's errors over a damaged file have no common class
             except Exception as error:
                 if not is_damage(error):
                     raise

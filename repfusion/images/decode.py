@@ -187,6 +187,7 @@ def _reasons() -> Iterator[None]:
         raise BadImage("undecodable_image", "no known format") from error
     except Image.DecompressionBombError as error:
         raise BadImage("too_many_pixels", str(error)) from error
+    # decoders raise anything on hostile bytes: it costs the image, and nothing else
     except Exception as error:
         detail = re.sub(r" ?<[\w.]+ object at 0x[0-9a-f]+>", "", str(error)) or type(error).__name__
         raise BadImage("undecodable_image", detail) from error

@@ -3,12 +3,11 @@
 import json
 import os
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from holding import held_by
 
 from repfusion.locks import Holder, locked
 
@@ -23,16 +22,9 @@ with locked(Path(sys.argv[1]), "", is_shared=sys.argv[2] == "shared"):
 REMEDY = "go elsewhere"
 
 
-@contextmanager
-def held(path: Path, kind: str = "alone") -> Iterator[subprocess.Popen[str]]:
+def held(path: Path, kind: str = "alone") -> AbstractContextManager["subprocess.Popen[str]"]:
     """Another process has the lock for the length of the block."""
-    command = [sys.executable, "-c", HOLD, str(path), kind]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "held\n"
-        try:
-            yield process
-        finally:
-            process.kill()
+    return held_by(HOLD, str(path), kind)
 
 
 def test_a_second_writer_is_told_who_is_at_work(tmp_path: Path):

@@ -1,12 +1,12 @@
 """One writer of a folder in a bucket: a second one is told who has it, a dead one is found out."""
 
+import json
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import pytest
+from holding import held_by
 
 from pipelines.shards.lease import Lease
 from pipelines.shards.storage import Folder
@@ -22,18 +22,9 @@ with Lease(Folder(sys.argv[1], json.loads(sys.argv[2])), beat_sec=0.1):
 BEAT_SEC = 0.1
 
 
-@contextmanager
-def held(folder: Folder) -> Iterator[subprocess.Popen[str]]:
+def held(folder: Folder) -> AbstractContextManager["subprocess.Popen[str]"]:
     """Another process has the folder for the length of the block."""
-    import json
-
-    command = [sys.executable, "-c", HOLD, folder.url, json.dumps(dict(folder.options))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "held\n"
-        try:
-            yield process
-        finally:
-            process.kill()
+    return held_by(HOLD, folder.url, json.dumps(dict(folder.options)))
 
 
 def has_lease(folder: Folder) -> bool:

@@ -125,7 +125,8 @@ def test_large_csv_files_need_little_memory(tmp_path):
         peak = pool.max_memory()
     finally:
         pa.set_memory_pool(usual)
-    assert peak is not None and 0 < peak < 60e6
+    # 40 MB for a file of any size: Arrow reads 32 blocks ahead
+    assert peak is not None and 0 < peak < 45e6
 
 
 def test_files_patterns_folders_and_urls(folder):
