@@ -62,9 +62,9 @@ class Lease:
         self._thread.join()
         if self.lost is not None:
             raise ValueError(f"{self.folder}: {self.lost}; run it again to go on") from error
-        found = self._read()
-        if found is not None and found.token == self.token:
-            self.place.remove(self.name)
+        with suppress(ValueError):  # what is no lease is not ours to remove
+            if (found := self._read()) is not None and found.token == self.token:
+                self.place.remove(self.name)
 
     def _take(self) -> bool:
         if not self.place.create(self.name, self._bytes()):
@@ -78,9 +78,20 @@ class Lease:
         return held.model_dump_json().encode()
 
     def _read(self) -> _Held | None:
-        with suppress(FileNotFoundError, ValueError):
-            return _Held.model_validate_json(self.place.read(self.name))
-        return None
+        """What the object says; None where there is none. ValueError where it is no lease, which nobody would
+        ever find dead.
+        """
+        try:
+            data = self.place.read(self.name)
+        except FileNotFoundError:
+            return None
+        try:
+            return _Held.model_validate_json(data)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.place / self.name}: not a lock as a run writes it ({len(data):,} bytes); see that no "
+                "run is at work here, and remove it"
+            ) from error
 
     def _wait_for_its_end(self) -> None:
         """Returns when the lease is free. Raises ValueError where its holder is alive."""

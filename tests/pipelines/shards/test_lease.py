@@ -82,3 +82,13 @@ def test_a_store_without_conditional_writes_has_one_holder_too():
             with Lease(folder, lambda text: None, BEAT_SEC):
                 pass
     assert not has_lease(folder)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b'{"token": 1}'])
+def test_an_object_that_is_no_lease_is_named_and_not_waited_for(s3_folder, data):
+    folder = s3_folder / "stage"
+    folder.parent.write(".stage.lock.json", data)
+    with pytest.raises(ValueError, match=r"\.stage\.lock\.json: not a lock as a run writes it .*remove it"):
+        with Lease(folder, beat_sec=BEAT_SEC):
+            pass
+    assert folder.parent.read(".stage.lock.json") == data
