@@ -1,81 +1,121 @@
-"""`python -m repfusion.foundation`: trains and measures the small foundation, part by part, and records its
-quality.
+"""`python -m repfusion.foundation CONFIG.yaml [key=value ...]`: trains and measures the small foundation,
+part by part, and records its quality.
+
+A part that was cut off goes on where it was when it is asked for again; one that is done is left as it is.
 """
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
-from repfusion.foundation.decoder import train_decoder
+import torch
+
+from repfusion.config import ConfigError, load_config
+from repfusion.files import write_json
+from repfusion.foundation.config import FoundationConfig
 from repfusion.foundation.dialogues import train_tokenizer
-from repfusion.foundation.fluent import train_fluent
-from repfusion.foundation.large import train_large
 from repfusion.foundation.measure import measure
-from repfusion.foundation.perception import (
-    FoundationConfig,
-    ScenePool,
-    refine,
-    train_language_twin,
-    train_llava,
-)
+from repfusion.foundation.perception import polish_decoder, train_perception
+from repfusion.foundation.pool import ScenePool
 from repfusion.foundation.vae import train_vae
-from repfusion.llm.tokenizer import load_tokenizer
+from repfusion.foundation.variants import SeenPool, train_language, train_large, train_noise_taught
+from repfusion.latents.tower import RepresentationEncoder
 from repfusion.weights import WEIGHTS
 
-PARTS = (
-    "llava",
-    "decoder",
-    "refine",
-    "polish",
-    "language",
-    "fluent",
-    "large",
-    "vae",
-    "vae_polish",
-    "measure",
-)
+PARTS = ("perception", "polish", "noise_taught", "language", "large", "vae", "measure")
+RECORD = "foundation.json"
+
+
+class Foundation:
+    """The parts of one configuration, their folder and the states from which they go on."""
+
+    def __init__(self, config: FoundationConfig, folder: Path):
+        self.config, self.folder = config, folder
+        self.states = folder / "states"
+        self._pool: ScenePool | None = None
+        self._seen: SeenPool | None = None
+
+    @property
+    def pool(self) -> ScenePool:
+        """Drawn when the first part needs it."""
+        if self._pool is None:
+            self._pool = ScenePool(self.config, self.folder / "llava")
+        return self._pool
+
+    @property
+    def seen(self) -> SeenPool:
+        if self._seen is None:
+            self._seen = SeenPool(self.pool, self.folder)
+        return self._seen
+
+    def train(self, part: str) -> dict[str, float]:
+        """Trains a part, from its state if it was cut off; returns the last losses."""
+        state, common = self.states / f"{part}.safetensors", (self.config, self.folder)
+        match part:
+            case "perception":
+                return train_perception(self.pool, *common, state)
+            case "polish":
+                encoder = RepresentationEncoder.from_pretrained(self.folder / "vision_tower")
+                return polish_decoder(self.pool, encoder.to(self.pool.device), *common, state)
+            case "noise_taught":
+                return train_noise_taught(self.seen, *common, state)
+            case "language":
+                return train_language(self.pool, *common, state)
+            case "large":
+                return train_large(self.seen, *common, state)
+            case "vae":
+                return train_vae(self.pool, *common, state)
+        raise ValueError(f"no part {part!r}; there are {', '.join(PARTS)}")
+
+
+def bring_up_to_date(foundation: Foundation, parts: tuple[str, ...]) -> None:
+    """Trains the parts that are not done, in their order; measuring is done whenever it is asked for.
+
+    Raises:
+        ValueError: the folder holds parts of another configuration.
+    """
+    folder, config = foundation.folder, foundation.config
+    folder.mkdir(parents=True, exist_ok=True)
+    path, said = folder / RECORD, config.model_dump(mode="json", exclude={"device", "save_every_sec"})
+    record = json.loads(path.read_text()) if path.is_file() else {"config": said, "parts": {}}
+    if record["config"] != said:
+        differing = sorted(key for key in said if record["config"].get(key) != said[key])
+        raise ValueError(
+            f"{path}: made with other {', '.join(differing)}; choose another folder (--out), or remove it"
+        )
+    if not (folder / "llava" / "tokenizer.json").is_file():
+        train_tokenizer(folder / "llava")
+    for part in parts:
+        started = time.perf_counter()
+        if part == "measure":
+            record["quality"] = measure(folder, config)
+        elif part not in record["parts"]:
+            losses = foundation.train(part)
+            seconds = round(time.perf_counter() - started, 1)
+            record["parts"][part] = {"seconds_of_the_last_call": seconds, "losses": losses}
+        write_json(path, record)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m repfusion.foundation", description=__doc__)
+    parser.add_argument("config", type=Path, help="a YAML file of FoundationConfig")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the configuration")
     parser.add_argument(
         "--out", type=Path, default=WEIGHTS, help="folder to write (default: the shipped one)"
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to train")
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of FoundationConfig"
-    )
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)} (default: all)")
     args = parser.parse_args()
-    config = FoundationConfig(**dict(item.split("=", 1) for item in args.set))
-    args.out.mkdir(parents=True, exist_ok=True)
-    record_path = args.out / "foundation.json"
-    record = json.loads(record_path.read_text()) if record_path.is_file() else {"seconds": {}}
-    record["config"] = config.model_dump()
-    pool = ScenePool(config)
-    for part in args.parts:
-        started = time.perf_counter()
-        match part:
-            case "llava":
-                train_llava(pool, train_tokenizer(args.out / "llava"), config, args.out)
-            case "language":
-                tokenizer = load_tokenizer(args.out / "llava")
-                train_language_twin(pool, tokenizer, config, args.out / "language")
-            case "decoder" | "polish":
-                train_decoder(pool, config, args.out, polish=part == "polish")
-            case "fluent":
-                train_fluent(pool, load_tokenizer(args.out / "llava"), config, args.out)
-            case "large":
-                train_large(pool, load_tokenizer(args.out / "llava"), config, args.out)
-            case "vae" | "vae_polish":
-                train_vae(pool, config, args.out, polish=part == "vae_polish")
-            case "refine":
-                refine(pool, load_tokenizer(args.out / "llava"), config, args.out)
-            case "measure":
-                record["quality"] = measure(args.out, config)
-        record["seconds"][part] = round(time.perf_counter() - started, 1)
-        record_path.write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(record, indent=2))
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        config = load_config(FoundationConfig, args.config, args.overrides)
+        parts = tuple(args.parts.split(","))
+        if unknown := set(parts) - set(PARTS):
+            raise ValueError(f"no parts {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+        bring_up_to_date(Foundation(config, args.out), parts)
+    except (ConfigError, ValueError) as error:
+        parser.exit(1, f"error: {error}\n")
 
 
 if __name__ == "__main__":

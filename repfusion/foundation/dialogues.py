@@ -1,51 +1,90 @@
 """Scenes -> token ids for perception pretraining: descriptions, questions and claims about an image, and
 captions alone.
 
-The image stands before or after the question, as in LLaVA's first stage; in a claim it always follows, which
-is the order in which RepFusion lets the language model read: prompt first, visual tokens after.
+The image stands before or after the question, as in LLaVA's first stage; after a claim it follows at once,
+without a space, which is the order in which RepFusion lets the language model read: prompt first, visual
+tokens after.
 """
 
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Int
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from repfusion.scenes.captions import ask, canonical_caption, caption_scene, claim
+from repfusion.scenes.captions import canonical_caption, caption_scene
+from repfusion.scenes.claims import KINDS, Kind, claim
+from repfusion.scenes.questions import ask, ask_what, ask_where
 from repfusion.scenes.world import Scene, draw_scene
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<image>"]
 IGNORED = -100
 DESCRIBE = "describe the image"
+WORDS = "words.txt"
+"""Beside the tokenizer: the words of all training texts."""
+CLAIM_SHARE, DESCRIPTION_SHARE = 0.45, 0.25
+RELATION_SHARE = 0.7
+"""Share of the dialogues about a scene with a relation that are about the relation."""
+RELATION_KINDS: tuple[Kind, ...] = ("direction", "axis", "swap")
 
 
-def write_dialogue(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """A question that contains `<image>`, and its answer."""
+def write_dialogue(scene: Scene, rng: np.random.Generator, other: Scene) -> tuple[str, str]:
+    """A question that contains `<image>`, and its answer; `other` is another scene, for claims of absence."""
+    if scene.relation and rng.random() < RELATION_SHARE:
+        return _about_the_relation(scene, rng, other)
     kind = rng.random()
-    if kind < 0.4:
-        text, is_true = claim(scene, rng)
-        return f"{text} <image>", "yes" if is_true else "no"
-    question, answer = (DESCRIBE, canonical_caption(scene)) if kind < 0.7 else ask(scene, rng)
-    question = f"<image> {question}" if rng.random() < 0.5 else f"{question} <image>"
-    return f"{question} answer:", answer
+    if kind < CLAIM_SHARE:
+        return _claim(scene, rng, other, KINDS)
+    if kind < CLAIM_SHARE + DESCRIPTION_SHARE:
+        return _ask(DESCRIBE, canonical_caption(scene), rng)
+    return _ask(*ask(scene, rng), rng)
+
+
+def _about_the_relation(scene: Scene, rng: np.random.Generator, other: Scene) -> tuple[str, str]:
+    kind = rng.random()
+    if kind < 0.65:
+        return _claim(scene, rng, other, RELATION_KINDS)
+    return _ask(*(ask_where if kind < 0.85 else ask_what)(scene, rng), rng)
+
+
+def _claim(scene: Scene, rng: np.random.Generator, other: Scene, kinds: tuple[Kind, ...]) -> tuple[str, str]:
+    said = claim(scene, rng, other, kinds)
+    return f"{said.text}<image>", "yes" if said.is_true else "no"
+
+
+def _ask(question: str, answer: str, rng: np.random.Generator) -> tuple[str, str]:
+    placed = f"<image> {question}" if rng.random() < 0.5 else f"{question}<image>"
+    return f"{placed} answer:", answer
 
 
 def train_tokenizer(folder: Path, num_scenes: int = 5_000) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over captions and dialogues: any text has tokens, words of the world have one each."""
-    rng = np.random.default_rng(0)
-    scenes = [draw_scene(seed) for seed in range(num_scenes)]
-    corpus = [
-        " ".join([caption_scene(s, rng), *write_dialogue(s, rng)]).replace("<image>", "") for s in scenes
-    ]
+    """Byte-level BPE over captions and dialogues: any text has tokens, words of the world have one each.
+
+    Case and the punctuation at a word's end are left out, so that "A red circle." is "a red circle". Beside
+    the tokenizer stands `words.txt`, the words of the texts.
+    """
+    corpus = list(_corpus(num_scenes))
     tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"[.,;:!?]+(?=\s|$)"), ""),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(left=False, right=True),
+        ]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=1024,
-        min_frequency=20,
+        min_frequency=5,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -61,38 +100,52 @@ def train_tokenizer(folder: Path, num_scenes: int = 5_000) -> PreTrainedTokenize
     )
     fast.model_max_length = 64
     fast.save_pretrained(folder)
+    words = sorted({word for text in corpus for word in re.sub(r"[.,;:!?]+(?=\s|$)", "", text).split()})
+    (folder / WORDS).write_text("\n".join(words) + "\n")
     return fast
 
 
-def encode_dialogues(
-    tokenizer: PreTrainedTokenizerFast, dialogues: list[tuple[str, str]], num_image_tokens: int
-) -> tuple[Int[Tensor, "b m"], Int[Tensor, "b m"]]:
-    """Right-padded ids and labels; only answers and the end token are learned. `<image>` becomes
-    `num_image_tokens` tokens.
+def _corpus(num_scenes: int) -> Iterator[str]:
+    """Captions and dialogues of the first scenes, each a text."""
+    rng = np.random.default_rng(0)
+    scenes = [draw_scene(seed) for seed in range(num_scenes)]
+    for scene in scenes:
+        dialogue = write_dialogue(scene, rng, scenes[rng.integers(num_scenes)])
+        for text in (caption_scene(scene, rng), *dialogue):
+            yield " ".join(text.replace("<image>", " ").split())
+
+
+Tokens = tuple[list[int], int]
+"""Ids of a text, the end token last, and the place from which on they are learned."""
+
+
+def dialogue_ids(
+    tokenizer: PreTrainedTokenizerFast, dialogues: Sequence[tuple[str, str]], num_image_tokens: int
+) -> list[Tokens]:
+    """Tokens of questions with their answers, which alone are learned. `<image>` becomes `num_image_tokens`
+    tokens.
     """
-    rows = []
-    for question, answer in dialogues:
-        prompt = tokenizer(question.replace("<image>", "<image>" * num_image_tokens)).input_ids
-        reply = [*tokenizer(" " + answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        rows.append((prompt + reply, [IGNORED] * len(prompt) + reply))
-    return _pad(rows, tokenizer.pad_token_id)
+    image, end = "<image>" * num_image_tokens, cast(int, tokenizer.eos_token_id)
+    asked = _ids(tokenizer, [question.replace("<image>", image) for question, _ in dialogues], True)
+    said = _ids(tokenizer, [answer for _, answer in dialogues], False)
+    return [([*a, *b, end], len(a)) for a, b in zip(asked, said, strict=True)]
 
 
-def encode_captions(
-    tokenizer: PreTrainedTokenizerFast, captions: list[str]
-) -> tuple[Int[Tensor, "b m"], Int[Tensor, "b m"]]:
-    """Right-padded ids and labels of texts without an image; every token is learned."""
-    rows = []
-    for caption in captions:
-        ids = [*tokenizer(caption).input_ids, tokenizer.eos_token_id]
-        rows.append((ids, [IGNORED, *ids[1:]]))
-    return _pad(rows, tokenizer.pad_token_id)
+def caption_ids(tokenizer: PreTrainedTokenizerFast, captions: Sequence[str]) -> list[Tokens]:
+    """Tokens of texts without an image; all after the begin token is learned."""
+    end = cast(int, tokenizer.eos_token_id)
+    return [([*ids, end], 1) for ids in _ids(tokenizer, captions, True)]
 
 
-def _pad(
-    rows: list[tuple[list[int], list[int]]], pad_id: int
-) -> tuple[Int[Tensor, "b m"], Int[Tensor, "b m"]]:
+def _ids(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+    return tokenizer(list(texts), add_special_tokens=add_special_tokens).input_ids
+
+
+def pad(rows: Sequence[Tokens], pad_id: int) -> tuple[Int[Tensor, "b m"], Int[Tensor, "b m"]]:
+    """Right-padded ids, and labels that are `IGNORED` before each row's place and in the padding."""
     width = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row, _ in rows])
-    labels = torch.tensor([row + [IGNORED] * (width - len(row)) for _, row in rows])
+    ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in rows])
+    labels = torch.tensor(
+        [[IGNORED] * start + ids[start:] + [IGNORED] * (width - len(ids)) for ids, start in rows]
+    )
     return ids, labels

@@ -1,25 +1,10 @@
-"""`llava_fluent` -> a larger one over the same frozen tower, so both read and speak of one latent space.
-
-It starts as the small one, grown to its size so that it says exactly the same (after Net2Net, arXiv
-1511.05641; here new channels, heads, units and layers read at random and write zeros), and goes on with the
-same dialogues and captions.
+"""A LLaVA -> the weights of a larger one over the same tower that says exactly the same (after Net2Net, arXiv
+1511.05641; here new channels, heads, units and layers read at random and write zeros).
 """
-
-from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
-
-from repfusion.foundation.perception import (
-    FoundationConfig,
-    ScenePool,
-    frozen_tower_loss,
-    llava_config,
-    optimise,
-    save_mllm,
-)
-from repfusion.pretrained.weights import load_transformers
+from transformers import LlavaForConditionalGeneration
 
 
 @torch.no_grad()
@@ -75,19 +60,3 @@ def place(wide: nn.Linear, narrow: nn.Linear | None, writes: bool) -> None:
     wide.weight[: narrow.out_features, : narrow.in_features] = narrow.weight
     if narrow.bias is not None:
         wide.bias[: narrow.out_features] = narrow.bias
-
-
-def train_large(
-    pool: ScenePool, tokenizer: PreTrainedTokenizerFast, config: FoundationConfig, folder: Path
-) -> None:
-    """Writes `llava_large`; the tower is the small one's, bit for bit."""
-    torch.manual_seed(6)
-    small = load_transformers(LlavaForConditionalGeneration, folder / "llava_fluent", "LLaVA")
-    size = {"text_width": config.large_width, "text_layers": config.large_layers}
-    large = LlavaForConditionalGeneration(llava_config(config.model_copy(update=size), tokenizer))
-    grow(small, large)
-    loss = frozen_tower_loss(large, tokenizer, pool, config.large_batch_size, captions=True)
-    learned = [parameter for parameter in large.parameters() if parameter.requires_grad]
-    config = config.model_copy(update={"learning_rate": config.large_learning_rate})
-    optimise(learned, config, config.large_steps, loss, "large")
-    save_mllm(large, tokenizer, folder / "llava_large")

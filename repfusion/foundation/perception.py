@@ -1,133 +1,39 @@
-"""Scenes -> a LLaVA that sees, and its language-only twin that never saw an image.
+"""Scenes -> a LLaVA that sees, with its vision tower and the RAE decoder.
 
-The vision tower is trained end to end by two signals: the language model's answers, and pixels rebuilt from
-its penultimate layer under noise, so that what a latent says survives the small errors a diffusion model
-makes (cf. RAE's noise-augmented decoding).
+The tower is trained end to end by two signals: the language model's answers, and pixels rebuilt from its
+penultimate layer under noise, so that what a latent says survives the small errors a diffusion model makes
+(cf. RAE's noise-augmented decoding). The projector reads what latents are made of, the LayerNorm of that
+layer; the layer itself is held near zero mean and unit variance, so that transformers' own LLaVA, which takes
+it as it is, sees the same.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
-from repfusion.config import Config
-from repfusion.foundation.dialogues import IGNORED, encode_captions, encode_dialogues, write_dialogue
+from repfusion.foundation.config import FoundationConfig
+from repfusion.foundation.dialogues import WORDS
+from repfusion.foundation.optimise import Loss, optimise
+from repfusion.foundation.pool import Batch, ScenePool
 from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
-from repfusion.pretrained.weights import load_transformers
-from repfusion.scenes.captions import caption_scene
-from repfusion.scenes.world import Scene, WorldConfig, draw_scene, render
+from repfusion.llm.tokenizer import load_tokenizer
 
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.5
-
-
-class FoundationConfig(Config):
-    image_size: int = 32
-    """Pixels a side."""
-    patch_size: int = 8
-    """Pixels a side of a patch: (image_size / patch_size)^2 tokens."""
-    vision_width: int = 64
-    """Width of the tower, so of the latents."""
-    vision_layers: int = 5
-    """Layers of the tower; the last one only serves the standard CLIP geometry, features are the penultimate
-    state.
-    """
-    text_width: int = 128
-    """Width of the language model."""
-    text_layers: int = 4
-    """Layers of the language model."""
-    num_scenes: int = 40_000
-    """Distinct training scenes."""
-    perception_steps: int = 4_000
-    """Steps of LLaVA training."""
-    language_steps: int = 1_000
-    """Steps of the twin."""
-    decoder_steps: int = 3_000
-    """Steps of the RAE decoder."""
-    batch_size: int = 128
-    """Scenes a step."""
-    refine_steps: int = 2_500
-    """Steps in which LLaVA and decoder go on together."""
-    polish_steps: int = 5_000
-    """Steps of the decoder alone, on the tower as it then is."""
-    learning_rate: float = 1e-3
-    """Peak of the cosine schedule."""
-    feature_noise: float = 0.6
-    """Largest standard deviation of the noise on features under which pixels are rebuilt (features have unit
-    variance).
-    """
-
-    refine_noise: float = 0.4
-    """Largest standard deviation of that noise while refining."""
-
-    large_width: int = 256
-    """Width of the larger LLaVA's language model."""
-    large_layers: int = 6
-    """Layers of the larger LLaVA's language model."""
-    large_steps: int = 800
-    """Steps of the larger LLaVA, from the small one's weights grown to its size."""
-    large_learning_rate: float = 3e-4
-    """Peak learning rate of the larger LLaVA: it goes on, and does not begin."""
-    large_batch_size: int = 64
-    """Scenes a step of the larger LLaVA."""
-    fluent_align_steps: int = 1_000
-    """Steps in which the twin's LLaVA learns its projector alone."""
-    fluent_steps: int = 4_000
-    """Steps of projector and language model."""
-    fluent_learning_rate: float = 2e-4
-    """Peak learning rate of those steps; the projector alone takes `learning_rate`. At 5e-4 new combinations
-    are seen better and prompts read worse (docs/log.md).
-    """
-    fluent_batch_size: int = 64
-    """Scenes a step of the twin's LLaVA."""
-    vae_channels: int = 16
-    """Channels of the VAE's latents; its grid is the tower's at a factor of 8."""
-    vae_steps: int = 2_000
-    """Steps of the VAE."""
-    vae_batch_size: int = 64
-    """Scenes a step of the VAE."""
-    vae_noise: float = 0.4
-    """Largest noise on the VAE's latents while it is trained, in their standard deviations."""
-    vae_polish_steps: int = 2_500
-    """Steps in which the VAE goes on."""
-    vae_polish_noise: float = 0.2
-    """The noise meanwhile."""
-
-    @property
-    def num_tokens(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
-
-
-class ScenePool:
-    """Training scenes with their pixels (uint8), drawn in random batches."""
-
-    def __init__(self, config: FoundationConfig, seed: int = 0):
-        world = WorldConfig(image_size=config.image_size)
-        self.scenes = [
-            draw_scene(seed + i, world) for i in tqdm(range(config.num_scenes), desc="scenes", mininterval=5)
-        ]
-        size = config.image_size
-        self.pixels = np.empty((len(self.scenes), 3, size, size), np.uint8)
-        for i, scene in enumerate(tqdm(self.scenes, desc="render", mininterval=5)):
-            self.pixels[i] = np.round(render(scene, world) * 255)
-        self.rng = np.random.default_rng(seed)
-
-    def batch(self, size: int) -> tuple[list[Scene], Tensor]:
-        chosen = self.rng.integers(len(self.scenes), size=size)
-        return [self.scenes[i] for i in chosen], torch.from_numpy(self.pixels[chosen]).float() / 255
+CAPTION_WEIGHT = 0.5
+"""Of the captions read alone, beside the answers: it keeps the language model a reader."""
+SCALE_WEIGHT = 0.1
+"""Of the penultimate layer's distance from zero mean and unit variance."""
 
 
 def llava_config(config: FoundationConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
@@ -135,7 +41,7 @@ def llava_config(config: FoundationConfig, tokenizer: PreTrainedTokenizerFast) -
         hidden_size=config.vision_width,
         intermediate_size=4 * config.vision_width,
         num_hidden_layers=config.vision_layers,
-        num_attention_heads=config.vision_width // 32,
+        num_attention_heads=config.vision_heads,
         image_size=config.image_size,
         patch_size=config.patch_size,
         projection_dim=config.vision_width,
@@ -145,7 +51,7 @@ def llava_config(config: FoundationConfig, tokenizer: PreTrainedTokenizerFast) -
         hidden_size=config.text_width,
         intermediate_size=round(config.text_width * 8 / 3 / 32) * 32,
         num_hidden_layers=config.text_layers,
-        num_attention_heads=config.text_width // 32,
+        num_attention_heads=config.text_heads,
         max_position_embeddings=256,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -161,183 +67,147 @@ def llava_config(config: FoundationConfig, tokenizer: PreTrainedTokenizerFast) -
     )
 
 
-def answer_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Next-token loss; the vocabulary is scored only where a label is learned."""
-    learned = labels[:, 1:] != IGNORED
-    return F.cross_entropy(head(hidden[:, :-1][learned]).float(), labels[:, 1:][learned])
-
-
-def optimise(
-    params: list[nn.Parameter],
-    config: FoundationConfig,
-    num_steps: int,
-    loss_of_step: Callable[[int], Tensor],
-    name: str,
-) -> float:
-    """AdamW, warm-up and cosine decay, bfloat16 autocast; returns the mean loss of the last 100 steps."""
-    optimizer = torch.optim.AdamW(
-        params, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.05, fused=True
-    )
-    shape = [
-        min(1.0, (step + 1) / 200) * (0.5 + 0.5 * np.cos(np.pi * step / num_steps)) + 0.01
-        for step in range(num_steps + 1)
-    ]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: shape[min(step, num_steps)])
-    recent: list[float] = []
-    bar = tqdm(range(num_steps), desc=name, mininterval=5)
-    for step in bar:
-        # The CPU's flash attention is slow in the backward pass of short sequences; the plain one is 1.5 x as
-        # fast.
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of_step(step)
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        recent = [*recent[-99:], loss.item()]
-        if not np.isfinite(recent[-1]):
-            raise RuntimeError(f"{name}: loss {recent[-1]} at step {step}")
-        bar.set_postfix(loss=f"{np.mean(recent):.4f}", refresh=False)
-    return float(np.mean(recent))
-
-
-def joint_loss(
-    llava: LlavaForConditionalGeneration,
-    decoder: RAEDecoder,
-    tokenizer: PreTrainedTokenizerFast,
-    pool: ScenePool,
-    config: FoundationConfig,
-    feature_noise: float,
-    pixel_weight: float,
-) -> Callable[[int], Tensor]:
-    """Answers about the image, captions alone (in every 4th step at a quarter of the weight), and pixels
-    rebuilt from noised features.
-    """
-
-    def loss_of_step(step: int) -> Tensor:
-        scenes, pixels = pool.batch(config.batch_size)
-        normalised = (pixels - PIXEL_MEAN) / PIXEL_STD
-        seen = llava.model.vision_tower(pixel_values=normalised, output_hidden_states=True)
-        hidden = seen.hidden_states[-2][:, 1:]
-        features = F.layer_norm(hidden.float(), (config.vision_width,))
-        sigma = feature_noise * torch.rand(len(features), 1, 1)
-        rebuilt = decoder(features + sigma * torch.randn_like(features))
-        said = spoken_loss(llava, hidden, tokenizer, scenes, pool.rng)
-        if step % 4 == 0:
-            head, language_model = llava.lm_head, llava.model.language_model
-            said = said + 0.25 * text_loss(head, language_model, tokenizer, scenes, pool.rng)
-        return said + pixel_weight * F.l1_loss(rebuilt.float(), pixels)
-
-    return loss_of_step
-
-
-def spoken_loss(
-    llava: LlavaForConditionalGeneration,
-    hidden: Tensor,
-    tokenizer: PreTrainedTokenizerFast,
-    scenes: list[Scene],
-    rng: np.random.Generator,
-) -> Tensor:
-    """Answers about images of which `hidden` is the tower's state."""
-    inner = llava.model
-    ids, labels = encode_dialogues(tokenizer, [write_dialogue(s, rng) for s in scenes], hidden.shape[1])
-    embedded = inner.language_model.embed_tokens(ids)
-    visual = inner.multi_modal_projector(hidden).to(embedded.dtype)
-    embedded = embedded.masked_scatter((ids == llava.config.image_token_index)[..., None], visual)
-    said = inner.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-    return answer_loss(llava.lm_head, said, labels)
-
-
-def frozen_tower_loss(
-    llava: LlavaForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
-    pool: ScenePool,
-    batch_size: int,
-    captions: bool,
-) -> Callable[[int], Tensor]:
-    """Answers about images, and captions alone beside them if asked for; the tower does not learn."""
-    tower = llava.model.vision_tower.eval().requires_grad_(False)
-
-    def loss_of_step(step: int) -> Tensor:
-        scenes, pixels = pool.batch(batch_size)
-        with torch.no_grad():
-            seen = tower(pixel_values=(pixels - PIXEL_MEAN) / PIXEL_STD, output_hidden_states=True)
-        loss = spoken_loss(llava, seen.hidden_states[-2][:, 1:], tokenizer, scenes, pool.rng)
-        if captions:
-            loss = loss + text_loss(llava.lm_head, llava.model.language_model, tokenizer, scenes, pool.rng)
-        return loss
-
-    return loss_of_step
-
-
-def train_llava(
-    pool: ScenePool, tokenizer: PreTrainedTokenizerFast, config: FoundationConfig, folder: Path
-) -> None:
-    """Trains tower and LLaVA from scratch, with a small decoder that is thrown away."""
-    torch.manual_seed(0)
-    llava = LlavaForConditionalGeneration(llava_config(config, tokenizer))
-    grid = (config.image_size // config.patch_size,) * 2
-    rebuild = RAEDecoder(
-        RAEDecoderConfig(feature_dim=config.vision_width, grid=grid, patch_size=config.patch_size, depth=2)
-    )
-    loss = joint_loss(llava, rebuild, tokenizer, pool, config, config.feature_noise, pixel_weight=4.0)
-    optimise([*llava.parameters(), *rebuild.parameters()], config, config.perception_steps, loss, "llava")
-    save_mllm(llava, tokenizer, folder / "llava")
-    save_half(llava.model.vision_tower, folder / "vision_tower")
-
-
-def refine(
-    pool: ScenePool, tokenizer: PreTrainedTokenizerFast, config: FoundationConfig, folder: Path
-) -> None:
-    """LLaVA and RAE decoder on together, pixels weighing more: features that tell a cross from a diamond at
-    this size.
-    """
-    torch.manual_seed(3)
-    llava = load_transformers(LlavaForConditionalGeneration, folder / "llava", "LLaVA")
-    decoder = RAEDecoder.from_pretrained(folder / "decoder").requires_grad_(True).train()
-    loss = joint_loss(llava, decoder, tokenizer, pool, config, config.refine_noise, pixel_weight=20.0)
-    optimise([*llava.parameters(), *decoder.parameters()], config, config.refine_steps, loss, "refine")
-    save_mllm(llava, tokenizer, folder / "llava")
-    save_half(llava.model.vision_tower, folder / "vision_tower")
-    decoder.save_pretrained(folder / "decoder", dtype=torch.float16)
-
-
-def text_loss(
-    head: nn.Module, language_model: nn.Module, tokenizer, scenes: list[Scene], rng: np.random.Generator
-) -> Tensor:
-    """Next-token loss on captions alone."""
-    ids, labels = encode_captions(tokenizer, [caption_scene(scene, rng) for scene in scenes])
-    return answer_loss(head, language_model(input_ids=ids, use_cache=False).last_hidden_state, labels)
-
-
-def train_language_twin(
-    pool: ScenePool, tokenizer: PreTrainedTokenizerFast, config: FoundationConfig, folder: Path
-) -> LlamaForCausalLM:
-    """Trains the language-only twin, of the same geometry, on the same texts: captions, and the
-    dialogues without their image.
-    """
-    torch.manual_seed(1)
-    twin = LlamaForCausalLM(llava_config(config, tokenizer).text_config)
-
-    def loss_of_step(step: int) -> Tensor:
-        scenes, _ = pool.batch(config.batch_size)
-        ids, labels = encode_dialogues(
-            tokenizer, [write_dialogue(s, pool.rng) for s in scenes], num_image_tokens=0
+def new_decoder(config: FoundationConfig) -> RAEDecoder:
+    return RAEDecoder(
+        RAEDecoderConfig(
+            feature_dim=config.vision_width,
+            grid=config.grid,
+            patch_size=config.patch_size,
+            hidden_size=config.decoder_width,
+            depth=config.decoder_depth,
+            num_heads=config.decoder_heads,
         )
-        loss = answer_loss(twin.lm_head, twin.model(input_ids=ids, use_cache=False).last_hidden_state, labels)
-        return loss + text_loss(twin.lm_head, twin.model, tokenizer, scenes, pool.rng)
-
-    optimise(list(twin.parameters()), config, config.language_steps, loss_of_step, "language twin")
-    twin.to(torch.float16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return twin
+    )
 
 
-def save_mllm(llava: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes half-precision weights, the tokenizer and the pixel normalisation."""
+class Seeing(nn.Module):
+    """A LLaVA and a decoder over the same tower, as they are trained together."""
+
+    def __init__(self, llava: LlavaForConditionalGeneration, decoder: RAEDecoder):
+        super().__init__()
+        self.llava, self.decoder = llava, decoder
+        tower = self.llava.model.vision_tower
+        for unread in (tower.encoder.layers[-1], tower.post_layernorm):
+            unread.requires_grad_(False)
+
+
+def train_perception(
+    pool: ScenePool, config: FoundationConfig, folder: Path, state: Path
+) -> dict[str, float]:
+    """Trains tower, LLaVA and decoder from scratch, and writes `llava`, `vision_tower` and `decoder`."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(folder / "llava")
+    llava = LlavaForConditionalGeneration(llava_config(config, tokenizer))
+    both = Seeing(llava, new_decoder(config)).to(pool.device)
+    loss = perception_loss(both, pool, config)
+    shown = optimise(both, config.perception, loss, state, config.save_every_sec)
+    save_mllm(both.llava, folder / "llava", folder / "llava")
+    save_half(both.llava.model.vision_tower, folder / "vision_tower")
+    both.decoder.save_pretrained(folder / "decoder", dtype=torch.float16)
+    return shown
+
+
+def perception_loss(both: Seeing, pool: ScenePool, config: FoundationConfig) -> Loss:
+    """Answers about the image, captions alone, and pixels rebuilt from noised features."""
+
+    def loss_of_step(step: int) -> dict[str, Tensor]:
+        generator = pool.generator(0, step)
+        batch = pool.batch(config.perception.batch_size, generator)
+        hidden = penultimate(both.llava, batch.pixels)
+        features = F.layer_norm(hidden, hidden.shape[-1:])
+        answers = answer_loss(both.llava, features, batch.dialogues, batch.is_answer)
+        rebuilt = both.decoder(noised(features, config.feature_noise, generator))
+        mean, variance = hidden.mean(-1), hidden.var(-1, unbiased=False)
+        return {
+            "answers": answers,
+            "captions": CAPTION_WEIGHT * caption_loss(both.llava, batch),
+            "pixels": config.pixel_weight * F.l1_loss(rebuilt.float(), batch.pixels),
+            "scale": SCALE_WEIGHT * (mean.square() + (variance - 1).square()).mean(),
+        }
+
+    return loss_of_step
+
+
+def polish_decoder(
+    pool: ScenePool, encoder: nn.Module, config: FoundationConfig, folder: Path, state: Path
+) -> dict[str, float]:
+    """The saved decoder goes on, on the frozen tower."""
+    decoder = RAEDecoder.from_pretrained(folder / "decoder").requires_grad_(True).train().to(pool.device)
+
+    def loss_of_step(step: int) -> dict[str, Tensor]:
+        generator = pool.generator(1, step)
+        pixels = pool.batch(config.polish.batch_size, generator).pixels
+        rebuilt = decoder(noised(encoder(pixels), config.feature_noise, generator))
+        return {"pixels": F.l1_loss(rebuilt.float(), pixels)}
+
+    shown = optimise(decoder, config.polish, loss_of_step, state, config.save_every_sec)
+    decoder.save_pretrained(folder / "decoder", dtype=torch.float16)
+    return shown
+
+
+def penultimate(
+    llava: LlavaForConditionalGeneration, pixels: Float[Tensor, "b 3 h w"]
+) -> Float[Tensor, "b n d"]:
+    """The tower's state that LLaVA-1.5 reads, patch tokens only."""
+    tower = llava.model.vision_tower
+    seen = tower(pixel_values=(pixels - PIXEL_MEAN) / PIXEL_STD, output_hidden_states=True)
+    return seen.hidden_states[-2][:, 1:].float()
+
+
+def noised(
+    features: Float[Tensor, "b n d"], most: float, generator: torch.Generator
+) -> Float[Tensor, "b n d"]:
+    """Features with Gaussian noise, a standard deviation for each image up to `most`."""
+    device = features.device
+    sigma = most * torch.rand(len(features), 1, 1, generator=generator, device=device)
+    return features + sigma * torch.randn(features.shape, generator=generator, device=device)
+
+
+def answer_loss(
+    llava: LlavaForConditionalGeneration,
+    features: Float[Tensor, "b n d"],
+    ids: Int[Tensor, "b m"],
+    is_answer: Bool[Tensor, "b m"],
+) -> Float[Tensor, ""]:
+    """Cross-entropy a token of answers about images of these features."""
+    hidden = read_dialogues(llava, features, ids)
+    return token_loss(llava.lm_head, hidden, ids, is_answer)
+
+
+def read_dialogues(
+    llava: LlavaForConditionalGeneration, features: Float[Tensor, "b n d"], ids: Int[Tensor, "b m"]
+) -> Float[Tensor, "b m w"]:
+    """Last hidden states over dialogues in which projected features stand in the image's place."""
+    inner = llava.model
+    embedded = inner.language_model.embed_tokens(ids)
+    visual = inner.multi_modal_projector(features).to(embedded.dtype)
+    embedded = embedded.masked_scatter((ids == llava.config.image_token_index)[..., None], visual)
+    return inner.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+
+
+def caption_loss(model: PreTrainedModel, batch: Batch) -> Float[Tensor, ""]:
+    """Cross-entropy a token of captions without their image; of a LLaVA or a causal language model."""
+    language_model = model.model.language_model if hasattr(model.model, "language_model") else model.model
+    hidden = language_model(input_ids=batch.captions, use_cache=False).last_hidden_state
+    return token_loss(model.lm_head, hidden, batch.captions, batch.is_caption)
+
+
+def token_loss(
+    head: nn.Module,
+    hidden: Float[Tensor, "b m w"],
+    ids: Int[Tensor, "b m"],
+    is_learned: Bool[Tensor, "b m"],
+) -> Float[Tensor, ""]:
+    """Cross-entropy of the learned ids; the vocabulary is scored only there."""
+    learned = is_learned[:, 1:]
+    return F.cross_entropy(head(hidden[:, :-1][learned]).float(), ids[:, 1:][learned])
+
+
+def save_mllm(llava: PreTrainedModel, tokenizer_folder: Path, folder: Path) -> None:
+    """Writes half-precision weights, the tokenizer with its words, and the pixel normalisation."""
     save_half(llava, folder)
-    tokenizer.save_pretrained(folder)
+    load_tokenizer(tokenizer_folder).save_pretrained(folder)
+    (folder / WORDS).write_text((tokenizer_folder / WORDS).read_text())
 
 
 def save_half(model: PreTrainedModel, folder: Path) -> None:

@@ -5,7 +5,6 @@ and what a latent says survives the small errors a diffusion model makes. Noise 
 deviations of the latents, so their scale gains nothing.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,54 +12,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from repfusion.foundation.perception import FoundationConfig, ScenePool, optimise
-from repfusion.latents.vae import load_vae
+from repfusion.foundation.config import FoundationConfig
+from repfusion.foundation.optimise import Loss, optimise
+from repfusion.foundation.pool import ScenePool
 
-CHANNELS = (32, 32, 64, 128)
+CHANNELS = (32, 32, 64, 128, 128)
 """Channels of the VAE's stages; the first holds no layers, so the work begins at half the image's side."""
 
 
-def train_vae(pool: ScenePool, config: FoundationConfig, folder: Path, polish: bool = False) -> None:
-    """Trains the VAE from scratch for `vae_steps` or, to `polish`, on from the saved one for
-    `vae_polish_steps` at less noise; writes a diffusers folder in half precision.
-    """
-    if polish:
-        torch.manual_seed(7)
-        vae = load_vae(folder / "vae").train()
-        noise, num_steps = config.vae_polish_noise, config.vae_polish_steps
-    else:
-        vae = make_vae(config, seed=5)
-        noise, num_steps = config.vae_noise, config.vae_steps
-    loss = vae_loss(vae, pool, config.vae_batch_size, noise)
-    optimise(list(vae.parameters()), config, num_steps, loss, "vae polish" if polish else "vae")
+def train_vae(pool: ScenePool, config: FoundationConfig, folder: Path, state: Path) -> dict[str, float]:
+    """Trains the VAE from scratch and writes a diffusers folder in half precision."""
+    vae = make_vae(config, seed=5).to(pool.device)
+    shown = optimise(vae, config.vae, vae_loss(vae, pool, config), state, config.save_every_sec)
     vae.to(torch.float16).save_pretrained(folder / "vae")
+    return shown
 
 
 def make_vae(config: FoundationConfig, seed: int) -> Any:
+    """A DC-AE whose latents lie on the tower's grid."""
     from diffusers import AutoencoderDC
 
     torch.manual_seed(seed)
+    num_stages = config.patch_size.bit_length()
+    channels = CHANNELS[:1] * (num_stages - len(CHANNELS)) + CHANNELS[-num_stages:]
     return AutoencoderDC(
         latent_channels=config.vae_channels,
-        encoder_block_out_channels=CHANNELS,
-        decoder_block_out_channels=CHANNELS,
-        encoder_layers_per_block=(0, 1, 1, 1),
-        decoder_layers_per_block=(0, 2, 2, 1),
-        encoder_qkv_multiscales=((),) * 4,
-        decoder_qkv_multiscales=((),) * 4,
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        encoder_layers_per_block=(0, *(1,) * (num_stages - 1)),
+        decoder_layers_per_block=(0, *(2,) * (num_stages - 2), 1),
+        encoder_qkv_multiscales=((),) * num_stages,
+        decoder_qkv_multiscales=((),) * num_stages,
     )
 
 
-def vae_loss(vae: Any, pool: ScenePool, batch_size: int, noise: float) -> Callable[[int], Tensor]:
+def vae_loss(vae: Any, pool: ScenePool, config: FoundationConfig) -> Loss:
     """L1 and squared error of pixels rebuilt from noised latents."""
 
-    def loss_of_step(step: int) -> Tensor:
-        _, pixels = pool.batch(batch_size)
-        target = pixels * 2 - 1
+    def loss_of_step(step: int) -> dict[str, Tensor]:
+        generator = pool.generator(5, step)
+        target = pool.batch(config.vae.batch_size, generator).pixels * 2 - 1
         latents = vae.encode(target).latent.float()
         scale = latents.std(dim=(0, 2, 3), keepdim=True)
-        sigma = noise * torch.rand(len(latents), 1, 1, 1)
-        rebuilt = vae.decode(latents + sigma * scale * torch.randn_like(latents)).sample.float()
-        return F.l1_loss(rebuilt, target) + F.mse_loss(rebuilt, target)
+        device, most = latents.device, config.vae_noise
+        sigma = most * torch.rand(len(latents), 1, 1, 1, generator=generator, device=device)
+        noise = torch.randn(latents.shape, generator=generator, device=device)
+        rebuilt = vae.decode(latents + sigma * scale * noise).sample.float()
+        return {"l1": F.l1_loss(rebuilt, target), "square": F.mse_loss(rebuilt, target)}
 
     return loss_of_step

@@ -1,9 +1,10 @@
-"""A scene -> captions, questions with answers, and prompts that carry the facts a detector can check.
+"""A scene -> captions as people write them, and prompts that carry the facts a detector can check.
 
 The tasks are GenEval's six (arXiv 2310.11513). `single_object` and `two_objects` name shapes alone, so their
 texts recur in training; a held-out prompt of the others asks for a combination that training never shows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,12 +13,10 @@ import numpy as np
 from repfusion.scenes.world import (
     BASE_COLOURS,
     BASE_SHAPES,
-    COLOURS,
     HELD_OUT_PAIRS,
     INVERSE,
     NEW_COLOUR,
     NEW_SHAPE,
-    SHAPES,
     Colour,
     Relation,
     Scene,
@@ -32,13 +31,43 @@ from repfusion.scenes.world import (
 Task = Literal["single_object", "two_objects", "counting", "colours", "position", "colour_attribution"]
 TASKS: tuple[Task, ...] = get_args(Task)
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
-PREFIXES = ("", "", "", "a photo of ", "a picture of ", "an image of ", "a drawing of ", "there is ", "draw ")
-RELATION_PHRASES: dict[Relation, tuple[str, ...]] = {
-    "left of": ("left of", "to the left of", "on the left of"),
-    "right of": ("right of", "to the right of", "on the right of"),
-    "above": ("above", "over", "on top of"),
-    "below": ("below", "under", "beneath"),
+PREFIXES = (
+    *("a photo of ", "a picture of ", "an image of ", "a drawing of ", "an illustration of ", "there is "),
+    *("draw ", "please draw ", "paint ", "show me ", "generate ", "make "),
+)
+ARTICLES = ("a ", "the ", "one ", "")
+"""Before a single thing; the first is the plain one."""
+JOINTS = ("and", "with", "along with", "as well as")
+"""Between two things whose places are left open; the first is the plain one."""
+NOUNS: dict[Shape, tuple[str, ...]] = {
+    "circle": ("circle", "disc", "ball"),
+    "square": ("square", "box"),
+    "triangle": ("triangle",),
+    "cross": ("cross", "plus"),
+    "diamond": ("diamond", "rhombus"),
 }
+ADJECTIVES: dict[Colour, tuple[str, ...]] = {
+    "red": ("red",),
+    "green": ("green",),
+    "blue": ("blue",),
+    "yellow": ("yellow",),
+    "purple": ("purple", "violet"),
+    "cyan": ("cyan", "turquoise"),
+}
+RELATION_PHRASES: dict[Relation, tuple[str, ...]] = {
+    "left of": ("left of", "to the left of", "on the left of", "on the left side of"),
+    "right of": ("right of", "to the right of", "on the right of", "on the right side of"),
+    "above": ("above", "over", "on top of", "higher than"),
+    "below": ("below", "under", "beneath", "underneath"),
+}
+"""How the first thing stands to the second, between the two."""
+RELATION_ENDINGS: dict[Relation, tuple[str, ...]] = {
+    "left of": ("on its left", "to its left"),
+    "right of": ("on its right", "to its right"),
+    "above": ("above it", "over it"),
+    "below": ("below it", "under it"),
+}
+"""The same after both, the second thing named first: "a blue square with a red circle on its left"."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +94,48 @@ class Prompt:
         return any(want.shape == NEW_SHAPE or want.colour == NEW_COLOUR for want in self.wanted)
 
 
-def _noun(shape: str, number: int) -> str:
-    if number == 1:
-        return shape
-    return shape + ("es" if shape == "cross" else "s")
+def say(
+    wanted: Sequence[Wanted], relation: Relation | None = None, rng: np.random.Generator | None = None
+) -> str:
+    """Facts in words. `rng` draws among the ways in which people put them; None gives the plain one."""
+    if rng is None:
+        return f" {relation or JOINTS[0]} ".join(map(say_thing, wanted))
+    prefix = PREFIXES[rng.integers(len(PREFIXES))] if rng.random() < 0.6 else ""
+    if prefix == "there is " and wanted[0].number > 1:
+        prefix = "there are "
+    things = [say_thing(want, rng) for want in wanted]
+    if relation is None:
+        return prefix + f" {_choose(JOINTS, rng)} ".join(things)
+    if rng.random() < 0.15:
+        return f"{prefix}{things[1]} with {things[0]} {_choose(RELATION_ENDINGS[relation], rng)}"
+    verb = "is " if prefix == "" and rng.random() < 0.3 else ""
+    return f"{prefix}{things[0]} {verb}{_choose(RELATION_PHRASES[relation], rng)} {things[1]}"
 
 
-def _phrase(want: Wanted) -> str:
-    words = [*([want.colour] if want.colour else []), _noun(want.shape, want.number)]
-    return " ".join([NUMBERS[want.number] if want.number > 1 else "a", *words])
+def say_thing(want: Wanted, rng: np.random.Generator | None = None) -> str:
+    """A wanted thing in words, number or article first: "a red circle", "3 discs"."""
+    look = say_look(want.shape, want.colour, rng)
+    if want.number == 1:
+        return (ARTICLES[0] if rng is None else _choose(ARTICLES, rng)) + look
+    as_digit = rng is not None and rng.random() < 0.3
+    return f"{want.number if as_digit else NUMBERS[want.number]} {plural(look)}"
+
+
+def say_look(shape: Shape, colour: Colour | None, rng: np.random.Generator | None = None) -> str:
+    """A colour, unless it is left out, and a shape: "red circle", "violet disc"."""
+    nouns, adjectives = NOUNS[shape], ADJECTIVES[colour] if colour else ("",)
+    if rng is None:
+        return f"{adjectives[0]} {nouns[0]}".strip()
+    return f"{_choose(adjectives, rng)} {_choose(nouns, rng)}".strip()
+
+
+def plural(noun: str) -> str:
+    return noun + ("es" if noun.endswith(("s", "x")) else "s")
+
+
+def _choose(words: tuple[str, ...], rng: np.random.Generator) -> str:
+    """The plain word in three cases of five, else one of the others."""
+    return words[0] if len(words) == 1 or rng.random() < 0.6 else words[1 + rng.integers(len(words) - 1)]
 
 
 def _want(thing: Thing, coloured: bool, number: int = 1) -> Wanted:
@@ -89,10 +151,9 @@ def possible_tasks(scene: Scene) -> tuple[Task, ...]:
     return ("two_objects", "colour_attribution", *(("position",) if scene.relation else ()))
 
 
-def write_prompt(
-    scene: Scene, task: Task, rng: np.random.Generator | None = None, coloured: bool = True
-) -> Prompt:
-    """A prompt of the task about the scene. `rng` draws among phrasings; None gives the plain one.
+def facts_of(scene: Scene, task: Task, coloured: bool = True) -> tuple[tuple[Wanted, ...], Relation | None]:
+    """What a prompt of the task states about the scene; colours may be left out where the task is not about
+    them.
 
     Raises:
         ValueError: where the scene cannot satisfy the task.
@@ -101,30 +162,37 @@ def write_prompt(
         raise ValueError(
             f"a scene of {len(scene.things)} things has no {task} prompt; possible: {possible_tasks(scene)}"
         )
-    things, relation = scene.things, scene.relation if task == "position" else None
+    things = scene.things
     match task:
-        case "single_object" | "colours":
-            wanted = (_want(things[0], task == "colours"),)
+        case "single_object" | "two_objects":
+            return tuple(_want(thing, False) for thing in things), None
+        case "colours" | "colour_attribution":
+            return tuple(_want(thing, True) for thing in things), None
         case "counting":
-            wanted = (_want(things[0], coloured, len(things)),)
-        case "two_objects" | "colour_attribution":
-            wanted = (
-                _want(things[0], task == "colour_attribution"),
-                _want(things[1], task == "colour_attribution"),
-            )
+            return (_want(things[0], coloured, len(things)),), None
         case "position":
-            wanted = (_want(things[0], coloured), _want(things[1], coloured))
+            return tuple(_want(thing, coloured) for thing in things), scene.relation
+
+
+def write_prompt(
+    scene: Scene, task: Task, rng: np.random.Generator | None = None, coloured: bool = True
+) -> Prompt:
+    """A prompt of the task about the scene. `rng` draws among orders and phrasings; None gives the plain one.
+
+    Raises:
+        ValueError: where the scene cannot satisfy the task.
+    """
+    wanted, relation = facts_of(scene, task, coloured)
     if len(wanted) == 2 and rng is not None and rng.random() < 0.5:
-        wanted, relation = wanted[::-1], INVERSE[relation] if relation else None
-    joint = (
-        "and"
-        if relation is None
-        else (RELATION_PHRASES[relation][rng.integers(3)] if rng is not None else relation)
-    )
-    prefix = PREFIXES[rng.integers(len(PREFIXES))] if rng is not None else ""
-    if prefix == "there is " and wanted[0].number > 1:
-        prefix = "there are "
-    return Prompt(prefix + f" {joint} ".join(map(_phrase, wanted)), task, wanted, relation)
+        wanted, relation = turned(wanted, relation)
+    return Prompt(say(wanted, relation, rng), task, wanted, relation)
+
+
+def turned(
+    wanted: tuple[Wanted, ...], relation: Relation | None
+) -> tuple[tuple[Wanted, ...], Relation | None]:
+    """The same facts, the things in the other order."""
+    return wanted[::-1], INVERSE[relation] if relation else None
 
 
 def caption_scene(scene: Scene, rng: np.random.Generator) -> str:
@@ -144,59 +212,9 @@ def canonical_caption(scene: Scene) -> str:
     if len(scene.things) == 1:
         return write_prompt(scene, "colours").text
     if scene.relation is None:
-        first, second = sorted(scene.things, key=lambda thing: thing.y)
-        return f"{_phrase(_want(first, True))} and {_phrase(_want(second, True))}"
-    flip = scene.relation in ("right of", "below")
-    ordered = Scene(scene.things[::-1], INVERSE[scene.relation]) if flip else scene
-    return write_prompt(ordered, "position").text
-
-
-def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """A question about the scene and its one-phrase answer: colour, shape, number, place, position, or
-    whether a caption is true.
-    """
-    first = scene.things[int(rng.integers(len(scene.things)))]
-    number = len(scene.things)
-    place = ("top" if first.y < 0.5 else "bottom") + (" left" if first.x < 0.5 else " right")
-    look = f"{first.colour} {first.shape}"
-    questions = [("how many things are there?", NUMBERS[number])]
-    if scene.is_count:
-        questions += [(f"how many {_noun(first.shape, 2)} are there?", NUMBERS[number])]
-        questions += [(f"what colour are the {_noun(first.shape, 2)}?", first.colour)]
-    else:
-        questions += [(f"what colour is the {first.shape}?", first.colour), (f"where is the {look}?", place)]
-        questions += [(f"what is at the {place}?", f"a {look}")]
-    if scene.relation:
-        subject, object_ = scene.things
-        questions += [
-            (f"what is {scene.relation} the {object_.shape}?", f"a {subject.colour} {subject.shape}")
-        ]
-    return questions[int(rng.integers(len(questions)))]
-
-
-def claim(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
-    """A caption and whether it is true of the scene; false ones differ in a single fact."""
-    task = possible_tasks(scene)[-1] if rng.random() < 0.8 else possible_tasks(scene)[0]
-    prompt = write_prompt(scene, task, rng)
-    if rng.random() < 0.5:
-        return prompt.text, True
-    wanted, relation = list(prompt.wanted), prompt.relation
-    which = int(rng.integers(len(wanted)))
-    want = wanted[which]
-    if relation is not None and rng.random() < 0.4:
-        relation = INVERSE[relation]
-    elif want.number > 1 and rng.random() < 0.5:
-        wanted[which] = Wanted(
-            want.shape, want.colour, int(rng.choice([n for n in (2, 3, 4) if n != want.number]))
-        )
-    elif want.colour is not None and rng.random() < 0.6:
-        others = [c for c in COLOURS if c != want.colour]
-        wanted[which] = Wanted(want.shape, others[rng.integers(len(others))], want.number)
-    else:
-        others = [s for s in SHAPES if s not in {thing.shape for thing in scene.things}]
-        wanted[which] = Wanted(others[rng.integers(len(others))], want.colour, want.number)
-    joint = "and" if relation is None else RELATION_PHRASES[relation][rng.integers(3)]
-    return f" {joint} ".join(map(_phrase, wanted)), False
+        return say([_want(thing, True) for thing in sorted(scene.things, key=lambda thing: thing.y)])
+    wanted, relation = facts_of(scene, "position")
+    return say(*(turned(wanted, relation) if relation in ("right of", "below") else (wanted, relation)))
 
 
 def draw_prompts(

@@ -155,7 +155,7 @@ def _propose(rng: np.random.Generator, config: WorldConfig) -> Scene:
     cells = rng.choice(config.cells**2, size=number, replace=False)
     rows, cols = (cells // config.cells).tolist(), (cells % config.cells).tolist()
     things = tuple(
-        _place(rng, *look, row, col, config) for look, row, col in zip(looks, rows, cols, strict=True)
+        place(rng, *look, row, col, config) for look, row, col in zip(looks, rows, cols, strict=True)
     )
     relation: Relation | None = None
     if kind == "pair" and rows[0] == rows[1]:
@@ -169,9 +169,10 @@ def _draw_look(rng: np.random.Generator, config: WorldConfig) -> tuple[Shape, Co
     return config.shapes[rng.integers(len(config.shapes))], config.colours[rng.integers(len(config.colours))]
 
 
-def _place(
+def place(
     rng: np.random.Generator, shape: Shape, colour: Colour, row: int, col: int, config: WorldConfig
 ) -> Thing:
+    """A thing somewhere in its cell."""
     cells, calm = config.cells, 1 - config.jitter
     size = rng.uniform(0.62 + 0.08 * calm, 0.78 - 0.08 * calm) / cells
     # a gap of at least 8% of a cell between neighbours

@@ -1,0 +1,125 @@
+"""A loss -> trained weights: AdamW on a cosine, in bfloat16 autocast, from where it was cut off."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from repfusion.foundation.config import LengthConfig
+
+BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 0.05
+WARMUP_STEPS = 200
+MAX_GRAD_NORM = 1.0
+SMOOTHING = 0.02
+"""Share of the newest step in the losses that are shown."""
+
+Loss = Callable[[int], Mapping[str, Tensor]]
+"""Weighted parts of the loss of a step, by name; what is random in them follows from the step's number."""
+
+
+def optimise(
+    module: nn.Module, length: LengthConfig, loss_of_step: Loss, state: Path, save_every_sec: float = 120.0
+) -> dict[str, float]:
+    """Trains what requires gradients of a module and returns the smoothed parts of its loss.
+
+    Weights, moments and the step are kept in the file `state` now and then; where it exists, training goes on
+    from it.
+
+    Raises:
+        ValueError: the file holds another module's state, or a longer training's.
+        RuntimeError: the loss is not finite; the file holds the state of some steps before.
+    """
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    device = next(iter(named.values())).device
+    groups = [
+        {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=length.lr, betas=BETAS, fused=True)
+    first, shown = restore(named, optimizer, length, state) if state.is_file() else (0, {})
+    saved_at = time.monotonic()
+    bar = tqdm(range(first, length.num_steps), desc=state.stem, mininterval=10, initial=first)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = length.lr * rate(step, length.num_steps)
+        # The CPU's flash attention is slow in the backward pass of short sequences; the plain one is 1.5 x as
+        # fast.
+        backends = [SDPBackend.MATH] if device.type == "cpu" else [*SDPBackend.__members__.values()][1:]
+        with sdpa_kernel(backends), torch.autocast(device.type, torch.bfloat16):
+            parts = loss_of_step(step)
+            loss = torch.stack(list(parts.values())).sum()
+        loss.backward()
+        nn.utils.clip_grad_norm_(named.values(), MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 20 == 0 or step + 1 == length.num_steps:
+            found = {name: part.item() for name, part in parts.items()}
+            if not np.isfinite(list(found.values())).all():
+                raise RuntimeError(f"{state.stem}: loss {found} at step {step}")
+            keep = 1 - 20 * SMOOTHING
+            shown = {
+                name: keep * shown.get(name, value) + (1 - keep) * value for name, value in found.items()
+            }
+            bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()}, refresh=False)
+        if time.monotonic() - saved_at > save_every_sec and step + 1 < length.num_steps:
+            keep_state(named, optimizer, step + 1, shown, state)
+            saved_at = time.monotonic()
+    keep_state(named, optimizer, length.num_steps, shown, state)
+    return shown
+
+
+def rate(step: int, num_steps: int) -> float:
+    """Share of the peak learning rate: a linear rise, then a cosine to zero."""
+    return min(1.0, (step + 1) / WARMUP_STEPS) * (0.5 + 0.5 * np.cos(np.pi * step / num_steps))
+
+
+def keep_state(
+    named: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    shown: Mapping[str, float],
+    path: Path,
+) -> None:
+    """Writes weights, moments, the next step and the losses shown, whole or not at all."""
+    tensors = {"step": torch.tensor(step)}
+    tensors |= {f"loss/{name}": torch.tensor(value, dtype=torch.float64) for name, value in shown.items()}
+    for name, parameter in named.items():
+        moments = optimizer.state[parameter]
+        tensors[f"weight/{name}"] = parameter.detach().cpu().contiguous()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{moment}/{name}"] = moments[moment].cpu().contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, str(temporary))
+    temporary.rename(path)
+
+
+@torch.no_grad()
+def restore(
+    named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, length: LengthConfig, path: Path
+) -> tuple[int, dict[str, float]]:
+    """Puts back what `keep_state` wrote; returns the next step and the losses shown."""
+    tensors = load_file(str(path))
+    own = {f"weight/{name}": p.shape for name, p in named.items()}
+    kept = {name: value.shape for name, value in tensors.items() if name.startswith("weight/")}
+    step = int(tensors["step"])
+    if own != kept or step > length.num_steps:
+        raise ValueError(
+            f"{path}: state of another training (step {step} of {length.num_steps}, "
+            f"{len(own.items() ^ kept.items())} weights differ); remove it, or train as before"
+        )
+    for name, parameter in named.items():
+        parameter.copy_(tensors[f"weight/{name}"])
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(step), device=parameter.device),
+            **{key: tensors[f"{key}/{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")},
+        }
+    shown = {name[5:]: value.item() for name, value in tensors.items() if name.startswith("loss/")}
+    return step, shown

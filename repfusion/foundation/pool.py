@@ -1,0 +1,150 @@
+"""Seeds -> training scenes with their pixels and tokenised texts, drawn in random batches.
+
+What a step sees follows from its number alone, so a training that was cut off goes on as if it had not been.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from repfusion.foundation.config import FoundationConfig
+from repfusion.foundation.dialogues import Tokens, caption_ids, dialogue_ids, write_dialogue
+from repfusion.llm.tokenizer import load_tokenizer
+from repfusion.scenes.captions import caption_scene
+from repfusion.scenes.world import Scene, WorldConfig, draw_scene, render
+
+CHUNK = 500
+"""Scenes that one process draws at a time."""
+REDRAWN_SEEDS = 1_000_000_000
+"""Above the seeds of everything else."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token ids of each scene's texts, padded on the right, and the place where what is learned begins."""
+
+    ids: Int[Tensor, "s k m"]
+    starts: Int[Tensor, "s k"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pixels in [0, 1], a dialogue about each image, a caption of it, and which of their ids are learned."""
+
+    pixels: Float[Tensor, "b 3 h w"]
+    dialogues: Int[Tensor, "b m"]
+    is_answer: Bool[Tensor, "b m"]
+    captions: Int[Tensor, "b k"]
+    is_caption: Bool[Tensor, "b k"]
+    rows: Int[Tensor, " b"]
+    """Places of the scenes in the pool."""
+
+
+class ScenePool:
+    """The training scenes of a configuration, on its device.
+
+    Args:
+        config: says how many, and how many texts each.
+        tokenizer_folder: whose tokenizer reads the texts.
+        num_processes: that draw them; None is one a core.
+    """
+
+    def __init__(self, config: FoundationConfig, tokenizer_folder: Path, num_processes: int | None = None):
+        self.device = torch.device(config.device)
+        chunks = [
+            (config, tokenizer_folder, start, min(CHUNK, config.num_scenes - start))
+            for start in range(0, config.num_scenes, CHUNK)
+        ]
+        num_processes = min(len(chunks), num_processes or len(os.sched_getaffinity(0)))
+        if num_processes == 1:
+            parts = [draw_chunk(*chunk) for chunk in chunks]
+        else:
+            with ProcessPoolExecutor(num_processes, get_context("spawn")) as processes:
+                drawn = processes.map(draw_chunk, *zip(*chunks, strict=True))
+                parts = list(tqdm(drawn, total=len(chunks), desc="scenes", mininterval=5))
+        pixels, dialogues, captions = zip(*parts, strict=True)
+        self.pixels = torch.from_numpy(np.concatenate(pixels)).to(self.device)
+        self.pad_id = load_tokenizer(tokenizer_folder).pad_token_id
+        self.image_id = load_tokenizer(tokenizer_folder).convert_tokens_to_ids("<image>")
+        self.dialogues = self._joined(dialogues)
+        self.captions = self._joined(captions)
+
+    def _joined(self, parts: Sequence[Sequence[Tokens]]) -> Texts:
+        rows = [row for part in parts for row in part]
+        ids = np.full((len(rows), max(len(text) for text, _ in rows)), self.pad_id, np.int16)
+        for row, (text, _) in zip(ids, rows, strict=True):
+            row[: len(text)] = text
+        starts = np.array([start for _, start in rows], np.int16)
+        by_scene = len(self), -1
+        return Texts(
+            torch.from_numpy(ids).view(*by_scene, ids.shape[1]).to(self.device),
+            torch.from_numpy(starts).view(by_scene).to(self.device),
+        )
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def generator(self, seed: int, step: int) -> torch.Generator:
+        """Random numbers of one step of one part."""
+        return torch.Generator(self.device).manual_seed(seed * 10_000_019 + step)
+
+    def batch(self, size: int, generator: torch.Generator) -> Batch:
+        """Scenes at random, one dialogue and one caption of each."""
+
+        def draw(most: int) -> Tensor:
+            return torch.randint(most, (size,), generator=generator, device=self.device)
+
+        rows, which = draw(len(self)), (draw(self.dialogues.ids.shape[1]), draw(self.captions.ids.shape[1]))
+        dialogues, is_answer = self._texts(self.dialogues, rows, which[0])
+        captions, is_caption = self._texts(self.captions, rows, which[1])
+        pixels = self.pixels[rows].float() / 255
+        return Batch(pixels, dialogues, is_answer, captions, is_caption, rows)
+
+    def _texts(self, texts: Texts, rows: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and what is learned of them, without columns that are all padding."""
+        ids, starts = texts.ids[rows, which].long(), texts.starts[rows, which]
+        if self.device.type == "cpu":
+            ids = ids[:, : int((ids != self.pad_id).sum(1).max())]
+        places = torch.arange(ids.shape[1], device=self.device)
+        return ids, (places >= starts[:, None]) & (ids != self.pad_id)
+
+
+def draw_chunk(
+    config: FoundationConfig, tokenizer_folder: Path, start: int, num: int
+) -> tuple[np.ndarray, list[Tokens], list[Tokens]]:
+    """Pixels (uint8) of scenes `start` to `start + num`, and their dialogues and captions, scene by scene."""
+    torch.set_num_threads(1)
+    tokenizer, world = load_tokenizer(tokenizer_folder), WorldConfig(image_size=config.image_size)
+    pixels = np.empty((num, 3, config.image_size, config.image_size), np.uint8)
+    dialogues: list[tuple[str, str]] = []
+    captions: list[str] = []
+    for place in range(num):
+        seed = start + place
+        rng = np.random.default_rng([seed, 7])
+        scene = draw_training_scene(seed, world, config.relation_share)
+        other = draw_scene(int(rng.integers(config.num_scenes)), world)
+        pixels[place] = np.round(render(scene, world) * 255)
+        dialogues += [write_dialogue(scene, rng, other) for _ in range(config.texts_per_scene)]
+        captions += [caption_scene(scene, rng) for _ in range(config.texts_per_scene)]
+    asked = dialogue_ids(tokenizer, dialogues, config.num_tokens)
+    return pixels, asked, caption_ids(tokenizer, captions)
+
+
+def draw_training_scene(seed: int, world: WorldConfig, relation_share: float) -> Scene:
+    """A scene of the training split; a share of them is drawn again until two things stand in a relation."""
+    scene = draw_scene(seed, world)
+    if np.random.default_rng([seed, 11]).random() < relation_share:
+        for again in range(1_000):
+            if scene.relation:
+                break
+            scene = draw_scene(REDRAWN_SEEDS + seed * 1_000 + again, world)
+    return scene
