@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from repfusion.config import Config
 
@@ -19,6 +19,8 @@ Shape = Literal["circle", "square", "triangle", "cross", "diamond"]
 Colour = Literal["red", "green", "blue", "yellow", "purple", "cyan"]
 Relation = Literal["left of", "right of", "above", "below"]
 Split = Literal["train", "held_out"]
+Background = Literal["black", "grey", "white", "navy"]
+Texture = Literal["stripes", "grain"]
 
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 COLOURS: dict[Colour, tuple[float, float, float]] = {
@@ -33,7 +35,23 @@ NEW_SHAPE: Shape = "diamond"
 NEW_COLOUR: Colour = "cyan"
 BASE_SHAPES: tuple[Shape, ...] = tuple(shape for shape in SHAPES if shape != NEW_SHAPE)
 BASE_COLOURS: tuple[Colour, ...] = tuple(colour for colour in COLOURS if colour != NEW_COLOUR)
-BACKGROUND = (0.10, 0.10, 0.10)
+BACKGROUNDS: dict[Background, tuple[float, float, float]] = {
+    "black": (0.10, 0.10, 0.10),
+    "grey": (0.50, 0.50, 0.50),
+    "white": (0.95, 0.95, 0.95),
+    "navy": (0.05, 0.08, 0.30),
+}
+"""Colours half mixed with any of these stay at least 0.18 from the mixing line of every other colour (RGB
+distance), as on black; olive, teal and pink do not.
+"""
+GAP = 0.08
+"""Least distance between neighbours, as a share of a cell."""
+TEXTURE_DEPTH = 0.12
+"""Share by which a texture lightens or darkens a thing's colour."""
+TEXTURE_PERIODS = 4
+"""Stripes across a thing's box."""
+GRAINS = 8
+"""Grains along a side of a thing's box."""
 
 HELD_OUT_PAIRS: frozenset[tuple[Colour, Shape]] = frozenset(
     {("red", "triangle"), ("blue", "cross"), ("purple", "square"), ("cyan", "circle"), ("yellow", "diamond")}
@@ -57,10 +75,29 @@ class WorldConfig(Config):
     """Colours that may occur."""
     new_share: float | None = Field(default=None, ge=0, le=1)
     """Share of scenes that show the new shape or colour; None leaves it to chance."""
+    relation_share: float | None = Field(default=None, ge=0, le=1)
+    """Share of scenes whose two things stand in a relation; None leaves it to chance."""
     cells: int = Field(default=2, ge=2)
     """Cells along a side of the placement grid."""
+    sizes: tuple[float, float] = (0.62, 0.78)
+    """Smallest and largest side of a thing, as fractions of its cell."""
     jitter: float = Field(default=1, ge=0, le=1)
     """How freely things vary in size and place within their cell; 0 is one size, in the middle."""
+    background: Background = "black"
+    """What is behind the things."""
+    texture: Texture | None = None
+    """What varies the brightness of things; None is one flat colour."""
+
+    @field_validator("sizes")
+    @classmethod
+    def _sizes_leave_a_gap(cls, sizes: tuple[float, float]) -> tuple[float, float]:
+        low, high = sizes
+        if not 0 < low <= high <= 1 - GAP:
+            raise ValueError(
+                f"smallest {low} and largest {high}; expected 0 < smallest <= largest <= {1 - GAP:g}, which "
+                "keeps neighbours apart"
+            )
+        return sizes
 
 
 @dataclass(frozen=True)
@@ -134,10 +171,17 @@ def draw_scene(seed: int, config: WorldConfig = WorldConfig(), split: Split = "t
     if len(set(config.shapes)) < 2:
         raise ValueError(f"shapes {config.shapes}: a scene of two different things needs at least two shapes")
     rng = np.random.default_rng([seed, 0 if split == "train" else 1])
-    wants_new = None if config.new_share is None else bool(rng.random() < config.new_share)
+    wants_new, wants_relation = (
+        None if share is None else bool(rng.random() < share)
+        for share in (config.new_share, config.relation_share)
+    )
     for _ in range(10_000):
         scene = _propose(rng, config)
-        if is_held_out(scene) == (split == "held_out") and wants_new in (None, scene.has_new):
+        if (
+            is_held_out(scene) == (split == "held_out")
+            and wants_new in (None, scene.has_new)
+            and wants_relation in (None, scene.relation is not None)
+        ):
             return scene
     raise ValueError(
         f"no {split} scene with shapes {config.shapes} and colours {config.colours}: allow more of them"
@@ -173,10 +217,11 @@ def place(
     rng: np.random.Generator, shape: Shape, colour: Colour, row: int, col: int, config: WorldConfig
 ) -> Thing:
     """A thing somewhere in its cell."""
-    cells, calm = config.cells, 1 - config.jitter
-    size = rng.uniform(0.62 + 0.08 * calm, 0.78 - 0.08 * calm) / cells
-    # a gap of at least 8% of a cell between neighbours
-    slack = config.jitter * ((1 / cells - size) / 2 - 0.04 / cells)
+    cells, (low, high) = config.cells, config.sizes
+    narrowed = (1 - config.jitter) * (high - low) / 2
+    size = rng.uniform(low + narrowed, high - narrowed) / cells
+    # rounding may leave the largest thing less than nothing
+    slack = config.jitter * max(0.0, (1 / cells - size) / 2 - GAP / 2 / cells)
     x = (col + 0.5) / cells + rng.uniform(-slack, slack)
     y = (row + 0.5) / cells + rng.uniform(-slack, slack)
     return Thing(shape, colour, float(x), float(y), float(size))
@@ -197,17 +242,44 @@ def inside(shape: Shape, x: Float[np.ndarray, "*n"], y: Float[np.ndarray, "*n"])
             return abs(x) + abs(y) <= 1
 
 
+def shade(
+    texture: Texture, thing: Thing, x: Float[np.ndarray, "h w"], y: Float[np.ndarray, "h w"]
+) -> Float[np.ndarray, "h w"]:
+    """Brightness in [-1, 1] at points of the thing's box [-1, 1]^2. The thing alone decides the pattern, so
+    that a scene has the same pixels every time and the same look at every size.
+    """
+    digest = hashlib.sha256(repr(thing).encode()).digest()
+    rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
+    match texture:
+        case "stripes":
+            angle, phase = rng.uniform(0, np.pi), rng.uniform(0, 1)
+            across = (np.cos(angle) * x + np.sin(angle) * y) / 2 * TEXTURE_PERIODS + phase
+            return np.where(across % 1 < 0.5, 1.0, -1.0)
+        case "grain":
+            grains = rng.uniform(-1, 1, (GRAINS, GRAINS))
+            rows, cols = (np.clip((axis + 1) / 2 * GRAINS, 0, GRAINS - 1).astype(int) for axis in (y, x))
+            return grains[rows, cols]
+
+
 def render(scene: Scene, config: WorldConfig = WorldConfig()) -> Float[np.ndarray, "3 h w"]:
     """Pixels float32 in [0, 1]; edges anti-aliased by 4 x 4 samples a pixel."""
     side, samples = config.image_size, 4
     points = (np.arange(side * samples) + 0.5) / (side * samples)
     pixels = np.empty((3, side, side), np.float32)
-    pixels[:] = np.reshape(BACKGROUND, (3, 1, 1))
+    pixels[:] = np.reshape(BACKGROUNDS[config.background], (3, 1, 1))
+
+    def per_pixel(values: np.ndarray) -> np.ndarray:
+        return values.reshape(side, samples, side, samples).mean(axis=(1, 3), dtype=np.float32)
+
     for thing in scene.things:
         x = ((points - thing.x) / (thing.size / 2))[None, :]
         y = ((points - thing.y) / (thing.size / 2))[:, None]
         x, y = np.broadcast_arrays(x, y)
         mask = inside(thing.shape, x, y) & (abs(x) <= 1) & (abs(y) <= 1)
-        coverage = mask.reshape(side, samples, side, samples).mean(axis=(1, 3), dtype=np.float32)
-        pixels += coverage * (np.reshape(COLOURS[thing.colour], (3, 1, 1)).astype(np.float32) - pixels)
+        coverage = per_pixel(mask)
+        colour = np.reshape(COLOURS[thing.colour], (3, 1, 1)).astype(np.float32)
+        if config.texture is not None:
+            brightness = per_pixel(mask * shade(config.texture, thing, x, y)) / np.maximum(coverage, 1e-6)
+            colour = np.clip(colour * (1 + np.float32(TEXTURE_DEPTH) * brightness), 0, 1)
+        pixels += coverage * (colour - pixels)
     return pixels

@@ -1,5 +1,7 @@
 """The detector accepts what prompts state, rejects each wrong fact, and bears the flaws of decoded images."""
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -7,8 +9,16 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from repfusion.scenes.captions import TASKS, Prompt, Wanted, possible_tasks, write_prompt
-from repfusion.scenes.detector import check, detect, score_image
-from repfusion.scenes.world import Scene, Thing, WorldConfig, draw_scene, render
+from repfusion.scenes.detector import background_of, check, detect, score_image
+from repfusion.scenes.world import (
+    BACKGROUNDS,
+    INVERSE,
+    Scene,
+    Thing,
+    WorldConfig,
+    draw_scene,
+    render,
+)
 
 LEFT_RED_CIRCLE = Thing("circle", "red", 0.25, 0.27, 0.36)
 RIGHT_BLUE_SQUARE = Thing("square", "blue", 0.75, 0.24, 0.34)
@@ -46,7 +56,59 @@ def test_held_out_renderings_satisfy_their_prompts_and_hardly_any_other(image_si
     assert np.mean(other) <= 0.05
 
 
-@pytest.mark.parametrize("image_size", [32, 64])
+def looks(things: Iterable[Thing]) -> Counter[tuple[str, str]]:
+    return Counter((thing.shape, thing.colour) for thing in things)
+
+
+def exact_share(config: WorldConfig, num: int, blur_px: float = 0, noise: float = 0) -> float:
+    """Share of images in which the detector finds every thing and nothing else."""
+    return float(
+        np.mean(
+            [
+                looks(detect(degrade(pixels, blur_px, noise, i))) == looks(scene.things)
+                for i, (scene, pixels) in enumerate(held_out_set(config, num))
+            ]
+        )
+    )
+
+
+@pytest.mark.parametrize("texture", [None, "stripes", "grain"])
+@pytest.mark.parametrize("background", BACKGROUNDS)
+@pytest.mark.parametrize("cells", [2, 3, 4])
+def test_every_world_is_read_without_a_fault(cells, background, texture):
+    config = WorldConfig(image_size=64, cells=cells, background=background, texture=texture)
+    assert exact_share(config, 24) == 1
+
+
+@pytest.mark.parametrize(
+    ("image_size", "cells", "sizes"),
+    [
+        (64, 2, (0.3, 0.92)),
+        (64, 4, (0.4, 0.5)),
+        (64, 4, (0.8, 0.92)),
+        (96, 2, (0.62, 0.78)),
+        (96, 4, (0.4, 0.92)),
+    ],
+)
+def test_small_and_large_things_are_read_without_a_fault(image_size, cells, sizes):
+    assert exact_share(WorldConfig(image_size=image_size, cells=cells, sizes=sizes), 40) == 1
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+@pytest.mark.parametrize(("cells", "blur_px", "least"), [(2, 1.2, 0.99), (3, 1.2, 0.9), (4, 0.6, 0.95)])
+def test_blur_and_noise_cost_little_in_every_world(background, cells, blur_px, least):
+    config = WorldConfig(image_size=64, cells=cells, background=background, texture="grain")
+    assert exact_share(config, 30, blur_px, noise=0.03) >= least
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_the_background_is_seen_without_being_told(background):
+    config = WorldConfig(image_size=64, cells=4, background=background, sizes=(0.92, 0.92))
+    for i, (_, pixels) in enumerate(held_out_set(config, 60)):
+        assert background_of(pixels) == background_of(degrade(pixels, 1.2, 0.03, i)) == background
+
+
+@pytest.mark.parametrize("image_size", [32, 64, 96])
 def test_finds_every_thing_where_it_stands(image_size):
     for scene, pixels in held_out_set(WorldConfig(image_size=image_size), 60):
         found = detect(pixels)
@@ -113,6 +175,45 @@ def test_a_relation_needs_a_clear_offset():
     assert score_image(render(stacked), replace(prompt, relation="above"))
 
 
+def standing(dx: float, dy: float) -> list[Thing]:
+    """Two things of 0.3; the second is in the middle, the first beside it."""
+    return [Thing("circle", "red", 0.5 + dx, 0.5 + dy, 0.3), Thing("square", "blue", 0.5, 0.5, 0.3)]
+
+
+@pytest.mark.parametrize(
+    ("dx", "dy", "by_geneval", "strictly"),
+    [
+        (-0.45, 0.0, {"left of"}, {"left of"}),
+        (0.45, 0.0, {"right of"}, {"right of"}),
+        (0.0, -0.45, {"above"}, {"above"}),
+        (0.0, 0.45, {"below"}, {"below"}),
+        (-0.45, 0.45, {"left of", "below"}, set()),
+        (0.45, -0.45, {"right of", "above"}, set()),
+        # less a margin of 0.06: 0.39 along, and 0.18 or 0.21 across, on both sides of a half
+        (-0.45, 0.24, {"left of"}, {"left of"}),
+        (-0.45, 0.27, {"left of"}, set()),
+        # both within the margin: nowhere
+        (0.05, -0.05, set(), set()),
+    ],
+)
+def test_the_strict_rule_takes_no_diagonal(dx, dy, by_geneval, strictly):
+    prompt = write_prompt(PAIR, "position")
+    for is_strict, held in ((False, by_geneval), (True, strictly)):
+        found = {
+            relation
+            for relation in INVERSE
+            if check(standing(dx, dy), replace(prompt, relation=relation), is_strict).correct
+        }
+        assert found == held
+
+
+def test_renderings_of_relations_hold_strictly():
+    for config in (WorldConfig(relation_share=1.0), WorldConfig(relation_share=1.0, cells=4)):
+        for seed in range(200):
+            scene = draw_scene(seed, config, "held_out")
+            assert check(list(scene.things), write_prompt(scene, "position"), is_strict=True).correct
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_blank_grey_and_noise_satisfy_nothing(task):
     scene = next(
@@ -142,6 +243,14 @@ def test_faint_colours_and_specks_do_not_count():
     speckled = pixels.copy()
     speckled[:, 28:30, 3:5] = np.reshape((0.90, 0.15, 0.15), (3, 1, 1))
     assert len(detect(speckled)) == 2
+
+
+@pytest.mark.parametrize(("image_size", "speck_px", "thing_px"), [(32, 4, 6), (64, 5, 7), (96, 7, 9)])
+def test_specks_are_told_from_small_things_at_every_size(image_size, speck_px, thing_px):
+    for side, number in ((speck_px, 0), (thing_px, 1)):
+        pixels = np.full((3, image_size, image_size), 0.1, np.float32)
+        pixels[:, 10 : 10 + side, 5 : 5 + side] = np.reshape((0.90, 0.15, 0.15), (3, 1, 1))
+        assert len(detect(pixels)) == number
 
 
 def test_touching_things_of_one_colour_are_told_apart():

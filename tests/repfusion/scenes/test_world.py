@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from repfusion.scenes.world import (
-    BACKGROUND,
+    BACKGROUNDS,
     BASE_COLOURS,
     BASE_SHAPES,
     COLOURS,
@@ -17,6 +17,7 @@ from repfusion.scenes.world import (
     NEW_COLOUR,
     NEW_SHAPE,
     SHAPES,
+    TEXTURE_DEPTH,
     Scene,
     Thing,
     WorldConfig,
@@ -133,9 +134,28 @@ def test_relations_say_how_the_first_thing_stands_to_the_second(train, held_out)
                 assert min(abs(dx), abs(dy)) > 0.3  # across a diagonal
 
 
-@pytest.mark.parametrize("cells", [2, 3])
-def test_things_never_touch_each_other_or_the_border(cells):
-    config = WorldConfig(cells=cells)
+@pytest.mark.parametrize(
+    ("fields", "digest"),
+    [
+        ({}, "306d5753ae4123b6"),
+        ({"image_size": 64}, "5e96dab1cd50f303"),
+        ({"jitter": 0}, "8ff289035e73b77a"),
+        ({"jitter": 0.5}, "cdb48bd703b03577"),
+    ],
+)
+def test_the_pixels_are_the_ones_the_shipped_weights_were_trained_with(fields, digest):
+    config = WorldConfig(**fields)
+    pixels = hashlib.sha256()
+    for split, seed in product(("train", "held_out"), range(200)):
+        pixels.update(render(draw_scene(seed, config, split), config).tobytes())
+    assert pixels.hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize(
+    ("cells", "sizes"), [(2, (0.62, 0.78)), (3, (0.62, 0.78)), (2, (0.3, 0.92)), (4, (0.92, 0.92))]
+)
+def test_things_never_touch_each_other_or_the_border(cells, sizes):
+    config = WorldConfig(cells=cells, sizes=sizes)
     for seed in range(600):
         things = draw_scene(seed, config).things
         for thing in things:
@@ -161,6 +181,33 @@ def test_the_share_of_new_things_is_as_told(share):
     assert np.mean([scene.has_new for scene in scenes]) == pytest.approx(share, abs=0.07)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("cells", [2, 4])
+def test_the_share_of_relations_is_as_told(share, cells):
+    config = WorldConfig(relation_share=share, cells=cells)
+    scenes = [draw_scene(seed, config) for seed in range(1000)]
+    assert np.mean([scene.relation is not None for scene in scenes]) == pytest.approx(share, abs=0.05)
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_shares_of_new_things_and_of_relations_hold_together(split):
+    config = WorldConfig(new_share=0.3, relation_share=0.6)
+    scenes = [draw_scene(seed, config, split) for seed in range(400)]
+    new = np.array([scene.has_new for scene in scenes])
+    related = np.array([scene.relation is not None for scene in scenes])
+    assert new.mean() == pytest.approx(0.3, abs=0.07)
+    assert related.mean() == pytest.approx(0.6, abs=0.07)
+    assert (new & related).mean() == pytest.approx(0.18, abs=0.06)
+
+
+@pytest.mark.parametrize(("jitter", "spread"), [(1, (0.3, 0.5)), (0.5, (0.35, 0.45)), (0, (0.4, 0.4))])
+def test_things_are_as_large_as_told(jitter, spread):
+    config = WorldConfig(sizes=(0.3, 0.5), cells=3, jitter=jitter)
+    sizes = [3 * thing.size for seed in range(300) for thing in draw_scene(seed, config).things]
+    assert spread[0] - 1e-9 <= min(sizes) and max(sizes) <= spread[1] + 1e-9
+    assert [min(sizes), max(sizes)] == pytest.approx(spread, abs=0.005)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -175,31 +222,78 @@ def test_a_world_too_small_for_its_scenes_is_refused(config, message):
 
 
 @pytest.mark.parametrize(
-    "field", [{"image_size": 8}, {"cells": 1}, {"new_share": 1.5}, {"shapes": ("star",)}]
+    "field",
+    [
+        {"image_size": 8},
+        {"cells": 1},
+        {"new_share": 1.5},
+        {"relation_share": -0.1},
+        {"shapes": ("star",)},
+        {"background": "olive"},
+        {"texture": "dots"},
+    ],
 )
 def test_configs_that_cannot_work_name_the_field(field):
     with pytest.raises(ValidationError, match=next(iter(field))):
         WorldConfig(**field)
 
 
+@pytest.mark.parametrize("sizes", [(0.0, 0.5), (0.7, 0.6), (0.6, 0.93)])
+def test_sizes_that_leave_no_thing_or_no_gap_are_refused(sizes):
+    with pytest.raises(ValidationError, match=r"(?s)sizes.*expected 0 < smallest <= largest <= 0.92"):
+        WorldConfig(sizes=sizes)
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_mixtures_with_a_background_are_no_other_colours_mixtures(background):
+    behind = np.array(BACKGROUNDS[background])
+    lines = {colour: np.array(rgb) - behind for colour, rgb in COLOURS.items()}
+    for (_, first), (_, second) in permutations(lines.items(), 2):
+        for share in (0.5, 0.75, 1.0):
+            along = np.clip(share * first @ second / (second @ second), 0, 1)
+            assert np.linalg.norm(share * first - along * second) >= 0.18
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
 @pytest.mark.parametrize("image_size", [32, 48, 64])
-def test_pixels_are_the_things_colours_on_the_background(image_size):
-    config = WorldConfig(image_size=image_size)
+def test_pixels_are_the_things_colours_on_the_background(image_size, background):
+    config = WorldConfig(image_size=image_size, background=background)
     for seed in range(40):
         scene = draw_scene(seed, config)
         pixels = render(scene, config)
         assert pixels.dtype == np.float32 and pixels.shape == (3, image_size, image_size)
         assert 0 <= pixels.min() and pixels.max() <= 1
-        np.testing.assert_allclose(pixels[:, 0, 0], BACKGROUND, atol=1e-6)
+        np.testing.assert_allclose(pixels[:, 0, 0], BACKGROUNDS[background], atol=1e-6)
         for thing in scene.things:
             centre = pixels[:, int(thing.y * image_size), int(thing.x * image_size)]
             np.testing.assert_allclose(centre, COLOURS[thing.colour], atol=1e-6)
 
 
-def test_a_larger_rendering_shows_the_same_scene():
+@pytest.mark.parametrize("texture", ["stripes", "grain"])
+def test_a_texture_varies_the_brightness_of_things_and_nothing_else(texture):
+    flat, config = WorldConfig(image_size=64), WorldConfig(image_size=64, texture=texture)
+    changes = []
+    for seed in range(40):
+        scene = draw_scene(seed, config)
+        assert scene == draw_scene(seed, flat)
+        pixels, plain = render(scene, config), render(scene, flat)
+        np.testing.assert_array_equal(pixels, render(scene, config))
+        assert 0 <= pixels.min() and pixels.max() <= 1
+        covered = (plain != plain[:, :1, :1]).any(axis=0)
+        np.testing.assert_array_equal(pixels[:, ~covered], plain[:, ~covered])
+        assert (abs(pixels - plain) <= TEXTURE_DEPTH * plain.max() + 1e-6).all()
+        changes += [(pixels - plain)[:, covered].mean(), (pixels - plain)[:, covered].std()]
+    assert abs(np.mean(changes[::2])) < 0.01  # as often lighter as darker
+    assert np.mean(changes[1::2]) > 0.02
+    looks = [render(Scene((Thing("square", "red", x, 0.5, 0.3),)), config) for x in (0.25, 0.75)]
+    assert abs(looks[0][:, :, :32] - looks[1][:, :, 32:]).max() > 0.05  # each thing has its own pattern
+
+
+@pytest.mark.parametrize("texture", [None, "stripes", "grain"])
+def test_a_larger_rendering_shows_the_same_scene(texture):
     for seed in range(30):
         scene = draw_scene(seed)
-        small, large = (render(scene, WorldConfig(image_size=size)) for size in (32, 128))
+        small, large = (render(scene, WorldConfig(image_size=size, texture=texture)) for size in (32, 128))
         shrunk = large.reshape(3, 32, 4, 32, 4).mean((2, 4))
         assert abs(shrunk - small).max() < 0.2  # edges, by the number of samples a pixel
         assert abs(shrunk - small).mean() < 0.005
@@ -213,7 +307,7 @@ def test_the_covered_area_is_the_shapes(shape):
     assert covered == pytest.approx(expected[shape], rel=0.01)
     thing = Thing(shape, "red", 0.5, 0.5, 0.4)
     config = WorldConfig(image_size=64)
-    red, background = COLOURS["red"][0], BACKGROUND[0]
+    red, background = COLOURS["red"][0], BACKGROUNDS["black"][0]
     coverage = (render(Scene((thing,)), config)[0] - background) / (red - background)
     assert coverage.sum() / 64**2 == pytest.approx(covered * 0.2**2, rel=0.03)
 
