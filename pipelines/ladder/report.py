@@ -144,7 +144,7 @@ def _ladders(selection: Selection) -> str:
 
 def _all_rows(selection: Selection) -> str:
     found, rows = selection.rows, []
-    floors = [value.name for value in suite_of(selection).values if value.role == "floor"]
+    floors = [value.name for value in suite_of(selection).values if value.role == "floor" and not value.of]
     for name, row in ROWS.items():
         results = found.get(name, [])
         if not results:

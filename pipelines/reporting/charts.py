@@ -25,6 +25,7 @@ th, td { text-align: left; padding: 5px 8px; border-bottom: 1px solid var(--line
 .left { display: block; text-align: left; }
 .bar { display: inline-block; min-width: 42px; padding: 0 5px;
   background: linear-gradient(var(--bar), var(--bar)) no-repeat left / calc(100% * var(--share)) 100%; }
+td small { display: block; color: var(--muted); white-space: nowrap; }
 code { font: 12.5px ui-monospace, monospace; overflow-wrap: anywhere; }
 details { margin: 12px 0; }
 summary { cursor: pointer; color: var(--ink); }

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipelines.reporting.charts import INK, Line, chart
 from repfusion.evaluation.record import GALLERY, Evaluation, SuiteResult
 from repfusion.evaluation.shown import ShownSuite, shown_suites
-from repfusion.evaluation.suites.base import Role, Value
+from repfusion.evaluation.suites.base import Interval, Role, Value
 from repfusion.tables import html
 
 ACCENT, MUTED = "#b5532a", "#8a8a90"
@@ -26,10 +26,13 @@ class SuiteHistory:
     evaluation: Evaluation
     """The last one."""
 
-    def values(self, role: Role) -> list[Value]:
-        """The values that any of the results has, in the suite's order."""
+    def values(self, role: Role, part: str = "") -> list[Value]:
+        """The values of a role, of a part or of the headline, that any of the results has, in the suite's
+        order.
+        """
         found = {name for _, result in self.results for name in result.scores.values}
-        return [one for one in self.suite.suite.values if one.role == role and one.name in found]
+        every = [one for one in self.suite.suite.values if one.name in found]
+        return [one for one in every if one.role == role and one.of == part]
 
     def line(self, value: Value, colour: str, name: str, dashed: bool = False) -> Line:
         every = [(float(step or 0), result.scores.values.get(value.name)) for step, result in self.results]
@@ -79,24 +82,42 @@ def _suite(history: SuiteHistory, name: str) -> str:
     return (
         f"<h2>Scores{name}</h2><p>Percent of {last.num_items} {escape(suite.subject)} {about}. "
         f"{sampler.num_steps} sampling steps, guidance {sampler.guidance_scale:g}. Step 0 is the checkpoint "
-        "that training started from.</p>" + _charts(history) + _table(history)
+        f"that training started from.{_about_intervals(last)}</p>" + _charts(history) + _table(history)
     )
+
+
+def _about_intervals(result: SuiteResult) -> str:
+    return " Below a number: its 95% interval over prompts." if result.scores.intervals else ""
 
 
 def _charts(history: SuiteHistory) -> str:
-    """Headline, what is followed beside it and the floor in one; a small one for each part."""
+    """Headline, what is followed beside it and the floor in one; a small one for each part, likewise."""
     main = [
         *(history.line(one, INK, one.title) for one in history.values("headline")),
-        *(history.line(one, ACCENT, one.title) for one in history.values("beside")),
-        *(history.line(one, MUTED, one.legend or one.title, dashed=True) for one in history.values("floor")),
+        *_beside(history, ""),
     ]
-    parts = history.suite.suite.values
     small = "".join(
-        chart([history.line(one, INK, "")], 282, 130, title=one.title, y_range=(0, 1))
-        for one in parts
+        chart(
+            [history.line(one, INK, ""), *_beside(history, one.name)],
+            282,
+            130,
+            title=one.title,
+            y_range=(0, 1),
+        )
+        for one in history.suite.suite.values
         if one.role == "part"
     )
     return chart(main, 880, 240, "step", y_range=(0, 1)) + f'<div class="small">{small}</div>'
+
+
+def _beside(history: SuiteHistory, part: str) -> list[Line]:
+    """The lines of what stands beside a part (or the headline), and of its floors, dashed."""
+    colours: dict[Role, str] = {"beside": ACCENT, "floor": MUTED}
+    return [
+        history.line(one, colour, one.legend or one.title, dashed=role == "floor")
+        for role, colour in colours.items()
+        for one in history.values(role, part)
+    ]
 
 
 def _table(history: SuiteHistory) -> str:
@@ -104,18 +125,24 @@ def _table(history: SuiteHistory) -> str:
     rows = [
         (
             f"{step if step is not None else '?'}",
-            *(percent(result.scores.values.get(value.name)) for value in values),
+            *(
+                percent(result.scores.values.get(value.name), result.scores.intervals.get(value.name))
+                for value in values
+            ),
         )
         for step, result in history.results
     ]
     return html(("step", *(value.title for value in values)), rows)
 
 
-def percent(value: float | None) -> str:
-    """A share with a bar behind it."""
+def percent(value: float | None, interval: Interval | None = None) -> str:
+    """A share with a bar behind it, and its interval below."""
     if value is None:
         return "&ndash;"
-    return f'<span class="bar" style="--share:{value:.3f}">{100 * value:.0f}</span>'
+    bar = f'<span class="bar" style="--share:{value:.3f}">{100 * value:.0f}</span>'
+    if interval is None:
+        return bar
+    return f"{bar}<small>{100 * interval.low:.0f}&ndash;{100 * interval.high:.0f}</small>"
 
 
 def galleries(evaluations: Sequence[tuple[Path, Evaluation]]) -> str:

@@ -35,7 +35,12 @@ def summarise(evaluation: Evaluation, step: int) -> dict[str, Any]:
     return {
         "step": step,
         "suites": {
-            name: {"headline": one.scores.headline, "num_items": one.num_items, "values": one.scores.values}
+            name: {
+                "headline": one.scores.headline,
+                "num_items": one.num_items,
+                "values": one.scores.values,
+                "intervals": {value: (i.low, i.high) for value, i in one.scores.intervals.items()},
+            }
             for name, one in evaluation.suites.items()
         },
         "checkpoint": evaluation.checkpoint,

@@ -91,17 +91,28 @@ class Evaluation(Strict):
         return f"eval/{value}" if suite == next(iter(self.suites)) else f"eval/{suite}/{value}"
 
     def metrics(self) -> dict[str, float]:
-        """Flat names for a tracker: `eval/overall`, `eval/task/counting`, ..."""
+        """Flat names for a tracker: `eval/overall`, `eval/task/counting`, ...; limits of 95% intervals as
+        `eval/interval/overall_low`, ...
+        """
         return {
             self.metric(name, value): number
             for name, one in self.suites.items()
-            for value, number in one.scores.values.items()
+            for value, number in (one.scores.values | _limits(one.scores)).items()
         }
 
     def best_metric(self, best_by: str | None) -> str:
         """The metric that picks the best checkpoint: `best_by` is SUITE/VALUE, None the first headline."""
         suite, _, value = (best_by or "").partition("/")
         return self.metric(suite, value) if suite else f"eval/{self.first.scores.headline}"
+
+
+def _limits(scores: Scores) -> dict[str, float]:
+    """The limits of all intervals, by flat names."""
+    return {
+        f"interval/{value}_{end}": number
+        for value, one in scores.intervals.items()
+        for end, number in (("low", one.low), ("high", one.high))
+    }
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from repfusion.evaluation.record import Evaluation
-from repfusion.evaluation.suites.base import Count, Role, Suite, Value
+from repfusion.evaluation.suites.base import Count, Interval, Role, Suite, Value
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,7 @@ class Shown:
     value: Value
     share: float
     count: Count | None
+    interval: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class ShownSuite:
     suite: Suite
     values: Sequence[Shown]
 
-    def of(self, role: Role) -> list[Shown]:
-        return [one for one in self.values if one.value.role == role]
+    def of(self, role: Role, part: str = "") -> list[Shown]:
+        """The values of a role that belong to a part, or to the headline."""
+        return [one for one in self.values if one.value.role == role and one.value.of == part]
 
     @property
     def headline(self) -> Shown:
@@ -39,7 +41,10 @@ def shown_suites(evaluation: Evaluation) -> Iterator[ShownSuite]:
     for number, (name, result) in enumerate(evaluation.suites.items()):
         scores, suite = result.scores, suites[name]
         found = [value for value in suite.values if value.name in scores.values]
-        values = [Shown(v, scores.values[v.name], scores.counts.get(v.name)) for v in found]
+        values = [
+            Shown(v, scores.values[v.name], scores.counts.get(v.name), scores.intervals.get(v.name))
+            for v in found
+        ]
         yield ShownSuite(name, not number, suite, values)
 
 
@@ -54,13 +59,16 @@ def by_part(evaluation: Evaluation) -> str:
 
 
 def as_lines(evaluation: Evaluation) -> list[str]:
-    """Every value of every suite: parts with what they were counted from, headline with its floor, others."""
+    """Every value of every suite: parts with what they were counted from and what belongs to them, headline
+    with its floor, others; intervals in square brackets.
+    """
     lines: list[str] = []
     for suite in shown_suites(evaluation):
         lines += [] if suite.is_first else [f"{suite.name}:"]
-        lines += [_counted(one.value.short_name, one) for one in suite.of("part")]
-        floors = [f"{one.value.legend or one.value.title}: {one.share:.3f}" for one in suite.of("floor")]
-        lines.append(_line(suite.headline.value.title, suite.headline) + _bracketed(floors))
+        for part in suite.of("part"):
+            own = [*suite.of("beside", part.value.name), *suite.of("floor", part.value.name)]
+            lines.append(_counted(part.value.short_name, part) + _bracketed(own))
+        lines.append(_line(suite.headline.value.title, suite.headline) + _bracketed(suite.of("floor")))
         lines += [_line(one.value.title, one) for one in suite.of("beside")]
     return lines
 
@@ -80,7 +88,8 @@ def _with_parts(suite: ShownSuite) -> str:
 
 
 def _line(name: str, one: Shown) -> str:
-    return f"{name:20} {one.share:.3f}"
+    interval = "" if one.interval is None else f"  [{one.interval.low:.3f}, {one.interval.high:.3f}]"
+    return f"{name:20} {one.share:.3f}{interval}"
 
 
 def _counted(name: str, one: Shown) -> str:
@@ -88,5 +97,6 @@ def _counted(name: str, one: Shown) -> str:
     return _line(name, one) + counted
 
 
-def _bracketed(texts: Sequence[str]) -> str:
+def _bracketed(beside: Sequence[Shown]) -> str:
+    texts = [f"{one.value.legend or one.value.title}: {one.share:.3f}" for one in beside]
     return f"  ({', '.join(texts)})" if texts else ""

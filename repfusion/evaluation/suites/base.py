@@ -44,6 +44,13 @@ class Count(Strict):
         return self.correct / self.total if self.total else None
 
 
+class Interval(Strict):
+    """Limits of a 95% confidence interval."""
+
+    low: float
+    high: float
+
+
 class Scores(Strict):
     """What a rule makes of a judge's answers."""
 
@@ -53,6 +60,8 @@ class Scores(Strict):
     """Shares in [0, 1] by name; one that nothing was counted for is left out."""
     counts: dict[str, Count] = {}
     """What values were counted from, by their names, and further counts."""
+    intervals: dict[str, Interval] = {}
+    """How far values may be off by the choice of prompts and noise, by their names."""
     by_item: dict[str, float] = {}
     """Share of an item's outputs that are right, by the item's key."""
     reasons: dict[str, str] = {}
@@ -63,9 +72,11 @@ class Scores(Strict):
         return self.values[self.headline]
 
     @model_validator(mode="after")
-    def _headline_is_a_value(self) -> "Scores":
-        if self.headline not in self.values:
-            raise ValueError(f"headline {self.headline!r} is none of the values {', '.join(self.values)}")
+    def _names_are_of_values(self) -> "Scores":
+        for what, names in (("headline", [self.headline]), ("interval", self.intervals)):
+            for name in names:
+                if name not in self.values:
+                    raise ValueError(f"{what} {name!r} is none of the values {', '.join(self.values)}")
         return self
 
 
@@ -87,6 +98,8 @@ class Value:
     """Names its curve in charts; empty takes the title."""
     meaning: str = ""
     """What it is a share of, below the number."""
+    of: str = ""
+    """Key of the part that it stands beside or is the floor of; empty is the headline."""
 
     @property
     def short_name(self) -> str:

@@ -1,5 +1,5 @@
 """Prompts over GenEval's six tasks (arXiv 2310.11513), and what an exact detector sees in their images ->
-accuracy per task, overall, and against shuffled prompts.
+accuracy per task, overall, and against shuffled prompts; position by a stricter rule too, and by chance.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,9 @@ from pydantic import Field
 
 from repfusion.config import Config
 from repfusion.evaluation.suites.base import Answer, Count, Image, Item, Judge, Scores, Value
+from repfusion.evaluation.suites.intervals import mean_interval, wilson
 from repfusion.request import Request
+from repfusion.scenes.arrangements import chance_of
 from repfusion.scenes.captions import TASKS, Prompt, Task, Wanted, draw_prompts
 from repfusion.scenes.detector import check, detect
 from repfusion.scenes.world import INVERSE, Split, Thing
@@ -23,6 +25,15 @@ VALUES = (
     *(Value(f"task/{task}", title, "part") for task, title in TITLES.items()),
     Value("new_concept", "new concept", "beside", meaning="prompts with the new shape or colour"),
     Value("shuffled_overall", "shuffled", "floor", legend="shuffled prompts"),
+    Value("strict_position", "strict position", "beside", legend="strict", of="task/position"),
+    Value("position_floor", "position by chance", "floor", legend="by chance", of="task/position"),
+    Value(
+        "strict_position_floor",
+        "strict position by chance",
+        "floor",
+        legend="strict by chance",
+        of="task/position",
+    ),
 )
 
 
@@ -34,6 +45,8 @@ class ScenesSuiteConfig(Config):
     """Prompts that each state a fact that no training image shows, or such as training shows."""
     include_new: bool = True
     """Whether prompts may name the new shape and colour."""
+    cells: int = Field(default=2, ge=2, le=8)
+    """Cells along a side of the world's placement grid: where the floors of position put things."""
 
 
 class ScenesSuite:
@@ -42,10 +55,11 @@ class ScenesSuite:
     values: Sequence[Value] = VALUES
     about = (
         "that the image satisfies, checked by an exact detector of shapes and colours; *overall* is the mean "
-        "over the six tasks, *shuffled* the same images against other prompts of the same task"
+        "over the six tasks, *shuffled* the same images against other prompts of the same task; *strict "
+        "position* takes no diagonal for a relation; *by chance*: the things asked for, in random cells"
     )
-    judge_version = "detector 1"
-    rule_version = "geneval 1"
+    judge_version = "detector 2"
+    rule_version = "geneval 2"
 
     def __init__(self, config: ScenesSuiteConfig, seed: int):
         self.config, self.seed = config, seed
@@ -63,7 +77,9 @@ class ScenesSuite:
 
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> Scores:
         """Accuracies of the tasks (`task/...`) and their mean; `shuffled_overall` is that of the same images
-        against other prompts of the same task: what chance and leniency give.
+        against other prompts of the same task: what chance and leniency give. `strict_position` is position
+        without diagonals; `position_floor` and `strict_position_floor` are what both would be if the things
+        asked for stood in random cells. Intervals are over prompts, 95%.
 
         Raises:
             ValueError: where items and answers differ in number, or there are none.
@@ -85,19 +101,26 @@ class ScenesSuite:
             ],
         )
         new = count([correct for correct, prompt in zip(right, prompts, strict=True) if prompt.is_new])
-        values = {
-            "overall": _mean_share(own),
-            **{f"task/{task}": one.correct / one.total for task, one in own.items()},
-            **({} if new.share is None else {"new_concept": new.share}),
-            "shuffled_overall": _mean_share(shuffled),
+        pairs = [one for one in zip(prompts, found, strict=True) if one[0].task == "position"]
+        strict = count([check(things, prompt, is_strict=True).correct for prompt, things in pairs])
+        counted = {
+            **{f"task/{task}": one for task, one in own.items()},
+            **{name: one for name, one in (("new_concept", new), ("strict_position", strict)) if one.total},
         }
+        shares = {name: one.correct / one.total for name, one in counted.items()}
+        floors = position_floors([prompt for prompt, _ in pairs], self.config.cells)
+        named = {"overall": _mean_share(own), "shuffled_overall": _mean_share(shuffled), **shares, **floors}
         return Scores(
             headline="overall",
-            values=values,
+            values={value.name: named[value.name] for value in VALUES if value.name in named},
             counts={
-                **{f"task/{task}": one for task, one in own.items()},
+                **counted,
                 "new_concept": new,
                 **{f"shuffled/{task}": one for task, one in shuffled.items()},
+            },
+            intervals={
+                "overall": mean_interval(own.values()),
+                **{name: wilson(one) for name, one in counted.items()},
             },
             by_item={item.key: float(correct) for item, correct in zip(items, right, strict=True)},
             reasons={i.key: f.reason for i, f in zip(items, checked, strict=True) if not f.correct},
@@ -169,6 +192,19 @@ def shuffled_partners(prompts: list[Prompt], seed: int) -> list[int | None]:
         ]
         partners.append(others[rng.integers(len(others))] if others else None)
     return partners
+
+
+def position_floors(prompts: Sequence[Prompt], cells: int) -> dict[str, float]:
+    """What prompts of a relation score on average where the things asked for stand in random cells, by either
+    rule; nothing without prompts.
+    """
+    if not prompts:
+        return {}
+    rules = {"position_floor": False, "strict_position_floor": True}
+    return {
+        name: float(np.mean([chance_of(prompt, cells, is_strict) for prompt in prompts]))
+        for name, is_strict in rules.items()
+    }
 
 
 def count(values: Sequence[bool]) -> Count:

@@ -136,14 +136,23 @@ def test_holds_stages_drops_curve_scores_pictures_and_lineage(workflow):
         "<b>0 &rarr; 0%</b><span>prompts with the new shape or colour</span>",
         "Percent of 12 held-out prompts that the image satisfies, checked by an exact detector of shapes and "
         "colours; <i>overall</i> is the mean over the six tasks, <i>shuffled</i> the same images against "
-        "other prompts of the same task. 30 sampling steps, guidance 4. Step 0 is the checkpoint that "
-        "training started from.",
+        "other prompts of the same task; <i>strict position</i> takes no diagonal for a relation; <i>by "
+        "chance</i>: the things asked for, in random cells. 30 sampling steps, guidance 4. Step 0 is the "
+        "checkpoint that training started from.",
         "Drawn from held-out prompts; green frames are right, red ones wrong.",
         '<tr><th>step</th><th class="n">overall</th><th class="n">single object</th>',
-        '<th class="n">new concept</th><th class="n">shuffled</th></tr>',
+        '<th class="n">new concept</th><th class="n">shuffled</th>',
         ">shuffled prompts</text>",
     ):
         assert text in page
+
+
+def test_intervals_and_the_chance_of_position_stand_beside_the_scores(workflow):
+    page = write_report(workflow).read_text()
+    assert "its 95% interval over prompts" in page
+    # none of 2 position prompts is right: Wilson's interval ends at 66%
+    assert page.count('--share:0.000">0</span><small>0&ndash;66</small>') >= 2
+    assert ">strict by chance</text>" in page and '--share:0.333">33</span></td>' in page
 
 
 def test_is_self_contained_and_well_formed(workflow):

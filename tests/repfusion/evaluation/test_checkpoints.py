@@ -11,6 +11,7 @@ from tiny_training import make_columns, make_foundation, tiny_model
 from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.evaluation.checkpoints import evaluate_checkpoint
 from repfusion.evaluation.record import EvaluationConfig, read_evaluation
+from repfusion.evaluation.shown import as_lines
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.model.build import build_model
 from repfusion.runs.checkpoint import save_checkpoint
@@ -48,7 +49,13 @@ def test_writes_scores_and_a_gallery_and_reads_them_back(checkpoint, tmp_path):
     assert {scenes.scores.counts[f"task/{task}"].total for task in TASKS} == {6}
     assert scenes.scores.values["overall"] == 0  # untrained: a 16 px image of noise
     assert len(scenes.scores.reasons) == 36 and all(scenes.scores.reasons.values())
-    assert evaluation.metrics()["eval/task/counting"] == scenes.scores.values["task/counting"]
+    metrics, counting = evaluation.metrics(), scenes.scores.intervals["task/counting"]
+    assert metrics["eval/task/counting"] == scenes.scores.values["task/counting"]
+    limits = [metrics[f"eval/interval/task/counting_{end}"] for end in ("low", "high")]
+    assert limits == [counting.low, counting.high] == pytest.approx([0, 0.390], abs=1e-3)
+    position = next(line for line in as_lines(evaluation) if line.startswith("position"))
+    assert position.startswith("position             0.000  [0.000, 0.390]  (0/6)")
+    assert position.endswith("(strict: 0.000, by chance: 0.333, strict by chance: 0.167)")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["gallery.png", "scenes", "scores.json"]
     items = [json.loads(line) for line in (tmp_path / "out" / "scenes" / "items.jsonl").open()]

@@ -1,12 +1,13 @@
 """Perfect images score one, shuffled prompts near nothing, and every count adds up."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from repfusion.evaluation.draw import per_item
-from repfusion.evaluation.suites.base import Scores
+from repfusion.evaluation.suites.base import Count, Scores
 from repfusion.evaluation.suites.scenes import (
     ScenesSuite,
     ScenesSuiteConfig,
@@ -16,7 +17,8 @@ from repfusion.evaluation.suites.scenes import (
     shuffled_partners,
 )
 from repfusion.scenes.captions import TASKS, Prompt, Wanted, draw_prompts, possible_tasks, write_prompt
-from repfusion.scenes.world import draw_scene, render
+from repfusion.scenes.detector import check
+from repfusion.scenes.world import Scene, Thing, WorldConfig, draw_scene, render
 
 
 def prompts_with_images(per_task: int) -> tuple[list[Prompt], np.ndarray]:
@@ -64,10 +66,12 @@ def test_perfect_images_score_one_and_shuffled_prompts_little():
     scores = score(images, prompts)
     assert scores.headline == "overall" and scores.values["overall"] >= 0.99
     tasks = [f"task/{task}" for task in TASKS]
-    assert list(scores.values) == ["overall", *tasks, "new_concept", "shuffled_overall"]
+    position = ["strict_position", "position_floor", "strict_position_floor"]
+    assert list(scores.values) == ["overall", *tasks, "new_concept", "shuffled_overall", *position]
     assert list(scores.values) == [value.name for value in SUITE.values]
     assert scores.values["new_concept"] >= 0.99
     assert scores.values["shuffled_overall"] <= 0.1
+    assert scores.values["strict_position"] == 1
     assert len(scores.by_item) == len(prompts) == sum(scores.counts[task].total for task in tasks)
     assert scores.counts["new_concept"].total == sum(prompt.is_new for prompt in prompts)
     assert sum(scores.by_item.values()) == sum(scores.counts[task].correct for task in tasks)
@@ -87,8 +91,9 @@ def test_overall_is_the_mean_over_tasks_not_over_prompts():
 def test_blank_images_score_nothing():
     prompts, images = prompts_with_images(2)
     scores = score(np.full_like(images, 0.1), prompts)
-    assert set(scores.values.values()) == {0.0}
-    assert len(scores.values) == 9 and all(scores.reasons[item.key] for item in items_of(prompts))
+    floors = {"position_floor", "strict_position_floor"}
+    assert {share for name, share in scores.values.items() if name not in floors} == {0.0}
+    assert len(scores.values) == 12 and all(scores.reasons[item.key] for item in items_of(prompts))
 
 
 def test_what_is_counted_for_no_item_is_no_value():
@@ -96,6 +101,62 @@ def test_what_is_counted_for_no_item_is_no_value():
     old = [i for i, prompt in enumerate(prompts) if not prompt.is_new]
     scores = score(images[old], [prompts[i] for i in old])
     assert "new_concept" not in scores.values and scores.counts["new_concept"].total == 0
+    elsewhere = [i for i in old if prompts[i].task != "position"]
+    scores = score(images[elsewhere], [prompts[i] for i in elsewhere])
+    assert not any("position" in name for name in scores.values)
+
+
+def test_things_on_a_diagonal_satisfy_position_and_not_its_strict_rule():
+    prompts, _ = prompts_with_images(6)
+    pairs = [prompt for prompt in prompts if prompt.task == "position"]
+    steps = {"left of": (-1, 1), "right of": (1, 1), "above": (1, -1), "below": (1, 1)}
+    drawn = []
+    for prompt in pairs:
+        assert prompt.relation is not None
+        dx, dy = steps[prompt.relation]
+        first, second = (
+            Thing(want.shape, want.colour or "red", 0.5 + side * dx * 0.24, 0.5 + side * dy * 0.24, 0.34)
+            for want, side in zip(prompt.wanted, (1, -1), strict=True)
+        )
+        drawn.append(render(Scene((first, second))))
+    scores = score(np.stack(drawn), pairs)
+    assert scores.values["task/position"] == 1 and scores.values["strict_position"] == 0
+    assert scores.counts["strict_position"] == Count(correct=0, total=len(pairs))
+
+
+@pytest.mark.parametrize(("cells", "by_geneval", "strictly"), [(2, 4 / 12, 2 / 12), (3, 23 / 72, 13 / 72)])
+def test_the_floor_of_position_is_what_random_cells_score(cells, by_geneval, strictly):
+    suite = ScenesSuite(ScenesSuiteConfig(cells=cells), seed=0)
+    items = suite.items()[:48]
+    values = suite.score(items, [[]] * len(items)).values
+    assert values["position_floor"] == pytest.approx(by_geneval)
+    assert values["strict_position_floor"] == pytest.approx(strictly)
+    rng, world = np.random.default_rng(0), WorldConfig(cells=cells)
+    prompt = next(prompt_of(item) for item in items if item.truth["task"] == "position")
+    found = []
+    for seed in range(4000):
+        scene = draw_scene(seed, world)
+        if len(scene.things) == 2 and not scene.is_count:
+            order = rng.permutation(2)
+            things = [
+                replace(scene.things[i], shape=want.shape, colour=want.colour or "red")
+                for i, want in zip(order, prompt.wanted, strict=True)
+            ]
+            found.append([check(things, prompt, is_strict).correct for is_strict in (False, True)])
+    assert np.mean(found, axis=0) == pytest.approx([by_geneval, strictly], abs=0.05)
+
+
+def test_every_share_has_its_interval_and_lies_in_it():
+    prompts, images = prompts_with_images(4)
+    images[::3] = 0.1
+    scores = score(images, prompts)
+    tasks = {f"task/{task}" for task in TASKS}
+    assert scores.intervals.keys() == {"overall", *tasks, "new_concept", "strict_position"}
+    for name, interval in scores.intervals.items():
+        assert 0 <= interval.low <= scores.values[name] <= interval.high <= 1
+    widths = {name: one.high - one.low for name, one in scores.intervals.items()}
+    assert widths["overall"] < min(widths[task] for task in tasks)
+    assert scores == score(images, prompts)
 
 
 def test_partners_share_the_task_and_never_the_facts():
