@@ -3,7 +3,8 @@
 
 FOLDER/  model_index.json  README.md  lineage.json
          export.json       digest of every file; it marks the export complete
-         language_model/   the frozen language model and its tokenizer, as transformers saves them
+         language_model/   the frozen language model and its tokenizer, as transformers saves them, and the
+                           words it has read, where they are known
          denoiser/         config.json, model.safetensors (projector, embedders, DiT), statistics.safetensors
          decoder/          config.json, model.safetensors
 
@@ -32,6 +33,7 @@ from repfusion.latents.geometry import is_vae, latent_geometry
 from repfusion.lineage.describe import checkpoint_record, read_lineage
 from repfusion.llm.causal import CausalLM
 from repfusion.llm.load import LANGUAGE_MODELS
+from repfusion.llm.words import WORDS
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.pretrained.config import transformers_config
@@ -153,6 +155,8 @@ def write_language_model(config: ModelConfig, tokenizer: Any, folder: Path) -> s
         model = load_transformers(CausalLM.model_class(source), config.mllm, "MLLM", dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if (config.mllm / WORDS).is_file():
+        shutil.copyfile(config.mllm / WORDS, folder / WORDS)
     return type(model).__name__
 
 

@@ -25,6 +25,7 @@ from repfusion.lineage.describe import (
     read_lineage,
     without_places,
 )
+from repfusion.llm.words import unread
 from repfusion.model.text_to_image import TextToImage
 from repfusion.request import Request
 from repfusion.runs.exported import MARK, is_export, load_any
@@ -166,6 +167,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         model = load_any(args.checkpoint).to(args.device)
+        if said := unread(model.conditioner.llm.folder, [args.prompt]):
+            print(redact_text(f"warning: {said}"), file=sys.stderr)
         sampler = SamplerConfig(
             num_steps=args.num_steps,
             solver=args.solver,

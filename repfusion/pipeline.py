@@ -3,6 +3,7 @@
 RepFusionPipeline.from_pretrained(path)("a red circle", generator=torch.Generator().manual_seed(0)).images
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ from torch import Tensor
 from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.generate import decode, to_uint8
 from repfusion.latents.load import Decoder
+from repfusion.llm.words import unread
 from repfusion.model.text_to_image import TextToImage
 from repfusion.request import Request
 from repfusion.runs.checkpoint import load_checkpoint
 from repfusion.runs.exported import is_export, load_export
 
+log = logging.getLogger(__name__)
 Noise = torch.Generator | list[torch.Generator] | None
 StepEnd = Callable[["RepFusionPipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | None]
 """(pipeline, step from 0, noise level it began at, {"latents": [b, n, d]}) -> the same, changed, or None."""
@@ -89,7 +92,8 @@ class RepFusionPipeline:
         solver: Literal["euler", "heun"] = "euler",
         guidance_interval: tuple[float | int, float | int] = (0.0, 1.0),
     ) -> RepFusionPipelineOutput:
-        """All images in one batch; those of a prompt lie beside each other.
+        """All images in one batch; those of a prompt lie beside each other. A warning in the log names words
+        that the language model never read, where its folder knows.
 
         Args:
             prompt: one or several.
@@ -116,6 +120,8 @@ class RepFusionPipeline:
             raise ValueError(
                 f"{len(prompts)} prompts, {num_images_per_prompt} images of each; expected at least 1"
             )
+        if said := unread(self.model.conditioner.llm.folder, prompts):
+            log.warning("%s", said)
         requests = [Request(one) for one in prompts for _ in range(num_images_per_prompt)]
         config = SamplerConfig(
             num_steps=num_inference_steps,
