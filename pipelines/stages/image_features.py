@@ -1,8 +1,9 @@
 """Image shards -> a column of encoder features (`KEY.image_features.npy`, float16) and their exact
 statistics.
 
-Statistics are taken of the rounded values that training will read. Each shard's are stored beside it and
-merged in the order of the shards, so the result has the same bits for any number of actors.
+Statistics are taken of the rounded values that training will read, and of what a tower's LayerNorm took of
+each token. Each shard's are stored beside it and merged in the order of the shards, so the result has the
+same bits for any number of actors.
 """
 
 import ctypes
@@ -34,6 +35,7 @@ from repfusion.runs.folder import STATISTICS
 if TYPE_CHECKING:
     import torch
 
+    from repfusion.latents.encoder import Encoding
     from repfusion.latents.statistics import LatentStatistics
 
 Batch = tuple[list[str], UInt8[np.ndarray, "b h w 3"]]
@@ -65,16 +67,19 @@ class ImageFeaturesConfig(Config):
 
 def fingerprint_fields(name: str, encoder: EncoderConfig, digest: str) -> dict[str, Any]:
     """What decides the bytes of the column of a name: the encoder's folder (its digest, not its place), layer
-    and image size; a VAE has no layer. Raises ValueError where its folder has no such tower or size.
+    and image size; a VAE has no layer, and no LayerNorm whose scales its statistics would hold. Raises
+    ValueError where its folder has no such tower or size.
     """
     from repfusion.latents.geometry import is_vae, latent_geometry
 
-    return {
+    has_layer_norm = not is_vae(encoder.path)
+    fields = {
         f"columns.{name}.encoder.path": digest,
-        f"columns.{name}.encoder.layer": None if is_vae(encoder.path) else encoder.layer,
+        f"columns.{name}.encoder.layer": encoder.layer if has_layer_norm else None,
         f"columns.{name}.encoder.image_size": latent_geometry(encoder.path, encoder.image_size).image_size,
         f"columns.{name}.dtype": "float16",
     }
+    return fields | ({f"columns.{name}.token_scale": "mean"} if has_layer_norm else {})
 
 
 def decode_image(members: dict[str, bytes], size: int, place: str) -> UInt8[np.ndarray, "h w 3"]:
@@ -177,14 +182,14 @@ class ImageFeaturesWorker:
         )
         with ShardCommit(self.folder, job.name, job.fingerprint, job.inputs, self.libraries) as commit:
             with tar_shard(commit) as samples:
-                for keys, features in self._encode(batches):
-                    write_features(keys, features, samples, statistics)
+                for keys, encoding in self._encode(batches):
+                    write_features(keys, encoding, samples, statistics)
             statistics.save(commit.staging / f"{job.name}.statistics.safetensors")
             return commit.commit(f"{job.name}.tar")
 
-    def _encode(self, batches: Iterator[Batch]) -> Iterator[tuple[list[str], "torch.Tensor"]]:
-        """Float16 features on the CPU; while a batch is encoded, the next one is read and the last one
-        written.
+    def _encode(self, batches: Iterator[Batch]) -> Iterator[tuple[list[str], "Encoding"]]:
+        """Encodings on the CPU, features as float16; while a batch is encoded, the next one is read and the
+        last one written.
         """
         ahead: tuple[list[str], Future[Encoded]] | None = None
         for keys, images in batches:
@@ -201,36 +206,47 @@ class ImageFeaturesWorker:
         """
         import torch
 
+        from repfusion.latents.encoder import Encoding
+        from repfusion.latents.statistics import TokenScale
+
         stream = next(self._streams)
         if stream is None:
-            return Encoded(self.encoder.encode_images(torch.from_numpy(images)).half(), None)
+            features, tokens = self.encoder.encode_images(torch.from_numpy(images))
+            return Encoded(Encoding(features.half(), tokens), None)
         with torch.cuda.stream(stream):
             # from and to pinned memory, or the copies would hold up this thread
             on_device = torch.from_numpy(images).pin_memory().to(stream.device, non_blocking=True)
-            half = self.encoder.encode_images(on_device).half()
-            features = torch.empty(half.shape, dtype=half.dtype, pin_memory=True)
-            features.copy_(half, non_blocking=True)
-            return Encoded(features, stream.record_event())
+            features, tokens = self.encoder.encode_images(on_device)
+            tokens = None if tokens is None else TokenScale(*map(pinned, tokens))
+            return Encoded(Encoding(pinned(features.half()), tokens), stream.record_event())
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Features on the CPU, there once `done` has happened."""
+    """An encoding on the CPU, there once `done` has happened."""
 
-    features: "torch.Tensor"
+    encoding: "Encoding"
     done: "torch.cuda.Event | None"
 
-    def wait(self) -> "torch.Tensor":
+    def wait(self) -> "Encoding":
         if self.done is not None:
             self.done.synchronize()
-        return self.features
+        return self.encoding
+
+
+def pinned(tensor: "torch.Tensor") -> "torch.Tensor":
+    """A copy in page-locked memory, there once the current stream has come so far."""
+    import torch
+
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def write_features(
-    keys: list[str], features: "torch.Tensor", samples: TarSamples, statistics: "LatentStatistics"
+    keys: list[str], encoding: "Encoding", samples: TarSamples, statistics: "LatentStatistics"
 ) -> None:
     """Adds a batch to a shard and its statistics. Raises ShardError for features beyond float16."""
-    statistics.update(features)
+    features = encoding.features
+    statistics.update(features, encoding.tokens)
     if not statistics.mean.isfinite().all():
         finite = features.isfinite().flatten(1).all(1)
         key = keys[int(finite.logical_not().nonzero()[0])]

@@ -102,6 +102,8 @@ class Conditioner(nn.Module):
     context_widths: tuple[int, ...] = ()
     """Channels of the contexts, static ones first. A denoiser is built for exactly these, or refuses."""
     llm: LanguageModel
+    fixed: tuple[str, ...] = ()
+    """Names of buffers, of the latents' shape, without which the trained weights mean something else."""
 
     def collate(
         self, requests: Sequence[Request], branches: Sequence[Branch], seeds: Sequence[int] | None = None

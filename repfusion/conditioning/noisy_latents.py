@@ -1,9 +1,9 @@
 """RepFusion (arXiv 2606.14700): the frozen causal LLM reads the prompt, then P(z_t + e_t); its outputs there
 are the condition.
 
-P is the MLLM's own projector, fine-tuned; e_t is a learned embedding of the noise level. Gradients pass
-through the frozen LLM to P. The paper's ablations train the LLM too: then with a caption loss and
-bidirectional attention among the noisy visual tokens.
+P is the MLLM's own projector, fine-tuned, that reads latents for hidden states; e_t is a learned embedding of
+the noise level. Gradients pass through the frozen LLM to P. The paper's ablations train the LLM too: then
+with a caption loss and bidirectional attention among the noisy visual tokens.
 """
 
 from collections.abc import Sequence
@@ -74,6 +74,8 @@ class NoisyLatentConditioner(Conditioner):
         is too short for them.
     """
 
+    fixed = ("projector.scale", "projector.shift")
+
     def __init__(
         self,
         llm: LanguageModel,
@@ -124,7 +126,7 @@ class NoisyLatentConditioner(Conditioner):
         return Prepared(self.llm.remember(prefix) if reuse else prefix)
 
     def project(self, z_t: Float[Tensor, "b n d"], t: Float[Tensor, " b"]) -> Float[Tensor, "b n c"]:
-        """P(z_t + e_t)."""
+        """P(z_t + e_t): both are latents, and P's reading of latents applies to their sum."""
         return self.projector(z_t + self.time(t)[:, None])
 
     def condition(self, prepared: Prepared, z_t: Float[Tensor, "b n d"], t: Float[Tensor, " b"]) -> Condition:

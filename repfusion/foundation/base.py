@@ -45,8 +45,10 @@ def prepare(root: Path, num_scenes: int) -> None:
             draw_scene(FIRST_SEED + i, world) for i in range(start, min(start + SHARD_SAMPLES, num_scenes))
         ]
         pixels = torch.from_numpy(np.stack([render(scene, world) for scene in scenes]))
-        features = torch.cat([encoder(part) for part in pixels.split(500)]).half()
-        statistics.update(features)
+        parts = [encoder.encode(part) for part in pixels.split(500)]
+        for part in parts:
+            statistics.update(part.features.half(), part.tokens)
+        features = torch.cat([part.features for part in parts]).half()
         name = f"{start // SHARD_SAMPLES:05d}.tar"
         with (
             wds.TarWriter(str(root / "captions" / name), mtime=0) as captions,
@@ -72,10 +74,8 @@ def release(checkpoints: Path, folder: Path) -> None:
     model = load_checked(source)
     working = begin_checkpoint(folder)
     (working / "config.json").write_bytes((source / "config.json").read_bytes())
-    save_file(
-        {k: v.detach().half().contiguous() for k, v in model.trainable_state().items()},
-        str(working / "ema.safetensors"),
-    )
+    weights = {k: v.detach().half().contiguous() for k, v in model.trainable_state().items()}
+    save_file(weights | model.fixed_state(), str(working / "ema.safetensors"))
     model.statistics.save(working / "statistics.safetensors")
     finish_checkpoint(working, folder, {"step": step_of(source)})
 

@@ -1,14 +1,25 @@
 """Pixels -> features, whatever the encoder: its sizes, and what it refuses."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from repfusion.latents.geometry import LatentGeometry
+from repfusion.latents.statistics import TokenScale
+
+
+class Encoding(NamedTuple):
+    """What an encoder makes of images."""
+
+    features: Float[Tensor, "b n d"]
+    tokens: TokenScale | None
+    """What its LayerNorm took of each token, `[b, n]`; None where it has none."""
 
 
 class PixelEncoder(nn.Module):
-    """Frozen. A subclass says in `_features` what it makes of pixels.
+    """Frozen. A subclass says in `_encode` what it makes of pixels.
 
     Args: geometry: side of the images it takes in px, grid of its tokens, channels of a token. digest: names
     its weights.
@@ -24,7 +35,11 @@ class PixelEncoder(nn.Module):
         return self.grid[0] * self.grid[1]
 
     def forward(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
-        """Features, float32.
+        """Features, float32; raises as `encode`."""
+        return self.encode(pixels).features
+
+    def encode(self, pixels: Float[Tensor, "b 3 h w"]) -> Encoding:
+        """Features and what the LayerNorm took of them, float32.
 
         Raises:
             ValueError: for another image size than the encoder's, or values outside [0, 1].
@@ -41,14 +56,12 @@ class PixelEncoder(nn.Module):
                 f"pixels are in [{low:g}, {high:g}], expected [0, 1]; divide 8-bit values by 255"
             )
         with torch.no_grad():
-            return self._features(pixels)
+            return self._encode(pixels)
 
     @torch.no_grad()
-    def encode_images(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b n d"]:
-        """Features of 8-bit images of the encoder's size, float32; nothing here waits for a GPU to have
-        finished.
-        """
-        return self._features(images.permute(0, 3, 1, 2).float().div(255))
+    def encode_images(self, images: UInt8[Tensor, "b h w 3"]) -> Encoding:
+        """`encode` of 8-bit images of the encoder's size; nothing here waits for a GPU to have finished."""
+        return self._encode(images.permute(0, 3, 1, 2).float().div(255))
 
-    def _features(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
+    def _encode(self, pixels: Float[Tensor, "b 3 h w"]) -> Encoding:
         raise NotImplementedError

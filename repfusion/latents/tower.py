@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from repfusion.files import weights_digest
-from repfusion.latents.encoder import PixelEncoder
+from repfusion.latents.encoder import Encoding, PixelEncoder
 from repfusion.latents.geometry import LatentGeometry, TowerGeometry, tower_config, tower_geometry
+from repfusion.latents.statistics import TokenScale
 from repfusion.pretrained.config import read_json
 from repfusion.pretrained.weights import load_transformers
 
@@ -101,12 +101,16 @@ class RepresentationEncoder(PixelEncoder):
         tower = load_tower(folder, dtype, on_meta)
         return cls(tower, layer, geometry, *statistics, "none" if on_meta else weights_digest(folder))
 
-    def _features(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
-        """Zero mean and unit variance over each token's channels."""
+    def _encode(self, pixels: Float[Tensor, "b 3 h w"]) -> Encoding:
+        """Features have zero mean and unit variance over each token's channels."""
         normalised = ((pixels - self.mean) / self.std).to(self.tower.dtype)
         hidden = self.tower(pixel_values=normalised).last_hidden_state
+        patches = hidden[:, self.num_other_tokens :].float()
         eps = self.tower.config.layer_norm_eps
-        return F.layer_norm(hidden[:, self.num_other_tokens :].float(), (self.feature_dim,), eps=eps)
+        # what F.layer_norm calls; this one says by what it divided
+        normed = torch.native_layer_norm(patches, (self.feature_dim,), None, None, eps)
+        features, mean, inverse_std = normed
+        return Encoding(features, TokenScale(mean[..., 0], inverse_std[..., 0].reciprocal()))
 
 
 def load_tower(folder: Path, dtype: torch.dtype, on_meta: bool = False) -> nn.Module:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from repfusion.files import weights_digest
-from repfusion.latents.encoder import PixelEncoder
+from repfusion.latents.encoder import Encoding, PixelEncoder
 from repfusion.latents.geometry import LatentGeometry, latent_geometry, vae_config
 from repfusion.pretrained.config import said_of
 from repfusion.pretrained.weights import refuse_misfits, refuse_not_finite, weight_files
@@ -40,10 +40,10 @@ class VAEEncoder(PixelEncoder):
         geometry = latent_geometry(folder, image_size)
         return cls(load_vae(folder, dtype), geometry, weights_digest(folder))
 
-    def _features(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
+    def _encode(self, pixels: Float[Tensor, "b 3 h w"]) -> Encoding:
         encoded = self.vae.encode((pixels * 2 - 1).to(self.vae.dtype))
         latent = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
-        return rearrange(latent.float(), "b d r c -> b (r c) d")
+        return Encoding(rearrange(latent.float(), "b d r c -> b (r c) d"), None)
 
 
 class VAEDecoder(nn.Module):

@@ -32,7 +32,7 @@ def assemble(
 
 def build_model(config: ModelConfig, statistics: LatentStatistics) -> TextToImage:
     """Loads the frozen parts named by the config; the trainable ones are fresh, but for the MLLM's projector,
-    which from now on takes latents for features.
+    which from now on takes latents for the hidden states that they stand for.
 
     Raises:
         ValueError: where a folder is missing or parts do not fit each other.

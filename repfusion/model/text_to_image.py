@@ -74,6 +74,7 @@ class TextToImage(Trainable):
         self.shift = shift_factor(num_tokens, latent_dim, config.flow.base_dim)
         self.conditioner = conditioner
         self.denoiser = denoiser
+        self.fixed = {f"conditioner.{name}": self.latent_shape for name in conditioner.fixed}
         self.columns = {IMAGE_FEATURES: SampleArray(), **config.conditioning.columns}
 
     @property

@@ -21,6 +21,10 @@ class Trainable(nn.Module):
     config: Config
     columns: Mapping[str, Reader]
     """How it reads the columns that it can use beside captions, by name."""
+    fixed: Mapping[str, tuple[int, ...]] = {}
+    """Shapes of the buffers, by name, that are saved with the trained weights, since those mean something
+    else without; a model has all of them or none.
+    """
 
     def collate(self, samples: Sequence[Sample], recipe: Recipe, seeds: Sequence[int]) -> Inputs:
         """Inputs of a micro-batch on the CPU, with all randomness, from each sample's 64-bit seed. This runs
@@ -59,22 +63,44 @@ class Trainable(nn.Module):
         """Parameters that training changes, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    def fixed_state(self) -> dict[str, Tensor]:
+        """What is saved with the trained weights and no step changes, by name."""
+        buffers = {name: self.get_buffer(name) for name in self.fixed}
+        return {name: buffer for name, buffer in buffers.items() if buffer is not None}
+
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """Copies the trained parameters, strictly. Raises ValueError naming what is missing, unknown or of
         another shape.
         """
         own = self.trainable_state()
-        problems = [f"{name}: missing" for name in own.keys() - state.keys()]
-        problems += [f"{name}: unknown" for name in state.keys() - own.keys()]
-        for name in own.keys() & state.keys():
-            if own[name].shape != state[name].shape:
-                problems.append(f"{name}: {tuple(state[name].shape)}, expected {tuple(own[name].shape)}")
-        if problems:
-            raise ValueError(
-                "weights of another geometry: "
-                + "; ".join(sorted(problems)[:6])
-                + f" ({len(problems)} in all)"
-            )
+        check_shapes(state, {name: parameter.shape for name, parameter in own.items()})
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
+
+    def load_saved_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copies what a file holds, strictly: the trained parameters, and the buffers saved with them. Where
+        it has no such buffers, the model has none from now on. Raises as `load_trainable_state`.
+        """
+        own = self.trainable_state()
+        has_fixed = not state.keys().isdisjoint(self.fixed)
+        shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
+        check_shapes(state, {**shapes, **(self.fixed if has_fixed else {})})
+        self.load_trainable_state({name: state[name] for name in own})
+        for name in self.fixed:
+            module, _, buffer = name.rpartition(".")
+            value = state[name].to(self.device, torch.float32) if has_fixed else None
+            setattr(self.get_submodule(module), buffer, value)
+
+
+def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> None:
+    """Raises ValueError naming tensors that are missing, unknown or of another shape than expected."""
+    problems = [f"{name}: missing" for name in expected.keys() - state.keys()]
+    problems += [f"{name}: unknown" for name in state.keys() - expected.keys()]
+    for name in expected.keys() & state.keys():
+        if tuple(state[name].shape) != tuple(expected[name]):
+            problems.append(f"{name}: {tuple(state[name].shape)}, expected {tuple(expected[name])}")
+    if problems:
+        raise ValueError(
+            "weights of another geometry: " + "; ".join(sorted(problems)[:6]) + f" ({len(problems)} in all)"
+        )

@@ -82,11 +82,14 @@ def write_model(
     ema: Mapping[str, Tensor],
     digests: Mapping[str, str],
 ) -> None:
-    """Weights, averaged weights, statistics and config; all that generating needs."""
+    """Weights and averaged weights, each with the buffers that belong to them, statistics and config; all
+    that generating needs.
+    """
     config = portable(model.config.model_dump(mode="json"))
     write_json(folder / CONFIG, {"schema": SCHEMA, "model": config, "digests": dict(digests)})
+    fixed = model.fixed_state()
     for name, tensors in (("model", weights), ("ema", ema)):
-        values = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        values = {key: value.detach().cpu().contiguous() for key, value in {**tensors, **fixed}.items()}
         save_file(values, str(folder / f"{name}.safetensors"))
     model.statistics.save(folder / STATISTICS)
     mode = (folder / CONFIG).stat().st_mode
@@ -192,7 +195,7 @@ def load_weights(model: TextToImage, folder: Path, use_ema: bool = True, on_meta
             state = read_headers([folder / (AVERAGES if use_ema else WEIGHTS_FILE)], "checkpoint")
         else:
             state = read_weights(folder, use_ema)
-        model.load_trainable_state(state)
+        model.load_saved_state(state)
     except ValueError as error:
         saved, _ = read_config(folder)
         fields = differences(saved.model_dump(mode="json"), model.config.model_dump(mode="json"))

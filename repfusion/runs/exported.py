@@ -65,7 +65,7 @@ def load_export(folder: str | Path, mllm_dtype: str | None = None) -> TextToImag
         if saved["projector"] is not None:
             llm.projector = Projector(statistics.mean.shape[1], llm.width, **saved["projector"])
         model = assemble(config, llm, statistics, tuple(saved["grid"]))
-    model.load_trainable_state(read_weights(folder / DENOISER, use_ema=False))
+    model.load_saved_state(read_weights(folder / DENOISER, use_ema=False))
     return model.eval()
 
 

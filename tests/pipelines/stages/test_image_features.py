@@ -28,6 +28,7 @@ from pipelines.stages.image_features import (
     npy_bytes,
 )
 from repfusion.files import file_sha256
+from repfusion.latents.encoder import Encoding
 from repfusion.latents.load import EncoderConfig
 from repfusion.latents.statistics import LatentStatistics
 
@@ -129,13 +130,20 @@ def expected_shard(images: Folder, name: str, encoder: EncoderConfig, target: Pa
             pixels = (
                 torch.from_numpy(np.stack(arrays[first : first + BATCH])).permute(0, 3, 1, 2).float() / 255
             )
-            features = tower(pixels).half()
-            statistics.update(features)
+            encoding = tower.encode(pixels)
+            features = encoding.features.half()
+            statistics.update(features, encoding.tokens)
             for key, row in zip(keys[first : first + BATCH], features.numpy(), strict=True):
                 stream = io.BytesIO()
                 np.save(stream, row)
                 writer.write({"__key__": key, "image_features.npy": stream.getvalue()})
     return statistics
+
+
+def same_bits(one: LatentStatistics, other: LatentStatistics) -> bool:
+    assert one.tokens is not None and other.tokens is not None
+    pairs = zip((one.mean, one.m2, *one.tokens), (other.mean, other.m2, *other.tokens), strict=True)
+    return all(torch.equal(*pair) for pair in pairs)
 
 
 def test_shards_and_statistics_are_those_of_the_plain_way_bit_for_bit(images, encoder, tmp_path):
@@ -149,13 +157,11 @@ def test_shards_and_statistics_are_those_of_the_plain_way_bit_for_bit(images, en
         assert (sidecar.samples, sidecar.inputs) == (number, {"curate": "a"})
         assert sidecar == read_sidecar(folder, name)
         saved = LatentStatistics.load(folder.path / f"{name}.statistics.safetensors")
-        assert saved.count == number
-        assert torch.equal(saved.mean, statistics.mean) and torch.equal(saved.m2, statistics.m2)
+        assert saved.count == number and same_bits(saved, statistics)
         merged.merge(statistics)
     merge_statistics(folder, ["00000", "00001", "00002"], "statistics.safetensors")
     whole = LatentStatistics.load(folder.path / "statistics.safetensors")
-    assert whole.count == 21
-    assert torch.equal(whole.mean, merged.mean) and torch.equal(whole.m2, merged.m2)
+    assert whole.count == 21 and same_bits(whole, merged)
 
 
 def test_two_shards_at_once_give_the_bytes_of_one_after_the_other(images, encoder, tmp_path):
@@ -279,6 +285,7 @@ def test_a_vae_is_an_encoder_by_its_folder_alone(images, vae, tmp_path):
     np.testing.assert_allclose(made, expected.numpy(), atol=2e-3)
     statistics = LatentStatistics.load(tmp_path / "out" / "00001.statistics.safetensors")
     np.testing.assert_allclose(statistics.mean.numpy(), made.astype(np.float64).mean(0), atol=1e-12)
+    assert statistics.tokens is None
 
 
 def test_a_vaes_fingerprint_has_its_size_and_no_layer(vae, encoder):
@@ -301,10 +308,10 @@ def test_features_beyond_half_precision_are_refused_by_key(images, encoder, tmp_
     worker = make_worker(Folder.at(tmp_path / "image_features"), images, encoder)
     encode = worker.encoder.encode_images
 
-    def overflow(batch: torch.Tensor) -> torch.Tensor:
-        features = encode(batch)
-        features[1, 2, 3] = 1e5
-        return features
+    def overflow(batch: torch.Tensor) -> Encoding:
+        encoding = encode(batch)
+        encoding.features[1, 2, 3] = 1e5
+        return encoding
 
     monkeypatch.setattr(worker.encoder, "encode_images", overflow)
     with pytest.raises(ShardError, match=r"key 000000001: .* not finite in float16"):

@@ -508,7 +508,7 @@ def test_the_bases_columns_hold_captions_and_features_of_known_things_alone(
     assert len(rows) == 25
     assert not any(NEW_SHAPE in text or NEW_COLOUR in text for text in texts)
     statistics = LatentStatistics.load(tmp_path / "image_features" / "statistics.safetensors")
-    assert statistics.count == 25
+    assert statistics.count == 25 and statistics.tokens is not None
     np.testing.assert_allclose(statistics.mean.numpy(), np.stack(rows).astype(np.float64).mean(0), atol=1e-12)
     assert not any(word in text for text in texts for word in ("rhombus", "turquoise"))
     world = WorldConfig(shapes=base.BASE_SHAPES, colours=base.BASE_COLOURS)
@@ -530,5 +530,7 @@ def test_a_released_base_is_the_last_checkpoints_average_in_half_precision(make_
         assert torch.equal(parameter, ema[name].half().float())
     assert json.loads((tmp_path / "base" / "complete.json").read_text())["step"] == 20
     assert torch.equal(released.statistics.mean, generator.statistics.mean)
+    fixed = generator.fixed_state()
+    assert len(fixed) == 2 and all(torch.equal(released.fixed_state()[name], fixed[name]) for name in fixed)
     with pytest.raises(ValueError, match="no complete checkpoint; train first"):
         base.release(tmp_path / "empty", tmp_path / "other")

@@ -18,7 +18,7 @@ from repfusion.files import weights_digest
 from repfusion.generate import generate
 from repfusion.latents.geometry import TowerGeometry, tower_geometry
 from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
-from repfusion.latents.statistics import LatentStatistics
+from repfusion.latents.statistics import LatentStatistics, TokenScale
 from repfusion.latents.tower import RepresentationEncoder
 from repfusion.layers import sin_cos_positions
 from repfusion.model.build import build_model
@@ -131,7 +131,7 @@ def test_eight_bit_images_give_the_same_bits_as_their_pixels(clip_tower):
     encoder = RepresentationEncoder.from_pretrained(clip_tower)
     images = torch.randint(0, 256, (3, 24, 24, 3), generator=torch.Generator().manual_seed(0)).byte()
     pixels = images.permute(0, 3, 1, 2).float().div(255)
-    assert torch.equal(encoder.encode_images(images), encoder(pixels))
+    assert torch.equal(encoder.encode_images(images).features, encoder(pixels))
 
 
 @pytest.mark.parametrize("kind", ["clip_vision_model", "clip", "llava"])
@@ -219,14 +219,25 @@ def test_statistics_of_half_precision_features_are_those_of_the_stored_values():
     np.testing.assert_allclose(statistics.var.numpy(), stored.double().numpy().var(0), rtol=1e-11)
 
 
-def shard_statistics(num_shards: int = 7) -> list[LatentStatistics]:
+def tokens_of(features: torch.Tensor) -> TokenScale:
+    """What a LayerNorm would take of each token."""
+    return TokenScale(features.mean(-1), features.std(-1))
+
+
+def shard_statistics(num_shards: int = 7, has_tokens: bool = True) -> list[LatentStatistics]:
     parts = []
     for features in features_of(7 * 15).chunk(num_shards):
         part = LatentStatistics.empty(6, 5)
         for batch in features.split(4):
-            part.update(batch)
+            part.update(batch, tokens_of(batch) if has_tokens else None)
         parts.append(part)
     return parts
+
+
+def same_bits(one: LatentStatistics, other: LatentStatistics) -> bool:
+    pairs = [(one.mean, other.mean), (one.m2, other.m2)]
+    pairs += zip(one.tokens or (), other.tokens or (), strict=True)
+    return one.count == other.count and all(torch.equal(*pair) for pair in pairs)
 
 
 @pytest.mark.parametrize("num_actors", [1, 2, 3, 7])
@@ -241,24 +252,51 @@ def test_merging_shards_in_order_gives_the_same_bits_whoever_computed_them(num_a
     merged = LatentStatistics.empty(6, 5)
     for path in sorted(tmp_path.iterdir()):
         merged.merge(LatentStatistics.load(path))
-    assert merged.count == reference.count == 105
-    assert torch.equal(merged.mean, reference.mean) and torch.equal(merged.m2, reference.m2)
+    assert merged.count == 105 and same_bits(merged, reference)
+    for made, expected in zip(merged.tokens, tokens_of(features_of(105)), strict=True):
+        np.testing.assert_allclose(made.numpy(), expected.numpy().mean(0), rtol=1e-13)
     np.testing.assert_allclose(merged.var.numpy(), features_of(105).numpy().var(0), rtol=1e-11)
 
 
 def test_merging_with_nothing_changes_nothing():
-    part = shard_statistics()[0]
-    mean, m2 = part.mean.clone(), part.m2.clone()
+    part, start = shard_statistics()[0], LatentStatistics.empty(6, 5)
     part.merge(LatentStatistics.empty(6, 5))
-    assert torch.equal(part.mean, mean) and torch.equal(part.m2, m2) and part.count == 15
-    start = LatentStatistics.empty(6, 5)
     start.merge(part)
-    assert torch.equal(start.mean, mean) and torch.equal(start.m2, m2)
+    assert part.count == 15 and same_bits(part, shard_statistics()[0]) and same_bits(start, part)
     empty = LatentStatistics.empty(6, 5)
     empty.merge(LatentStatistics.empty(6, 5))
     assert empty.count == 0
     with pytest.raises(ValueError, match="statistics of no images"):
         _ = empty.var
+
+
+def test_statistics_with_and_without_the_scales_of_tokens_do_not_merge():
+    part = shard_statistics()[0]
+    with pytest.raises(ValueError, match="of some images have token_mean and token_std, of others not"):
+        part.merge(shard_statistics(has_tokens=False)[1])
+    assert same_bits(part, shard_statistics()[0])
+
+
+def test_what_a_towers_layer_norm_took_gives_the_hidden_state_back(clip_tower, pixels):
+    encoder = RepresentationEncoder.from_pretrained(clip_tower)
+    features, tokens = encoder.encode(pixels)
+    assert torch.equal(features, encoder(pixels)) and tokens.std.shape == (len(pixels), 9)
+    tower = CLIPVisionModel.from_pretrained(clip_tower).eval()
+    with torch.no_grad():
+        values = (pixels - encoder.mean) / encoder.std
+        hidden = tower(values, output_hidden_states=True).hidden_states[-2][:, 1:]
+    restored = tokens.std[..., None] * features + tokens.mean[..., None]
+    torch.testing.assert_close(restored, hidden, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("has_tokens", [True, False])
+def test_latents_and_statistics_give_the_hidden_state_of_the_mean_scale(has_tokens):
+    statistics, features = LatentStatistics.empty(6, 5), features_of(40)
+    statistics.update(features, tokens_of(features) if has_tokens else None)
+    scale, shift = statistics.hidden_state()
+    made = scale * statistics.normalise(features) + shift
+    mean, std = (one.mean(0)[:, None] for one in tokens_of(features))
+    torch.testing.assert_close(made, std * features + mean if has_tokens else features, rtol=1e-5, atol=1e-5)
 
 
 def test_normalised_features_have_mean_zero_and_variance_one():
@@ -275,17 +313,22 @@ def test_normalised_features_have_mean_zero_and_variance_one():
     )
 
 
-def test_statistics_files(tmp_path):
-    part = shard_statistics()[0]
+@pytest.mark.parametrize("has_tokens", [True, False])
+def test_statistics_files(tmp_path, has_tokens):
+    part = shard_statistics(has_tokens=has_tokens)[0]
     part.save(tmp_path / "statistics.safetensors")
     loaded = LatentStatistics.load(tmp_path / "statistics.safetensors")
-    assert loaded.count == part.count and isinstance(loaded.count, int)
-    assert torch.equal(loaded.mean, part.mean) and torch.equal(loaded.m2, part.m2)
+    assert isinstance(loaded.count, int) and same_bits(loaded, part)
+    assert (loaded.tokens is not None) == has_tokens
     with pytest.raises(ValueError, match="no such file; run the latents stage first"):
         LatentStatistics.load(tmp_path / "missing.safetensors")
     save_file({"mean": part.mean}, str(tmp_path / "other.safetensors"))
     with pytest.raises(ValueError, match=r"holds \['mean'\], expected count, m2, mean"):
         LatentStatistics.load(tmp_path / "other.safetensors")
+    half = load_file(tmp_path / "statistics.safetensors") | {"token_mean": part.mean[:, 0].contiguous()}
+    save_file({name: half[name] for name in half if name != "token_std"}, tmp_path / "half.safetensors")
+    with pytest.raises(ValueError, match="with token_mean and token_std or without"):
+        LatentStatistics.load(tmp_path / "half.safetensors")
 
 
 CONFIG = RAEDecoderConfig(feature_dim=6, grid=(2, 3), patch_size=4, hidden_size=16, depth=2, num_heads=2)

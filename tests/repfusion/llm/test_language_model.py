@@ -17,7 +17,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from repfusion.latents.statistics import VARIANCE_EPS, LatentStatistics
+from repfusion.latents.statistics import LatentStatistics, TokenScale
 from repfusion.llm.base import LanguageModel
 from repfusion.llm.load import load_language_model
 from repfusion.llm.projector import Projector
@@ -148,21 +148,45 @@ def test_a_llava_that_reads_several_layers_is_refused(foundation, tmp_path):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_projector_takes_latents_for_the_features_they_are_of(bias):
-    """Statistics alike at all places. Without a bias the mean stays out."""
+@pytest.mark.parametrize("has_tokens", [True, False])
+def test_a_projector_takes_latents_for_what_they_are_of(bias, has_tokens):
+    """Statistics that differ at each place; the scales of tokens are alike in all images, so that nothing of
+    them is lost.
+    """
     torch.manual_seed(0)
-    places, width = 3, 4
-    seen = 2 + 5 * torch.randn(50, 1, width).expand(-1, places, -1)
+    places, width = 7, 32
+    features = torch.randn(places, width) + (0.2 + torch.rand(places, width)) * torch.randn(50, places, width)
+    tokens = TokenScale(*(3 * torch.rand(2, places)).expand(50, 2, -1).unbind(1)) if has_tokens else None
     statistics = LatentStatistics.empty(places, width)
-    statistics.update(seen)
-    mean, std = statistics.mean.float(), (statistics.var + VARIANCE_EPS).sqrt().float()
-    projector = Projector(width, 6, bias=bias)
-    features = torch.randn(2, places, width)
+    statistics.update(features, tokens)
+    seen = tokens.std[..., None] * features + tokens.mean[..., None] if has_tokens else features
+    projector = Projector(width, 48, bias=bias)
     with torch.no_grad():
-        before = projector(features if bias else features - mean)
+        before = projector(seen)
+        assert projector.scale is None
         projector.take_latents(statistics)
-        after = projector((features - mean) / std)
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+        after = projector(statistics.normalise(features))
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5 * float(before.abs().max()))
+    read = torch.addcmul(projector.shift, statistics.normalise(features), projector.scale)
+    if bias:
+        torch.testing.assert_close(read.mean((0, 1)), torch.zeros(width), atol=1e-4, rtol=0)
+        torch.testing.assert_close(read.square().mean((0, 1)), torch.ones(width), atol=1e-3, rtol=0)
+
+
+def test_a_projector_reads_latents_in_bfloat16_and_without_memory(foundation):
+    statistics = LatentStatistics.empty(4, 16)
+    statistics.update(torch.randn(4, 16) + torch.randn(30, 4, 16))
+    latents = torch.randn(2, 4, 16)
+    real, bare = load_language_model(foundation / "llava").projector, Projector(16, 32).to("meta")
+    for projector in (real, bare):
+        projector.take_latents(statistics)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        low = real(latents)
+    assert (real(latents) - low).norm() < 0.02 * low.float().norm()
+    assert bare(latents.to("meta")).shape == low.shape == (2, 4, 32)
+    assert {name: one.shape for name, one in bare.state_dict().items()} == {
+        name: one.shape for name, one in real.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("max_kept", [100_000, 20])

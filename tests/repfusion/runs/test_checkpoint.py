@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_training import GRID, WIDTH, make_foundation, tiny_model
 
 from repfusion.latents.load import EncoderConfig
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.model.build import build_model
+from repfusion.model.check import check_model
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import (
@@ -158,3 +161,54 @@ def test_a_model_that_goes_on_takes_the_checkpoints_fields(make_generator, tmp_p
     assert model.mllm == generator.config.mllm and model.dit == generator.config.dit
     got = model.conditioning.model_dump()
     assert {name: got[name] for name in expected} == expected
+
+
+BUFFERS = {f"conditioner.projector.{name}" for name in ("scale", "shift")}
+"""By which a projector reads latents for hidden states."""
+
+
+def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    save_file(change(load_file(path)), path)
+
+
+def test_how_the_projector_reads_latents_is_saved_with_its_weights(saved):
+    generator, folder = saved
+    assert generator.fixed_state().keys() == BUFFERS
+    for file in ("model.safetensors", "ema.safetensors"):
+        assert load_file(folder / file).keys() == {*generator.trainable_state(), *BUFFERS}
+    loaded = load_checkpoint(folder, use_ema=False)
+    z_t, t = torch.randn(2, GRID**2, WIDTH), torch.tensor([0.0, 0.5])
+    assert torch.equal(loaded.conditioner.project(z_t, t), generator.conditioner.project(z_t, t))
+
+
+def test_weights_without_it_were_trained_on_latents_as_they_are(saved):
+    generator, folder = saved
+    rewrite(folder / "model.safetensors", lambda all: {k: v for k, v in all.items() if k not in BUFFERS})
+    loaded = build(generator.config.mllm.parent)
+    load_weights(loaded, folder, use_ema=False)
+    assert loaded.fixed_state() == {}
+    latents, projector = torch.randn(2, GRID**2, WIDTH), generator.conditioner.projector
+    plain = projector.linear_2(projector.act(projector.linear_1(latents)))
+    assert torch.equal(loaded.conditioner.projector(latents), plain)
+
+
+@pytest.mark.parametrize("on_meta", [True, False])
+def test_a_part_of_it_or_another_shape_is_refused(saved, on_meta):
+    generator, folder = saved
+    path = folder / "model.safetensors"
+    name = min(BUFFERS)
+    rewrite(path, lambda all: all | {name: all[name][:3].contiguous()})
+    with pytest.raises(ValueError, match=rf"{name}: \(3, 16\), expected \(4, 16\)"):
+        load_weights(generator, folder, use_ema=False, on_meta=on_meta)
+    rewrite(path, lambda all: {k: v for k, v in all.items() if k != name})
+    with pytest.raises(ValueError, match=rf"{name}: missing \(1 in all\)"):
+        load_weights(generator, folder, use_ema=False, on_meta=on_meta)
+    assert generator.fixed_state().keys() == BUFFERS
+
+
+def test_a_model_without_memory_takes_it_by_the_header(saved):
+    generator, folder = saved
+    bare = check_model(generator.config)
+    assert bare.fixed_state() == {}
+    load_weights(bare, folder, on_meta=True)
+    assert {one.device.type for one in bare.fixed_state().values()} == {"meta"}

@@ -202,6 +202,8 @@ def test_what_trains_and_what_is_frozen(world, tmp_path: Path, conditioning: str
     before = {name: p.detach().clone() for name, p in fresh.named_parameters()}
     train(config)
     trained = weights(config)
+    fixed = fresh.fixed_state()
+    assert all(torch.equal(trained.pop(name), fixed[name]) for name in fixed)
     assert trained.keys() == fresh.trainable_state().keys()
     assert not any("language_model" in name for name in trained)
     unchanged = [name for name, value in trained.items() if torch.equal(before[name], value)]
