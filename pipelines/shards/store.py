@@ -17,7 +17,9 @@ from repfusion.config import Strict
 from repfusion.files import file_sha256, json_bytes
 
 SCHEMA = 3
-"""Raised when a stage's code changes the bytes it writes; part of every fingerprint."""
+"""Raised when a stage's code changes the bytes it writes and no field of the stage says so; part of every
+fingerprint.
+"""
 
 
 NO_LOSS = frozenset({"extra_image", "unused_member", "hidden_file", "no_extension", "metadata_file"})
