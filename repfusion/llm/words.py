@@ -15,7 +15,7 @@ JOINING = "-'\u2019"
 SHOWN = 3
 """Prompts that a warning names."""
 SHOWN_CHARACTERS = 60
-"""Of each of them."""
+"""Characters of a prompt that a warning shows."""
 
 
 def words_of(text: str) -> list[str]:
