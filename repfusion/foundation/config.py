@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from repfusion.config import Config
+from repfusion.scenes.world import WorldConfig
 
 
 class LengthConfig(Config):
@@ -21,8 +22,8 @@ class FoundationConfig(Config):
     """Where everything is trained: `cpu` or `cuda`."""
     num_scenes: int = Field(default=30_000, ge=1)
     """Distinct training scenes."""
-    relation_share: float = Field(default=0.5, ge=0, le=1)
-    """Share of the scenes that are drawn again until two things stand in a relation."""
+    relation_share: float = Field(default=0.6, ge=0, le=1)
+    """Share of the scenes whose two things stand in a relation."""
     texts_per_scene: int = Field(default=8, ge=1)
     """Dialogues, and captions, written about each scene."""
     image_size: int = 64
@@ -81,6 +82,11 @@ class FoundationConfig(Config):
     """Largest noise on the VAE's latents while it is trained, in their standard deviations."""
     save_every_sec: float = Field(default=120.0, gt=0)
     """How often a part that is being trained writes its state, from which it goes on."""
+
+    @property
+    def world(self) -> WorldConfig:
+        """What the training scenes are drawn from."""
+        return WorldConfig(image_size=self.image_size, relation_share=self.relation_share)
 
     @property
     def num_tokens(self) -> int:

@@ -6,7 +6,6 @@ without a space, which is the order in which RepFusion lets the language model r
 tokens after.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from repfusion.llm.words import WORDS, words_of
 from repfusion.scenes.captions import canonical_caption, caption_scene
 from repfusion.scenes.claims import KINDS, Kind, claim
 from repfusion.scenes.questions import ask, ask_what, ask_where
@@ -26,8 +26,6 @@ from repfusion.scenes.world import Scene, draw_scene
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<image>"]
 IGNORED = -100
 DESCRIBE = "describe the image"
-WORDS = "words.txt"
-"""Beside the tokenizer: the words of all training texts."""
 CLAIM_SHARE, DESCRIPTION_SHARE = 0.45, 0.25
 RELATION_SHARE = 0.7
 """Share of the dialogues about a scene with a relation that are about the relation."""
@@ -100,7 +98,7 @@ def train_tokenizer(folder: Path, num_scenes: int = 5_000) -> PreTrainedTokenize
     )
     fast.model_max_length = 64
     fast.save_pretrained(folder)
-    words = sorted({word for text in corpus for word in re.sub(r"[.,;:!?]+(?=\s|$)", "", text).split()})
+    words = sorted({word for text in corpus for word in words_of(text)})
     (folder / WORDS).write_text("\n".join(words) + "\n")
     return fast
 

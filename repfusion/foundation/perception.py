@@ -23,11 +23,11 @@ from transformers import (
 )
 
 from repfusion.foundation.config import FoundationConfig
-from repfusion.foundation.dialogues import WORDS
 from repfusion.foundation.optimise import Loss, optimise
 from repfusion.foundation.pool import Batch, ScenePool
 from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
 from repfusion.llm.tokenizer import load_tokenizer
+from repfusion.llm.words import WORDS
 
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.5
 CAPTION_WEIGHT = 0.5

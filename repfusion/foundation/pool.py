@@ -20,12 +20,10 @@ from repfusion.foundation.config import FoundationConfig
 from repfusion.foundation.dialogues import Tokens, caption_ids, dialogue_ids, write_dialogue
 from repfusion.llm.tokenizer import load_tokenizer
 from repfusion.scenes.captions import caption_scene
-from repfusion.scenes.world import Scene, WorldConfig, draw_scene, render
+from repfusion.scenes.world import draw_scene, render
 
 CHUNK = 500
 """Scenes that one process draws at a time."""
-REDRAWN_SEEDS = 1_000_000_000
-"""Above the seeds of everything else."""
 
 
 @dataclass(frozen=True)
@@ -123,28 +121,17 @@ def draw_chunk(
 ) -> tuple[np.ndarray, list[Tokens], list[Tokens]]:
     """Pixels (uint8) of scenes `start` to `start + num`, and their dialogues and captions, scene by scene."""
     torch.set_num_threads(1)
-    tokenizer, world = load_tokenizer(tokenizer_folder), WorldConfig(image_size=config.image_size)
+    tokenizer, world = load_tokenizer(tokenizer_folder), config.world
     pixels = np.empty((num, 3, config.image_size, config.image_size), np.uint8)
     dialogues: list[tuple[str, str]] = []
     captions: list[str] = []
     for place in range(num):
         seed = start + place
         rng = np.random.default_rng([seed, 7])
-        scene = draw_training_scene(seed, world, config.relation_share)
+        scene = draw_scene(seed, world)
         other = draw_scene(int(rng.integers(config.num_scenes)), world)
         pixels[place] = np.round(render(scene, world) * 255)
         dialogues += [write_dialogue(scene, rng, other) for _ in range(config.texts_per_scene)]
         captions += [caption_scene(scene, rng) for _ in range(config.texts_per_scene)]
     asked = dialogue_ids(tokenizer, dialogues, config.num_tokens)
     return pixels, asked, caption_ids(tokenizer, captions)
-
-
-def draw_training_scene(seed: int, world: WorldConfig, relation_share: float) -> Scene:
-    """A scene of the training split; a share of them is drawn again until two things stand in a relation."""
-    scene = draw_scene(seed, world)
-    if np.random.default_rng([seed, 11]).random() < relation_share:
-        for again in range(1_000):
-            if scene.relation:
-                break
-            scene = draw_scene(REDRAWN_SEEDS + seed * 1_000 + again, world)
-    return scene

@@ -16,7 +16,6 @@ from repfusion.foundation.config import FoundationConfig, LengthConfig
 from repfusion.foundation.dialogues import (
     DESCRIBE,
     IGNORED,
-    WORDS,
     caption_ids,
     dialogue_ids,
     pad,
@@ -27,7 +26,7 @@ from repfusion.foundation.large import grow
 from repfusion.foundation.measure import measure
 from repfusion.foundation.optimise import optimise
 from repfusion.foundation.perception import Seeing, llava_config, new_decoder, perception_loss
-from repfusion.foundation.pool import ScenePool, draw_training_scene
+from repfusion.foundation.pool import ScenePool
 from repfusion.foundation.vae import make_vae, vae_loss
 from repfusion.foundation.variants import SeenPool, sight_loss, without_images
 from repfusion.latents.load import EncoderConfig, load_decoder
@@ -36,6 +35,7 @@ from repfusion.latents.statistics import LatentStatistics
 from repfusion.latents.tower import RepresentationEncoder
 from repfusion.llm.load import load_language_model
 from repfusion.llm.tokenizer import load_tokenizer
+from repfusion.llm.words import WORDS
 from repfusion.runs.checkpoint import load_checkpoint, save_checkpoint
 from repfusion.scenes.captions import ADJECTIVES, NOUNS, NUMBERS, canonical_caption, plural
 from repfusion.scenes.claims import KINDS
@@ -192,28 +192,17 @@ def test_dialogues_hold_one_image_and_true_answers():
     assert image_first == pytest.approx(asked / 2, abs=3 * asked**0.5 / 2)
 
 
-def test_training_scenes_stand_in_a_relation_as_often_as_asked():
-    world = WorldConfig(image_size=32)
-    shares = [
-        np.mean([draw_training_scene(seed, world, share).relation is not None for seed in range(400)])
-        for share in (0.0, 0.5, 1.0)
-    ]
-    assert shares[0] < 0.4 < shares[1] < 0.8 and shares[2] == 1
-    assert [draw_training_scene(s, world, 0.0) for s in range(20)] == [
-        draw_scene(s, world) for s in range(20)
-    ]
-
-
 @pytest.fixture(scope="module")
 def pool(trained) -> ScenePool:
     return ScenePool(TINY, trained / "llava", num_processes=1)
 
 
 def test_a_pool_holds_training_scenes_and_what_is_said_of_them(pool, trained):
-    tokenizer, world = load_tokenizer(trained / "llava"), WorldConfig(image_size=32)
+    tokenizer, world = load_tokenizer(trained / "llava"), TINY.world
+    assert world.relation_share == 0.6
     batch = pool.batch(10, pool.generator(0, 3))
     for place, row in enumerate(batch.rows.tolist()):
-        expected = render(draw_training_scene(row, world, TINY.relation_share), world)
+        expected = render(draw_scene(row, world), world)
         np.testing.assert_allclose(batch.pixels[place].numpy(), expected, atol=0.5 / 255 + 1e-6)
         ids, learned = batch.dialogues[place], batch.is_answer[place]
         assert (ids == pool.image_id).sum() == TINY.num_tokens
