@@ -304,7 +304,7 @@ def validate(kind: type[C], values: Any, place: str = "config", overrides: Seque
             is_unknown = problem["type"] == "extra_forbidden"
             # what stands at an unknown key may be a secret: its name does not tell
             blamed = [
-                f"override {one.key!r}" if is_unknown else one.shown
+                "override" if is_unknown else one.shown
                 for one in overrides
                 if one.is_about(key, problem["type"])
             ]

@@ -29,6 +29,12 @@ from repfusion.training.snapshot import CheckpointError
 STOP_POLL_SEC = 1.0
 STOP_PATIENCE_SEC = 600.0
 """How long a driver that is to end waits for that checkpoint: ranks may be gone, or hang."""
+AT_ONCE = "at once"
+"""In the file that asks for a checkpoint: the ranks are to end without one."""
+LOOK_SEC = 0.5
+"""Between a rank's looks for that."""
+END_PATIENCE_SEC = 20.0
+"""How long a driver then waits for the ranks."""
 LINE_SEC = 15.0
 """Between lines of progress where the terminal shows no bar."""
 
@@ -63,6 +69,7 @@ def train_rank(launch: dict[str, Any]) -> None:
         with RunFolder(config.output_dir).warnings.open("a") as file:
             file.write(f"{text}\n")
 
+    end_when_told(stop)
     try:
         prepare_environment()
         init_process_group(launch["backend"])
@@ -141,18 +148,41 @@ def base_of(error: Exception) -> BaseException:
     return getattr(error, "_base_exc", None) or getattr(error, "health_check_failure", None) or error
 
 
-def end_of_restarts() -> Any:
-    """A callback of Ray Train: an error that a restart would only repeat ends the training."""
+def end_of_restarts(stop: Path) -> Any:
+    """A callback of Ray Train: an error that a restart would only repeat, and ranks that were told to end at
+    once, end the training.
+    """
     from ray.train import UserCallback
 
     class EndOfRestarts(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            if ends_at_once(stop):
+                raise StageError("stopped at once")
             for error in worker_exceptions.values():
                 if isinstance(base := base_of(error), StageError):
                     # Ray Train repeats what fails on ranks, not what fails in its callbacks.
                     raise base
 
     return EndOfRestarts()
+
+
+def ends_at_once(stop: Path) -> bool:
+    """Whether a second interrupt came: the file that asks for a checkpoint says so."""
+    try:
+        return stop.read_text() == AT_ONCE
+    except FileNotFoundError:
+        return False
+
+
+def end_when_told(stop: Path) -> None:
+    """Ends this rank where it is when a second interrupt comes, whatever it waits for."""
+
+    def watch() -> None:
+        while not ends_at_once(stop):
+            time.sleep(LOOK_SEC)
+        os._exit(1)
+
+    Thread(target=watch, name="end when told", daemon=True).start()
 
 
 def first_failure(error: Exception) -> str:
@@ -217,7 +247,7 @@ def launch(
             name=f"{time.time_ns()}",
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=max_failures),
-            callbacks=[end_of_restarts()],
+            callbacks=[end_of_restarts(RunFolder(config.output_dir).stop.resolve())],
             worker_runtime_env={"env_vars": environment},
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
@@ -254,7 +284,9 @@ def fit(trainer: Any, output_dir: Path) -> None:
 
 
 def wait(ended: Event, stop: Path) -> KeyboardInterrupt | None:
-    """Returns when the ranks have ended, with the interrupt that made them; raises the second one at once."""
+    """Returns when the ranks have ended, with the interrupt that made them. At the second one, or where no
+    checkpoint comes, the ranks end at once, and the interrupt is raised.
+    """
     interrupt, asked, looked = None, 0.0, time.monotonic()
     # Not by Thread.join: interrupted, it takes the thread for ended.
     while not ended.is_set():
@@ -267,6 +299,7 @@ def wait(ended: Event, stop: Path) -> KeyboardInterrupt | None:
             raise interrupt or error from error
         except KeyboardInterrupt as error:
             if interrupt is not None:
+                end_at_once(ended, stop)
                 raise
             interrupt, asked = error, time.monotonic()
             stop.touch()
@@ -275,5 +308,14 @@ def wait(ended: Event, stop: Path) -> KeyboardInterrupt | None:
             )
         if interrupt is not None and time.monotonic() - asked > STOP_PATIENCE_SEC:
             print(f"train: no checkpoint in {STOP_PATIENCE_SEC:g} s", file=sys.stderr, flush=True)
+            end_at_once(ended, stop)
             raise interrupt
     return interrupt
+
+
+def end_at_once(ended: Event, stop: Path) -> None:
+    """Tells the ranks to end, and waits for it a little: Ray ends the whole process, with a status of its
+    own, where it is shut down while a thread still waits in it.
+    """
+    stop.write_text(AT_ONCE)
+    ended.wait(END_PATIENCE_SEC)

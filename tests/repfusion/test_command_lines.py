@@ -45,7 +45,7 @@ def test_overrides_may_stand_before_and_after_an_option(command: Command, capsys
 
 
 def test_a_field_that_does_not_exist_is_said_without_a_traceback(command: Command, tmp_path):
-    with pytest.raises(SystemExit, match=r"error: override 'num_step': unknown key .*'num_steps'"):
+    with pytest.raises(SystemExit, match=r"error: override: unknown key 'num_step'.*'num_steps'"):
         command(train.main, CONFIG, "num_step=7", "--dry-run")
     with pytest.raises(SystemExit, match=r"(?s)error: .*no_such.yaml"):
         command(train.main, tmp_path / "no_such.yaml")

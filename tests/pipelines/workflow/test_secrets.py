@@ -141,7 +141,7 @@ def test_planted_secrets_are_found_nowhere(postgres: Postgres, tmp_path: Path):
         )
         return done.stdout + done.stderr
 
-    drawn, wrong = tmp_path / "out" / "x.png", f"trainings.train.tracking.artifacts=[s3://a:{SECRETS[2]}@b]"
+    drawn, wrong = tmp_path / "out" / "x.png", f"trainings.train.num_steps=s3://a:{SECRETS[2]}@b"
     outputs = [
         said(
             "repfusion.generate",
@@ -161,7 +161,7 @@ def test_planted_secrets_are_found_nowhere(postgres: Postgres, tmp_path: Path):
             "pipelines", "run", path, "trainings.train.seed=1", **environment_of(postgres, "planted", "wrong")
         ),
     ]
-    assert drawn.is_file() and "PLANTED_DSN" in outputs[2] and "artifacts: Input should" in outputs[3]
+    assert drawn.is_file() and "PLANTED_DSN" in outputs[2] and "num_steps: Input should" in outputs[3]
     assert "error: " in outputs[4] and "authentication failed" in outputs[4] and "wrong@" not in outputs[4]
     assert [leaks(output) for output in outputs] == [[]] * len(outputs)
 
