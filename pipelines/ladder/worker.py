@@ -104,7 +104,9 @@ def validation_loss(checkpoint: Path, num_scenes: int, world: dict[str, Any]) ->
 
     drawn = WorldConfig.model_validate(world)
     scenes = [draw_scene(seed, drawn, "held_out") for seed in range(num_scenes)]
-    captions = [caption_scene(scene, np.random.default_rng([i, 1])) for i, scene in enumerate(scenes)]
+    captions = [
+        caption_scene(scene, np.random.default_rng([i, 1]), "plain") for i, scene in enumerate(scenes)
+    ]
     model = load_checkpoint(checkpoint)
     encoder = model.config.encoder.load()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

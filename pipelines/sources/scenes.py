@@ -28,7 +28,7 @@ from pipelines.shards.tars import TarSamples
 from pipelines.sources.base import Entries, download_stage, list_stage, numbered_entries
 from pipelines.sources.ingest import IngestConfig
 from repfusion.config import Config
-from repfusion.scenes.captions import caption_scene
+from repfusion.scenes.captions import Wording, caption_scene
 from repfusion.scenes.world import WorldConfig, draw_scene, render
 from repfusion.tars import StreamSource, index_members
 
@@ -61,6 +61,8 @@ class ScenesConfig(Config):
     """Entry i shows the scene of seed `seed * 2**32 + i`."""
     world: WorldConfig = WorldConfig()
     """Image size, and which shapes and colours occur how often."""
+    wording: Wording = "varied"
+    """How captions put what they state."""
     defects: DefectsConfig = DefectsConfig()
     """Entries spoilt on purpose."""
     port: int = Field(default=0, ge=0, le=65535)
@@ -156,7 +158,7 @@ class SceneWorker:
 
         seed, key = (self.config.seed << 32) + index, sample_key(index)
         scene = draw_scene(seed, self.config.world)
-        caption = caption_scene(scene, np.random.default_rng([seed, CAPTION_STREAM]))
+        caption = caption_scene(scene, np.random.default_rng([seed, CAPTION_STREAM]), self.config.wording)
         facts = {"things": [vars(thing) for thing in scene.things], "relation": scene.relation}
         defect = self.defects.get(index)
         row = {

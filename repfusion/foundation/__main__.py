@@ -7,6 +7,7 @@ A part that was cut off goes on where it was when it is asked for again; one tha
 import argparse
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from repfusion.latents.tower import RepresentationEncoder
 from repfusion.weights import WEIGHTS
 
 PARTS = ("perception", "polish", "noise_taught", "language", "large", "vae", "measure")
+MODELS = ("vision_tower", "decoder", "llava", "llava_noise_taught", "llava_large", "language", "vae")
 RECORD = "foundation.json"
 
 
@@ -98,13 +100,36 @@ def bring_up_to_date(foundation: Foundation, parts: tuple[str, ...]) -> None:
         write_json(path, record)
 
 
+def release(folder: Path, weights: Path) -> None:
+    """Copies the models and their record in the place of the shipped ones, each folder as a whole.
+
+    Raises:
+        ValueError: not all parts are done and measured.
+    """
+    path = folder / RECORD
+    record = json.loads(path.read_text()) if path.is_file() else {"parts": {}}
+    if missing := [part for part in PARTS[:-1] if part not in record["parts"]]:
+        raise ValueError(f"{path}: {', '.join(missing)} not done; train them first")
+    if "quality" not in record:
+        raise ValueError(f"{path}: not measured; run the part measure first")
+    for name in MODELS:
+        old, new = weights / f".old-{name}", weights / f".new-{name}"
+        for leftover in (old, new):
+            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.copytree(folder / name, new)
+        if (weights / name).is_dir():
+            (weights / name).rename(old)
+        new.rename(weights / name)
+        shutil.rmtree(old, ignore_errors=True)
+    write_json(weights / RECORD, record)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m repfusion.foundation", description=__doc__)
     parser.add_argument("config", type=Path, help="a YAML file of FoundationConfig")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the configuration")
-    parser.add_argument(
-        "--out", type=Path, default=WEIGHTS, help="folder to write (default: the shipped one)"
-    )
+    parser.add_argument("--out", type=Path, default=Path("runs/foundation"), help="folder to write")
+    parser.add_argument("--release", action="store_true", help="then put them in the place of the shipped")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)} (default: all)")
     args = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -114,6 +139,8 @@ def main() -> None:
         if unknown := set(parts) - set(PARTS):
             raise ValueError(f"no parts {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
         bring_up_to_date(Foundation(config, args.out), parts)
+        if args.release:
+            release(args.out, WEIGHTS)
     except (ConfigError, ValueError) as error:
         parser.exit(1, f"error: {error}\n")
 

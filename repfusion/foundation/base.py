@@ -31,12 +31,17 @@ CAPTIONS_PER_SCENE = 6
 FIRST_SEED = 10_000_000
 
 
+def base_world(image_size: int) -> WorldConfig:
+    """What the base is trained on. Two of five scenes stand in a relation, which is learned last."""
+    return WorldConfig(image_size=image_size, shapes=BASE_SHAPES, colours=BASE_COLOURS, relation_share=0.4)
+
+
 def prepare(root: Path, num_scenes: int) -> None:
     """Writes `captions/`, `image_features/` and `image_features/statistics.safetensors`: scenes of the base's
     shapes and colours only.
     """
     encoder = RepresentationEncoder.from_pretrained(WEIGHTS / "vision_tower")
-    world = WorldConfig(image_size=encoder.image_size, shapes=BASE_SHAPES, colours=BASE_COLOURS)
+    world = base_world(encoder.image_size)
     statistics = LatentStatistics.empty(encoder.num_tokens, encoder.feature_dim)
     for folder in ("captions", IMAGE_FEATURES):
         (root / folder).mkdir(parents=True, exist_ok=True)

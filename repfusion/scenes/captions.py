@@ -30,6 +30,8 @@ from repfusion.scenes.world import (
 
 Task = Literal["single_object", "two_objects", "counting", "colours", "position", "colour_attribution"]
 TASKS: tuple[Task, ...] = get_args(Task)
+Wording = Literal["plain", "varied"]
+"""How facts are put: one word for each thing and relation, or as people write, with synonyms and digits."""
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 PREFIXES = (
     *("a photo of ", "a picture of ", "an image of ", "a drawing of ", "an illustration of ", "there is "),
@@ -175,9 +177,14 @@ def facts_of(scene: Scene, task: Task, coloured: bool = True) -> tuple[tuple[Wan
 
 
 def write_prompt(
-    scene: Scene, task: Task, rng: np.random.Generator | None = None, coloured: bool = True
+    scene: Scene,
+    task: Task,
+    rng: np.random.Generator | None = None,
+    coloured: bool = True,
+    wording: Wording = "varied",
 ) -> Prompt:
-    """A prompt of the task about the scene. `rng` draws among orders and phrasings; None gives the plain one.
+    """A prompt of the task about the scene. `rng` draws the order and, where the wording is varied, among the
+    phrasings; None gives the plain one.
 
     Raises:
         ValueError: where the scene cannot satisfy the task.
@@ -185,7 +192,7 @@ def write_prompt(
     wanted, relation = facts_of(scene, task, coloured)
     if len(wanted) == 2 and rng is not None and rng.random() < 0.5:
         wanted, relation = turned(wanted, relation)
-    return Prompt(say(wanted, relation, rng), task, wanted, relation)
+    return Prompt(say(wanted, relation, rng if wording == "varied" else None), task, wanted, relation)
 
 
 def turned(
@@ -195,12 +202,12 @@ def turned(
     return wanted[::-1], INVERSE[relation] if relation else None
 
 
-def caption_scene(scene: Scene, rng: np.random.Generator) -> str:
+def caption_scene(scene: Scene, rng: np.random.Generator, wording: Wording = "varied") -> str:
     """A caption of the scene in one of its phrasings; now and then one that leaves the colour out."""
     tasks = possible_tasks(scene)
     weights = np.array([0.4 if task in ("single_object", "two_objects") else 1.0 for task in tasks])
     task = tasks[rng.choice(len(tasks), p=weights / weights.sum())]
-    return write_prompt(scene, task, rng, coloured=bool(rng.random() < 0.85)).text
+    return write_prompt(scene, task, rng, bool(rng.random() < 0.85), wording).text
 
 
 def canonical_caption(scene: Scene) -> str:

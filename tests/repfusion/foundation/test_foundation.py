@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
+from repfusion.files import write_json
 from repfusion.foundation import __main__ as recipe
 from repfusion.foundation import base
 from repfusion.foundation.config import FoundationConfig, LengthConfig
@@ -39,7 +40,7 @@ from repfusion.llm.words import WORDS
 from repfusion.runs.checkpoint import load_checkpoint, save_checkpoint
 from repfusion.scenes.captions import ADJECTIVES, NOUNS, NUMBERS, canonical_caption, plural
 from repfusion.scenes.claims import KINDS
-from repfusion.scenes.world import NEW_COLOUR, NEW_SHAPE, WorldConfig, draw_scene, render
+from repfusion.scenes.world import NEW_COLOUR, NEW_SHAPE, draw_scene, render
 
 SHORT = LengthConfig(num_steps=3, batch_size=6)
 TINY = FoundationConfig(
@@ -272,6 +273,30 @@ def test_parts_that_there_are_not_are_named(trained, monkeypatch, capsys):
     assert "error: no parts nose; there are perception, polish" in capsys.readouterr().err
 
 
+def test_only_a_whole_foundation_is_released(trained, tmp_path):
+    weights, before = tmp_path / "weights", (trained / recipe.RECORD).read_text()
+    (weights / "llava").mkdir(parents=True)
+    (weights / "llava" / "stale.txt").write_text("of the last one")
+    with pytest.raises(ValueError, match="not measured; run the part measure first"):
+        recipe.release(trained, weights)
+    record = json.loads(before)
+    try:
+        write_json(trained / recipe.RECORD, {**record, "quality": {}})
+        recipe.release(trained, weights)
+        write_json(trained / recipe.RECORD, {**record, "parts": {}})
+        with pytest.raises(ValueError, match=r"perception, polish, .* not done; train them first"):
+            recipe.release(trained, weights)
+    finally:
+        (trained / recipe.RECORD).write_text(before)
+    assert {path.name for path in weights.iterdir()} == {*recipe.MODELS, recipe.RECORD}
+    assert not (weights / "llava" / "stale.txt").exists()
+    for name in recipe.MODELS:
+        files = [path.name for path in (trained / name).iterdir()]
+        assert all(
+            (weights / name / file).read_bytes() == (trained / name / file).read_bytes() for file in files
+        )
+
+
 class CutOff(Exception):
     """Raised where a training is stopped."""
 
@@ -500,7 +525,7 @@ def test_the_bases_columns_hold_captions_and_features_of_known_things_alone(
     assert statistics.count == 25 and statistics.tokens is not None
     np.testing.assert_allclose(statistics.mean.numpy(), np.stack(rows).astype(np.float64).mean(0), atol=1e-12)
     assert not any(word in text for text in texts for word in ("rhombus", "turquoise"))
-    world = WorldConfig(shapes=base.BASE_SHAPES, colours=base.BASE_COLOURS)
+    world = base.base_world(32)
     pixels = torch.from_numpy(render(draw_scene(base.FIRST_SEED + 13, world), world))[None]
     expected = RepresentationEncoder.from_pretrained(foundation / "vision_tower")(pixels)[0].half().numpy()
     np.testing.assert_allclose(rows[13].astype(np.float32), expected.astype(np.float32), atol=4e-3)
