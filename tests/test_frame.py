@@ -12,6 +12,7 @@ import yaml
 
 from pipelines.config import WorkflowConfig
 from repfusion.config import load_config
+from repfusion.foundation.config import FoundationConfig
 from repfusion.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,7 +190,10 @@ CONFIGS = sorted([*ROOT.glob("pipelines/configs/*.yaml"), *ROOT.glob("repfusion/
 
 def kind_of(path: Path) -> type:
     """The class of a shipped configuration, by where it lies."""
-    return WorkflowConfig if path.is_relative_to(ROOT / "pipelines") else TrainConfig
+    if path.is_relative_to(ROOT / "pipelines"):
+        return WorkflowConfig
+    is_foundation = path.parent.name == "foundation" and path.name != "base.yaml"
+    return FoundationConfig if is_foundation else TrainConfig
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -30,7 +30,7 @@ STOP_POLL_SEC = 1.0
 STOP_PATIENCE_SEC = 600.0
 """How long a driver that is to end waits for that checkpoint: ranks may be gone, or hang."""
 AT_ONCE = "at once"
-"""In the file that asks for a checkpoint: the ranks are to end without one."""
+"""What stands in the file that asks for a checkpoint where the ranks are to end without one."""
 LOOK_SEC = 0.5
 """Between a rank's looks for that."""
 END_PATIENCE_SEC = 20.0

@@ -63,7 +63,7 @@ class FoundationConfig(Config):
     noise_taught: LengthConfig = LengthConfig(num_steps=4_000, batch_size=64, lr=3e-4)
     """The LLaVA going on over the frozen tower, its projector reading noisy latents of all levels."""
     base_dim: int = 64
-    """Of the shift of those levels, a = sqrt(tokens x channels / base_dim), as in the base's `flow`."""
+    """Base dimension of those levels' shift, as in the base's `flow`: a = sqrt(tokens x channels / base_dim)."""
     language: LengthConfig = LengthConfig(num_steps=8_000, batch_size=96)
     """The language-only twin."""
     large_width: int = 256
@@ -71,7 +71,7 @@ class FoundationConfig(Config):
     large_layers: int = 6
     """Layers of the larger LLaVA's language model."""
     large_heads: int = 4
-    """Its attention heads: as wide as the small one's."""
+    """Attention heads of the larger LLaVA, as wide as the small one's."""
     large: LengthConfig = LengthConfig(num_steps=2_500, batch_size=64, lr=3e-4)
     """The larger LLaVA, from the small one's weights grown to its size."""
     vae_channels: int = 16

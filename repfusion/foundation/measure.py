@@ -200,7 +200,7 @@ class Bench:
         return lambda part: self._judge(llava, part.told, part.features)
 
     def _through_latents(self, llava: Any, level: float) -> Judge:
-        """As RepFusion reads at a noise level, the projector exact on clean latents."""
+        """A judge of noisy latents, as RepFusion reads them; P is exact on clean ones."""
         generator = torch.Generator().manual_seed(0)
 
         def judge(part: Examples) -> Tensor:
@@ -212,7 +212,7 @@ class Bench:
         return judge
 
     def _through_own_tower(self, llava: Any) -> Judge:
-        """By transformers' own forward pass, from pixels."""
+        """A judge from pixels, by transformers' own forward pass."""
 
         def judge(part: Examples) -> Tensor:
             ids, places = self._claim_ids(part.told, self.config.num_tokens)

@@ -24,7 +24,7 @@ from transformers import (
 
 from repfusion.foundation.config import FoundationConfig
 from repfusion.foundation.optimise import Loss, optimise
-from repfusion.foundation.pool import Batch, ScenePool
+from repfusion.foundation.pool import SceneBatch, ScenePool
 from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
 from repfusion.llm.tokenizer import load_tokenizer
 from repfusion.llm.words import WORDS
@@ -185,7 +185,7 @@ def read_dialogues(
     return inner.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
 
 
-def caption_loss(model: PreTrainedModel, batch: Batch) -> Float[Tensor, ""]:
+def caption_loss(model: PreTrainedModel, batch: SceneBatch) -> Float[Tensor, ""]:
     """Cross-entropy a token of captions without their image; of a LLaVA or a causal language model."""
     language_model = model.model.language_model if hasattr(model.model, "language_model") else model.model
     hidden = language_model(input_ids=batch.captions, use_cache=False).last_hidden_state

@@ -35,7 +35,7 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Batch:
+class SceneBatch:
     """Pixels in [0, 1], a dialogue about each image, a caption of it, and which of their ids are learned."""
 
     pixels: Float[Tensor, "b 3 h w"]
@@ -95,7 +95,7 @@ class ScenePool:
         """Random numbers of one step of one part."""
         return torch.Generator(self.device).manual_seed(seed * 10_000_019 + step)
 
-    def batch(self, size: int, generator: torch.Generator) -> Batch:
+    def batch(self, size: int, generator: torch.Generator) -> SceneBatch:
         """Scenes at random, one dialogue and one caption of each."""
 
         def draw(most: int) -> Tensor:
@@ -105,7 +105,7 @@ class ScenePool:
         dialogues, is_answer = self._texts(self.dialogues, rows, which[0])
         captions, is_caption = self._texts(self.captions, rows, which[1])
         pixels = self.pixels[rows].float() / 255
-        return Batch(pixels, dialogues, is_answer, captions, is_caption, rows)
+        return SceneBatch(pixels, dialogues, is_answer, captions, is_caption, rows)
 
     def _texts(self, texts: Texts, rows: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and what is learned of them, without columns that are all padding."""

@@ -24,7 +24,7 @@ from repfusion.foundation.perception import (
     save_mllm,
     token_loss,
 )
-from repfusion.foundation.pool import Batch, ScenePool
+from repfusion.foundation.pool import SceneBatch, ScenePool
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.latents.tower import RepresentationEncoder
 from repfusion.llm.tokenizer import load_tokenizer
@@ -45,7 +45,7 @@ class SeenPool:
         for part in self.features.split(5_000):
             self.statistics.update(part)
 
-    def of(self, batch: Batch) -> Float[Tensor, "b n d"]:
+    def of(self, batch: SceneBatch) -> Float[Tensor, "b n d"]:
         return self.features[batch.rows].float()
 
 
@@ -141,7 +141,7 @@ def train_language(pool: ScenePool, config: FoundationConfig, folder: Path, stat
     return shown
 
 
-def without_images(batch: Batch, pool: ScenePool) -> tuple[Tensor, Tensor]:
+def without_images(batch: SceneBatch, pool: ScenePool) -> tuple[Tensor, Tensor]:
     """A batch's dialogues with their image tokens taken out; what is left moves up."""
     is_image = batch.dialogues == pool.image_id
     order = torch.argsort(is_image.int(), dim=1, stable=True)

@@ -69,7 +69,7 @@ RELATION_ENDINGS: dict[Relation, tuple[str, ...]] = {
     "above": ("above it", "over it"),
     "below": ("below it", "under it"),
 }
-"""The same after both, the second thing named first: "a blue square with a red circle on its left"."""
+"""How a relation is put after both things, the second named first: "a blue square with a red circle on its left"."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def write_prompt(
 def turned(
     wanted: tuple[Wanted, ...], relation: Relation | None
 ) -> tuple[tuple[Wanted, ...], Relation | None]:
-    """The same facts, the things in the other order."""
+    """Facts with their things in the other order."""
     return wanted[::-1], INVERSE[relation] if relation else None
 
 

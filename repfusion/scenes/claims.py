@@ -43,7 +43,7 @@ Facts = tuple[tuple[Wanted, ...], Relation | None]
 
 
 @dataclass(frozen=True)
-class Claim:
+class SceneClaim:
     """A text about an image, whether it is right, and the fact that it gets wrong if not."""
 
     text: str
@@ -63,7 +63,7 @@ def possible_kinds(scene: Scene) -> tuple[Kind, ...]:
     return ("colour", "shape", *swap, *placed, "absence")
 
 
-def claim(scene: Scene, rng: np.random.Generator, other: Scene, kinds: Sequence[Kind] = KINDS) -> Claim:
+def claim(scene: Scene, rng: np.random.Generator, other: Scene, kinds: Sequence[Kind] = KINDS) -> SceneClaim:
     """A claim of one of the kinds that the scene admits. `other` is a scene drawn as this one was: a claim of
     absence names a thing of it, or of this one.
     """
@@ -75,7 +75,7 @@ def claim(scene: Scene, rng: np.random.Generator, other: Scene, kinds: Sequence[
         pair = _absences(scene, other, rng) if kind == "absence" else _statements(scene, kind, rng)
         if pair is not None:
             is_true = bool(rng.random() < 0.5)
-            return Claim(pair[0] if is_true else pair[1], is_true, kind)
+            return SceneClaim(pair[0] if is_true else pair[1], is_true, kind)
     raise ValueError(f"no claim of the kinds {possible} about {scene} and {other}")
 
 

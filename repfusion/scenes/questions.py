@@ -42,8 +42,8 @@ def ask_what(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _either_way(scene: Scene, rng: np.random.Generator) -> tuple[Thing, Relation, Thing]:
-    first, second = scene.things
     relation = scene.relation
     if relation is None:
         raise ValueError(f"{scene} has no two things in a relation to ask about")
+    first, second = scene.things
     return (first, relation, second) if rng.random() < 0.5 else (second, INVERSE[relation], first)

@@ -9,7 +9,7 @@ import torch
 from scene_texts import HUES, SINGULAR, holds, matching, read
 
 from repfusion.scenes.captions import Wanted
-from repfusion.scenes.claims import KINDS, Claim, alter, claim, is_so, possible_kinds
+from repfusion.scenes.claims import KINDS, SceneClaim, alter, claim, is_so, possible_kinds
 from repfusion.scenes.contrasts import arrange, draw_contrast
 from repfusion.scenes.world import HELD_OUT_PAIRS, INVERSE, Scene, Thing, WorldConfig, draw_scene
 
@@ -22,7 +22,7 @@ def scenes() -> list[Scene]:
 
 
 @pytest.fixture(scope="module")
-def claims(scenes) -> list[tuple[Claim, Scene]]:
+def claims(scenes) -> list[tuple[SceneClaim, Scene]]:
     rng = np.random.default_rng(1)
     return [(claim(scene, rng, scenes[rng.integers(len(scenes))]), scene) for scene in scenes]
 
@@ -33,7 +33,7 @@ def look_of(text: str) -> tuple[str, str]:
     return HUES[colour], SINGULAR[noun]
 
 
-def is_right(said: Claim, scene: Scene) -> bool:
+def is_right(said: SceneClaim, scene: Scene) -> bool:
     if said.kind == "absence":
         assert said.text.startswith(ABSENCE)
         return look_of(said.text) not in {(thing.colour, thing.shape) for thing in scene.things}
@@ -122,11 +122,11 @@ def text_only_accuracy(texts: Sequence[str], truths: Sequence[bool], num_train: 
     return float((said == truth[num_train:]).float().mean())
 
 
-def leaking(scene: Scene, rng: np.random.Generator, other: Scene) -> Claim:
+def leaking(scene: Scene, rng: np.random.Generator, other: Scene) -> SceneClaim:
     """A claim as they once were: the right ones alone may begin with a prefix."""
     said = claim(scene, rng, other)
     text = f"a photo of {said.text}" if said.is_true and rng.random() < 0.3 else said.text
-    return Claim(text, said.is_true, said.kind)
+    return SceneClaim(text, said.is_true, said.kind)
 
 
 @pytest.mark.slow
@@ -166,7 +166,7 @@ def test_a_contrast_shows_what_it_says_and_what_differs_in_one_fact(kind, split)
     for seed in range(40):
         one = draw_contrast(seed, kind, world, split)
         assert one.kind == kind
-        right, wrong = (is_right(Claim(one.text, True, kind), scene) for scene in (one.right, one.wrong))
+        right, wrong = (is_right(SceneClaim(one.text, True, kind), scene) for scene in (one.right, one.wrong))
         assert right and not wrong, one
         if kind not in ("absence", "count", "axis", "direction"):
             cells = [
