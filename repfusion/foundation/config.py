@@ -63,7 +63,7 @@ class FoundationConfig(Config):
     noise_taught: LengthConfig = LengthConfig(num_steps=4_000, batch_size=64, lr=3e-4)
     """The LLaVA going on over the frozen tower, its projector reading noisy latents of all levels."""
     base_dim: int = 64
-    """Base dimension of those levels' shift, as in the base's `flow`: a = sqrt(tokens x channels / base_dim)."""
+    """Base dimension of those levels' shift, as in the base's `flow`."""
     language: LengthConfig = LengthConfig(num_steps=8_000, batch_size=96)
     """The language-only twin."""
     large_width: int = 256

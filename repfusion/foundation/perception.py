@@ -31,9 +31,9 @@ from repfusion.llm.words import WORDS
 
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.5
 CAPTION_WEIGHT = 0.5
-"""Of the captions read alone, beside the answers: it keeps the language model a reader."""
+"""Weight of the captions read alone, beside the answers: it keeps the language model a reader."""
 SCALE_WEIGHT = 0.1
-"""Of the penultimate layer's distance from zero mean and unit variance."""
+"""Weight of the penultimate layer's distance from zero mean and unit variance."""
 
 
 def llava_config(config: FoundationConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:

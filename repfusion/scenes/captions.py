@@ -69,7 +69,7 @@ RELATION_ENDINGS: dict[Relation, tuple[str, ...]] = {
     "above": ("above it", "over it"),
     "below": ("below it", "under it"),
 }
-"""How a relation is put after both things, the second named first: "a blue square with a red circle on its left"."""
+"""How a relation is put after both, the second named first: "a blue square with a red circle on its left"."""
 
 
 @dataclass(frozen=True)
