@@ -36,7 +36,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tree
 
 
-@pytest.mark.parametrize("tries", ["try_library.py", pytest.param("try_workflow.py", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tries", ["try_library.py", "try_workflow.py"])
 def test_the_examples_do_what_they_say(tree: Path, tries: str):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-c", os.devnull, "--rootdir", str(tree)]
     command += ["-o", "python_files=try_*.py", "-o", "python_functions=try_*", "-p", "no:cacheprovider"]

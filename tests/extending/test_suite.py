@@ -97,6 +97,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_it_is_drawn_judged_scored_and_shown(found: dict):
     first, last = found["means"]
     assert 0 < first < 1 and first != last
@@ -112,6 +113,7 @@ def test_it_is_drawn_judged_scored_and_shown(found: dict):
     assert ["100%", "images are bright"] in found["facts"]
 
 
+@pytest.mark.slow
 def test_it_is_tracked_and_picks_the_best_checkpoint(found: dict):
     means = found["means"]
     assert found["tracked"]["eval/mean"] == [[2, means[0]], [4, means[1]]]

@@ -51,7 +51,7 @@ def test_what_was_found_once_is_mended(path: Path, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", sorted(TARGETS))
 def test_a_few_inputs_for_each_reader(name: str, tmp_path):
-    for number in range(12):
+    for number in range(6):
         data = TARGETS[name].make(Random(f"few/{number}"))
         assert attempt(name, data, tmp_path / "scratch") is None, f"input {number}"
 

@@ -133,6 +133,7 @@ def captions(tmp_path: Path, number: int) -> list[str]:
     return words
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_samples_that_kill_their_actor_are_counted_and_the_others_stay(tmp_path: Path, pool: ActorPool):
     (tmp_path / "in").mkdir()

@@ -259,7 +259,9 @@ def test_a_caption_is_told_apart_from_another_once_learned(make_generator, laten
 
 
 @pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", ["noisy_latents_trained", "transfusion"])
+@pytest.mark.parametrize(
+    "method", ["noisy_latents_trained", pytest.param("transfusion", marks=pytest.mark.slow)]
+)
 def test_a_trained_llm_under_the_engine(foundation, columns, tmp_path, method, stage):
     """It changes, its checkpoint holds it, and the caption loss is reported apart."""
     model, reports = tiny_model(foundation, method), []

@@ -204,14 +204,14 @@ def test_variants_of_the_caption_are_drawn(columns: Path):
 
 
 def test_captions_are_drawn_in_proportion_to_their_weights(captioned: Path):
-    rows = read_rows(open_captioned(captioned, {"txt": 1.0, "long.txt": 3.0}), 0, 500)
+    rows = read_rows(open_captioned(captioned, {"txt": 1.0, "long.txt": 3.0}), 0, 200)
     having = [row.caption for row in rows if row.key in LONG]
-    # 2000 draws of probability 3/4: a standard deviation of 0.0097
-    assert abs(np.mean([caption.startswith("a long") for caption in having]) - 0.75) < 0.03
+    # 800 draws of probability 3/4: a standard deviation of 0.015
+    assert abs(np.mean([caption.startswith("a long") for caption in having]) - 0.75) < 0.05
     long = [row for row in rows if row.caption.startswith("a long")]
     assert all(row.caption == LONG[row.key] for row in long) and {row.key for row in long} == LONG.keys()
     reordered = open_captioned(captioned, {"long.txt": 1.5, "txt": 0.5})
-    assert read_rows(reordered, 0, 500, micro_batch_size=2) == rows
+    assert read_rows(reordered, 0, 200, micro_batch_size=2) == rows
 
 
 @pytest.mark.parametrize("weights", [{"txt": 1.0}, {"txt": 0.2, "long.txt": 0.0}])
@@ -224,10 +224,10 @@ def test_variants_and_names_are_drawn_independently(columns: Path):
     for name in ("00000.tar", "00001.tar", "00002.tar"):
         keys = {member.split(".")[0]: None for member in scan_tar(columns / "curate" / name)}
         write_tar(columns / "captions" / name, [(key, {"long.txt": b"long"}) for key in keys])
-    rows = read_rows(open_captioned(columns, {"txt": 1.0, "long.txt": 1.0}), 0, 500)
+    rows = read_rows(open_captioned(columns, {"txt": 1.0, "long.txt": 1.0}), 0, 300)
     odd = [row for row in rows if int(row.key) % 2 and row.caption != "long"]
-    assert abs(len(odd) / 2000 - 0.5) < 0.04
-    assert abs(np.mean([len(row.caption.split()) == 4 for row in odd]) - 0.5) < 0.06
+    assert abs(len(odd) / 1200 - 0.5) < 0.05
+    assert abs(np.mean([len(row.caption.split()) == 4 for row in odd]) - 0.5) < 0.08
     # nor does the caption say anything of the noise level
     assert abs(np.corrcoef([row.caption == "long" for row in rows], [row.t for row in rows])[0, 1]) < 0.06
 

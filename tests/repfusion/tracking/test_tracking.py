@@ -390,6 +390,7 @@ def test_processes_log_into_one_run_at_the_same_time(store: str):
         assert metric_history(store, tracker.run_id, f"m{n}") == [(step, float(step)) for step in range(10)]
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once_make_one_store(tmp_path: Path):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     in_processes("Tracker(TrackingConfig(uri=sys.argv[2], experiment='test')).finish()", 2, uri)
