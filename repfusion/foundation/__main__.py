@@ -31,10 +31,16 @@ RECORD = "foundation.json"
 
 
 class Foundation:
-    """The parts of one configuration, their folder and the states from which they go on."""
+    """The parts of one configuration, their folder and the states from which they go on.
 
-    def __init__(self, config: FoundationConfig, folder: Path):
-        self.config, self.folder = config, folder
+    Args:
+        config: sizes and lengths.
+        folder: is written.
+        until: a deadline, in seconds of `time.monotonic`; with one the scenes are kept among the states.
+    """
+
+    def __init__(self, config: FoundationConfig, folder: Path, until: float | None = None):
+        self.config, self.folder, self.until = config, folder, until
         self.states = folder / "states"
         self._pool: ScenePool | None = None
         self._seen: SeenPool | None = None
@@ -43,7 +49,8 @@ class Foundation:
     def pool(self) -> ScenePool:
         """Drawn when the first part needs it."""
         if self._pool is None:
-            self._pool = ScenePool(self.config, self.folder / "llava")
+            kept = None if self.until is None else self.states / "scenes"
+            self._pool = ScenePool(self.config, self.folder / "llava", kept=kept, until=self.until)
         return self._pool
 
     @property
@@ -53,22 +60,26 @@ class Foundation:
         return self._seen
 
     def train(self, part: str) -> dict[str, float]:
-        """Trains a part, from its state if it was cut off; returns the last losses."""
-        state, common = self.states / f"{part}.safetensors", (self.config, self.folder)
+        """Trains a part, from its state if it was cut off; returns the last losses.
+
+        Raises:
+            OutOfTime: the deadline came first; the part goes on when it is trained again.
+        """
+        common = self.config, self.folder, self.states / f"{part}.safetensors", self.until
         match part:
             case "perception":
-                return train_perception(self.pool, *common, state)
+                return train_perception(self.pool, *common)
             case "polish":
                 encoder = RepresentationEncoder.from_pretrained(self.folder / "vision_tower")
-                return polish_decoder(self.pool, encoder.to(self.pool.device), *common, state)
+                return polish_decoder(self.pool, encoder.to(self.pool.device), *common)
             case "noise_taught":
-                return train_noise_taught(self.seen, *common, state)
+                return train_noise_taught(self.seen, *common)
             case "language":
-                return train_language(self.pool, *common, state)
+                return train_language(self.pool, *common)
             case "large":
-                return train_large(self.seen, *common, state)
+                return train_large(self.seen, *common)
             case "vae":
-                return train_vae(self.pool, *common, state)
+                return train_vae(self.pool, *common)
         raise ValueError(f"no part {part!r}; there are {', '.join(PARTS)}")
 
 
@@ -77,6 +88,7 @@ def bring_up_to_date(foundation: Foundation, parts: tuple[str, ...]) -> None:
 
     Raises:
         ValueError: the folder holds parts of another configuration.
+        OutOfTime: the deadline came first.
     """
     folder, config = foundation.folder, foundation.config
     folder.mkdir(parents=True, exist_ok=True)

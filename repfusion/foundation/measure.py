@@ -68,7 +68,7 @@ class Examples:
 
     def __init__(self, told: Sequence[Told], pixels: Float[Tensor, "b 3 h w"], encoder: PixelEncoder):
         self.told, self.pixels = told, pixels
-        self.features = torch.cat([encoder(part) for part in pixels.split(BATCH)])
+        self.features = encoded(encoder, pixels)
 
     def batches(self) -> Iterator["Examples"]:
         for start in range(0, len(self.told), BATCH):
@@ -76,6 +76,12 @@ class Examples:
             rows = slice(start, start + BATCH)
             part.told, part.pixels, part.features = self.told[rows], self.pixels[rows], self.features[rows]
             yield part
+
+
+def encoded(encoder: PixelEncoder, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
+    """Features, where the encoder's weights lie."""
+    device = next(encoder.parameters()).device
+    return torch.cat([encoder(part.to(device)) for part in pixels.split(BATCH)])
 
 
 Judge = Callable[[Examples], Float[Tensor, " b"]]
@@ -86,7 +92,7 @@ class Bench:
     """Held-out images, questions and claims, the same for every model."""
 
     def __init__(self, folder: Path, config: FoundationConfig, num: int):
-        self.folder, self.config = folder, config
+        self.folder, self.config, self.device = folder, config, torch.device(config.device)
         self.world = WorldConfig(image_size=config.image_size)
         self.tokenizer = load_tokenizer(folder / "llava")
         self.scenes = [draw_scene(FIRST_SEED + i, self.world, "held_out") for i in range(3 * num)]
@@ -94,13 +100,15 @@ class Bench:
         self.captions = [caption_scene(scene, rng) for scene in self.scenes]
         self.questions = [ask(scene, rng) for scene in self.scenes]
         self.encoder = EncoderConfig(path=folder / "vision_tower", image_size=config.image_size).load()
+        self.encoder.to(self.device)
         self.claims = self.examples(fresh_claims(self.world, num))
         self.contrasts = {
             "train": self.examples(contrasts(self.world, num, "train")),
             "held_out": self.examples(contrasts(self.world, num, "held_out")),
         }
         self.statistics = LatentStatistics.empty(config.num_tokens, config.vision_width)
-        self.statistics.update(self.encoder(self.pixels([draw_scene(i, self.world) for i in range(5 * num)])))
+        own = self.pixels([draw_scene(i, self.world) for i in range(5 * num)])
+        self.statistics.update(encoded(self.encoder, own))
 
     def examples(self, told: Sequence[Told]) -> Examples:
         return Examples(told, self.pixels([one.scene for one in told]), self.encoder)
@@ -112,6 +120,7 @@ class Bench:
     def llava(self, name: str) -> Found:
         """What a LLaVA tells right from wrong, answers and reads."""
         llava = load_transformers(LlavaForConditionalGeneration, self.folder / name, "LLaVA").eval()
+        llava.to(self.device)
         found: Found = {"fresh": self.accuracy(self.claims, self._through_features(llava))}
         for split, told in self.contrasts.items():
             found[split] = self.accuracy(told, self._through_features(llava))
@@ -132,6 +141,7 @@ class Bench:
     def language(self) -> Found:
         """What the twin makes of the claims without their images, and how well it reads."""
         twin = load_transformers(LlamaForCausalLM, self.folder / "language", "language model").eval()
+        twin.to(self.device)
 
         def judge(part: Examples) -> Float[Tensor, " b"]:
             ids, places = self._claim_ids(part.told, 0)
@@ -147,8 +157,9 @@ class Bench:
     def images(self, encoder: Path, decoder: Path) -> Found:
         """PSNR (dB) of reconstructions, and the share of them in which the detector finds what is there."""
         space = EncoderConfig(path=encoder, image_size=self.config.image_size).load()
-        decode, pixels = load_decoder(decoder, space.grid), self.pixels(self.scenes)
-        rebuilt = torch.cat([decode(space(part)).clamp(0, 1) for part in pixels.split(BATCH)])
+        decode, pixels = load_decoder(decoder, space.grid).to(self.device), self.pixels(self.scenes)
+        parts = encoded(space.to(self.device), pixels).split(BATCH)
+        rebuilt = torch.cat([decode(part).float().clamp(0, 1).cpu() for part in parts])
         mse = (rebuilt - pixels).square().mean(dim=(1, 2, 3))
         shown = [looks(detect(image.numpy())) for image in rebuilt]
         return {
@@ -164,7 +175,7 @@ class Bench:
     def accuracy(self, examples: Examples, judge: Judge) -> dict[str, float]:
         """Share of texts judged right, by kind: the mean over right and wrong ones."""
         told = examples.told
-        prefers = torch.cat([judge(part) for part in examples.batches()]) > 0
+        prefers = torch.cat([judge(part) for part in examples.batches()]).cpu() > 0
         is_right = [bool(yes) == one.is_true for yes, one in zip(prefers, told, strict=True)]
         found = {}
         for kind in KINDS:
@@ -185,7 +196,7 @@ class Bench:
         asked = [(f"{one.text}<image>", "yes") for one in told]
         rows = dialogue_ids(self.tokenizer, asked, num_image_tokens)
         ids, _ = pad(rows, self.tokenizer.pad_token_id)
-        return ids, torch.tensor([start - 1 for _, start in rows])
+        return ids.to(self.device), torch.tensor([start - 1 for _, start in rows], device=self.device)
 
     def _preference(self, logits: Float[Tensor, "b v"]) -> Float[Tensor, " b"]:
         yes, no = (self.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("yes", "no"))
@@ -205,8 +216,8 @@ class Bench:
 
         def judge(part: Examples) -> Tensor:
             latents = self.statistics.normalise(part.features)
-            noise = torch.randn(latents.shape, generator=generator)
-            z_t = interpolate(latents, noise, torch.full((len(latents),), level))
+            noise = torch.randn(latents.shape, generator=generator).to(self.device)
+            z_t = interpolate(latents, noise, torch.full((len(latents),), level, device=self.device))
             return self._judge(llava, part.told, self.statistics.denormalise(z_t))
 
         return judge
@@ -216,7 +227,7 @@ class Bench:
 
         def judge(part: Examples) -> Tensor:
             ids, places = self._claim_ids(part.told, self.config.num_tokens)
-            pixels = (part.pixels - PIXEL_MEAN) / PIXEL_STD
+            pixels = (part.pixels.to(self.device) - PIXEL_MEAN) / PIXEL_STD
             logits = llava(input_ids=ids, pixel_values=pixels, use_cache=False).logits
             return self._preference(logits[torch.arange(len(ids)), places])
 
@@ -230,7 +241,8 @@ class Bench:
             part = slice(start, start + BATCH)
             batch = self.tokenizer(texts[part], return_tensors="pt", padding=True, padding_side="left")
             batch.pop("token_type_ids", None)
-            pixels = (self.pixels(self.scenes[part]) - PIXEL_MEAN) / PIXEL_STD
+            batch = batch.to(self.device)
+            pixels = (self.pixels(self.scenes[part]).to(self.device) - PIXEL_MEAN) / PIXEL_STD
             out = llava.generate(
                 **batch, pixel_values=pixels, max_new_tokens=20, do_sample=False, pad_token_id=0
             )
@@ -241,7 +253,7 @@ class Bench:
     def caption_loss(self, language_model: Any, head: Any) -> float:
         """Cross-entropy a token of captions of the held-out scenes."""
         rows = caption_ids(self.tokenizer, self.captions)
-        ids, labels = pad(rows, self.tokenizer.pad_token_id)
+        ids, labels = (one.to(self.device) for one in pad(rows, self.tokenizer.pad_token_id))
         hidden = language_model(input_ids=ids, use_cache=False).last_hidden_state
         return round(float(token_loss(head, hidden, ids, labels >= 0)), 4)
 

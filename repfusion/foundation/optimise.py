@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from repfusion.foundation.config import LengthConfig
+from repfusion.foundation.deadline import OutOfTime, has_come
 
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.05
@@ -25,15 +26,21 @@ Loss = Callable[[int], Mapping[str, Tensor]]
 
 
 def optimise(
-    module: nn.Module, length: LengthConfig, loss_of_step: Loss, state: Path, save_every_sec: float = 120.0
+    module: nn.Module,
+    length: LengthConfig,
+    loss_of_step: Loss,
+    state: Path,
+    save_every_sec: float = 120.0,
+    until: float | None = None,
 ) -> dict[str, float]:
     """Trains what requires gradients of a module and returns the smoothed parts of its loss.
 
     Weights, moments and the step are kept in the file `state` now and then; where it exists, training goes on
-    from it.
+    from it. `until` is a deadline, in seconds of `time.monotonic`.
 
     Raises:
         ValueError: the file holds another module's state, or a longer training's.
+        OutOfTime: the deadline came; the file holds the state of all steps so far, one more than before.
         RuntimeError: the loss is not finite; the file holds the state of some steps before.
     """
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -68,9 +75,12 @@ def optimise(
                 name: keep * shown.get(name, value) + (1 - keep) * value for name, value in found.items()
             }
             bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()}, refresh=False)
-        if time.monotonic() - saved_at > save_every_sec and step + 1 < length.num_steps:
+        is_last, is_out = step + 1 == length.num_steps, has_come(until)
+        if not is_last and (is_out or time.monotonic() - saved_at > save_every_sec):
             keep_state(named, optimizer, step + 1, shown, state)
             saved_at = time.monotonic()
+        if is_out and not is_last:
+            raise OutOfTime(f"{state.stem}: {step + 1} of {length.num_steps} steps are done")
     keep_state(named, optimizer, length.num_steps, shown, state)
     return shown
 
@@ -90,18 +100,42 @@ def keep_state(
     """Writes weights, moments, the next step and the losses shown, whole or not at all."""
     tensors = {"step": torch.tensor(step)}
     tensors |= {f"loss/{name}": torch.tensor(value, dtype=torch.float64) for name, value in shown.items()}
-    for name, parameter in named.items():
-        moments = optimizer.state[parameter]
-        tensors[f"weight/{name}"] = parameter.detach().cpu().contiguous()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{moment}/{name}"] = moments[moment].cpu().contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, str(temporary))
+    save_file(tensors | training_tensors(named, optimizer), str(temporary))
     temporary.rename(path)
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def training_tensors(
+    named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Weights and AdamW's moments, on the CPU."""
+    tensors = {f"weight/{name}": p.detach().cpu().contiguous() for name, p in named.items()}
+    for moment in MOMENTS:
+        for name, parameter in named.items():
+            tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
+    return tensors
+
+
 @torch.no_grad()
+def put_back(
+    named: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    step: int,
+) -> None:
+    """What `training_tensors` took, after `step` steps."""
+    for name, parameter in named.items():
+        parameter.copy_(tensors[f"weight/{name}"])
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(step), device=parameter.device),
+            **{moment: tensors[f"{moment}/{name}"].to(parameter.device) for moment in MOMENTS},
+        }
+
+
 def restore(
     named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, length: LengthConfig, path: Path
 ) -> tuple[int, dict[str, float]]:
@@ -115,11 +149,6 @@ def restore(
             f"{path}: state of another training (step {step} of {length.num_steps}, "
             f"{len(own.items() ^ kept.items())} weights differ); remove it, or train as before"
         )
-    for name, parameter in named.items():
-        parameter.copy_(tensors[f"weight/{name}"])
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(step), device=parameter.device),
-            **{key: tensors[f"{key}/{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")},
-        }
+    put_back(named, optimizer, tensors, step)
     shown = {name[5:]: value.item() for name, value in tensors.items() if name.startswith("loss/")}
     return step, shown

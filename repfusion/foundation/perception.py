@@ -92,15 +92,17 @@ class Seeing(nn.Module):
 
 
 def train_perception(
-    pool: ScenePool, config: FoundationConfig, folder: Path, state: Path
+    pool: ScenePool, config: FoundationConfig, folder: Path, state: Path, until: float | None = None
 ) -> dict[str, float]:
-    """Trains tower, LLaVA and decoder from scratch, and writes `llava`, `vision_tower` and `decoder`."""
+    """Trains tower, LLaVA and decoder from scratch, and writes `llava`, `vision_tower` and `decoder`; `until`
+    as of `optimise`.
+    """
     torch.manual_seed(0)
     tokenizer = load_tokenizer(folder / "llava")
     llava = LlavaForConditionalGeneration(llava_config(config, tokenizer))
     both = Seeing(llava, new_decoder(config)).to(pool.device)
     loss = perception_loss(both, pool, config)
-    shown = optimise(both, config.perception, loss, state, config.save_every_sec)
+    shown = optimise(both, config.perception, loss, state, config.save_every_sec, until)
     save_mllm(both.llava, folder / "llava", folder / "llava")
     save_half(both.llava.model.vision_tower, folder / "vision_tower")
     both.decoder.save_pretrained(folder / "decoder", dtype=torch.float16)
@@ -129,7 +131,12 @@ def perception_loss(both: Seeing, pool: ScenePool, config: FoundationConfig) -> 
 
 
 def polish_decoder(
-    pool: ScenePool, encoder: nn.Module, config: FoundationConfig, folder: Path, state: Path
+    pool: ScenePool,
+    encoder: nn.Module,
+    config: FoundationConfig,
+    folder: Path,
+    state: Path,
+    until: float | None = None,
 ) -> dict[str, float]:
     """The saved decoder goes on, on the frozen tower."""
     decoder = RAEDecoder.from_pretrained(folder / "decoder").requires_grad_(True).train().to(pool.device)
@@ -140,7 +147,7 @@ def polish_decoder(
         rebuilt = decoder(noised(encoder(pixels), config.feature_noise, generator))
         return {"pixels": F.l1_loss(rebuilt.float(), pixels)}
 
-    shown = optimise(decoder, config.polish, loss_of_step, state, config.save_every_sec)
+    shown = optimise(decoder, config.polish, loss_of_step, state, config.save_every_sec, until)
     decoder.save_pretrained(folder / "decoder", dtype=torch.float16)
     return shown
 

@@ -3,19 +3,16 @@
 What a step sees follows from its number alone, so a training that was cut off goes on as if it had not been.
 """
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
+from repfusion.foundation.chunks import Arrays, in_chunks, joined
 from repfusion.foundation.config import FoundationConfig
 from repfusion.foundation.dialogues import Tokens, caption_ids, dialogue_ids, write_dialogue
 from repfusion.llm.tokenizer import load_tokenizer
@@ -54,38 +51,37 @@ class ScenePool:
         config: says how many, and how many texts each.
         tokenizer_folder: whose tokenizer reads the texts.
         num_processes: that draw them; None is one a core.
+        kept: folder in which they are kept, and from which they are read; None keeps nothing.
+        until: a deadline, in seconds of `time.monotonic`.
+
+    Raises:
+        OutOfTime: the deadline came before all were drawn.
     """
 
-    def __init__(self, config: FoundationConfig, tokenizer_folder: Path, num_processes: int | None = None):
+    def __init__(
+        self,
+        config: FoundationConfig,
+        tokenizer_folder: Path,
+        num_processes: int | None = None,
+        kept: Path | None = None,
+        until: float | None = None,
+    ):
         self.device = torch.device(config.device)
         chunks = [
             (config, tokenizer_folder, start, min(CHUNK, config.num_scenes - start))
             for start in range(0, config.num_scenes, CHUNK)
         ]
-        num_processes = min(len(chunks), num_processes or len(os.sched_getaffinity(0)))
-        if num_processes == 1:
-            parts = [draw_chunk(*chunk) for chunk in chunks]
-        else:
-            with ProcessPoolExecutor(num_processes, get_context("spawn")) as processes:
-                drawn = processes.map(draw_chunk, *zip(*chunks, strict=True))
-                parts = list(tqdm(drawn, total=len(chunks), desc="scenes", mininterval=5))
-        pixels, dialogues, captions = zip(*parts, strict=True)
-        self.pixels = torch.from_numpy(np.concatenate(pixels)).to(self.device)
-        self.pad_id = load_tokenizer(tokenizer_folder).pad_token_id
-        self.image_id = load_tokenizer(tokenizer_folder).convert_tokens_to_ids("<image>")
-        self.dialogues = self._joined(dialogues)
-        self.captions = self._joined(captions)
-
-    def _joined(self, parts: Sequence[Sequence[Tokens]]) -> Texts:
-        rows = [row for part in parts for row in part]
-        ids = np.full((len(rows), max(len(text) for text, _ in rows)), self.pad_id, np.int16)
-        for row, (text, _) in zip(ids, rows, strict=True):
-            row[: len(text)] = text
-        starts = np.array([start for _, start in rows], np.int16)
-        by_scene = len(self), -1
-        return Texts(
-            torch.from_numpy(ids).view(*by_scene, ids.shape[1]).to(self.device),
-            torch.from_numpy(starts).view(by_scene).to(self.device),
+        parts = in_chunks(draw_chunk, chunks, num_processes, kept, until)
+        tokenizer = load_tokenizer(tokenizer_folder)
+        self.pad_id = tokenizer.pad_token_id
+        self.image_id = tokenizer.convert_tokens_to_ids("<image>")
+        self.pixels = torch.from_numpy(joined(parts, "pixels")).to(self.device)
+        self.dialogues, self.captions = (
+            Texts(
+                torch.from_numpy(joined(parts, name, self.pad_id)).to(self.device),
+                torch.from_numpy(joined(parts, f"{name}_starts")).to(self.device),
+            )
+            for name in ("dialogues", "captions")
         )
 
     def __len__(self) -> int:
@@ -116,10 +112,10 @@ class ScenePool:
         return ids, (places >= starts[:, None]) & (ids != self.pad_id)
 
 
-def draw_chunk(
-    config: FoundationConfig, tokenizer_folder: Path, start: int, num: int
-) -> tuple[np.ndarray, list[Tokens], list[Tokens]]:
-    """Pixels (uint8) of scenes `start` to `start + num`, and their dialogues and captions, scene by scene."""
+def draw_chunk(config: FoundationConfig, tokenizer_folder: Path, start: int, num: int) -> Arrays:
+    """Pixels (uint8) of scenes `start` to `start + num`, ids of their dialogues and captions by scene, and the
+    places from which on they are learned.
+    """
     torch.set_num_threads(1)
     tokenizer, world = load_tokenizer(tokenizer_folder), config.world
     pixels = np.empty((num, 3, config.image_size, config.image_size), np.uint8)
@@ -133,5 +129,23 @@ def draw_chunk(
         pixels[place] = np.round(render(scene, world) * 255)
         dialogues += [write_dialogue(scene, rng, other) for _ in range(config.texts_per_scene)]
         captions += [caption_scene(scene, rng) for _ in range(config.texts_per_scene)]
-    asked = dialogue_ids(tokenizer, dialogues, config.num_tokens)
-    return pixels, asked, caption_ids(tokenizer, captions)
+    texts = {
+        "dialogues": dialogue_ids(tokenizer, dialogues, config.num_tokens),
+        "captions": caption_ids(tokenizer, captions),
+    }
+    return {
+        "pixels": pixels,
+        **{name: padded(rows, num, tokenizer.pad_token_id) for name, rows in texts.items()},
+        **{
+            f"{name}_starts": np.array([start for _, start in rows], np.int16).reshape(num, -1)
+            for name, rows in texts.items()
+        },
+    }
+
+
+def padded(rows: Sequence[Tokens], num_scenes: int, pad_id: int) -> np.ndarray:
+    """Ids by scene and text, padded on the right."""
+    ids = np.full((len(rows), max(len(text) for text, _ in rows)), pad_id, np.int16)
+    for row, (text, _) in zip(ids, rows, strict=True):
+        row[: len(text)] = text
+    return ids.reshape(num_scenes, -1, ids.shape[1])

@@ -20,10 +20,12 @@ CHANNELS = (32, 32, 64, 128, 128)
 """Channels of the VAE's stages; the first holds no layers, so the work begins at half the image's side."""
 
 
-def train_vae(pool: ScenePool, config: FoundationConfig, folder: Path, state: Path) -> dict[str, float]:
+def train_vae(
+    pool: ScenePool, config: FoundationConfig, folder: Path, state: Path, until: float | None = None
+) -> dict[str, float]:
     """Trains the VAE from scratch and writes a diffusers folder in half precision."""
     vae = make_vae(config, seed=5).to(pool.device)
-    shown = optimise(vae, config.vae, vae_loss(vae, pool, config), state, config.save_every_sec)
+    shown = optimise(vae, config.vae, vae_loss(vae, pool, config), state, config.save_every_sec, until)
     vae.to(torch.float16).save_pretrained(folder / "vae")
     return shown
 

@@ -50,7 +50,7 @@ class SeenPool:
 
 
 def train_noise_taught(
-    seen: SeenPool, config: FoundationConfig, folder: Path, state: Path
+    seen: SeenPool, config: FoundationConfig, folder: Path, state: Path, until: float | None = None
 ) -> dict[str, float]:
     """Writes `llava_noise_taught`: the LLaVA, which goes on with its projector reading z_t at all noise
     levels of RepFusion's schedule.
@@ -65,12 +65,14 @@ def train_noise_taught(
         return seen.statistics.denormalise(interpolate(latents, noise, shift_noise_level(u, shift)))
 
     loss = sight_loss(llava, seen, config.noise_taught, 2, disturb)
-    shown = train_over_the_tower(llava, config, config.noise_taught, loss, state)
+    shown = train_over_the_tower(llava, config, config.noise_taught, loss, state, until)
     save_mllm(llava, folder / "llava", folder / "llava_noise_taught")
     return shown
 
 
-def train_large(seen: SeenPool, config: FoundationConfig, folder: Path, state: Path) -> dict[str, float]:
+def train_large(
+    seen: SeenPool, config: FoundationConfig, folder: Path, state: Path, until: float | None = None
+) -> dict[str, float]:
     """Writes `llava_large`, the LLaVA grown to another width and depth, which goes on as it did."""
     torch.manual_seed(6)
     small = load_transformers(LlavaForConditionalGeneration, folder / "llava", "LLaVA")
@@ -84,7 +86,7 @@ def train_large(seen: SeenPool, config: FoundationConfig, folder: Path, state: P
     grow(small, large)
     large.to(seen.pool.device)
     loss = sight_loss(large, seen, config.large, 6, lambda features, generator: features)
-    shown = train_over_the_tower(large, config, config.large, loss, state)
+    shown = train_over_the_tower(large, config, config.large, loss, state, until)
     save_mllm(large, folder / "llava", folder / "llava_large")
     return shown
 
@@ -95,11 +97,12 @@ def train_over_the_tower(
     length: LengthConfig,
     loss: Loss,
     state: Path,
+    until: float | None = None,
 ) -> dict[str, float]:
     """Trains all of a LLaVA but its tower."""
     llava.requires_grad_(True).train()
     llava.model.vision_tower.requires_grad_(False)
-    return optimise(llava, length, loss, state, config.save_every_sec)
+    return optimise(llava, length, loss, state, config.save_every_sec, until)
 
 
 def sight_loss(
@@ -119,7 +122,9 @@ def sight_loss(
     return loss_of_step
 
 
-def train_language(pool: ScenePool, config: FoundationConfig, folder: Path, state: Path) -> dict[str, float]:
+def train_language(
+    pool: ScenePool, config: FoundationConfig, folder: Path, state: Path, until: float | None = None
+) -> dict[str, float]:
     """Writes `language`: a language model of the LLaVA's geometry, on the same captions and on the dialogues
     without their image.
     """
@@ -136,7 +141,7 @@ def train_language(pool: ScenePool, config: FoundationConfig, folder: Path, stat
             "captions": CAPTION_WEIGHT * caption_loss(twin, batch),
         }
 
-    shown = optimise(twin, config.language, loss_of_step, state, config.save_every_sec)
+    shown = optimise(twin, config.language, loss_of_step, state, config.save_every_sec, until)
     save_language(twin, folder)
     return shown
 

@@ -14,6 +14,7 @@ from repfusion.files import write_json
 from repfusion.foundation import __main__ as recipe
 from repfusion.foundation import base
 from repfusion.foundation.config import FoundationConfig, LengthConfig
+from repfusion.foundation.deadline import OutOfTime
 from repfusion.foundation.dialogues import (
     DESCRIBE,
     IGNORED,
@@ -327,6 +328,42 @@ def test_a_training_that_was_cut_off_goes_on_to_the_same_weights(pool, trained, 
         train("cut.safetensors", 4)
     resumed = train("cut.safetensors", None)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_a_training_whose_time_is_over_keeps_a_step_and_goes_on_to_the_same_weights(tmp_path):
+    length = LengthConfig(num_steps=4, batch_size=1)
+
+    def train(name: str, until: float | None) -> torch.Tensor:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 1)
+
+        def loss(step: int) -> dict[str, torch.Tensor]:
+            x = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
+            return {"loss": layer(x).square().mean()}
+
+        optimise(layer, length, loss, tmp_path / name, 9.0, until)
+        return layer.weight.detach().clone()
+
+    whole = train("whole", None)
+    for done in (1, 2, 3):
+        with pytest.raises(OutOfTime, match=f"cut: {done} of 4 steps are done"):
+            train("cut", 0.0)
+    assert torch.equal(train("cut", 0.0), whole)  # the last step is the training's end
+
+
+def test_scenes_that_were_drawn_in_time_are_not_drawn_again(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("repfusion.foundation.pool.CHUNK", 10)
+    whole = ScenePool(TINY, trained / "llava", num_processes=1)
+    for left in (3, 2):
+        with pytest.raises(OutOfTime, match=f"1 of {left} chunks of scenes are drawn"):
+            ScenePool(TINY, trained / "llava", num_processes=1, kept=tmp_path, until=0.0)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(kept) == 2
+    again = ScenePool(TINY, trained / "llava", num_processes=1, kept=tmp_path, until=0.0)
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    assert torch.equal(again.pixels, whole.pixels)
+    assert torch.equal(again.dialogues.ids, whole.dialogues.ids)
+    assert torch.equal(again.captions.starts, whole.captions.starts)
 
 
 def test_a_state_of_another_training_is_refused(tmp_path):
