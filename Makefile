@@ -28,7 +28,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run status plan verify retry gc evaluate export lineage flops ladder ladder-table test test-slow fuzz lint format foundation base mlflow clean
+.PHONY: help setup demo run status plan verify retry gc evaluate export lineage flops ladder ladder-table gpu-science test test-slow fuzz lint format foundation base mlflow clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,6 +86,10 @@ ladder: $(STAMP) ## compare the conditioning methods, rows x seeds, then write d
 
 ladder-table: $(STAMP) ## docs/ladder.md again, from the result files alone
 	@$(BIN)/python -m pipelines.ladder table $(or $(LADDER),pipelines/ladder/configs/ladder.yaml)
+
+# Foundation, rows seed by seed, table: what is done is kept, so call it until it says that all rows are done.
+gpu-science: $(STAMP) ## docs/ladder/plan.md on one GPU, 9 minutes a call, each going on: make gpu-science SET="--rows repfusion,static_queries --seeds 0"
+	@$(BIN)/python -m pipelines.ladder.science $(SET)
 
 test: $(STAMP) ## the test suite, without the slow and GPU tests
 	$(BIN)/python -m pytest -x -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(LONGEST) tests

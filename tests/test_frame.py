@@ -164,6 +164,7 @@ SCENES = (
     "repfusion/foundation/",
     "repfusion/evaluation/suites/scenes.py",
     "pipelines/sources/scenes.py",
+    "pipelines/ladder/science/",  # its rows are about scenes: captions, losses
     "pipelines/ladder/worker.py",  # its validation loss
 )
 """Who may know the embedded world; all others know suites."""

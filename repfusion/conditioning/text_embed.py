@@ -75,7 +75,11 @@ class TextEmbedConditioner(Conditioner):
         }
 
     def prepare(self, inputs: Inputs, reuse: bool = False) -> Prepared:
-        """Padded states; `reuse` changes nothing: they are static."""
+        """Padded states; `reuse` changes nothing: they are static. Whoever read all prompts ahead gives
+        `states` and `mask` in the place of tokens.
+        """
+        if "states" in inputs:
+            return Prepared(static=(Context(self.norm(inputs["states"]), inputs["mask"]),))
         states = encode_padded(self.llm, inputs["prefix"])
         # by their lengths and not by the mask, for which a GPU would have to be waited for
         encoded = [row[-length:] for row, length in zip(states, inputs["lengths"], strict=True)]

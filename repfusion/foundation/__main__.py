@@ -83,8 +83,9 @@ class Foundation:
         raise ValueError(f"no part {part!r}; there are {', '.join(PARTS)}")
 
 
-def bring_up_to_date(foundation: Foundation, parts: tuple[str, ...]) -> None:
-    """Trains the parts that are not done, in their order; measuring is done whenever it is asked for.
+def bring_up_to_date(foundation: Foundation, parts: tuple[str, ...], num_measured: int = 200) -> None:
+    """Trains the parts that are not done, in their order; measuring, on so many texts of each kind, is done
+    whenever it is asked for.
 
     Raises:
         ValueError: the folder holds parts of another configuration.
@@ -104,7 +105,7 @@ def bring_up_to_date(foundation: Foundation, parts: tuple[str, ...]) -> None:
     for part in parts:
         started = time.perf_counter()
         if part == "measure":
-            record["quality"] = measure(folder, config)
+            record["quality"] = measure(folder, config, num_measured)
         elif part not in record["parts"]:
             losses = foundation.train(part)
             seconds = round(time.perf_counter() - started, 1)

@@ -113,8 +113,8 @@ class ScenePool:
 
 
 def draw_chunk(config: FoundationConfig, tokenizer_folder: Path, start: int, num: int) -> Arrays:
-    """Pixels (uint8) of scenes `start` to `start + num`, ids of their dialogues and captions by scene, and the
-    places from which on they are learned.
+    """Pixels (uint8) of scenes `start` to `start + num`, ids of their dialogues and captions by scene, and
+    the places from which on they are learned.
     """
     torch.set_num_threads(1)
     tokenizer, world = load_tokenizer(tokenizer_folder), config.world

@@ -1,7 +1,7 @@
 """A kind of fact -> a claim, an image that bears it out, and one that differs in that fact alone.
 
 Every text has one image for which it is right and one for which it is wrong: whoever reads the text alone is
-right in exactly half of the cases.
+right in exactly half of the cases. The other way round, a pair of descriptions has one image and two texts.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ import numpy as np
 from repfusion.scenes.captions import say, say_look
 from repfusion.scenes.claims import (
     ABSENCES,
+    KINDS,
     Facts,
     Kind,
     alter,
@@ -22,6 +23,8 @@ from repfusion.scenes.claims import (
 from repfusion.scenes.world import Relation, Scene, Split, WorldConfig, draw_scene, place
 
 MAX_TRIES = 10_000
+DESCRIBED_KINDS: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind != "absence")
+"""Kinds of fact that captions state; none says what is absent."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,36 @@ def draw_contrast(seed: int, kind: Kind, world: WorldConfig, split: Split) -> Co
         cells = int(rng.integers(2**40))
         right, wrong = (arrange(one, cells, world) for one in (facts, wrong))
         return Contrast(kind, say(*facts, rng), right, wrong)
+    raise ValueError(f"no {split} facts of the kind {kind} with shapes {world.shapes} and {world.colours}")
+
+
+@dataclass(frozen=True)
+class Descriptions:
+    """A scene and two texts in plain words: a right one, and one that is wrong in a fact of the kind."""
+
+    kind: Kind
+    scene: Scene
+    right: str
+    wrong: str
+
+
+def draw_descriptions(seed: int, kind: Kind, world: WorldConfig, split: Split = "train") -> Descriptions:
+    """The descriptions of a seed, both of facts that scenes of the world and the split may show.
+
+    Raises:
+        ValueError: where the world has no such facts.
+    """
+    rng = np.random.default_rng([seed, 6])
+    for _ in range(MAX_TRIES):
+        scene = draw_scene(int(rng.integers(2**40)), world, split)
+        if kind not in possible_kinds(scene) or kind == "absence":
+            continue
+        facts = draw_facts(scene, kind, rng, always_coloured=True)
+        wrong = alter(facts, kind, rng, split)
+        if wrong is None or is_so(wrong, scene) or not is_possible(facts, split):
+            continue
+        if all(want.shape in world.shapes and want.colour in world.colours for want in wrong[0]):
+            return Descriptions(kind, scene, say(*facts), say(*wrong))
     raise ValueError(f"no {split} facts of the kind {kind} with shapes {world.shapes} and {world.colours}")
 
 
