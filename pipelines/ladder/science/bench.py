@@ -37,7 +37,7 @@ SEED = 0
 IMAGES_AT_ONCE = {"cuda": 512, "cpu": 60}
 
 
-class Bench:
+class Workbench:
     """What the rows of one call share, each made when a row first needs it.
 
     Args:
@@ -104,7 +104,7 @@ class Bench:
 
 
 def run_row(
-    bench: Bench, name: str, seed: int, perception: dict[str, Any], lacking: tuple[str, ...]
+    bench: Workbench, name: str, seed: int, perception: dict[str, Any], lacking: tuple[str, ...]
 ) -> RowResult:
     """Trains a row, from its state if it was cut off, and scores it. What its language model perceives, and
     lacks, goes into the result.

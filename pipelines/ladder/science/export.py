@@ -20,7 +20,7 @@ from repfusion.foundation.__main__ import RECORD
 from repfusion.runs.folder import COMPLETE
 
 MOST_BYTES = 15_500_000
-"""Of a file; some are asked to stay below 16 MB."""
+"""Largest file: an upload often takes less than 16 MB."""
 
 
 def export(

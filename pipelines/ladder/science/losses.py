@@ -50,7 +50,7 @@ def describe(plan: SciencePlan, encoder: PixelEncoder, device: torch.device) -> 
 
 @torch.no_grad()
 def paired_losses(model: TextToImage, described: Sequence[Described]) -> dict[str, Any]:
-    """By noise level: `right`, the mean loss with right prompts over all kinds; by kind, the mean and its
+    """Losses by noise level: `right`, the mean with right prompts over all kinds; by kind, the mean and its
     standard error of what a `wrong` prompt adds, and `none`.
     """
     by_kind = {one.kind: _losses(model, one) for one in described}

@@ -51,7 +51,7 @@ class SciencePlan(Config):
     dit: DiTConfig = DiTConfig(hidden_size=192, depth=6, num_heads=3)
     """The denoiser of every row but those matched in FLOPs."""
     base_dim: int = Field(default=64, ge=1)
-    """Of the noise levels' shift, as the foundation's."""
+    """Latent dimension at which noise levels are not shifted; the foundation has the same."""
     suite: ScenesSuiteConfig = ScenesSuiteConfig(num_prompts=480, include_new=False, split="train")
     """What rows are scored on."""
     sampler: SamplerConfig = SamplerConfig()

@@ -26,13 +26,13 @@ class RowResult(ResultLine):
     scores: dict[str, Any] = {}
     """The suite's values, counts and intervals, of the averaged weights at the end."""
     half: dict[str, Any] = {}
-    """The same after half of the steps."""
+    """Scores after half of the steps."""
     paired: dict[str, Any] = {}
     """Velocity losses by noise level and prompt, see `losses`."""
     curve: tuple[tuple[int, float], ...] = ()
     """Mean training loss of the steps up to each."""
     seconds: float | None = None
-    """In training steps."""
+    """Time spent in training steps."""
     steps_per_sec: float | None = None
     num_trained: int | None = None
     """Parameters that the row trains."""

@@ -140,7 +140,9 @@ def foundation_bytes(config: FoundationConfig) -> tuple[float, float]:
 
 
 def row_bytes(config: FoundationConfig, dit: DiTConfig, num_scenes: int) -> tuple[float, float]:
-    """The same of the largest row: the larger LLaVA, and a DiT of twice the width."""
+    """About what training the largest row holds, as `foundation_bytes`: of the larger LLaVA, with a DiT of
+    twice the width.
+    """
     n = config.num_tokens
     widths = ((config.text_width, config.text_layers), (config.large_width, config.large_layers))
     llm = max(width * layers for width, layers in widths)

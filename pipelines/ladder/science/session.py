@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pipelines.ladder.results import append
-from pipelines.ladder.science.bench import Bench, run_row
+from pipelines.ladder.science.bench import Workbench, run_row
 from pipelines.ladder.science.plan import SciencePlan, asked_plan, check_asked, read_plan, write_plan
 from pipelines.ladder.science.results import FILE, read_results
 from pipelines.ladder.science.rows import (
@@ -51,7 +51,7 @@ class Asked:
     config: Path
     """The foundation's."""
     overrides: Sequence[str]
-    """Those of the plan."""
+    """KEY=VALUE of the plan."""
     rows: tuple[str, ...]
     seeds: tuple[int, ...]
     row_seconds: float = 90.0
@@ -61,7 +61,7 @@ class Asked:
 
 
 def run_call(asked: Asked, say: Say = print) -> bool:
-    """As much as fits into the seconds; returns whether all is done.
+    """Does as much as fits into the seconds; returns whether all is done.
 
     Raises:
         ValueError: settings that do not hold, or other ones than the folder was begun with; no GPU, or too
@@ -78,7 +78,7 @@ def run_call(asked: Asked, say: Say = print) -> bool:
         try:
             quality = bring_foundation_up(config, asked.out / "foundation", clock, asked.num_measured)
             release_memory()
-            bench = Bench(
+            bench = Workbench(
                 asked.out / "foundation", fixed or plan, torch.device(config.device), asked.out, clock.until
             )
             if fixed is None:
@@ -92,7 +92,7 @@ def run_call(asked: Asked, say: Say = print) -> bool:
 
 
 def run_rows(
-    bench: Bench,
+    bench: Workbench,
     wanted: Sequence[tuple[str, int]],
     quality: dict[str, Any],
     clock: "Clock",
@@ -186,7 +186,7 @@ def shortfalls(quality: dict[str, Any]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def fix_steps(bench: Bench, row_seconds: float, say: Say) -> SciencePlan:
+def fix_steps(bench: Workbench, row_seconds: float, say: Say) -> SciencePlan:
     """The plan with its number of steps, from the slowest row's rate where it has none, and with DiTs matched
     in FLOPs.
     """
@@ -202,7 +202,7 @@ def fix_steps(bench: Bench, row_seconds: float, say: Say) -> SciencePlan:
     return plan.model_copy(update={"num_steps": num_steps, "rates": rates})
 
 
-def steps_per_sec(bench: Bench, name: str) -> float:
+def steps_per_sec(bench: Workbench, name: str) -> float:
     """The rate of a row in its first steps, a few of which warm up."""
     training = bench.training(name, 0, bench.out / "states" / "none")
     warm, timed = (5, 20) if bench.device.type == "cuda" else (1, 2)
@@ -229,7 +229,7 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def done_before(bench: Bench) -> set[tuple[str, int]]:
+def done_before(bench: Workbench) -> set[tuple[str, int]]:
     """Rows and seeds that this plan on this foundation has a line of; a failed one would fail again."""
     mine = bench.plan.digest, digest_of(bench.digests)
     return {(one.row, one.seed) for one in read_results(bench.out / FILE) if (one.budget, one.model) == mine}

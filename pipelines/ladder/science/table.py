@@ -50,11 +50,11 @@ TESTS = (
         MARGIN,
     ),
 )
-"""Those of docs/ladder/plan.md, in its order."""
+"""The six of docs/ladder/plan.md, in its order."""
 
 
 @dataclass(frozen=True)
-class Tested:
+class PlannedOutcome:
     """A test's difference by pairs of seeds, and p, one-sided: by itself, and after Holm over all six."""
 
     test: PlannedTest
@@ -63,7 +63,7 @@ class Tested:
     adjusted: float | None
 
 
-def tested(scores: Mapping[str, Seeds]) -> list[Tested]:
+def assessed(scores: Mapping[str, Seeds]) -> list[PlannedOutcome]:
     """The six tests on the scores by row and seed; what has fewer than two pairs has no p."""
     pairs = [differences_of(test.rows, scores) for test in TESTS]
     ps = []
@@ -71,7 +71,7 @@ def tested(scores: Mapping[str, Seeds]) -> list[Tested]:
         asked = found if test.margin is None else [test.margin - one for one in found]
         ps.append(of_differences(asked).p_paired if asked else None)
     return [
-        Tested(test, of_differences(found) if found else None, p, adjusted)
+        PlannedOutcome(test, of_differences(found) if found else None, p, adjusted)
         for test, found, p, adjusted in zip(TESTS, pairs, ps, holm(ps), strict=True)
     ]
 
@@ -191,7 +191,7 @@ def _tasks(found: Comparable) -> str:
 
 def _tests(scores: Mapping[str, Seeds]) -> str:
     lines = []
-    for number, one in enumerate(tested(scores), 1):
+    for number, one in enumerate(assessed(scores), 1):
         difference = one.difference
         if difference is None:
             lines.append([str(number), one.test.text, MISSING, "0", "-", "-", MISSING])

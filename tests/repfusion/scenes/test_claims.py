@@ -8,10 +8,19 @@ import pytest
 import torch
 from scene_texts import HUES, SINGULAR, holds, matching, read
 
-from repfusion.scenes.captions import Wanted
+from repfusion.scenes.captions import Wanted, say
 from repfusion.scenes.claims import KINDS, SceneClaim, alter, claim, is_so, possible_kinds
-from repfusion.scenes.contrasts import arrange, draw_contrast
-from repfusion.scenes.world import HELD_OUT_PAIRS, INVERSE, Scene, Thing, WorldConfig, draw_scene
+from repfusion.scenes.contrasts import DESCRIBED_KINDS, arrange, draw_contrast, draw_descriptions
+from repfusion.scenes.world import (
+    BASE_COLOURS,
+    BASE_SHAPES,
+    HELD_OUT_PAIRS,
+    INVERSE,
+    Scene,
+    Thing,
+    WorldConfig,
+    draw_scene,
+)
 
 ABSENCE = ("no ", "there is no ", "there is not a ", "an image without a ")
 
@@ -174,6 +183,26 @@ def test_a_contrast_shows_what_it_says_and_what_differs_in_one_fact(kind, split)
                 for s in (one.right, one.wrong)
             ]
             assert cells[0] == cells[1]
+
+
+@pytest.mark.parametrize("kind", DESCRIBED_KINDS)
+def test_of_two_descriptions_one_is_right_and_both_are_plain_words_of_the_world(kind):
+    world = WorldConfig(image_size=64, shapes=BASE_SHAPES, colours=BASE_COLOURS)
+    for seed in range(40):
+        one = draw_descriptions(seed, kind, world)
+        assert holds(one.right, one.scene) and not holds(one.wrong, one.scene), one
+        for text in (one.right, one.wrong):
+            wanted, relation = read(text)
+            assert text == say(wanted, relation)
+            assert {(want.shape in BASE_SHAPES, want.colour in BASE_COLOURS) for want in wanted} == {
+                (True, True)
+            }
+        assert one == draw_descriptions(seed, kind, world)
+
+
+def test_what_captions_never_state_is_not_described():
+    with pytest.raises(ValueError, match="no train facts of the kind absence"):
+        draw_descriptions(0, "absence", WorldConfig())
 
 
 def test_arranged_things_stand_as_the_relation_says():
