@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from repfusion.foundation.chunks import Arrays, in_chunks, joined
+from repfusion.files import digest_of, file_sha256
+from repfusion.foundation.chunks import Arrays, Kept, in_chunks, joined
 from repfusion.foundation.config import FoundationConfig
 from repfusion.foundation.dialogues import Tokens, caption_ids, dialogue_ids, write_dialogue
 from repfusion.llm.tokenizer import load_tokenizer
@@ -71,7 +72,8 @@ class ScenePool:
             (config, tokenizer_folder, start, min(CHUNK, config.num_scenes - start))
             for start in range(0, config.num_scenes, CHUNK)
         ]
-        parts = in_chunks(draw_chunk, chunks, num_processes, kept, until)
+        keeping = None if kept is None else Kept(kept, made_from(config, tokenizer_folder))
+        parts = in_chunks(draw_chunk, chunks, num_processes, keeping, until)
         tokenizer = load_tokenizer(tokenizer_folder)
         self.pad_id = tokenizer.pad_token_id
         self.image_id = tokenizer.convert_tokens_to_ids("<image>")
@@ -110,6 +112,13 @@ class ScenePool:
             ids = ids[:, : int((ids != self.pad_id).sum(1).max())]
         places = torch.arange(ids.shape[1], device=self.device)
         return ids, (places >= starts[:, None]) & (ids != self.pad_id)
+
+
+def made_from(config: FoundationConfig, tokenizer_folder: Path) -> str:
+    """A digest of all that decides the scenes and their texts."""
+    fields = {"num_scenes", "relation_share", "texts_per_scene", "image_size", "patch_size"}
+    tokenizer = file_sha256(tokenizer_folder / "tokenizer.json")
+    return digest_of([config.model_dump(mode="json", include=fields), tokenizer, CHUNK])
 
 
 def draw_chunk(config: FoundationConfig, tokenizer_folder: Path, start: int, num: int) -> Arrays:

@@ -9,6 +9,7 @@ export   weights and results of OUT into a folder of files below 16 MB
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -61,10 +62,13 @@ def chosen_rows(args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[int, .
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     """A call, and the table of what there is then."""
+    import torch
+
     from pipelines.ladder.science.results import FILE
     from pipelines.ladder.science.session import Asked, run_call
     from pipelines.ladder.science.table import write_table
 
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     rows, seeds = chosen_rows(args)
     if args.steps is not None:
         overrides = [*overrides, f"num_steps={args.steps}"]

@@ -11,7 +11,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from pipelines.ladder.science.plan import SciencePlan
-from repfusion.foundation.chunks import Arrays, in_chunks, joined
+from repfusion.files import digest_of, file_sha256
+from repfusion.foundation.chunks import Arrays, Kept, in_chunks, joined
 from repfusion.latents.encoder import PixelEncoder
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.llm.tokenizer import load_tokenizer, plain_ids
@@ -62,7 +63,13 @@ def draw_pictures(plan: SciencePlan, tokenizer: Path, kept: Path, until: float |
         (plan.world, tokenizer, start, min(CHUNK, plan.num_scenes - start), plan.captions_per_scene)
         for start in range(0, plan.num_scenes, CHUNK)
     ]
-    parts = in_chunks(draw_chunk, jobs, folder=kept, until=until)
+    fields = {"num_scenes", "world", "captions_per_scene"}
+    made_from = [
+        plan.model_dump(mode="json", include=fields),
+        file_sha256(tokenizer / "tokenizer.json"),
+        CHUNK,
+    ]
+    parts = in_chunks(draw_chunk, jobs, kept=Kept(kept, digest_of(made_from)), until=until)
     rows = joined(parts, "captions", NONE)
     empty = np.full((1, rows.shape[-1]), NONE, rows.dtype)
     # ids are at least 0, so the empty caption comes first

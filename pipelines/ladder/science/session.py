@@ -17,6 +17,7 @@ from pipelines.ladder.science.results import FILE, read_results
 from pipelines.ladder.science.rows import (
     ROWS,
     SLOWEST,
+    NotEnoughMemory,
     check_memory,
     foundation_bytes,
     in_order,
@@ -102,6 +103,7 @@ def run_rows(
 
     Raises:
         OutOfTime: the rest is left to the next call.
+        NotEnoughMemory: the GPU's memory is full.
     """
     done, lacking = done_before(bench), shortfalls(quality)
     for name, seed in wanted:
@@ -110,7 +112,14 @@ def run_rows(
         if has_come(clock.until):
             raise OutOfTime(f"{name}, seed {seed}, is not begun")
         llm = ROWS[name].llm
-        found = run_row(bench, name, seed, quality[llm], lacking[llm])
+        try:
+            found = run_row(bench, name, seed, quality[llm], lacking[llm])
+        except torch.OutOfMemoryError as error:
+            size = bench.plan.batch_size
+            raise NotEnoughMemory(
+                f"{name}: the GPU's memory is full with batches of {size}, whatever the estimate said; give "
+                f"batch_size={size // 2} and another --out"
+            ) from error
         append(bench.out / FILE, found)
         bench.state(name, seed).unlink(missing_ok=True)
         release_memory()

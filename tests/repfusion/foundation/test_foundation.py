@@ -364,6 +364,19 @@ def test_scenes_that_were_drawn_in_time_are_not_drawn_again(trained, tmp_path, m
     assert torch.equal(again.pixels, whole.pixels)
     assert torch.equal(again.dialogues.ids, whole.dialogues.ids)
     assert torch.equal(again.captions.starts, whole.captions.starts)
+    other = TINY.model_copy(update={"num_scenes": 12})
+    fewer = ScenePool(other, trained / "llava", num_processes=1, kept=tmp_path)
+    assert len(fewer) == 12 and torch.equal(fewer.pixels, whole.pixels[:12])
+
+
+@pytest.mark.slow
+def test_what_other_processes_had_begun_when_time_was_over_is_kept(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("repfusion.foundation.pool.CHUNK", 4)
+    with pytest.raises(OutOfTime, match="1 of 6 chunks"):
+        ScenePool(TINY, trained / "llava", num_processes=2, kept=tmp_path, until=0.0)
+    assert 2 <= len(list(tmp_path.iterdir())) <= 6
+    again = ScenePool(TINY, trained / "llava", num_processes=1, kept=tmp_path)
+    assert torch.equal(again.pixels, ScenePool(TINY, trained / "llava", num_processes=1).pixels)
 
 
 def test_a_state_of_another_training_is_refused(tmp_path):
