@@ -90,7 +90,9 @@ def _collect(
     kept: Kept | None,
     until: float | None,
 ) -> None:
-    for place, (number, call) in enumerate(tqdm(calls.items(), desc="chunks", mininterval=5), 1):
+    for place, (number, call) in enumerate(
+        tqdm(calls.items(), "chunks", mininterval=5, disable=len(calls) < 2), 1
+    ):
         found[number] = arrays = call()
         if kept is not None:
             kept.write(number, arrays)
