@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
@@ -40,10 +40,15 @@ def rotary_2d(grid: tuple[int, int], head_dim: int) -> Float[Tensor, "n half 2"]
     """Cosine and sine per token and rotary pair; the first half of the pairs turns with the row, the second
     with the column.
     """
-    quarter = head_dim // 4
-    frequencies = 1.0 / 100.0 ** (torch.arange(quarter) / quarter)
     rows, cols = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    angles = torch.cat([rows.reshape(-1, 1) * frequencies, cols.reshape(-1, 1) * frequencies], dim=-1)
+    return rotary_at(rows.reshape(-1), cols.reshape(-1), head_dim)
+
+
+def rotary_at(rows: Int[Tensor, " n"], cols: Int[Tensor, " n"], head_dim: int) -> Float[Tensor, "n half 2"]:
+    """The same for tokens at any rows and columns."""
+    quarter = head_dim // 4
+    frequencies = 1.0 / 100.0 ** (torch.arange(quarter, device=rows.device) / quarter)
+    angles = torch.cat([rows[:, None] * frequencies, cols[:, None] * frequencies], dim=-1)
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -121,3 +126,20 @@ class SwiGLU(nn.Module):
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
+
+
+class EncoderBlock(nn.Module):
+    """A pre-norm transformer block without positions, in which every token sees every real one."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.attention_norm = RMSNorm(width, eps=1e-6)
+        self.attention = Attention(width, num_heads)
+        self.mlp_norm = RMSNorm(width, eps=1e-6)
+        self.mlp = SwiGLU(width, mlp_ratio=4.0)
+
+    def forward(
+        self, x: Float[Tensor, "b m c"], mask: Bool[Tensor, "b m"] | None = None
+    ) -> Float[Tensor, "b m c"]:
+        x = x + self.attention(self.attention_norm(x), mask=mask)
+        return x + self.mlp(self.mlp_norm(x))

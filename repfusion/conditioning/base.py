@@ -23,6 +23,8 @@ sum of their means is minimised.
 
 Interface = Literal["adaln", "cross_attention"]
 """How a denoiser takes a method's outputs: aligned with the latent tokens, or as a context."""
+ContextInterface = Literal["cross_attention", "in_context"]
+"""How a denoiser takes a context: it attends to it in every block, or has it in its own sequence."""
 
 
 class MethodConfig(Config):
@@ -36,6 +38,11 @@ class MethodConfig(Config):
     """
     has_dit: ClassVar[bool] = True
     """Whether a DiT denoises; else the method brings a denoiser of its own."""
+
+    @property
+    def is_in_context(self) -> bool:
+        """Whether the denoiser has the method's context in its own sequence."""
+        return getattr(self, "interface", None) == "in_context"
 
     @property
     def trains_llm(self) -> bool:

@@ -23,7 +23,7 @@ from repfusion.conditioning.base import (
     conditioning_prompts,
 )
 from repfusion.inputs import Inputs
-from repfusion.layers import Attention, RMSNorm, SwiGLU, TimestepEmbedder
+from repfusion.layers import EncoderBlock, RMSNorm, TimestepEmbedder
 from repfusion.llm.base import LanguageModel, Prefix
 from repfusion.request import Branch, Request
 
@@ -47,25 +47,12 @@ class QueriesConfig(MethodConfig):
         return self.num_queries or num_latents
 
 
-class ConnectorLayer(nn.Module):
-    def __init__(self, width: int, num_heads: int):
-        super().__init__()
-        self.attention_norm = RMSNorm(width, eps=1e-6)
-        self.attention = Attention(width, num_heads)
-        self.mlp_norm = RMSNorm(width, eps=1e-6)
-        self.mlp = SwiGLU(width, mlp_ratio=4.0)
-
-    def forward(self, x: Float[Tensor, "b q c"]) -> Float[Tensor, "b q c"]:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
-
-
 class Connector(nn.Sequential):
     """MetaQuery's: `depth` bidirectional layers of the LLM's width and an RMSNorm with gain."""
 
     def __init__(self, width: int, depth: int):
         num_heads = max(1, width // CONNECTOR_HEAD_WIDTH)
-        layers = (ConnectorLayer(width, num_heads) for _ in range(depth))
+        layers = (EncoderBlock(width, num_heads) for _ in range(depth))
         super().__init__(*layers, RMSNorm(width, eps=1e-6))
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from repfusion.conditioning.base import Conditioner, Context, MethodConfig, Prepared
+from repfusion.conditioning.base import Conditioner, Context, ContextInterface, MethodConfig, Prepared
 from repfusion.data.readers import PROMPT_FEATURES, CaptionArray, Reader
 from repfusion.inputs import Inputs
 from repfusion.layers import RMSNorm
@@ -24,6 +24,8 @@ class TextEmbedConfig(MethodConfig):
     columns: ClassVar[Mapping[str, Reader]] = {PROMPT_FEATURES: CaptionArray()}
     method: Literal["text_embed"] = "text_embed"
     """The prompt's last-layer states, the same at every step."""
+    interface: ContextInterface = "cross_attention"
+    """How the DiT takes them."""
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from repfusion.llm.projector import Projector
@@ -184,17 +184,25 @@ class LanguageModel(nn.Module):
         """Last hidden states of the prompts (after the final norm)."""
         return self._run(prefix, use_cache=False).last_hidden_state
 
+    def read_layers(self, prefix: Prefix, layers: Sequence[int]) -> tuple[Float[Tensor, "b m c"], ...]:
+        """Hidden states of the prompts in several layers, as transformers counts them: 0 are the embeddings,
+        -1 the last layer's after the final norm.
+        """
+        states = self._run(prefix, use_cache=False, output_hidden_states=True).hidden_states
+        return tuple(states[layer] for layer in layers)
+
     def remember(self, prefix: Prefix) -> Prefix:
         """The prefix with the keys and values of its prompts, for many steps without gradients."""
         with torch.no_grad():
             return Prefix(prefix.ids, prefix.mask, self._run(prefix, use_cache=True).past_key_values)
 
-    def _run(self, prefix: Prefix, use_cache: bool) -> Any:
+    def _run(self, prefix: Prefix, use_cache: bool, output_hidden_states: bool = False) -> Any:
         return self.language_model(
             input_ids=prefix.ids,
             attention_mask=prefix.mask.long(),
             position_ids=prefix.positions,
             use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
         )
 
     def read_on(
@@ -257,6 +265,13 @@ def see_each_other(first: Int[Tensor, "b 1"], num: int, length: int) -> Bool[Ten
     return ((places[:, None] >= places) | (inside[:, :, None] & inside[:, None, :]))[:, None]
 
 
-def take(rows: Float[Tensor, "b n c"], positions: Int[Tensor, "b m"]) -> Float[Tensor, "b m c"]:
+def take(rows: Shaped[Tensor, "b n c"], positions: Int[Tensor, "b m"]) -> Shaped[Tensor, "b m c"]:
     """The tokens of each row at positions of its own, [b, m, c]."""
     return rows.gather(1, positions[..., None].expand(-1, -1, rows.shape[-1]))
+
+
+def to_the_left(rows: Shaped[Tensor, "b m c"], mask: Bool[Tensor, "b m"]) -> Shaped[Tensor, "b m c"]:
+    """Left-padded rows with their padding at the end."""
+    length = mask.shape[1]
+    order = torch.arange(length, device=mask.device) + (~mask).sum(1, keepdim=True)
+    return take(rows, order % length)

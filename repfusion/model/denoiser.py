@@ -17,9 +17,12 @@ class Prefilled:
 
     keys_values: tuple[tuple[tuple[Tensor, Tensor], ...], ...] = ()
     masks: tuple[Bool[Tensor, "b m"] | None, ...] = ()
+    tokens: tuple[Float[Tensor, "b m d"], ...] = ()
+    """Contexts that are part of a denoiser's sequence, as they enter it."""
 
     def __add__(self, other: "Prefilled") -> "Prefilled":
-        return Prefilled(self.keys_values + other.keys_values, self.masks + other.masks)
+        keys_values, masks = self.keys_values + other.keys_values, self.masks + other.masks
+        return Prefilled(keys_values, masks, self.tokens + other.tokens)
 
     def of_block(self, number: int) -> tuple[Attended, ...]:
         """Keys, values and mask of every context in one block."""
@@ -29,7 +32,8 @@ class Prefilled:
     def first(self, num: int) -> "Prefilled":
         """Keys and values of the first `num` rows, as views."""
         rows = tuple(tuple((k[:num], v[:num]) for k, v in blocks) for blocks in self.keys_values)
-        return Prefilled(rows, tuple(None if mask is None else mask[:num] for mask in self.masks))
+        masks = tuple(None if mask is None else mask[:num] for mask in self.masks)
+        return Prefilled(rows, masks, tuple(one[:num] for one in self.tokens))
 
 
 class Denoiser(nn.Module):

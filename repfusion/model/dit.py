@@ -91,7 +91,7 @@ class DiT(Denoiser):
         self.time = TimestepEmbedder(signal_width)
         self.modulation = nn.Linear(signal_width, 6 * dim)
         self.blocks = nn.ModuleList(
-            block_of(config, aligned_width, context_widths) for _ in range(config.depth)
+            self.new_block(config, aligned_width, context_widths) for _ in range(config.depth)
         )
         self.final_norm = nn.RMSNorm(dim, elementwise_affine=False, eps=1e-6)
         self.final_table = nn.Parameter(torch.zeros(2, dim))
@@ -103,6 +103,13 @@ class DiT(Denoiser):
         for layer in (self.modulation, self.final_modulation, self.out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    @staticmethod
+    def new_block(
+        config: DiTConfig, aligned_width: int | None, context_widths: tuple[int, ...]
+    ) -> AdaLNBlock:
+        """A block for these conditions. Raises ValueError where none takes them."""
+        return block_of(config, aligned_width, context_widths)
 
     def prefill(self, contexts: tuple[Context, ...], first: int = 0) -> Prefilled:
         """Keys and values of each context in every block; `first` is the number of the first of them."""
@@ -123,6 +130,12 @@ class DiT(Denoiser):
         x = self.embed(z_t) + self.positions
         for number, block in enumerate(self.blocks):
             x = block(x, modulation, self.rotary, contexts.of_block(number))
+        return self.velocity_of(x, signal)
+
+    def velocity_of(
+        self, x: Float[Tensor, "b n d"], signal: Float[Tensor, "b k c"]
+    ) -> Float[Tensor, "b n latent"]:
+        """The blocks' output, normalised and modulated, as velocity."""
         shift, scale = (
             rearrange(self.final_modulation(signal), "b k (s d) -> b k s d", s=2) + self.final_table
         ).unbind(2)

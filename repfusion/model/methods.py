@@ -3,6 +3,7 @@ parts.
 """
 
 from repfusion.conditioning.base import Conditioner
+from repfusion.conditioning.lap import LapConditioner, LapConfig
 from repfusion.conditioning.noisy_latents import NoisyLatentConditioner, NoisyLatentsConfig
 from repfusion.conditioning.queries import QueriesConditioner, QueriesConfig
 from repfusion.conditioning.text_embed import TextEmbedConditioner, TextEmbedConfig
@@ -10,9 +11,10 @@ from repfusion.conditioning.transfusion import TransfusionConfig
 from repfusion.llm.base import LanguageModel
 from repfusion.model.denoiser import Denoiser
 from repfusion.model.dit import DiT, DiTConfig
+from repfusion.model.in_context import InContextDiT
 from repfusion.model.velocity_head import VelocityHead
 
-ConditioningConfig = NoisyLatentsConfig | TextEmbedConfig | QueriesConfig | TransfusionConfig
+ConditioningConfig = NoisyLatentsConfig | TextEmbedConfig | LapConfig | QueriesConfig | TransfusionConfig
 """Settings of every method, told apart by `method`."""
 
 
@@ -42,4 +44,7 @@ def conditioner_and_denoiser(
             conditioner = QueriesConditioner(llm, num_tokens, method)
         case TextEmbedConfig():
             conditioner = TextEmbedConditioner(llm)
-    return conditioner, DiT(dit, latent_dim, grid, conditioner.aligned_width, conditioner.context_widths)
+        case LapConfig():
+            conditioner = LapConditioner(llm, method)
+    kind = InContextDiT if method.is_in_context else DiT
+    return conditioner, kind(dit, latent_dim, grid, conditioner.aligned_width, conditioner.context_widths)

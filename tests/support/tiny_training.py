@@ -39,6 +39,8 @@ METHODS = {
         "captioning": {"weight": 0.5, "share": 0.5},
     },
     "text_embed": {"method": "text_embed"},
+    "text_embed_in_context": {"method": "text_embed", "interface": "in_context"},
+    "lap": {"method": "lap", "taps": [0, 1, -1]},
     "queries": {"method": "queries"},
     "queries_timestep": {"method": "queries", "reads_time": True},
     "queries_connector": {

@@ -27,6 +27,12 @@ class AdaLNBlock(nn.Module):
         """Keys and values [b h m e] of the tokens of context `number`; a block without contexts has none."""
         raise NotImplementedError
 
+    def mix(
+        self, x: Float[Tensor, "b n d"], rotary: Float[Tensor, "n half 2"], contexts: tuple[Attended, ...]
+    ) -> Float[Tensor, "b n d"]:
+        """Self-attention."""
+        return self.attention(x, rotary)
+
     def attend(self, x: Float[Tensor, "b n d"], contexts: tuple[Attended, ...]) -> Float[Tensor, "b n d"]:
         """What comes between self-attention and MLP: nothing, since the condition is in the modulation."""
         return x
@@ -42,6 +48,6 @@ class AdaLNBlock(nn.Module):
         # One sum for each part: as views of one tensor all six would be kept for the backward pass.
         parts = zip(modulation.unbind(2), self.table, strict=True)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (part + row for part, row in parts)
-        x = x + gate_a * self.attention(self.attention_norm(x) * (1 + scale_a) + shift_a, rotary)
+        x = x + gate_a * self.mix(self.attention_norm(x) * (1 + scale_a) + shift_a, rotary, contexts)
         x = self.attend(x, contexts)
         return x + gate_m * self.mlp(self.mlp_norm(x) * (1 + scale_m) + shift_m)

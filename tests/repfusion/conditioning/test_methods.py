@@ -64,6 +64,8 @@ def count_reads(generator: TextToImage) -> list[int]:
         "noisy_latents_cross": (True, True),
         "noisy_latents_trained": (True, True),
         "text_embed": (False, False),
+        "text_embed_in_context": (False, False),
+        "lap": (False, False),
         "queries": (False, False),
         "queries_timestep": (False, True),
         "queries_connector": (False, False),

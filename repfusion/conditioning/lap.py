@@ -1,0 +1,134 @@
+"""UniFusion's layerwise attention pooling (LAP, arXiv 2510.12789): hidden states of several layers of the
+frozen language model, attended over the layer axis, pooled into one token each and refined over the tokens,
+condition the DiT.
+
+What the paper leaves open follows Krea 2's public LAP: pre-norm blocks, no positions on the layer axis, one
+weight a tap.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from repfusion.conditioning.base import (
+    Conditioner,
+    Context,
+    ContextInterface,
+    MethodConfig,
+    Prepared,
+    conditioning_prompts,
+)
+from repfusion.inputs import Inputs
+from repfusion.layers import EncoderBlock, RMSNorm
+from repfusion.llm.base import LanguageModel, to_the_left
+from repfusion.request import Branch, Request
+
+HEAD_WIDTH = 64
+
+
+class LapConfig(MethodConfig):
+    method: Literal["lap"] = "lap"
+    """The prompt's states of several layers, pooled: UniFusion's fusion, the same at every step."""
+    interface: ContextInterface = "in_context"
+    """How the DiT takes the pooled tokens."""
+    taps: tuple[int, ...] | None = Field(default=None, min_length=1)
+    """Hidden states that are read, as transformers counts them: 0 are the embeddings, 1 the first layer's, -1
+    the last layer's after the final norm. None is every `every`-th layer.
+    """
+    every: int = Field(default=3, ge=1)
+    """Distance of the taps where `taps` is None: 1 + every, 1 + 2 every, ..., the paper's 4, 7, ..., 31."""
+    layer_depth: int = Field(default=2, ge=0)
+    """Transformer blocks over the layer axis, a token at a time."""
+    refiner_depth: int = Field(default=2, ge=0)
+    """Bidirectional transformer blocks over the tokens, after pooling."""
+
+    @model_validator(mode="after")
+    def _taps_differ(self) -> "LapConfig":
+        if self.taps is not None and len(set(self.taps)) < len(self.taps):
+            raise ValueError(f"taps {self.taps} name a layer twice")
+        return self
+
+    def taps_of(self, num_layers: int) -> tuple[int, ...]:
+        """The taps of a language model of so many layers.
+
+        Raises:
+            ValueError: a tap lies beyond its layers, or it has too few for `every`.
+        """
+        if self.taps is None:
+            found = tuple(range(1 + self.every, num_layers + 1, self.every))
+            if not found:
+                raise ValueError(
+                    f"conditioning.every is {self.every}, the language model has {num_layers} layers: no "
+                    "tap; lower it, or name conditioning.taps"
+                )
+            return found
+        for tap in self.taps:
+            if not -num_layers - 1 <= tap <= num_layers:
+                raise ValueError(
+                    f"conditioning.taps names {tap}, the language model has {num_layers} layers; expected 0 "
+                    f"to {num_layers}, or -1 to {-num_layers - 1} from the last"
+                )
+        return self.taps
+
+
+class LayerwisePooling(nn.Module):
+    """States of several layers -> one token in the place of each.
+
+    Blocks over the layer axis let a token's states see each other; a weight for each tap, an average at
+    first, pools them; blocks over the tokens then undo what causal reading has hidden from the early ones.
+    """
+
+    def __init__(self, width: int, num_taps: int, layer_depth: int = 2, refiner_depth: int = 2):
+        super().__init__()
+        num_heads = max(1, width // HEAD_WIDTH)
+        self.tap_norms = nn.ModuleList(RMSNorm(width, eps=1e-6) for _ in range(num_taps))
+        self.layer_blocks = nn.ModuleList(EncoderBlock(width, num_heads) for _ in range(layer_depth))
+        self.pool = nn.Parameter(torch.full((num_taps,), 1 / num_taps))
+        self.refiner = nn.ModuleList(EncoderBlock(width, num_heads) for _ in range(refiner_depth))
+        self.norm = RMSNorm(width, eps=1e-6)
+
+    def forward(
+        self, states: Sequence[Float[Tensor, "b m c"]], mask: Bool[Tensor, "b m"]
+    ) -> Float[Tensor, "b m c"]:
+        """States of the taps, in their order; `mask` marks the real tokens."""
+        normed = [norm(state) for norm, state in zip(self.tap_norms, states, strict=True)]
+        x = rearrange(torch.stack(normed, dim=2), "b m k c -> (b m) k c")
+        for block in self.layer_blocks:
+            x = block(x)
+        x = rearrange(x, "(b m) k c -> b m k c", b=len(mask))
+        x = torch.einsum("bmkc,k->bmc", x, self.pool.to(x.dtype))
+        for block in self.refiner:
+            x = block(x, mask)
+        return self.norm(x)
+
+
+class LapConditioner(Conditioner):
+    """The prompt's pooled states, as the one context of all steps."""
+
+    def __init__(self, llm: LanguageModel, config: LapConfig = LapConfig()):
+        super().__init__()
+        self.llm = llm
+        llm.projector = None  # visual, so of no use here; left in, it would count as trainable
+        self.taps = config.taps_of(len(llm.layers))
+        self.context_widths = (llm.width,)
+        self.lap = LayerwisePooling(llm.width, len(self.taps), config.layer_depth, config.refiner_depth)
+
+    def collate(
+        self, requests: Sequence[Request], branches: Sequence[Branch], seeds: Sequence[int] | None = None
+    ) -> Inputs:
+        """Prompt tokens."""
+        return {"prefix": self.llm.tokenise(conditioning_prompts(requests, branches))}
+
+    def prepare(self, inputs: Inputs, reuse: bool = False) -> Prepared:
+        """Pooled states, real tokens first; `reuse` changes nothing: they are static."""
+        prefix = inputs["prefix"]
+        with torch.no_grad():
+            states = self.llm.read_layers(prefix, self.taps)
+        moved = [to_the_left(state, prefix.mask) for state in states]
+        mask = to_the_left(prefix.mask[..., None], prefix.mask)[..., 0]
+        return Prepared(static=(Context(self.lap(moved, mask), mask),))
