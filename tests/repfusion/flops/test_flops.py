@@ -56,6 +56,8 @@ from repfusion.weights import WEIGHTS
 PROMPTS = ["a red circle", "a green square"]
 """As many tokens each."""
 PUBLISHED = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+BY_HAND = [name for name in METHODS if name not in ("lap", "text_embed_in_context")]
+"""Methods whose FLOPs are also written down as formulas; those of all are compared with torch's counter."""
 
 
 def all_but_one_slow(names: Iterable[str], fast: str) -> list[Any]:
@@ -191,7 +193,7 @@ def test_sampling_is_counted_exactly(make_generator, method, sampler):
     text, num = num_tokens(generator), len(PROMPTS)
     noise = torch.randn(num, *generator.latent_shape)
     got = counted(lambda: sample(generator, asked(PROMPTS)[0], noise, config))
-    if method == "text_embed" and config.guidance_scale != 1:
+    if method.startswith("text_embed") and config.guidance_scale != 1:
         # The empty prompt is read once for all.
         got += (num - 1) * sample_costs(generator, text, config)[LLM] / 2
     assert got == num * sample_flops(generator, text, config)
@@ -215,12 +217,12 @@ def check_formulas(model: TextToImage, text: int) -> None:
         assert once[part] == Cost(row.once.get(part, 0)) and each[part] == Cost(row.each.get(part, 0))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BY_HAND)
 def test_counts_are_those_of_the_formulas(make_generator, method):
     check_formulas(make_generator(method), 7)
 
 
-@pytest.mark.parametrize("method", all_but_one_slow(METHODS, "text_embed"))
+@pytest.mark.parametrize("method", all_but_one_slow(BY_HAND, "text_embed"))
 def test_between_whole_numbers_of_tokens_counts_are_those_of_the_formulas(make_generator, method):
     """Of means, of a begin token alone, and of captions that are longer than the prompts."""
     model = make_generator(method)
