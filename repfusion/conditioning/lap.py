@@ -23,6 +23,7 @@ from repfusion.conditioning.base import (
     Prepared,
     conditioning_prompts,
 )
+from repfusion.config import Config
 from repfusion.inputs import Inputs
 from repfusion.layers import EncoderBlock, RMSNorm
 from repfusion.llm.base import LanguageModel, to_the_left
@@ -31,11 +32,9 @@ from repfusion.request import Branch, Request
 HEAD_WIDTH = 64
 
 
-class LapConfig(MethodConfig):
-    method: Literal["lap"] = "lap"
-    """The prompt's states of several layers, pooled: UniFusion's fusion, the same at every step."""
-    interface: ContextInterface = "in_context"
-    """How the DiT takes the pooled tokens."""
+class LapSettings(Config):
+    """Which hidden states are pooled, and by how many blocks."""
+
     taps: tuple[int, ...] | None = Field(default=None, min_length=1)
     """Hidden states that are read, as transformers counts them: 0 are the embeddings, 1 the first layer's, -1
     the last layer's after the final norm. None is every `every`-th layer.
@@ -48,7 +47,7 @@ class LapConfig(MethodConfig):
     """Bidirectional transformer blocks over the tokens, after pooling."""
 
     @model_validator(mode="after")
-    def _taps_differ(self) -> "LapConfig":
+    def _taps_differ(self) -> "LapSettings":
         if self.taps is not None and len(set(self.taps)) < len(self.taps):
             raise ValueError(f"taps {self.taps} name a layer twice")
         return self
@@ -63,17 +62,31 @@ class LapConfig(MethodConfig):
             found = tuple(range(1 + self.every, num_layers + 1, self.every))
             if not found:
                 raise ValueError(
-                    f"conditioning.every is {self.every}, the language model has {num_layers} layers: no "
-                    "tap; lower it, or name conditioning.taps"
+                    f"LAP's every is {self.every}, the language model has {num_layers} layers: no tap; lower "
+                    "it, or name taps"
                 )
             return found
         for tap in self.taps:
             if not -num_layers - 1 <= tap <= num_layers:
                 raise ValueError(
-                    f"conditioning.taps names {tap}, the language model has {num_layers} layers; expected 0 "
-                    f"to {num_layers}, or -1 to {-num_layers - 1} from the last"
+                    f"LAP's taps name {tap}, the language model has {num_layers} layers; expected 0 to "
+                    f"{num_layers}, or -1 to {-num_layers - 1} from the last"
                 )
         return self.taps
+
+    def pooling(self, llm: LanguageModel) -> "LayerwisePooling":
+        """Fresh layers for a language model. Raises ValueError as `taps_of` does."""
+        num_taps = len(self.taps_of(len(llm.layers)))
+        return LayerwisePooling(llm.width, num_taps, self.layer_depth, self.refiner_depth)
+
+
+class LapConfig(MethodConfig):
+    method: Literal["lap"] = "lap"
+    """The prompt's states of several layers, pooled: UniFusion's fusion, the same at every step."""
+    interface: ContextInterface = "in_context"
+    """How the DiT takes the pooled tokens."""
+    lap: LapSettings = LapSettings()
+    """What is pooled."""
 
 
 class LayerwisePooling(nn.Module):
@@ -93,14 +106,14 @@ class LayerwisePooling(nn.Module):
         self.norm = RMSNorm(width, eps=1e-6)
 
     def forward(
-        self, states: Sequence[Float[Tensor, "b m c"]], mask: Bool[Tensor, "b m"]
+        self, states: Sequence[Float[Tensor, "b m c"]], mask: Bool[Tensor, "b m"] | None = None
     ) -> Float[Tensor, "b m c"]:
-        """States of the taps, in their order; `mask` marks the real tokens."""
+        """States of the taps, in their order; `mask` marks the real tokens, None means all."""
         normed = [norm(state) for norm, state in zip(self.tap_norms, states, strict=True)]
         x = rearrange(torch.stack(normed, dim=2), "b m k c -> (b m) k c")
         for block in self.layer_blocks:
             x = block(x)
-        x = rearrange(x, "(b m) k c -> b m k c", b=len(mask))
+        x = rearrange(x, "(b m) k c -> b m k c", b=len(states[0]))
         x = torch.einsum("bmkc,k->bmc", x, self.pool.to(x.dtype))
         for block in self.refiner:
             x = block(x, mask)
@@ -114,9 +127,9 @@ class LapConditioner(Conditioner):
         super().__init__()
         self.llm = llm
         llm.projector = None  # visual, so of no use here; left in, it would count as trainable
-        self.taps = config.taps_of(len(llm.layers))
+        self.taps = config.lap.taps_of(len(llm.layers))
         self.context_widths = (llm.width,)
-        self.lap = LayerwisePooling(llm.width, len(self.taps), config.layer_depth, config.refiner_depth)
+        self.lap = config.lap.pooling(llm)
 
     def collate(
         self, requests: Sequence[Request], branches: Sequence[Branch], seeds: Sequence[int] | None = None

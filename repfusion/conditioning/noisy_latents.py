@@ -25,9 +25,10 @@ from repfusion.conditioning.base import (
     conditioning_prompts,
 )
 from repfusion.conditioning.captioning import CaptioningConfig, caption_batch, caption_losses
+from repfusion.conditioning.lap import LapSettings
 from repfusion.inputs import Inputs
 from repfusion.layers import TimestepEmbedder
-from repfusion.llm.base import LanguageModel
+from repfusion.llm.base import LAST, LanguageModel
 from repfusion.llm.projector import Projector
 from repfusion.request import Branch, Request
 
@@ -43,6 +44,10 @@ class NoisyLatentsConfig(MethodConfig):
     """Whether noisy visual tokens see all of each other; off in RepFusion, on in its trained-LLM variant."""
     captioning: CaptioningConfig | None = None
     """The caption loss of the trained LLM; None leaves it out."""
+    lap: LapSettings | None = None
+    """Pooling of several layers in the place of the last one's states: UniFusion's LAP on RepFusion's
+    condition, which neither paper tried; None takes the last layer's.
+    """
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "NoisyLatentsConfig":
@@ -102,6 +107,9 @@ class NoisyLatentConditioner(Conditioner):
         llm.leave_room(config.tokens_beside(num_tokens))
         llm.projector = None  # one owner: the trained copy
         self.time = TimestepEmbedder(latent_dim, zero_init=True)
+        self.taps, self.lap = LAST, None
+        if config.lap is not None:
+            self.taps, self.lap = config.lap.taps_of(len(llm.layers)), config.lap.pooling(llm)
         if config.train_llm:
             llm.unfreeze()
 
@@ -132,7 +140,10 @@ class NoisyLatentConditioner(Conditioner):
     def condition(self, prepared: Prepared, z_t: Float[Tensor, "b n d"], t: Float[Tensor, " b"]) -> Condition:
         """The LLM's last hidden states at the n visual positions."""
         assert prepared.prefix is not None
-        states = self.llm.read_on(prepared.prefix, self.project(z_t, t), self.bidirectional)
+        visual = self.project(z_t, t)
+        states, *others = self.llm.read_on_layers(prepared.prefix, visual, self.taps, self.bidirectional)
+        if self.lap is not None:
+            states = self.lap([states, *others])
         return Condition(states) if self.aligned_width else Condition(contexts=(Context(states),))
 
     def losses(self, inputs: Inputs, latents: Float[Tensor, "b n d"]) -> Losses:

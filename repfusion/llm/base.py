@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from repfusion.llm.projector import Projector
 from repfusion.llm.tokenizer import plain_ids
 
+LAST = (-1,)
+"""The layers that are read where no others are asked for: the last, after the final norm."""
 MAX_CACHED_PROMPTS = 100_000
 """Tokenised prompts kept: training meets the same captions in every epoch."""
 
@@ -188,8 +190,7 @@ class LanguageModel(nn.Module):
         """Hidden states of the prompts in several layers, as transformers counts them: 0 are the embeddings,
         -1 the last layer's after the final norm.
         """
-        states = self._run(prefix, use_cache=False, output_hidden_states=True).hidden_states
-        return tuple(states[layer] for layer in layers)
+        return _states_of(self._run(prefix, use_cache=False, output_hidden_states=True), layers)
 
     def remember(self, prefix: Prefix) -> Prefix:
         """The prefix with the keys and values of its prompts, for many steps without gradients."""
@@ -211,9 +212,19 @@ class LanguageModel(nn.Module):
         """Last hidden states of further tokens after the prompts. `bidirectional` lets them all see each
         other; otherwise they are causal, as the prompts always are.
         """
+        return self.read_on_layers(prefix, tokens, LAST, bidirectional)[0]
+
+    def read_on_layers(
+        self,
+        prefix: Prefix,
+        tokens: Float[Tensor, "b n c"],
+        layers: Sequence[int],
+        bidirectional: bool = False,
+    ) -> tuple[Float[Tensor, "b n c"], ...]:
+        """Hidden states of further tokens in several layers, counted as in `read_layers`."""
         tokens = tokens.to(self.language_model.dtype)
         read = _read_whole if prefix.cache is None else _read_cached
-        return read(self.language_model, prefix, tokens, bidirectional)
+        return read(self.language_model, prefix, tokens, bidirectional, layers)
 
     def embed(self, ids: Int[Tensor, "b k"]) -> Float[Tensor, "b k c"]:
         """Embeddings of token ids."""
@@ -225,23 +236,34 @@ class LanguageModel(nn.Module):
         return self.head(states).float()
 
 
-def _read_cached(model: Any, prefix: Prefix, tokens: Tensor, bidirectional: bool) -> Tensor:
+def _states_of(out: Any, layers: Sequence[int]) -> tuple[Tensor, ...]:
+    """Hidden states of layers, out of what a transformers model returned."""
+    return tuple(out.last_hidden_state if layer == -1 else out.hidden_states[layer] for layer in layers)
+
+
+def _read_cached(
+    model: Any, prefix: Prefix, tokens: Tensor, bidirectional: bool, layers: Sequence[int]
+) -> tuple[Tensor, ...]:
     """After the prompts that the cache remembers."""
     num_text = prefix.ids.shape[1]
     mask = torch.cat([prefix.mask, prefix.mask.new_ones(tokens.shape[:2])], dim=1)
     if (surplus := prefix.cache.get_seq_length() - num_text) > 0:
         prefix.cache.crop(-surplus)  # forget the previous step's tokens
     seen = mask[:, None, None].expand(-1, 1, tokens.shape[1], -1) if bidirectional else mask.long()
-    return model(
+    out = model(
         inputs_embeds=tokens,
         attention_mask=seen,
         position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, num_text:],
         past_key_values=prefix.cache,
         use_cache=True,
-    ).last_hidden_state
+        output_hidden_states=tuple(layers) != LAST,
+    )
+    return _states_of(out, layers)
 
 
-def _read_whole(model: Any, prefix: Prefix, tokens: Tensor, bidirectional: bool) -> Tensor:
+def _read_whole(
+    model: Any, prefix: Prefix, tokens: Tensor, bidirectional: bool, layers: Sequence[int]
+) -> tuple[Tensor, ...]:
     """Prompts and tokens at once, each row rolled until its padding lies at the end, where no token that
     counts looks: the causal LLM takes no mask, so flash attention serves, and no position ids, so nothing
     waits for the GPU to tell what they say.
@@ -254,8 +276,10 @@ def _read_whole(model: Any, prefix: Prefix, tokens: Tensor, bidirectional: bool)
     mask = None
     if bidirectional:
         mask = see_each_other(num_text - padding, tokens.shape[1], length)
-    hidden = model(inputs_embeds=rows, attention_mask=mask, use_cache=False).last_hidden_state
-    return take(hidden, torch.arange(num_text, length, device=rows.device) - padding)
+    is_last = tuple(layers) == LAST
+    out = model(inputs_embeds=rows, attention_mask=mask, use_cache=False, output_hidden_states=not is_last)
+    places = torch.arange(num_text, length, device=rows.device) - padding
+    return tuple(take(state, places) for state in _states_of(out, layers))
 
 
 def see_each_other(first: Int[Tensor, "b 1"], num: int, length: int) -> Bool[Tensor, "b 1 l l"]:

@@ -40,7 +40,8 @@ METHODS = {
     },
     "text_embed": {"method": "text_embed"},
     "text_embed_in_context": {"method": "text_embed", "interface": "in_context"},
-    "lap": {"method": "lap", "taps": [0, 1, -1]},
+    "lap": {"method": "lap", "lap": {"taps": [0, 1, -1]}},
+    "noisy_latents_lap": {"method": "noisy_latents", "lap": {"taps": [1, -1], "refiner_depth": 1}},
     "queries": {"method": "queries"},
     "queries_timestep": {"method": "queries", "reads_time": True},
     "queries_connector": {

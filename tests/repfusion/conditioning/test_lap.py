@@ -7,7 +7,7 @@ from prompting import prepare
 from pydantic import ValidationError
 from torch import Tensor
 
-from repfusion.conditioning.lap import LapConditioner, LapConfig, LayerwisePooling
+from repfusion.conditioning.lap import LapConditioner, LapConfig, LapSettings, LayerwisePooling
 from repfusion.layers import EncoderBlock
 from repfusion.llm.load import load_language_model
 
@@ -93,7 +93,9 @@ def test_states_are_those_of_transformers_own_forward(foundation):
 
 def test_a_prompt_conditions_alike_alone_and_beside_longer_ones(foundation):
     torch.manual_seed(0)
-    conditioner = LapConditioner(load_language_model(foundation / "llava"), LapConfig(taps=(0, 1, -1)))
+    conditioner = LapConditioner(
+        load_language_model(foundation / "llava"), LapConfig(lap=LapSettings(taps=(0, 1, -1)))
+    )
     (together,) = prepare(conditioner, PROMPTS).static
     assert together.mask is not None and together.mask.sum(1).tolist() == [4, 9, 1]
     assert together.mask[:, 0].all()  # real tokens first
@@ -104,7 +106,9 @@ def test_a_prompt_conditions_alike_alone_and_beside_longer_ones(foundation):
 
 
 def test_the_language_model_stays_as_it_is(foundation):
-    conditioner = LapConditioner(load_language_model(foundation / "llava"), LapConfig(taps=(0, 1)))
+    conditioner = LapConditioner(
+        load_language_model(foundation / "llava"), LapConfig(lap=LapSettings(taps=(0, 1)))
+    )
     (context,) = prepare(conditioner, PROMPTS).static
     context.tokens.sum().backward()
     assert all(p.grad is None for p in conditioner.llm.parameters())
@@ -120,22 +124,22 @@ def test_the_language_model_stays_as_it_is(foundation):
     ],
 )
 def test_taps(settings, num_layers, taps):
-    assert LapConfig(**settings).taps_of(num_layers) == taps
+    assert LapSettings(**settings).taps_of(num_layers) == taps
 
 
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"taps": (3,)}, "taps names 3, the language model has 2 layers; expected 0 to 2, or -1 to -3"),
-        ({"taps": (-4,)}, "taps names -4"),
+        ({"taps": (3,)}, "taps name 3, the language model has 2 layers; expected 0 to 2, or -1 to -3"),
+        ({"taps": (-4,)}, "taps name -4"),
         ({"every": 4}, "every is 4, the language model has 2 layers: no tap; lower it"),
     ],
 )
 def test_taps_beyond_the_layers_are_named(settings, problem):
     with pytest.raises(ValueError, match=problem):
-        LapConfig(**settings).taps_of(2)
+        LapSettings(**settings).taps_of(2)
 
 
 def test_a_tap_is_named_once():
     with pytest.raises(ValidationError, match="name a layer twice"):
-        LapConfig(taps=(1, 1))
+        LapSettings(taps=(1, 1))

@@ -66,6 +66,7 @@ def count_reads(generator: TextToImage) -> list[int]:
         "text_embed": (False, False),
         "text_embed_in_context": (False, False),
         "lap": (False, False),
+        "noisy_latents_lap": (True, True),
         "queries": (False, False),
         "queries_timestep": (False, True),
         "queries_connector": (False, False),

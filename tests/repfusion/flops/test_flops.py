@@ -56,7 +56,7 @@ from repfusion.weights import WEIGHTS
 PROMPTS = ["a red circle", "a green square"]
 """As many tokens each."""
 PUBLISHED = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-BY_HAND = [name for name in METHODS if name not in ("lap", "text_embed_in_context")]
+BY_HAND = [name for name in METHODS if name not in ("lap", "noisy_latents_lap", "text_embed_in_context")]
 """Methods whose FLOPs are also written down as formulas; those of all are compared with torch's counter."""
 
 
