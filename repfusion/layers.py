@@ -45,7 +45,7 @@ def rotary_2d(grid: tuple[int, int], head_dim: int) -> Float[Tensor, "n half 2"]
 
 
 def rotary_at(rows: Int[Tensor, " n"], cols: Int[Tensor, " n"], head_dim: int) -> Float[Tensor, "n half 2"]:
-    """The same for tokens at any rows and columns."""
+    """Cosine and sine per token and rotary pair, for tokens at any rows and columns."""
     quarter = head_dim // 4
     frequencies = 1.0 / 100.0 ** (torch.arange(quarter, device=rows.device) / quarter)
     angles = torch.cat([rows[:, None] * frequencies, cols[:, None] * frequencies], dim=-1)
