@@ -350,7 +350,7 @@ def test_text_chunks_that_unpack_to_far_more_are_refused(tmp_path, chunks):
     path, started = png_with(tmp_path / "x.png", *chunks), time.monotonic()
     with pytest.raises(ValueError, match=r"x\.png: not a readable image, expected a PNG file"):
         read_png(path)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize("damage", ["cut", "checksum", "size", "eps"])

@@ -18,10 +18,10 @@ from tiny_training import GRID, WIDTH, tiny_model
 from torch import nn
 
 from repfusion.conditioning.base import Conditioner, Context, Prepared
-from repfusion.conditioning.queries import ConnectorLayer
 from repfusion.diffusion.flow import draw
 from repfusion.inputs import Inputs
 from repfusion.latents.statistics import LatentStatistics
+from repfusion.layers import EncoderBlock
 from repfusion.llm.base import LanguageModel
 from repfusion.llm.load import load_language_model
 from repfusion.model.dit import DiT
@@ -46,7 +46,7 @@ class RefinedConditioner(Conditioner):
         self.llm = llm
         llm.projector = None
         self.context_widths = (llm.width,)
-        self.refiner = nn.ModuleList(ConnectorLayer(llm.width, 2) for _ in range(2))
+        self.refiner = nn.ModuleList(EncoderBlock(llm.width, 2) for _ in range(2))
         self.nothing = nn.Parameter(torch.randn(1, 1, llm.width))
 
     def collate(
