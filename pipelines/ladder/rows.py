@@ -198,23 +198,32 @@ class Common:
 
 def model_of(row: Row, common: Common) -> ModelConfig:
     """Raises ValueError where a folder of weights is missing, for a row whose DiT is matched to another's."""
-    encoder, decoder = SPACES[row.space]
-    model = ModelConfig.model_validate(
-        {
-            "mllm": common.weights / row.llm,
-            "encoder": EncoderConfig(path=common.weights / encoder, image_size=common.image_size),
-            "decoder": common.weights / decoder,
-            "conditioning": dict(row.conditioning),
-            "dit": common.dit,
-            "flow": common.flow,
-        }
-    )
+    model = model_with(row.llm, row.space, row.conditioning, common)
     if row.same_flops_as is None:
         return model
     if row.name not in common.widened:
         target = image_flops(model_of(ROWS[row.same_flops_as], common), common)
         common.widened[row.name] = matched_dit(model, target, common)
     return model.model_copy(update={"dit": common.widened[row.name]})
+
+
+def model_with(
+    llm: str, space: Space, conditioning: Mapping[str, Any], common: Common, dit: DiTConfig | None = None
+) -> ModelConfig:
+    """A method on the folders of weights of a language model and of a latent space; `dit` in the place of the
+    common one.
+    """
+    encoder, decoder = SPACES[space]
+    return ModelConfig.model_validate(
+        {
+            "mllm": common.weights / llm,
+            "encoder": EncoderConfig(path=common.weights / encoder, image_size=common.image_size),
+            "decoder": common.weights / decoder,
+            "conditioning": dict(conditioning),
+            "dit": dit or common.dit,
+            "flow": common.flow,
+        }
+    )
 
 
 def image_flops(model: ModelConfig, common: Common) -> float:

@@ -31,12 +31,12 @@ RECORD = "foundation.json"
 
 
 class Foundation:
-    """The parts of one configuration, their folder and the states from which they go on.
+    """The parts of one configuration, their folder and the states from which they go on, scenes among them.
 
     Args:
         config: sizes and lengths.
         folder: is written.
-        until: a deadline, in seconds of `time.monotonic`; with one the scenes are kept among the states.
+        until: a deadline, in seconds of `time.monotonic`; None is none.
     """
 
     def __init__(self, config: FoundationConfig, folder: Path, until: float | None = None):
@@ -49,7 +49,7 @@ class Foundation:
     def pool(self) -> ScenePool:
         """Drawn when the first part needs it."""
         if self._pool is None:
-            kept = None if self.until is None else self.states / "scenes"
+            kept = self.states / "scenes"
             self._pool = ScenePool(self.config, self.folder / "llava", kept=kept, until=self.until)
         return self._pool
 

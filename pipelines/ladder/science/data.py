@@ -16,8 +16,8 @@ from repfusion.foundation.chunks import Arrays, Kept, in_chunks, joined
 from repfusion.latents.encoder import PixelEncoder
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.llm.tokenizer import load_tokenizer, plain_ids
-from repfusion.scenes.captions import facts_of, possible_tasks, say, turned
-from repfusion.scenes.world import Scene, WorldConfig, draw_scene, render
+from repfusion.scenes.captions import caption_scene
+from repfusion.scenes.world import WorldConfig, draw_scene, render
 
 CHUNK = 500
 FIRST_SEED = 1_000_000
@@ -91,23 +91,12 @@ def draw_chunk(world: WorldConfig, tokenizer_folder: Path, start: int, num: int,
         seed = FIRST_SEED + start + place
         scene, rng = draw_scene(seed, world), np.random.default_rng([seed, 8])
         pixels[place] = np.round(render(scene, world) * 255)
-        texts += [plain_caption(scene, rng) for _ in range(num_captions)]
+        texts += [caption_scene(scene, rng, "plain") for _ in range(num_captions)]
     rows = plain_ids(tokenizer, texts)
     captions = np.full((len(rows), max(map(len, rows))), NONE, np.int16)
     for row, ids in zip(captions, rows, strict=True):
         row[: len(ids)] = ids
     return {"pixels": pixels, "captions": captions.reshape(num, num_captions, -1)}
-
-
-def plain_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Facts as `caption_scene` draws them, of two things in either order, in the words of prompts."""
-    tasks = possible_tasks(scene)
-    weights = np.array([0.4 if task in ("single_object", "two_objects") else 1.0 for task in tasks])
-    task = tasks[rng.choice(len(tasks), p=weights / weights.sum())]
-    wanted, relation = facts_of(scene, task, coloured=bool(rng.random() < 0.85))
-    if len(wanted) == 2 and rng.random() < 0.5:
-        wanted, relation = turned(wanted, relation)
-    return say(wanted, relation)
 
 
 @torch.no_grad()

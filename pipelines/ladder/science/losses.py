@@ -15,6 +15,7 @@ from torch import Tensor
 from pipelines.ladder.science.plan import SciencePlan
 from pipelines.ladder.science.training import autocast
 from repfusion.diffusion.flow import interpolate, shift_noise_level, velocity
+from repfusion.foundation import measure
 from repfusion.generate import initial_noise
 from repfusion.latents.encoder import PixelEncoder
 from repfusion.model.text_to_image import TextToImage
@@ -24,8 +25,8 @@ from repfusion.scenes.world import render
 
 FIRST_SEED = 70_000_000
 """Scenes of no training."""
-UNSHIFTED_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.85, 0.95)
-"""Noise levels before the shift; all but the last one are those at which perception is measured."""
+UNSHIFTED_LEVELS = (*measure.UNSHIFTED_LEVELS, 0.95)
+"""Noise levels before the shift: those at which perception is measured, and one near pure noise."""
 
 
 @dataclass(frozen=True)

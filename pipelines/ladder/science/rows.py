@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from pipelines.ladder.rows import (
     NOISY,
-    SPACES,
     STATIC,
     TEXT,
     TIMED,
@@ -15,9 +14,9 @@ from pipelines.ladder.rows import (
     Space,
     image_flops,
     matched_dit,
+    model_with,
 )
 from repfusion.foundation.config import FoundationConfig
-from repfusion.latents.load import EncoderConfig
 from repfusion.model.config import ModelConfig
 from repfusion.model.dit import DiTConfig
 
@@ -101,17 +100,7 @@ def in_order(rows: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]
 
 def model_of(row: PlanRow, common: Common, dits: Mapping[str, DiTConfig]) -> ModelConfig:
     """The row's model on the weights in `common.weights`; `dits` are those matched in FLOPs, by row."""
-    encoder, decoder = SPACES[row.space]
-    return ModelConfig.model_validate(
-        {
-            "mllm": common.weights / row.llm,
-            "encoder": EncoderConfig(path=common.weights / encoder, image_size=common.image_size),
-            "decoder": common.weights / decoder,
-            "conditioning": dict(row.conditioning),
-            "dit": dits.get(row.name, common.dit),
-            "flow": common.flow,
-        }
-    )
+    return model_with(row.llm, row.space, row.conditioning, common, dits.get(row.name))
 
 
 def matched_dits(common: Common) -> dict[str, DiTConfig]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.ladder.claims import LEVEL, MARGIN
 from pipelines.ladder.report import MISSING, show, show_change, show_p, table
 from pipelines.ladder.science.charts import both_curves, by_llm, whether_it_can_show
 from pipelines.ladder.science.plan import read_plan
@@ -15,9 +16,6 @@ from pipelines.ladder.statistics import Difference, Seeds, holm, of_differences
 from repfusion.evaluation.suites.scenes import VALUES
 from repfusion.files import write_text
 
-LEVEL = 0.05
-MARGIN = 0.03
-"""What queries read at every step may gain and count as no better."""
 FLOORS = ("position_floor", "strict_position_floor", "shuffled_overall")
 
 
