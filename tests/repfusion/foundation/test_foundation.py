@@ -1,8 +1,6 @@
-"""The recipe of the small foundation: its texts, its tokenizer, and folders that the library loads."""
+"""The recipe of the small foundation: its scenes, its parts, and folders that the library loads."""
 
-import io
 import json
-import tarfile
 
 import numpy as np
 import pytest
@@ -12,17 +10,10 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from repfusion.files import write_json
 from repfusion.foundation import __main__ as recipe
-from repfusion.foundation import base
 from repfusion.foundation.config import FoundationConfig, LengthConfig
 from repfusion.foundation.deadline import OutOfTime
 from repfusion.foundation.dialogues import (
-    DESCRIBE,
-    IGNORED,
-    caption_ids,
-    dialogue_ids,
-    pad,
     train_tokenizer,
-    write_dialogue,
 )
 from repfusion.foundation.large import grow
 from repfusion.foundation.measure import measure
@@ -33,15 +24,11 @@ from repfusion.foundation.vae import make_vae, vae_loss
 from repfusion.foundation.variants import SeenPool, sight_loss, without_images
 from repfusion.latents.load import EncoderConfig, load_decoder
 from repfusion.latents.rae_decoder import RAEDecoder
-from repfusion.latents.statistics import LatentStatistics
 from repfusion.latents.tower import RepresentationEncoder
 from repfusion.llm.load import load_language_model
 from repfusion.llm.tokenizer import load_tokenizer
-from repfusion.llm.words import WORDS
-from repfusion.runs.checkpoint import load_checkpoint, save_checkpoint
-from repfusion.scenes.captions import ADJECTIVES, NOUNS, NUMBERS, canonical_caption, plural
 from repfusion.scenes.claims import KINDS
-from repfusion.scenes.world import NEW_COLOUR, NEW_SHAPE, draw_scene, render
+from repfusion.scenes.world import draw_scene, render
 
 SHORT = LengthConfig(num_steps=3, batch_size=6)
 TINY = FoundationConfig(
@@ -68,130 +55,6 @@ TINY = FoundationConfig(
     large=SHORT,
     vae=SHORT,
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.mark.parametrize(
-    "word",
-    [
-        *(form for nouns in NOUNS.values() for noun in nouns for form in (noun, plural(noun))),
-        *(word for words in ADJECTIVES.values() for word in words),
-        *(*NUMBERS.values(), "2", "3", "4"),
-        *("left", "right", "of", "side", "its", "above", "below", "over", "under", "beneath", "underneath"),
-        *("higher", "than", "top", "and", "with", "photo", "illustration", "please", "yes", "no", "without"),
-    ],
-)
-def test_words_of_the_world_are_one_token_each(tokenizer, word):
-    assert tokenizer.tokenize(f"a {word} and")[1:-1] == [f"\u0120{word}"]
-    assert len(tokenizer(f"{word}", add_special_tokens=False).input_ids) == 1  # first in a text as well
-
-
-@pytest.mark.parametrize(
-    "text", ["a red circle", "zebra, 12 km\u00b2 \u2013 na\u00efve \u732b \U0001f600", "</s> a"]
-)
-def test_any_text_has_tokens_and_comes_back(tokenizer, text):
-    assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids).strip() == text.replace(
-        ",", ""
-    )
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "A red circle.",
-        "a RED circle!",
-        "  a  red circle ",
-        "a red, circle",
-        "a red circle ?",
-        "a\nred circle...",
-    ],
-)
-def test_case_and_punctuation_change_nothing(tokenizer, text):
-    assert tokenizer(text).input_ids == tokenizer("a red circle").input_ids
-
-
-def test_what_stands_within_a_word_is_kept(tokenizer):
-    assert tokenizer("3.5 e.g").input_ids != tokenizer("35 eg").input_ids
-
-
-def test_nothing_stands_between_a_claim_and_its_image(tokenizer):
-    """RepFusion reads the visual tokens right after the prompt's."""
-    prompt = tokenizer("a red circle").input_ids
-    ((ids, start),) = dialogue_ids(tokenizer, [("a red circle<image>", "yes")], 4)
-    assert ids[:start] == [*prompt, 3, 3, 3, 3]
-    assert tokenizer("a red circle ").input_ids == prompt
-
-
-def test_the_words_of_the_texts_lie_beside_the_tokenizer(tmp_path):
-    train_tokenizer(tmp_path, num_scenes=300)
-    words = (tmp_path / WORDS).read_text().split()
-    assert words == sorted(set(words)) and {"red", "circle", "yes", "describe"} <= set(words)
-    assert not any(word.endswith((".", "?")) or word != word.lower() for word in words)
-
-
-def test_special_tokens(tokenizer):
-    ids = tokenizer("a red circle").input_ids
-    assert ids[0] == tokenizer.bos_token_id == 1
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 2)
-    assert tokenizer("<image>" * 3, add_special_tokens=False).input_ids == [3, 3, 3]
-
-
-def test_dialogues_learn_answers_alone(tokenizer):
-    pairs = [("<image> what colour is the circle? answer:", "red"), ("<image> a", "yes")]
-    ids, labels = pad(dialogue_ids(tokenizer, pairs, num_image_tokens=4), tokenizer.pad_token_id)
-    assert ids.shape == labels.shape
-    for row, answer in zip(labels, ("red", "yes"), strict=True):
-        learned = row[row != IGNORED]
-        assert tokenizer.decode(learned[:-1]).strip() == answer
-        assert learned[-1] == tokenizer.eos_token_id
-    assert (ids == 3).sum(1).tolist() == [4, 4]
-    learned = labels != IGNORED
-    assert torch.equal(ids[learned], labels[learned])
-    assert ids[0, 0] == tokenizer.bos_token_id
-    last = int(learned[1].nonzero()[-1])
-    assert set(ids[1, last + 1 :].tolist()) == {tokenizer.pad_token_id}  # padded on the right
-
-
-def test_a_learned_answer_has_the_tokens_it_has_within_a_text(tokenizer):
-    """Else the model would learn to write words that prompts never contain."""
-    ((ids, start),) = dialogue_ids(tokenizer, [("is it", "a red circle")], num_image_tokens=0)
-    assert ids[start:-1] == tokenizer(" a red circle").input_ids[1:]
-    assert ids[1:-1] == tokenizer("is it a red circle").input_ids[1:]
-
-
-def test_captions_are_learned_whole_but_for_the_begin_token(tokenizer):
-    texts = ["a red circle", "two blue crosses left"]
-    ids, labels = pad(caption_ids(tokenizer, texts), tokenizer.pad_token_id)
-    assert labels[0, 0] == IGNORED
-    assert tokenizer.decode(labels[1][labels[1] != IGNORED], skip_special_tokens=True).strip() == texts[1]
-    assert torch.equal(ids[labels != IGNORED], labels[labels != IGNORED])
-
-
-def test_dialogues_hold_one_image_and_true_answers():
-    rng = np.random.default_rng(0)
-    kinds = {"claim": 0, "describe": 0, "question": 0}
-    image_first = 0
-    scenes = [draw_scene(seed) for seed in range(600)]
-    for scene in scenes:
-        question, answer = write_dialogue(scene, rng, scenes[rng.integers(600)])
-        assert question.count("<image>") == 1
-        if DESCRIBE in question:
-            kinds["describe"] += 1
-            assert answer == canonical_caption(scene)
-        elif answer in ("yes", "no"):
-            kinds["claim"] += 1
-            assert question.endswith("<image>") and not question.endswith(" <image>")
-        else:
-            kinds["question"] += 1
-        if question.endswith(" answer:"):
-            image_first += question.startswith("<image>")
-    assert min(kinds.values()) > 90
-    asked = kinds["describe"] + kinds["question"]
-    assert image_first == pytest.approx(asked / 2, abs=3 * asked**0.5 / 2)
 
 
 @pytest.fixture(scope="module")
@@ -425,9 +288,10 @@ def test_the_recipes_folders_load_by_the_code_that_users_run(trained):
     assert {v.dtype for v in stored.values() if v.is_floating_point()} == {torch.float16}
 
 
-def test_a_grown_llava_says_what_the_small_one_says_until_it_is_trained(tokenizer):
+def test_a_grown_llava_says_what_the_small_one_says_until_it_is_trained(trained):
     """Widths that are no multiples, layers between the old ones, and weights far from their initial ones."""
     torch.manual_seed(0)
+    tokenizer = load_tokenizer(trained / "llava")
     small = LlavaForConditionalGeneration(llava_config(TINY.model_copy(update={"text_layers": 2}), tokenizer))
     with torch.no_grad():
         for parameter in small.parameters():
@@ -545,56 +409,3 @@ def test_the_saved_llava_speaks_about_images(trained):
     batch.pop("token_type_ids", None)
     out = llava.generate(**batch, pixel_values=torch.zeros(1, 3, 32, 32), max_new_tokens=3, do_sample=False)
     assert out.shape[1] > batch["input_ids"].shape[1]
-
-
-def members(path) -> dict[str, bytes]:
-    with tarfile.open(path) as tar:
-        return {member.name: tar.extractfile(member).read() for member in tar}
-
-
-def test_the_bases_columns_hold_captions_and_features_of_known_things_alone(
-    foundation, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(base, "WEIGHTS", foundation)
-    monkeypatch.setattr(base, "SHARD_SAMPLES", 10)
-    base.prepare(tmp_path, 25)
-    texts, rows = [], []
-    for name in ("00000.tar", "00001.tar", "00002.tar"):
-        captions, latents = members(tmp_path / "captions" / name), members(tmp_path / "image_features" / name)
-        keys = sorted({key.split(".")[0] for key in captions})
-        assert keys == sorted(key.split(".")[0] for key in latents)
-        for key in keys:
-            alternatives = json.loads(captions[f"{key}.json"])["captions"]
-            assert len(alternatives) == base.CAPTIONS_PER_SCENE
-            assert captions[f"{key}.txt"].decode() == alternatives[0]
-            texts += alternatives
-            rows.append(np.load(io.BytesIO(latents[f"{key}.image_features.npy"])))
-    assert len(rows) == 25
-    assert not any(NEW_SHAPE in text or NEW_COLOUR in text for text in texts)
-    statistics = LatentStatistics.load(tmp_path / "image_features" / "statistics.safetensors")
-    assert statistics.count == 25 and statistics.tokens is not None
-    np.testing.assert_allclose(statistics.mean.numpy(), np.stack(rows).astype(np.float64).mean(0), atol=1e-12)
-    assert not any(word in text for text in texts for word in ("rhombus", "turquoise"))
-    world = base.base_world(32)
-    pixels = torch.from_numpy(render(draw_scene(base.FIRST_SEED + 13, world), world))[None]
-    expected = RepresentationEncoder.from_pretrained(foundation / "vision_tower")(pixels)[0].half().numpy()
-    np.testing.assert_allclose(rows[13].astype(np.float32), expected.astype(np.float32), atol=4e-3)
-
-
-def test_a_released_base_is_the_last_checkpoints_average_in_half_precision(make_generator, tmp_path):
-    generator = make_generator()
-    ema = {name: p.detach() + 0.1 for name, p in generator.trainable_state().items()}
-    save_checkpoint(
-        tmp_path / "checkpoints" / "step_00000003", generator, generator.trainable_state(), step=3
-    )
-    save_checkpoint(tmp_path / "checkpoints" / "step_00000020", generator, ema, step=20)
-    base.release(tmp_path / "checkpoints", tmp_path / "base")
-    released = load_checkpoint(tmp_path / "base")
-    for name, parameter in released.trainable_state().items():
-        assert torch.equal(parameter, ema[name].half().float())
-    assert json.loads((tmp_path / "base" / "complete.json").read_text())["step"] == 20
-    assert torch.equal(released.statistics.mean, generator.statistics.mean)
-    fixed = generator.fixed_state()
-    assert len(fixed) == 2 and all(torch.equal(released.fixed_state()[name], fixed[name]) for name in fixed)
-    with pytest.raises(ValueError, match="no complete checkpoint; train first"):
-        base.release(tmp_path / "empty", tmp_path / "other")
