@@ -2,6 +2,7 @@
 part by part, and records its quality.
 
 A part that was cut off goes on where it was when it is asked for again; one that is done is left as it is.
+On a CPU parts are trained side by side, one a core: a second thread hardly helps a step this small.
 """
 
 import argparse
@@ -9,7 +10,11 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +31,10 @@ from repfusion.latents.tower import RepresentationEncoder
 from repfusion.weights import WEIGHTS
 
 PARTS = ("perception", "polish", "noise_taught", "language", "large", "vae", "measure")
+ON_THE_TOWER = ("polish", "noise_taught", "large")
+"""Parts that begin from the perception's models; the others read scenes alone."""
+DECIDES_NOTHING = {"device", "compile", "save_every_sec"}
+"""Fields that a folder may have been made with otherwise."""
 MODELS = ("vision_tower", "decoder", "llava", "llava_noise_taught", "llava_large", "language", "vae")
 RECORD = "foundation.json"
 
@@ -52,6 +61,10 @@ class Foundation:
             kept = self.states / "scenes"
             self._pool = ScenePool(self.config, self.folder / "llava", kept=kept, until=self.until)
         return self._pool
+
+    def keep_scenes(self) -> None:
+        """Draws the scenes on all cores, for other processes to read."""
+        ScenePool(self.config, self.folder / "llava", kept=self.states / "scenes", until=self.until)
 
     @property
     def seen(self) -> SeenPool:
@@ -83,17 +96,22 @@ class Foundation:
         raise ValueError(f"no part {part!r}; there are {', '.join(PARTS)}")
 
 
-def bring_up_to_date(foundation: Foundation, parts: tuple[str, ...], num_measured: int = 200) -> None:
-    """Trains the parts that are not done, in their order; measuring, on so many texts of each kind, is done
-    whenever it is asked for.
+def bring_up_to_date(
+    foundation: Foundation, parts: tuple[str, ...], num_measured: int = 200, num_processes: int = 1
+) -> None:
+    """Trains the parts that are not done, in their order, or in so many processes of one thread each;
+    measuring, on so many texts of each kind, is done whenever it is asked for.
 
     Raises:
-        ValueError: the folder holds parts of another configuration.
+        ValueError: the folder holds parts of another configuration, or lacks one that a part begins from.
         OutOfTime: the deadline came first.
     """
     folder, config = foundation.folder, foundation.config
     folder.mkdir(parents=True, exist_ok=True)
-    path, said = folder / RECORD, config.model_dump(mode="json", exclude={"device", "save_every_sec"})
+    path, said = (
+        folder / RECORD,
+        config.model_dump(mode="json", exclude=DECIDES_NOTHING),
+    )
     record = json.loads(path.read_text()) if path.is_file() else {"config": said, "parts": {}}
     if record["config"] != said:
         differing = sorted(key for key in said if record["config"].get(key) != said[key])
@@ -102,15 +120,61 @@ def bring_up_to_date(foundation: Foundation, parts: tuple[str, ...], num_measure
         )
     if not (folder / "llava" / "tokenizer.json").is_file():
         train_tokenizer(folder / "llava")
-    for part in parts:
-        started = time.perf_counter()
-        if part == "measure":
-            record["quality"] = measure(folder, config, num_measured)
-        elif part not in record["parts"]:
-            losses = foundation.train(part)
-            seconds = round(time.perf_counter() - started, 1)
-            record["parts"][part] = {"seconds_of_the_last_call": seconds, "losses": losses}
+    missing = tuple(part for part in parts if part != "measure" and part not in record["parts"])
+    if "perception" not in (*record["parts"], *missing) and (early := set(missing) & set(ON_THE_TOWER)):
+        raise ValueError(f"{folder}: {', '.join(sorted(early))} begin from perception; train it first")
+    trained = (
+        trained_alone(foundation, missing)
+        if min(num_processes, len(missing)) < 2
+        else trained_side_by_side(foundation, missing, num_processes)
+    )
+    for part, report in trained:
+        record["parts"][part] = report
         write_json(path, record)
+    if "measure" in parts:
+        record["quality"] = measure(folder, config, num_measured)
+        write_json(path, record)
+
+
+Report = dict[str, Any]
+"""A part's seconds of the last call, and its last losses."""
+
+
+def trained_alone(foundation: Foundation, parts: tuple[str, ...]) -> Iterator[tuple[str, Report]]:
+    """The parts as they are done, one after the other in this process."""
+    for part in parts:
+        yield part, train_part(foundation, part)
+
+
+def trained_side_by_side(
+    foundation: Foundation, parts: tuple[str, ...], num_processes: int
+) -> Iterator[tuple[str, Report]]:
+    """The parts as they are done, each in a process of one thread, from when what it reads is done.
+
+    Raises:
+        Exception: what ended a part; those that had begun have kept their states.
+    """
+    foundation.keep_scenes()
+    left, running = list(parts), dict[Future[Report], str]()
+    with ProcessPoolExecutor(num_processes, get_context("spawn")) as executor:
+        while left or running:
+            is_early = {"perception"} & {*left, *running.values()}
+            for part in [part for part in left if not (is_early and part in ON_THE_TOWER)]:
+                left.remove(part)
+                running[executor.submit(train_in_process, foundation.config, foundation.folder, part)] = part
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+
+
+def train_in_process(config: FoundationConfig, folder: Path, part: str) -> Report:
+    torch.set_num_threads(1)
+    return train_part(Foundation(config, folder), part)
+
+
+def train_part(foundation: Foundation, part: str) -> Report:
+    started = time.perf_counter()
+    losses = foundation.train(part)
+    return {"seconds_of_the_last_call": round(time.perf_counter() - started, 1), "losses": losses}
 
 
 def release(folder: Path, weights: Path) -> None:
@@ -151,7 +215,8 @@ def main() -> None:
         parts = tuple(args.parts.split(","))
         if unknown := set(parts) - set(PARTS):
             raise ValueError(f"no parts {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-        bring_up_to_date(Foundation(config, args.out), parts)
+        num_processes = torch.get_num_threads() if config.device == "cpu" else 1
+        bring_up_to_date(Foundation(config, args.out), parts, num_processes=num_processes)
         if args.release:
             release(args.out, WEIGHTS)
     except (ConfigError, ValueError) as error:

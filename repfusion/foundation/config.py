@@ -20,6 +20,8 @@ class LengthConfig(Config):
 class FoundationConfig(Config):
     device: str = "cpu"
     """Where everything is trained: `cpu` or `cuda`."""
+    compile: bool = False
+    """Whether losses and their gradients are compiled: faster after a minute a part; needs a C++ compiler."""
     num_scenes: int = Field(default=30_000, ge=1)
     """Distinct training scenes."""
     relation_share: float = Field(default=0.6, ge=0, le=1)

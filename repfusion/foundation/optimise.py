@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from repfusion.foundation.config import LengthConfig
+from repfusion.foundation.config import FoundationConfig, LengthConfig
 from repfusion.foundation.deadline import OutOfTime, has_come
 
 BETAS = (0.9, 0.95)
@@ -21,22 +22,35 @@ MAX_GRAD_NORM = 1.0
 SMOOTHING = 0.02
 """Share of the newest step in the losses that are shown."""
 
-Loss = Callable[[int], Mapping[str, Tensor]]
-"""Weighted parts of the loss of a step, by name; what is random in them follows from the step's number."""
+
+@dataclass(frozen=True)
+class Objective:
+    """What a step learns, in two halves; the second is a function of tensors alone, so it can be compiled."""
+
+    draw: Callable[[int], tuple[Tensor, ...]]
+    """Step -> the tensors that the loss takes, of the same shapes at every step; all that is random follows
+    from the step's number.
+    """
+    loss: Callable[..., Mapping[str, Tensor]]
+    """Drawn tensors -> weighted parts of the loss, by name."""
+
+    def __call__(self, step: int) -> Mapping[str, Tensor]:
+        return self.loss(*self.draw(step))
 
 
 def optimise(
     module: nn.Module,
     length: LengthConfig,
-    loss_of_step: Loss,
+    objective: Objective,
     state: Path,
-    save_every_sec: float = 120.0,
+    config: FoundationConfig,
     until: float | None = None,
 ) -> dict[str, float]:
     """Trains what requires gradients of a module and returns the smoothed parts of its loss.
 
     Weights, moments and the step are kept in the file `state` now and then; where it exists, training goes on
-    from it. `until` is a deadline, in seconds of `time.monotonic`.
+    from it. The configuration says how often, and whether the loss is compiled. `until` is a deadline, in
+    seconds of `time.monotonic`.
 
     Raises:
         ValueError: the file holds another module's state, or a longer training's.
@@ -51,6 +65,8 @@ def optimise(
     ]
     optimizer = torch.optim.AdamW(groups, lr=length.lr, betas=BETAS, fused=True)
     first, shown = restore(named, optimizer, length, state) if state.is_file() else (0, {})
+    if config.compile:
+        objective = Objective(objective.draw, torch.compile(objective.loss, dynamic=False))
     saved_at = time.monotonic()
     bar = tqdm(range(first, length.num_steps), desc=state.stem, mininterval=10, initial=first)
     for step in bar:
@@ -60,7 +76,7 @@ def optimise(
         # fast.
         backends = [SDPBackend.MATH] if device.type == "cpu" else [*SDPBackend.__members__.values()][1:]
         with sdpa_kernel(backends), torch.autocast(device.type, torch.bfloat16):
-            parts = loss_of_step(step)
+            parts = objective(step)
             loss = torch.stack(list(parts.values())).sum()
         loss.backward()
         nn.utils.clip_grad_norm_(named.values(), MAX_GRAD_NORM)
@@ -76,7 +92,7 @@ def optimise(
             }
             bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()}, refresh=False)
         is_last, is_out = step + 1 == length.num_steps, has_come(until)
-        if not is_last and (is_out or time.monotonic() - saved_at > save_every_sec):
+        if not is_last and (is_out or time.monotonic() - saved_at > config.save_every_sec):
             keep_state(named, optimizer, step + 1, shown, state)
             saved_at = time.monotonic()
         if is_out and not is_last:

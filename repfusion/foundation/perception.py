@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from repfusion.foundation.config import FoundationConfig
-from repfusion.foundation.optimise import Loss, optimise
-from repfusion.foundation.pool import SceneBatch, ScenePool
+from repfusion.foundation.optimise import Objective, optimise
+from repfusion.foundation.pool import ScenePool
 from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
 from repfusion.llm.tokenizer import load_tokenizer
 from repfusion.llm.words import WORDS
@@ -32,6 +32,8 @@ from repfusion.llm.words import WORDS
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.5
 CAPTION_WEIGHT = 0.5
 """Weight of the captions read alone, beside the answers: it keeps the language model a reader."""
+UNLEARNED = -100
+"""The label of an id that is not learned."""
 SCALE_WEIGHT = 0.1
 """Weight of the penultimate layer's distance from zero mean and unit variance."""
 
@@ -101,33 +103,42 @@ def train_perception(
     tokenizer = load_tokenizer(folder / "llava")
     llava = LlavaForConditionalGeneration(llava_config(config, tokenizer))
     both = Seeing(llava, new_decoder(config)).to(pool.device)
-    loss = perception_loss(both, pool, config)
-    shown = optimise(both, config.perception, loss, state, config.save_every_sec, until)
+    objective = perception_objective(both, pool, config)
+    shown = optimise(both, config.perception, objective, state, config, until)
     save_mllm(both.llava, folder / "llava", folder / "llava")
     save_half(both.llava.model.vision_tower, folder / "vision_tower")
     both.decoder.save_pretrained(folder / "decoder", dtype=torch.float16)
     return shown
 
 
-def perception_loss(both: Seeing, pool: ScenePool, config: FoundationConfig) -> Loss:
+def perception_objective(both: Seeing, pool: ScenePool, config: FoundationConfig) -> Objective:
     """Answers about the image, captions alone, and pixels rebuilt from noised features."""
 
-    def loss_of_step(step: int) -> dict[str, Tensor]:
+    def draw(step: int) -> tuple[Tensor, ...]:
         generator = pool.generator(0, step)
         batch = pool.batch(config.perception.batch_size, generator)
-        hidden = penultimate(both.llava, batch.pixels)
+        return batch.pixels, *batch.texts, feature_noise(config, len(batch.rows), generator)
+
+    def loss(
+        pixels: Tensor,
+        dialogues: Tensor,
+        is_answer: Tensor,
+        captions: Tensor,
+        is_caption: Tensor,
+        noise: Tensor,
+    ) -> dict[str, Tensor]:
+        hidden = penultimate(both.llava, pixels)
         features = F.layer_norm(hidden, hidden.shape[-1:])
-        answers = answer_loss(both.llava, features, batch.dialogues, batch.is_answer)
-        rebuilt = both.decoder(noised(features, config.feature_noise, generator))
+        rebuilt = both.decoder(features + noise)
         mean, variance = hidden.mean(-1), hidden.var(-1, unbiased=False)
         return {
-            "answers": answers,
-            "captions": CAPTION_WEIGHT * caption_loss(both.llava, batch),
-            "pixels": config.pixel_weight * F.l1_loss(rebuilt.float(), batch.pixels),
+            "answers": answer_loss(both.llava, features, dialogues, is_answer),
+            "captions": CAPTION_WEIGHT * caption_loss(both.llava, captions, is_caption),
+            "pixels": config.pixel_weight * F.l1_loss(rebuilt.float(), pixels),
             "scale": SCALE_WEIGHT * (mean.square() + (variance - 1).square()).mean(),
         }
 
-    return loss_of_step
+    return Objective(draw, loss)
 
 
 def polish_decoder(
@@ -141,13 +152,15 @@ def polish_decoder(
     """The saved decoder goes on, on the frozen tower."""
     decoder = RAEDecoder.from_pretrained(folder / "decoder").requires_grad_(True).train().to(pool.device)
 
-    def loss_of_step(step: int) -> dict[str, Tensor]:
+    def draw(step: int) -> tuple[Tensor, ...]:
         generator = pool.generator(1, step)
         pixels = pool.batch(config.polish.batch_size, generator).pixels
-        rebuilt = decoder(noised(encoder(pixels), config.feature_noise, generator))
-        return {"pixels": F.l1_loss(rebuilt.float(), pixels)}
+        return pixels, encoder(pixels) + feature_noise(config, len(pixels), generator)
 
-    shown = optimise(decoder, config.polish, loss_of_step, state, config.save_every_sec, until)
+    def loss(pixels: Tensor, features: Tensor) -> dict[str, Tensor]:
+        return {"pixels": F.l1_loss(decoder(features).float(), pixels)}
+
+    shown = optimise(decoder, config.polish, Objective(draw, loss), state, config, until)
     decoder.save_pretrained(folder / "decoder", dtype=torch.float16)
     return shown
 
@@ -161,13 +174,14 @@ def penultimate(
     return seen.hidden_states[-2][:, 1:].float()
 
 
-def noised(
-    features: Float[Tensor, "b n d"], most: float, generator: torch.Generator
+def feature_noise(
+    config: FoundationConfig, num_images: int, generator: torch.Generator
 ) -> Float[Tensor, "b n d"]:
-    """Features with Gaussian noise, a standard deviation for each image up to `most`."""
-    device = features.device
-    sigma = most * torch.rand(len(features), 1, 1, generator=generator, device=device)
-    return features + sigma * torch.randn(features.shape, generator=generator, device=device)
+    """Gaussian noise on the features of images, a standard deviation for each up to the configured one."""
+    device = generator.device
+    sigma = config.feature_noise * torch.rand(num_images, 1, 1, generator=generator, device=device)
+    shape = num_images, config.num_tokens, config.vision_width
+    return sigma * torch.randn(shape, generator=generator, device=device)
 
 
 def answer_loss(
@@ -192,11 +206,13 @@ def read_dialogues(
     return inner.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
 
 
-def caption_loss(model: PreTrainedModel, batch: SceneBatch) -> Float[Tensor, ""]:
+def caption_loss(
+    model: PreTrainedModel, captions: Int[Tensor, "b k"], is_caption: Bool[Tensor, "b k"]
+) -> Float[Tensor, ""]:
     """Cross-entropy a token of captions without their image; of a LLaVA or a causal language model."""
     language_model = model.model.language_model if hasattr(model.model, "language_model") else model.model
-    hidden = language_model(input_ids=batch.captions, use_cache=False).last_hidden_state
-    return token_loss(model.lm_head, hidden, batch.captions, batch.is_caption)
+    hidden = language_model(input_ids=captions, use_cache=False).last_hidden_state
+    return token_loss(model.lm_head, hidden, captions, is_caption)
 
 
 def token_loss(
@@ -205,9 +221,11 @@ def token_loss(
     ids: Int[Tensor, "b m"],
     is_learned: Bool[Tensor, "b m"],
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of the learned ids; the vocabulary is scored only there."""
-    learned = is_learned[:, 1:]
-    return F.cross_entropy(head(hidden[:, :-1][learned]).float(), ids[:, 1:][learned])
+    """Cross-entropy a learned id."""
+    labels = ids[:, 1:].masked_fill(~is_learned[:, 1:], UNLEARNED)
+    return F.cross_entropy(
+        head(hidden[:, :-1]).float().flatten(0, 1), labels.flatten(), ignore_index=UNLEARNED
+    )
 
 
 def save_mllm(llava: PreTrainedModel, tokenizer_folder: Path, folder: Path) -> None:

@@ -44,6 +44,10 @@ class SceneBatch:
     rows: Int[Tensor, " b"]
     """Places of the scenes in the pool."""
 
+    @property
+    def texts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.dialogues, self.is_answer, self.captions, self.is_caption
+
 
 class ScenePool:
     """The training scenes of a configuration, on its device.
@@ -106,10 +110,8 @@ class ScenePool:
         return SceneBatch(pixels, dialogues, is_answer, captions, is_caption, rows)
 
     def _texts(self, texts: Texts, rows: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids and what is learned of them, without columns that are all padding."""
+        """Ids and what is learned of them."""
         ids, starts = texts.ids[rows, which].long(), texts.starts[rows, which]
-        if self.device.type == "cpu":
-            ids = ids[:, : int((ids != self.pad_id).sum(1).max())]
         places = torch.arange(ids.shape[1], device=self.device)
         return ids, (places >= starts[:, None]) & (ids != self.pad_id)
 

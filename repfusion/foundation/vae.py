@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from repfusion.foundation.config import FoundationConfig
-from repfusion.foundation.optimise import Loss, optimise
+from repfusion.foundation.optimise import Objective, optimise
 from repfusion.foundation.pool import ScenePool
 
 CHANNELS = (32, 32, 64, 128, 128)
@@ -25,7 +25,7 @@ def train_vae(
 ) -> dict[str, float]:
     """Trains the VAE from scratch and writes a diffusers folder in half precision."""
     vae = make_vae(config, seed=5).to(pool.device)
-    shown = optimise(vae, config.vae, vae_loss(vae, pool, config), state, config.save_every_sec, until)
+    shown = optimise(vae, config.vae, vae_objective(vae, pool, config), state, config, until)
     vae.to(torch.float16).save_pretrained(folder / "vae")
     return shown
 
@@ -48,18 +48,21 @@ def make_vae(config: FoundationConfig, seed: int) -> Any:
     )
 
 
-def vae_loss(vae: Any, pool: ScenePool, config: FoundationConfig) -> Loss:
+def vae_objective(vae: Any, pool: ScenePool, config: FoundationConfig) -> Objective:
     """L1 and squared error of pixels rebuilt from noised latents."""
 
-    def loss_of_step(step: int) -> dict[str, Tensor]:
+    def draw(step: int) -> tuple[Tensor, ...]:
         generator = pool.generator(5, step)
         target = pool.batch(config.vae.batch_size, generator).pixels * 2 - 1
+        size, device = len(target), generator.device
+        sigma = config.vae_noise * torch.rand(size, 1, 1, 1, generator=generator, device=device)
+        shape = size, config.vae_channels, *config.grid
+        return target, sigma * torch.randn(shape, generator=generator, device=device)
+
+    def loss(target: Tensor, noise: Tensor) -> dict[str, Tensor]:
         latents = vae.encode(target).latent.float()
         scale = latents.std(dim=(0, 2, 3), keepdim=True)
-        device, most = latents.device, config.vae_noise
-        sigma = most * torch.rand(len(latents), 1, 1, 1, generator=generator, device=device)
-        noise = torch.randn(latents.shape, generator=generator, device=device)
-        rebuilt = vae.decode(latents + sigma * scale * noise).sample.float()
+        rebuilt = vae.decode(latents + scale * noise).sample.float()
         return {"l1": F.l1_loss(rebuilt, target), "square": F.mse_loss(rebuilt, target)}
 
-    return loss_of_step
+    return Objective(draw, loss)

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, LlavaForConditionalGeneration, PreTra
 from repfusion.diffusion.flow import interpolate, shift_factor, shift_noise_level
 from repfusion.foundation.config import FoundationConfig, LengthConfig
 from repfusion.foundation.large import grow
-from repfusion.foundation.optimise import Loss, optimise
+from repfusion.foundation.optimise import Objective, optimise
 from repfusion.foundation.perception import (
     CAPTION_WEIGHT,
     answer_loss,
@@ -64,8 +64,8 @@ def train_noise_taught(
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         return seen.statistics.denormalise(interpolate(latents, noise, shift_noise_level(u, shift)))
 
-    loss = sight_loss(llava, seen, config.noise_taught, 2, disturb)
-    shown = train_over_the_tower(llava, config, config.noise_taught, loss, state, until)
+    objective = sight_objective(llava, seen, config.noise_taught, 2, disturb)
+    shown = train_over_the_tower(llava, config, config.noise_taught, objective, state, until)
     save_mllm(llava, folder / "llava", folder / "llava_noise_taught")
     return shown
 
@@ -85,8 +85,8 @@ def train_large(
     large = LlavaForConditionalGeneration(llava_config(config.model_copy(update=size), tokenizer))
     grow(small, large)
     large.to(seen.pool.device)
-    loss = sight_loss(large, seen, config.large, 6, lambda features, generator: features)
-    shown = train_over_the_tower(large, config, config.large, loss, state, until)
+    objective = sight_objective(large, seen, config.large, 6, lambda features, generator: features)
+    shown = train_over_the_tower(large, config, config.large, objective, state, until)
     save_mllm(large, folder / "llava", folder / "llava_large")
     return shown
 
@@ -95,31 +95,35 @@ def train_over_the_tower(
     llava: LlavaForConditionalGeneration,
     config: FoundationConfig,
     length: LengthConfig,
-    loss: Loss,
+    objective: Objective,
     state: Path,
     until: float | None = None,
 ) -> dict[str, float]:
     """Trains all of a LLaVA but its tower."""
     llava.requires_grad_(True).train()
     llava.model.vision_tower.requires_grad_(False)
-    return optimise(llava, length, loss, state, config.save_every_sec, until)
+    return optimise(llava, length, objective, state, config, until)
 
 
-def sight_loss(
+def sight_objective(
     llava: LlavaForConditionalGeneration, seen: SeenPool, length: LengthConfig, seed: int, disturb: Disturb
-) -> Loss:
+) -> Objective:
     """Answers about images whose features are disturbed, and captions alone."""
 
-    def loss_of_step(step: int) -> dict[str, Tensor]:
+    def draw(step: int) -> tuple[Tensor, ...]:
         generator = seen.pool.generator(seed, step)
         batch = seen.pool.batch(length.batch_size, generator)
-        features = disturb(seen.of(batch), generator)
+        return disturb(seen.of(batch), generator), *batch.texts
+
+    def loss(
+        features: Tensor, dialogues: Tensor, is_answer: Tensor, captions: Tensor, is_caption: Tensor
+    ) -> dict[str, Tensor]:
         return {
-            "answers": answer_loss(llava, features, batch.dialogues, batch.is_answer),
-            "captions": CAPTION_WEIGHT * caption_loss(llava, batch),
+            "answers": answer_loss(llava, features, dialogues, is_answer),
+            "captions": CAPTION_WEIGHT * caption_loss(llava, captions, is_caption),
         }
 
-    return loss_of_step
+    return Objective(draw, loss)
 
 
 def train_language(
@@ -132,16 +136,18 @@ def train_language(
     tokenizer = load_tokenizer(folder / "llava")
     twin = LlamaForCausalLM(llava_config(config, tokenizer).text_config).to(pool.device)
 
-    def loss_of_step(step: int) -> dict[str, Tensor]:
+    def draw(step: int) -> tuple[Tensor, ...]:
         batch = pool.batch(config.language.batch_size, pool.generator(3, step))
-        ids, is_answer = without_images(batch, pool)
-        hidden = twin.model(input_ids=ids, use_cache=False).last_hidden_state
+        return *without_images(batch, pool), batch.captions, batch.is_caption
+
+    def loss(dialogues: Tensor, is_answer: Tensor, captions: Tensor, is_caption: Tensor) -> dict[str, Tensor]:
+        hidden = twin.model(input_ids=dialogues, use_cache=False).last_hidden_state
         return {
-            "answers": token_loss(twin.lm_head, hidden, ids, is_answer),
-            "captions": CAPTION_WEIGHT * caption_loss(twin, batch),
+            "answers": token_loss(twin.lm_head, hidden, dialogues, is_answer),
+            "captions": CAPTION_WEIGHT * caption_loss(twin, captions, is_caption),
         }
 
-    shown = optimise(twin, config.language, loss_of_step, state, config.save_every_sec, until)
+    shown = optimise(twin, config.language, Objective(draw, loss), state, config, until)
     save_language(twin, folder)
     return shown
 

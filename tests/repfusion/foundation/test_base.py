@@ -17,7 +17,7 @@ from repfusion.scenes.world import NEW_COLOUR, NEW_SHAPE, draw_scene, render
 
 def members(path) -> dict[str, bytes]:
     with tarfile.open(path) as tar:
-        return {member.name: tar.extractfile(member).read() for member in tar}
+        return {member.name: file.read() for member in tar if (file := tar.extractfile(member))}
 
 
 def test_the_bases_columns_hold_captions_and_features_of_known_things_alone(

@@ -1,6 +1,10 @@
 """The recipe of the small foundation: its scenes, its parts, and folders that the library loads."""
 
 import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -17,11 +21,11 @@ from repfusion.foundation.dialogues import (
 )
 from repfusion.foundation.large import grow
 from repfusion.foundation.measure import measure
-from repfusion.foundation.optimise import optimise
-from repfusion.foundation.perception import Seeing, llava_config, new_decoder, perception_loss
+from repfusion.foundation.optimise import Objective, optimise
+from repfusion.foundation.perception import Seeing, llava_config, new_decoder, perception_objective
 from repfusion.foundation.pool import ScenePool
-from repfusion.foundation.vae import make_vae, vae_loss
-from repfusion.foundation.variants import SeenPool, sight_loss, without_images
+from repfusion.foundation.vae import make_vae, vae_objective
+from repfusion.foundation.variants import SeenPool, sight_objective, without_images
 from repfusion.latents.load import EncoderConfig, load_decoder
 from repfusion.latents.rae_decoder import RAEDecoder
 from repfusion.latents.tower import RepresentationEncoder
@@ -125,6 +129,40 @@ def test_a_folder_of_other_sizes_is_refused(trained):
         recipe.bring_up_to_date(recipe.Foundation(other, trained), ("perception",))
 
 
+def test_a_part_does_not_begin_before_what_it_reads(tmp_path):
+    with pytest.raises(ValueError, match="large, polish begin from perception; train it first"):
+        recipe.bring_up_to_date(recipe.Foundation(TINY, tmp_path), ("large", "polish", "vae"))
+
+
+@pytest.mark.slow
+def test_parts_side_by_side_are_those_of_one_process(trained, tmp_path):
+    """The record lists every part once; the weights are the same to the bit."""
+    torch.set_num_threads(1)
+    train_tokenizer(tmp_path / "llava", num_scenes=300)
+    recipe.bring_up_to_date(recipe.Foundation(TINY, tmp_path), recipe.PARTS[:-1], num_processes=2)
+    records = [json.loads((folder / recipe.RECORD).read_text()) for folder in (trained, tmp_path)]
+    assert records[0]["parts"].keys() == records[1]["parts"].keys() == set(recipe.PARTS[:-1])
+    for name in recipe.MODELS:
+        for path in (trained / name).glob("*.safetensors"):
+            ours, theirs = load_file(str(path)), load_file(str(tmp_path / name / path.name))
+            assert all(torch.equal(value, theirs[key]) for key, value in ours.items()), (name, path.name)
+
+
+@pytest.mark.slow
+def test_a_compiled_training_learns_what_a_plain_one_does(trained, tmp_path):
+    """By the command, since the compiler does not read types that are checked as these tests check them."""
+    found = []
+    for compile in ("false", "true"):
+        folder = tmp_path / compile
+        shutil.copytree(trained / "llava", folder / "llava", ignore=shutil.ignore_patterns("*.safetensors"))
+        path = tmp_path / "tiny.yaml"
+        path.write_text(json.dumps({**TINY.model_dump(mode="json"), "compile": compile == "true"}))
+        command = sys.executable, "-m", "repfusion.foundation", path, "--out", folder, "--parts", "perception"
+        subprocess.run(command, check=True)
+        found.append(json.loads((folder / recipe.RECORD).read_text())["parts"]["perception"]["losses"])
+    assert found[0] == pytest.approx(found[1], rel=2e-2)
+
+
 def test_parts_that_there_are_not_are_named(trained, monkeypatch, capsys):
     path = trained / "tiny.yaml"
     path.write_text("device: cpu\n")
@@ -161,6 +199,13 @@ def test_only_a_whole_foundation_is_released(trained, tmp_path):
         )
 
 
+OFTEN = TINY.model_copy(update={"save_every_sec": 1e-9})
+
+
+def size_of(layer: torch.nn.Module) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+    return lambda x: {"loss": layer(x).square().mean()}
+
+
 class CutOff(Exception):
     """Raised where a training is stopped."""
 
@@ -176,14 +221,14 @@ def test_a_training_that_was_cut_off_goes_on_to_the_same_weights(pool, trained, 
             LlavaForConditionalGeneration(llava_config(config, load_tokenizer(trained / "llava"))),
             new_decoder(config),
         )
-        loss = perception_loss(both, pool, config)
+        objective = perception_objective(both, pool, config)
 
         def cut_off(step: int):
             if step == stop_at:
                 raise CutOff
-            return loss(step)
+            return objective.draw(step)
 
-        optimise(both, length, cut_off, tmp_path / name, save_every_sec=0.0)
+        optimise(both, length, Objective(cut_off, objective.loss), tmp_path / name, OFTEN)
         return {key: value.clone() for key, value in both.state_dict().items()}
 
     whole = train("whole.safetensors", None)
@@ -200,11 +245,10 @@ def test_a_training_whose_time_is_over_keeps_a_step_and_goes_on_to_the_same_weig
         torch.manual_seed(0)
         layer = torch.nn.Linear(3, 1)
 
-        def loss(step: int) -> dict[str, torch.Tensor]:
-            x = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
-            return {"loss": layer(x).square().mean()}
+        def draw(step: int) -> tuple[torch.Tensor]:
+            return (torch.randn(5, 3, generator=torch.Generator().manual_seed(step)),)
 
-        optimise(layer, length, loss, tmp_path / name, 9.0, until)
+        optimise(layer, length, Objective(draw, size_of(layer)), tmp_path / name, TINY, until)
         return layer.weight.detach().clone()
 
     whole = train("whole", None)
@@ -246,7 +290,8 @@ def test_a_state_of_another_training_is_refused(tmp_path):
     def train(width: int, num_steps: int) -> None:
         layer, x = torch.nn.Linear(width, 1, bias=False), torch.ones(2, width)
         length = LengthConfig(num_steps=num_steps, batch_size=1)
-        optimise(layer, length, lambda step: {"loss": layer(x).square().mean()}, tmp_path / "state", 0.0)
+        objective = Objective(lambda step: (x,), size_of(layer))
+        optimise(layer, length, objective, tmp_path / "state", OFTEN)
 
     train(3, 2)
     for width, num_steps in ((4, 2), (3, 1)):
@@ -258,13 +303,8 @@ def test_a_state_of_another_training_is_refused(tmp_path):
 def test_a_loss_that_is_not_finite_stops_a_training(tmp_path):
     layer = torch.nn.Linear(1, 1)
     with pytest.raises(RuntimeError, match=r"state: loss .*nan.* at step 0"):
-        optimise(
-            layer,
-            SHORT,
-            lambda step: {"loss": layer(torch.ones(1, 1)).sum() * torch.nan},
-            tmp_path / "state",
-            9.0,
-        )
+        objective = Objective(lambda step: (torch.full((1, 1), torch.nan),), size_of(layer))
+        optimise(layer, SHORT, objective, tmp_path / "state", TINY)
 
 
 def test_the_recipes_folders_load_by_the_code_that_users_run(trained):
@@ -327,7 +367,7 @@ def test_the_siblings_begin_as_the_llava(trained):
 def test_the_loss_over_a_frozen_tower_teaches_everything_else(pool, trained):
     llava = LlavaForConditionalGeneration(llava_config(TINY, load_tokenizer(trained / "llava")))
     seen = SeenPool(pool, trained)
-    losses = sight_loss(llava, seen, SHORT, 2, lambda features, generator: features)(0)
+    losses = sight_objective(llava, seen, SHORT, 2, lambda features, generator: features)(0)
     assert losses.keys() == {"answers", "captions"}
     sum(losses.values()).backward()
     learned = {name.split(".")[1] for name, p in llava.named_parameters() if p.grad is not None}
@@ -367,10 +407,10 @@ def test_the_vae_learns_to_rebuild_one_batch(trained, tmp_path):
     length = LengthConfig(num_steps=25, batch_size=6, lr=1e-2)
     config = TINY.model_copy(update={"num_scenes": 6, "vae": length, "vae_noise": 0.1})
     vae = make_vae(config, seed=5)
-    loss = vae_loss(vae, ScenePool(config, trained / "llava", num_processes=1), config)
-    before = sum(loss(0).values()).item()
-    optimise(vae, length, loss, tmp_path / "vae.safetensors")
-    assert sum(loss(0).values()).item() < 0.6 * before
+    objective = vae_objective(vae, ScenePool(config, trained / "llava", num_processes=1), config)
+    before = sum(objective(0).values()).item()
+    optimise(vae, length, objective, tmp_path / "vae.safetensors", config)
+    assert sum(objective(0).values()).item() < 0.6 * before
 
 
 @pytest.mark.parametrize(("image_size", "patch_size"), [(32, 8), (64, 8), (64, 16)])
