@@ -1,5 +1,5 @@
-"""Scenes -> token ids for perception pretraining: descriptions, questions and claims about an image, and
-captions alone.
+"""Scenes -> token ids for perception pretraining: descriptions, questions, claims and edits of an image;
+captions and rewritings of prompts alone.
 
 The image stands before or after the question, as in LLaVA's first stage; after a claim it follows at once,
 without a space, which is the order in which RepFusion lets the language model read: prompt first, visual
@@ -20,20 +20,33 @@ from transformers import PreTrainedTokenizerFast
 from repfusion.llm.words import WORDS, words_of
 from repfusion.scenes.captions import canonical_caption, caption_scene
 from repfusion.scenes.claims import KINDS, Kind, claim
+from repfusion.scenes.edits import draw_edit
 from repfusion.scenes.questions import ask, ask_what, ask_where
-from repfusion.scenes.world import Scene, draw_scene
+from repfusion.scenes.rewriting import draw_rewriting
+from repfusion.scenes.world import Scene, WorldConfig, draw_scene
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<image>"]
 IGNORED = -100
 DESCRIBE = "describe the image"
+REWRITE = "rewrite"
+ANSWER = "answer:"
+"""Stands before what the language model is to say."""
+EDIT_SHARE = 0.12
+REWRITING_SHARE = 0.25
+"""Share of the texts without an image that are rewritings; the others are captions."""
 CLAIM_SHARE, DESCRIPTION_SHARE = 0.45, 0.25
 RELATION_SHARE = 0.7
 """Share of the dialogues about a scene with a relation that are about the relation."""
 RELATION_KINDS: tuple[Kind, ...] = ("direction", "axis", "swap")
 
 
-def write_dialogue(scene: Scene, rng: np.random.Generator, other: Scene) -> tuple[str, str]:
+def write_dialogue(
+    scene: Scene, rng: np.random.Generator, other: Scene, world: WorldConfig
+) -> tuple[str, str]:
     """A question that contains `<image>`, and its answer; `other` is another scene, for claims of absence."""
+    if rng.random() < EDIT_SHARE:
+        edit = draw_edit(scene, rng, world)
+        return _ask(edit.instruction, edit.described, rng)
     if scene.relation and rng.random() < RELATION_SHARE:
         return _about_the_relation(scene, rng, other)
     kind = rng.random()
@@ -58,7 +71,17 @@ def _claim(scene: Scene, rng: np.random.Generator, other: Scene, kinds: tuple[Ki
 
 def _ask(question: str, answer: str, rng: np.random.Generator) -> tuple[str, str]:
     placed = f"<image> {question}" if rng.random() < 0.5 else f"{question}<image>"
-    return f"{placed} answer:", answer
+    return f"{placed} {ANSWER}", answer
+
+
+def write_text(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """A text without an image in two halves, the second learned: nothing and a caption, or a terse prompt and
+    its rewriting.
+    """
+    if rng.random() >= REWRITING_SHARE:
+        return "", caption_scene(scene, rng)
+    rewriting = draw_rewriting(scene, rng)
+    return f"{REWRITE} {rewriting.terse} {ANSWER}", rewriting.plain
 
 
 def train_tokenizer(folder: Path, num_scenes: int = 5_000) -> PreTrainedTokenizerFast:
@@ -105,34 +128,29 @@ def train_tokenizer(folder: Path, num_scenes: int = 5_000) -> PreTrainedTokenize
 
 def _corpus(num_scenes: int) -> Iterator[str]:
     """Captions and dialogues of the first scenes, each a text."""
-    rng = np.random.default_rng(0)
-    scenes = [draw_scene(seed) for seed in range(num_scenes)]
+    rng, world = np.random.default_rng(0), WorldConfig()
+    scenes = [draw_scene(seed, world) for seed in range(num_scenes)]
     for scene in scenes:
-        dialogue = write_dialogue(scene, rng, scenes[rng.integers(num_scenes)])
-        for text in (caption_scene(scene, rng), *dialogue):
-            yield " ".join(text.replace("<image>", " ").split())
+        dialogue = write_dialogue(scene, rng, scenes[rng.integers(num_scenes)], world)
+        for text in (*write_text(scene, rng), *dialogue):
+            if '"' not in text:  # quoted words are no words of this world
+                yield " ".join(text.replace("<image>", " ").split())
 
 
 Tokens = tuple[list[int], int]
 """Ids of a text, the end token last, and the place from which on they are learned."""
 
 
-def dialogue_ids(
-    tokenizer: PreTrainedTokenizerFast, dialogues: Sequence[tuple[str, str]], num_image_tokens: int
+def text_ids(
+    tokenizer: PreTrainedTokenizerFast, dialogues: Sequence[tuple[str, str]], num_image_tokens: int = 0
 ) -> list[Tokens]:
-    """Tokens of questions with their answers, which alone are learned. `<image>` becomes `num_image_tokens`
-    tokens.
+    """Tokens of questions, or of nothing, with their answers, which alone are learned. `<image>` becomes
+    `num_image_tokens` tokens.
     """
     image, end = "<image>" * num_image_tokens, cast(int, tokenizer.eos_token_id)
     asked = _ids(tokenizer, [question.replace("<image>", image) for question, _ in dialogues], True)
     said = _ids(tokenizer, [answer for _, answer in dialogues], False)
     return [([*a, *b, end], len(a)) for a, b in zip(asked, said, strict=True)]
-
-
-def caption_ids(tokenizer: PreTrainedTokenizerFast, captions: Sequence[str]) -> list[Tokens]:
-    """Tokens of texts without an image; all after the begin token is learned."""
-    end = cast(int, tokenizer.eos_token_id)
-    return [([*ids, end], 1) for ids in _ids(tokenizer, captions, True)]
 
 
 def _ids(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:

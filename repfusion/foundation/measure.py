@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 from repfusion.diffusion.flow import interpolate, shift_factor, shift_noise_level
 from repfusion.foundation.config import FoundationConfig
-from repfusion.foundation.dialogues import DESCRIBE, caption_ids, dialogue_ids, pad
+from repfusion.foundation.dialogues import ANSWER, DESCRIBE, REWRITE, pad, text_ids
 from repfusion.foundation.perception import PIXEL_MEAN, PIXEL_STD, read_dialogues, token_loss
 from repfusion.latents.encoder import PixelEncoder
 from repfusion.latents.load import EncoderConfig, load_decoder
@@ -30,7 +30,9 @@ from repfusion.scenes.captions import canonical_caption, caption_scene
 from repfusion.scenes.claims import KINDS, Kind, claim
 from repfusion.scenes.contrasts import Contrast, draw_contrast
 from repfusion.scenes.detector import detect
+from repfusion.scenes.edits import draw_edit
 from repfusion.scenes.questions import ask
+from repfusion.scenes.rewriting import draw_rewriting
 from repfusion.scenes.world import Scene, WorldConfig, draw_scene, render
 
 FIRST_SEED = 50_000_000
@@ -99,6 +101,8 @@ class Bench:
         rng = np.random.default_rng(0)
         self.captions = [caption_scene(scene, rng) for scene in self.scenes]
         self.questions = [ask(scene, rng) for scene in self.scenes]
+        self.rewritings = [draw_rewriting(scene, rng) for scene in self.scenes]
+        self.edits = [draw_edit(scene, rng, self.world, split="held_out") for scene in self.scenes]
         self.encoder = EncoderConfig(path=folder / "vision_tower", image_size=config.image_size).load()
         self.encoder.to(self.device)
         self.claims = self.examples(fresh_claims(self.world, num))
@@ -129,11 +133,20 @@ class Bench:
             f"{level:.3f}": self.accuracy(self.contrasts["train"], self._through_latents(llava, level))
             for level in self.levels()
         }
-        descriptions = self.said(llava, [DESCRIBE] * len(self.scenes))
-        replies = self.said(llava, [question for question, _ in self.questions])
-        right = [canonical_caption(scene) for scene in self.scenes]
-        found["description_exact_match"] = share(descriptions, right)
-        found["answer_exact_match"] = share(replies, [answer for _, answer in self.questions])
+        asked = {
+            "description": [(DESCRIBE, canonical_caption(scene)) for scene in self.scenes],
+            "answer": self.questions,
+            "edit": [(edit.instruction, edit.described) for edit in self.edits],
+        }
+        for name, pairs in asked.items():
+            said = self.said(llava, [f"<image> {question}" for question, _ in pairs])
+            found[f"{name}_exact_match"] = share(said, [answer for _, answer in pairs])
+        rewritten = self.said(llava, [f"{REWRITE} {one.terse}" for one in self.rewritings])
+        found["rewriting_exact_match"] = share(rewritten, [one.plain for one in self.rewritings])
+        quoting = [(text, one) for text, one in zip(rewritten, self.rewritings, strict=True) if one.quoted]
+        found["quotes_kept"] = share(
+            [f'"{one.quoted}"' in text for text, one in quoting], [True] * len(quoting)
+        )
         found["caption_loss"] = self.caption_loss(llava.model.language_model, llava.lm_head)
         return found
 
@@ -194,7 +207,7 @@ class Bench:
     def _claim_ids(self, told: Sequence[Told], num_image_tokens: int) -> tuple[Tensor, Tensor]:
         """Padded ids of claims with their image after them, and the places from which the answer is read."""
         asked = [(f"{one.text}<image>", "yes") for one in told]
-        rows = dialogue_ids(self.tokenizer, asked, num_image_tokens)
+        rows = text_ids(self.tokenizer, asked, num_image_tokens)
         ids, _ = pad(rows, self.tokenizer.pad_token_id)
         return ids.to(self.device), torch.tensor([start - 1 for _, start in rows], device=self.device)
 
@@ -234,25 +247,28 @@ class Bench:
         return judge
 
     def said(self, llava: Any, questions: Sequence[str]) -> list[str]:
-        """What a LLaVA answers about the held-out images, word for word."""
-        texts = [f"{'<image>' * self.config.num_tokens} {question} answer:" for question in questions]
+        """What a LLaVA answers, word for word; where `<image>` stands in a question, about the held-out image
+        of its place.
+        """
+        image = "<image>" * self.config.num_tokens
+        texts = [f"{question} {ANSWER}".replace("<image>", image) for question in questions]
         answers = []
         for start in range(0, len(texts), BATCH):
             part = slice(start, start + BATCH)
             batch = self.tokenizer(texts[part], return_tensors="pt", padding=True, padding_side="left")
             batch.pop("token_type_ids", None)
             batch = batch.to(self.device)
-            pixels = (self.pixels(self.scenes[part]).to(self.device) - PIXEL_MEAN) / PIXEL_STD
-            out = llava.generate(
-                **batch, pixel_values=pixels, max_new_tokens=20, do_sample=False, pad_token_id=0
-            )
+            if "<image>" in questions[start]:
+                pixels = self.pixels(self.scenes[part]).to(self.device)
+                batch["pixel_values"] = (pixels - PIXEL_MEAN) / PIXEL_STD
+            out = llava.generate(**batch, max_new_tokens=24, do_sample=False, pad_token_id=0)
             new = out[:, batch["input_ids"].shape[1] :]
             answers += [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
         return answers
 
     def caption_loss(self, language_model: Any, head: Any) -> float:
         """Cross-entropy a token of captions of the held-out scenes."""
-        rows = caption_ids(self.tokenizer, self.captions)
+        rows = text_ids(self.tokenizer, [("", caption) for caption in self.captions])
         ids, labels = (one.to(self.device) for one in pad(rows, self.tokenizer.pad_token_id))
         hidden = language_model(input_ids=ids, use_cache=False).last_hidden_state
         return round(float(token_loss(head, hidden, ids, labels >= 0)), 4)

@@ -15,9 +15,8 @@ from torch import Tensor
 from repfusion.files import digest_of, file_sha256
 from repfusion.foundation.chunks import Arrays, Kept, in_chunks, joined
 from repfusion.foundation.config import FoundationConfig
-from repfusion.foundation.dialogues import Tokens, caption_ids, dialogue_ids, write_dialogue
+from repfusion.foundation.dialogues import Tokens, text_ids, write_dialogue, write_text
 from repfusion.llm.tokenizer import load_tokenizer
-from repfusion.scenes.captions import caption_scene
 from repfusion.scenes.world import draw_scene, render
 
 CHUNK = 500
@@ -34,7 +33,10 @@ class Texts:
 
 @dataclass(frozen=True)
 class SceneBatch:
-    """Pixels in [0, 1], a dialogue about each image, a caption of it, and which of their ids are learned."""
+    """Pixels in [0, 1], a dialogue about each image, a text without it, and which of their ids are learned.
+
+    A text without the image is a caption, or a terse prompt with its rewriting.
+    """
 
     pixels: Float[Tensor, "b 3 h w"]
     dialogues: Int[Tensor, "b m"]
@@ -131,18 +133,18 @@ def draw_chunk(config: FoundationConfig, tokenizer_folder: Path, start: int, num
     tokenizer, world = load_tokenizer(tokenizer_folder), config.world
     pixels = np.empty((num, 3, config.image_size, config.image_size), np.uint8)
     dialogues: list[tuple[str, str]] = []
-    captions: list[str] = []
+    captions: list[tuple[str, str]] = []
     for place in range(num):
         seed = start + place
         rng = np.random.default_rng([seed, 7])
         scene = draw_scene(seed, world)
         other = draw_scene(int(rng.integers(config.num_scenes)), world)
         pixels[place] = np.round(render(scene, world) * 255)
-        dialogues += [write_dialogue(scene, rng, other) for _ in range(config.texts_per_scene)]
-        captions += [caption_scene(scene, rng) for _ in range(config.texts_per_scene)]
+        dialogues += [write_dialogue(scene, rng, other, world) for _ in range(config.texts_per_scene)]
+        captions += [write_text(scene, rng) for _ in range(config.texts_per_scene)]
     texts = {
-        "dialogues": dialogue_ids(tokenizer, dialogues, config.num_tokens),
-        "captions": caption_ids(tokenizer, captions),
+        "dialogues": text_ids(tokenizer, dialogues, config.num_tokens),
+        "captions": text_ids(tokenizer, captions),
     }
     return {
         "pixels": pixels,

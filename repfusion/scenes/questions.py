@@ -3,7 +3,7 @@
 import numpy as np
 
 from repfusion.scenes.captions import NOUNS, NUMBERS, plural
-from repfusion.scenes.world import INVERSE, Relation, Scene, Thing
+from repfusion.scenes.world import INVERSE, Relation, Scene, Thing, corner_of
 
 
 def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
@@ -18,7 +18,7 @@ def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
         return questions[int(rng.integers(len(questions)))]
     if sum(thing.shape == first.shape for thing in scene.things) == 1:
         questions += [(f"what colour is the {first.shape}?", first.colour)]
-    place = ("top" if first.y < 0.5 else "bottom") + (" left" if first.x < 0.5 else " right")
+    place = corner_of(first)
     questions += [(f"in which corner is the {first.colour} {first.shape}?", place)]
     questions += [(f"what is at the {place}?", f"a {first.colour} {first.shape}")]
     if scene.relation:

@@ -201,12 +201,22 @@ def _propose(rng: np.random.Generator, config: WorldConfig) -> Scene:
     things = tuple(
         place(rng, *look, row, col, config) for look, row, col in zip(looks, rows, cols, strict=True)
     )
-    relation: Relation | None = None
-    if kind == "pair" and rows[0] == rows[1]:
-        relation = "left of" if cols[0] < cols[1] else "right of"
-    elif kind == "pair" and cols[0] == cols[1]:
-        relation = "above" if rows[0] < rows[1] else "below"
+    relation = relation_between(*zip(rows, cols, strict=True)) if kind == "pair" else None
     return Scene(things, relation)
+
+
+def relation_between(first: tuple[int, int], second: tuple[int, int]) -> Relation | None:
+    """How a cell (row, column) stands to another; None where they share neither row nor column."""
+    if first[0] == second[0]:
+        return "left of" if first[1] < second[1] else "right of"
+    if first[1] == second[1]:
+        return "above" if first[0] < second[0] else "below"
+    return None
+
+
+def corner_of(thing: Thing) -> str:
+    """The quarter of the image that a thing's centre is in: "top left"."""
+    return f"{'top' if thing.y < 0.5 else 'bottom'} {'left' if thing.x < 0.5 else 'right'}"
 
 
 def _draw_look(rng: np.random.Generator, config: WorldConfig) -> tuple[Shape, Colour]:

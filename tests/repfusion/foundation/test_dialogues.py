@@ -1,5 +1,7 @@
 """The texts of the small foundation and its tokenizer: what is learned of them, and what changes nothing."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,15 +9,15 @@ import torch
 from repfusion.foundation.dialogues import (
     DESCRIBE,
     IGNORED,
-    caption_ids,
-    dialogue_ids,
     pad,
+    text_ids,
     train_tokenizer,
     write_dialogue,
+    write_text,
 )
 from repfusion.llm.words import WORDS
 from repfusion.scenes.captions import ADJECTIVES, NOUNS, NUMBERS, canonical_caption, plural
-from repfusion.scenes.world import draw_scene
+from repfusion.scenes.world import WorldConfig, draw_scene
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def test_what_stands_within_a_word_is_kept(tokenizer):
 def test_nothing_stands_between_a_claim_and_its_image(tokenizer):
     """RepFusion reads the visual tokens right after the prompt's."""
     prompt = tokenizer("a red circle").input_ids
-    ((ids, start),) = dialogue_ids(tokenizer, [("a red circle<image>", "yes")], 4)
+    ((ids, start),) = text_ids(tokenizer, [("a red circle<image>", "yes")], 4)
     assert ids[:start] == [*prompt, 3, 3, 3, 3]
     assert tokenizer("a red circle ").input_ids == prompt
 
@@ -90,7 +92,7 @@ def test_special_tokens(tokenizer):
 
 def test_dialogues_learn_answers_alone(tokenizer):
     pairs = [("<image> what colour is the circle? answer:", "red"), ("<image> a", "yes")]
-    ids, labels = pad(dialogue_ids(tokenizer, pairs, num_image_tokens=4), tokenizer.pad_token_id)
+    ids, labels = pad(text_ids(tokenizer, pairs, num_image_tokens=4), tokenizer.pad_token_id)
     assert ids.shape == labels.shape
     for row, answer in zip(labels, ("red", "yes"), strict=True):
         learned = row[row != IGNORED]
@@ -106,14 +108,14 @@ def test_dialogues_learn_answers_alone(tokenizer):
 
 def test_a_learned_answer_has_the_tokens_it_has_within_a_text(tokenizer):
     """Else the model would learn to write words that prompts never contain."""
-    ((ids, start),) = dialogue_ids(tokenizer, [("is it", "a red circle")], num_image_tokens=0)
+    ((ids, start),) = text_ids(tokenizer, [("is it", "a red circle")], num_image_tokens=0)
     assert ids[start:-1] == tokenizer(" a red circle").input_ids[1:]
     assert ids[1:-1] == tokenizer("is it a red circle").input_ids[1:]
 
 
 def test_captions_are_learned_whole_but_for_the_begin_token(tokenizer):
     texts = ["a red circle", "two blue crosses left"]
-    ids, labels = pad(caption_ids(tokenizer, texts), tokenizer.pad_token_id)
+    ids, labels = pad(text_ids(tokenizer, [("", text) for text in texts]), tokenizer.pad_token_id)
     assert labels[0, 0] == IGNORED
     assert tokenizer.decode(labels[1][labels[1] != IGNORED], skip_special_tokens=True).strip() == texts[1]
     assert torch.equal(ids[labels != IGNORED], labels[labels != IGNORED])
@@ -121,11 +123,11 @@ def test_captions_are_learned_whole_but_for_the_begin_token(tokenizer):
 
 def test_dialogues_hold_one_image_and_true_answers():
     rng = np.random.default_rng(0)
-    kinds = {"claim": 0, "describe": 0, "question": 0}
+    kinds = {"claim": 0, "describe": 0, "question": 0, "edit": 0}
     image_first = 0
-    scenes = [draw_scene(seed) for seed in range(600)]
+    scenes = [draw_scene(seed) for seed in range(900)]
     for scene in scenes:
-        question, answer = write_dialogue(scene, rng, scenes[rng.integers(600)])
+        question, answer = write_dialogue(scene, rng, scenes[rng.integers(900)], WorldConfig())
         assert question.count("<image>") == 1
         if DESCRIBE in question:
             kinds["describe"] += 1
@@ -134,9 +136,24 @@ def test_dialogues_hold_one_image_and_true_answers():
             kinds["claim"] += 1
             assert question.endswith("<image>") and not question.endswith(" <image>")
         else:
-            kinds["question"] += 1
+            kinds["question" if "?" in question else "edit"] += 1
         if question.endswith(" answer:"):
             image_first += question.startswith("<image>")
     assert min(kinds.values()) > 90
-    asked = kinds["describe"] + kinds["question"]
+    asked = kinds["describe"] + kinds["question"] + kinds["edit"]
     assert image_first == pytest.approx(asked / 2, abs=3 * asked**0.5 / 2)
+
+
+def test_texts_without_an_image_are_captions_and_rewritings(tokenizer):
+    """Only what follows the terse prompt is learned; quoted words stay as they are, letter for letter."""
+    rng = np.random.default_rng(0)
+    halves = [write_text(draw_scene(seed), rng) for seed in range(400)]
+    rewritings = [(asked, said) for asked, said in halves if asked]
+    assert 60 < len(rewritings) < 140
+    for asked, said in rewritings:
+        assert asked.startswith("rewrite ") and asked.endswith(" answer:") and "<image>" not in asked
+        assert re.findall(r'"\w+"', asked) == re.findall(r'"\w+"', said)
+    assert any('"' in said for _, said in rewritings)
+    for (asked, said), (ids, start) in zip(halves, text_ids(tokenizer, halves), strict=True):
+        assert tokenizer.decode(ids[start:-1]).strip() == said.rstrip(".").lower()
+        assert start == 1 if not asked else ids[start - 1] == tokenizer("answer").input_ids[-1]
