@@ -146,8 +146,8 @@ def _add(thing: Thing, named: str, rng: np.random.Generator, world: WorldConfig)
 def _move(
     scene: Scene, which: int, named: str, rng: np.random.Generator, world: WorldConfig
 ) -> tuple[str, list[Thing]]:
-    """To another cell: beside the other thing, or into a corner if it is alone; nothing moves where the cell
-    is not beside.
+    """A thing is moved: beside the other thing, or into a corner if it is alone. Nothing moves where a free
+    cell lies beside nothing.
     """
     things = list(scene.things)
     thing, others = things[which], things[:which] + things[which + 1 :]
