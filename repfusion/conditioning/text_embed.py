@@ -6,6 +6,7 @@ there, they are computed in the precision of the LLM's weights, never under auto
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import ClassVar, Literal
 
 import torch
@@ -31,7 +32,8 @@ class TextEmbedConfig(MethodConfig):
 @torch.no_grad()
 def encode_padded(llm: LanguageModel, prefix: Prefix) -> Float[Tensor, "b m c"]:
     """Last-layer states (after the final norm) of each prompt, begin token included, left-padded, float32."""
-    with torch.autocast(prefix.ids.device.type, enabled=False):
+    device = prefix.ids.device.type  # meta, which has no autocast, where work is counted and not done
+    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
         return llm.read(prefix).float()
 
 

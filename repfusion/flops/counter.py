@@ -1,5 +1,5 @@
 """A model -> its twin without memory, and the FLOPs of what the twin does, by part: torch's FlopCounterMode
-over the real code, forward and backward, on fake tensors.
+over the real code, forward and backward, on torch's meta device.
 
 Of layers that are alike the first is run and the others are skipped: each costs what the first one does.
 """
@@ -14,9 +14,9 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
@@ -188,6 +188,22 @@ class Layers:
         return outputs
 
 
+class WithoutMemory(TorchFunctionMode):
+    """Copies of tensors have their form alone, wherever in a model they lie, and what values would decide is
+    decided as where a model is traced: nothing is left out.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), bare(tensor))
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return False
+        return func(*args, **(kwargs or {}))
+
+
 class Twin(Generic[M]):
     """A copy of a model whose tensors have shapes and no memory; the model itself is not touched. Layers that
     it compiles or whose activations it computes again do neither in the copy.
@@ -198,11 +214,9 @@ class Twin(Generic[M]):
     """
 
     def __init__(self, model: M, instead: Mapping[int, object] = {}):
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with self.mode:
-            memo = {id(one): bare(one) for one in (*model.parameters(), *model.buffers())}
-        # other tensors are few: they are copied, and taken for fake ones where they are used
-        self.model: M = copy.deepcopy(model, {**memo, **instead})
+        weights = {id(weight): bare(weight) for weight in model.parameters()}
+        with WithoutMemory():
+            self.model: M = copy.deepcopy(model, {**weights, **instead})
         for module in self.model.modules():
             vars(module).pop("forward", None)
             module._compiled_call_impl = None
@@ -225,7 +239,7 @@ class Twin(Generic[M]):
         tracker, counter = PartTracker(parts, rest), FlopCounterMode(display=False)
         counter.mod_tracker = cast(ModuleTracker, tracker)
         Layers(layers or [], tracker)
-        with self.mode, sdpa_kernel(SDPBackend.MATH), counter:
+        with torch.device("meta"), WithoutMemory(), sdpa_kernel(SDPBackend.MATH), counter:
             result = work(self.model)
         for layer in layers or []:
             del layer.forward
@@ -233,13 +247,12 @@ class Twin(Generic[M]):
 
     def inputs(self, inputs: T) -> T:
         """Inputs without memory."""
-        with self.mode:
-            return map_tensors(inputs, bare)
+        return map_tensors(inputs, bare)
 
 
 def bare(tensor: Tensor) -> Tensor:
-    """A tensor of the same form on the CPU; without memory under FakeTensorMode."""
-    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    """A tensor of the same form without memory."""
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     is_weight = isinstance(tensor, nn.Parameter)
     return nn.Parameter(made, requires_grad=tensor.requires_grad) if is_weight else made
 
