@@ -11,9 +11,11 @@ DEMO := pipelines/configs/demo.yaml
 W ?= $(DEMO)
 SET ?=
 
-# Processes of `make test`; each may start a Ray of its own. What takes longest goes first, so that none ends alone with it.
-TEST_PROCESSES ?= 2
-LONGEST := tests/repfusion/training/test_resume.py
+# Processes of `make test`, one more than there are cores to fill, since many a test waits: for a Ray to start, a lease
+# to lapse, a process to end. What takes longest goes first, so that none ends alone with it.
+TEST_PROCESSES ?= 3
+LONGEST := $(addprefix tests/,repfusion/training/test_resume.py pipelines/stages/test_train.py repfusion/training/test_train.py \
+	repfusion/conditioning/test_methods.py pipelines/shards/test_s3.py extending/test_suite.py repfusion/flops/test_flops.py fuzz)
 
 # One thread a process: the stages run as many processes as there are cores.
 export OMP_NUM_THREADS ?= 1
@@ -90,6 +92,9 @@ ladder-table: $(STAMP) ## docs/ladder.md again, from the result files alone
 # Foundation, rows seed by seed, table: what is done is kept, so call it until it says that all rows are done.
 gpu-science: $(STAMP) ## docs/ladder/plan.md on one GPU, 9 minutes a call, each going on: make gpu-science SET="--rows repfusion,static_queries --seeds 0"
 	@$(BIN)/python -m pipelines.ladder.science $(SET)
+
+# The tests start some hundred processes: what is imported is compiled once, also where the environment forbids to keep it.
+test test-slow: export PYTHONDONTWRITEBYTECODE :=
 
 test: $(STAMP) ## the test suite, without the slow and GPU tests
 	$(BIN)/python -m pytest -x -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(LONGEST) tests

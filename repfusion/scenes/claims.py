@@ -7,6 +7,7 @@ words, and no combination of facts, occur more often in wrong claims than in rig
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -159,6 +160,7 @@ def _with(wanted: tuple[Wanted, ...], which: int, want: Wanted) -> tuple[Wanted,
     return (*wanted[:which], want, *wanted[which + 1 :])
 
 
+@lru_cache(2**14)
 def is_possible(facts: Facts, split: Split | None) -> bool:
     """Whether a scene of the split may show the facts; where colours are left out, some scene of it does."""
     wanted, relation = facts

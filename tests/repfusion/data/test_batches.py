@@ -211,7 +211,7 @@ def test_captions_are_drawn_in_proportion_to_their_weights(captioned: Path):
     long = [row for row in rows if row.caption.startswith("a long")]
     assert all(row.caption == LONG[row.key] for row in long) and {row.key for row in long} == LONG.keys()
     reordered = open_captioned(captioned, {"long.txt": 1.5, "txt": 0.5})
-    assert read_rows(reordered, 0, 200, micro_batch_size=2) == rows
+    assert read_rows(reordered, 0, 40, micro_batch_size=2) == rows[:320]
 
 
 @pytest.mark.parametrize("weights", [{"txt": 1.0}, {"txt": 0.2, "long.txt": 0.0}])
