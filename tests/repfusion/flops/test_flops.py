@@ -97,23 +97,24 @@ def num_tokens(generator: TextToImage) -> int:
     return generator.conditioner.llm.tokenise(PROMPTS).ids.shape[1]
 
 
-@pytest.mark.parametrize("backward", [False, True])
-def test_a_training_sample_of_the_shipped_base_is_counted_exactly(base, backward):
+def assert_exact(generator: TextToImage, costs: Costs) -> None:
+    """Both directions together, and the forward one alone."""
+    for backward in (False, True):
+        expected = sum(cost.total if backward else cost.forward for cost in costs.values())
+        assert training(generator, drawn(generator), backward) == len(PROMPTS) * expected
+
+
+def test_a_training_sample_of_the_shipped_base_is_counted_exactly(base):
     text = num_tokens(base)
-    costs = train_costs(base, text).values()
-    expected = sum(cost.total if backward else cost.forward for cost in costs)
-    assert training(base, drawn(base), backward) == len(PROMPTS) * expected
-    assert sum(cost.total for cost in costs) == train_flops(base, text)
+    costs = train_costs(base, text)
+    assert_exact(base, costs)
+    assert sum(cost.total for cost in costs.values()) == train_flops(base, text)
 
 
-@pytest.mark.parametrize("backward", [False, True])
-def test_a_training_sample_of_another_geometry_is_counted_exactly(elsewhere, backward):
+def test_a_training_sample_of_another_geometry_is_counted_exactly(elsewhere):
     """Grouped queries, biases, several patch sizes."""
     generator = with_statistics(elsewhere)
-    text = num_tokens(generator)
-    costs = train_costs(generator, text).values()
-    expected = sum(cost.total if backward else cost.forward for cost in costs)
-    assert training(generator, drawn(generator), backward) == len(PROMPTS) * expected
+    assert_exact(generator, train_costs(generator, num_tokens(generator)))
 
 
 def with_statistics(config) -> TextToImage:
@@ -154,13 +155,10 @@ def without_captions(generator: TextToImage, text: int) -> Costs:
     return costs
 
 
-@pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_training_sample_of_every_method_is_counted_exactly(make_generator, method, backward):
+def test_a_training_sample_of_every_method_is_counted_exactly(make_generator, method):
     generator = make_generator(method)
-    costs = without_captions(generator, num_tokens(generator)).values()
-    expected = sum(cost.total if backward else cost.forward for cost in costs)
-    assert training(generator, drawn(generator), backward) == len(PROMPTS) * expected
+    assert_exact(generator, without_captions(generator, num_tokens(generator)))
 
 
 @pytest.mark.parametrize("method", ["noisy_latents_trained", "transfusion"])
