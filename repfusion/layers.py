@@ -52,6 +52,14 @@ def rotary_at(rows: Int[Tensor, " n"], cols: Int[Tensor, " n"], head_dim: int) -
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
+def rotary_diagonal(first: int, rotary: Float[Tensor, "n half 2"], num: int) -> Float[Tensor, "num half 2"]:
+    """Cosine and sine of `num` tokens along the diagonal from row and column `first` on: text that follows a
+    grid, whose `rotary` says the head width, dtype and device.
+    """
+    places = first + torch.arange(num, device=rotary.device)
+    return rotary_at(places, places, 2 * rotary.shape[1]).to(rotary.dtype)
+
+
 def sin_cos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "n dim"]:
     """Fixed 2-D positions: a quarter of the channels each for sine and cosine of row and column."""
     return rearrange(rotary_2d(grid, dim), "n half two -> n (half two)")
@@ -104,13 +112,14 @@ class Attention(nn.Module):
         attended: tuple[Float[Tensor, "b h m e"], Float[Tensor, "b h m e"]] | None = None,
         mask: Bool[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """`attended` are the `keys_values` of a context, whose real tokens `mask` marks; None attends
-        to `x`.
+        """`attended` are the `keys_values` of a context, at their places already, whose real tokens `mask`
+        marks; None attends to `x`. `rotary` gives the tokens of `x` theirs.
         """
         q = self.query_norm(rearrange(self.query(x), "b n (h e) -> b h n e", h=self.num_heads))
         k, v = self.keys_values(x) if attended is None else attended
         if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+            q = rotate(q, rotary)
+            k = rotate(k, rotary) if attended is None else k
         attn_mask = None if mask is None else mask[:, None, None, :]
         mixed = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=attn_mask)
         return self.out(rearrange(mixed, "b h n e -> b n (h e)"))

@@ -15,21 +15,12 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from repfusion.conditioning.base import (
-    Conditioner,
-    Context,
-    ContextInterface,
-    MethodConfig,
-    Prepared,
-    conditioning_prompts,
-)
+from repfusion.conditioning.base import Context, ContextInterface, MethodConfig, Prepared
+from repfusion.conditioning.fusions.taps import HEAD_WIDTH, TapsConditioner, check_taps
 from repfusion.config import Config
 from repfusion.inputs import Inputs
 from repfusion.layers import EncoderBlock, RMSNorm
-from repfusion.llm.base import LanguageModel, to_the_left
-from repfusion.request import Branch, Request
-
-HEAD_WIDTH = 64
+from repfusion.llm.base import LanguageModel
 
 
 class LapSettings(Config):
@@ -66,12 +57,7 @@ class LapSettings(Config):
                     "it, or name taps"
                 )
             return found
-        for tap in self.taps:
-            if not -num_layers - 1 <= tap <= num_layers:
-                raise ValueError(
-                    f"LAP's taps name {tap}, the language model has {num_layers} layers; expected 0 to "
-                    f"{num_layers}, or -1 to {-num_layers - 1} from the last"
-                )
+        check_taps(self.taps, num_layers, "LAP's taps name")
         return self.taps
 
     def pooling(self, llm: LanguageModel) -> "LayerwisePooling":
@@ -120,28 +106,16 @@ class LayerwisePooling(nn.Module):
         return self.norm(x)
 
 
-class LapConditioner(Conditioner):
+class LapConditioner(TapsConditioner):
     """The prompt's pooled states, as the one context of all steps."""
 
     def __init__(self, llm: LanguageModel, config: LapConfig = LapConfig()):
-        super().__init__()
-        self.llm = llm
-        llm.projector = None  # visual, so of no use here; left in, it would count as trainable
-        self.taps = config.lap.taps_of(len(llm.layers))
+        super().__init__(llm, config.lap.taps_of(len(llm.layers)))
         self.context_widths = (llm.width,)
         self.lap = config.lap.pooling(llm)
 
-    def collate(
-        self, requests: Sequence[Request], branches: Sequence[Branch], seeds: Sequence[int] | None = None
-    ) -> Inputs:
-        """Prompt tokens."""
-        return {"prefix": self.llm.tokenise(conditioning_prompts(requests, branches))}
-
     def prepare(self, inputs: Inputs, reuse: bool = False) -> Prepared:
         """Pooled states, real tokens first; `reuse` changes nothing: they are static."""
-        prefix = inputs["prefix"]
-        with torch.no_grad():
-            states = self.llm.read_layers(prefix, self.taps)
-        moved = [to_the_left(state, prefix.mask) for state in states]
-        mask = to_the_left(prefix.mask[..., None], prefix.mask)[..., 0]
-        return Prepared(static=(Context(self.lap(moved, mask), mask),))
+        states = self.contexts(inputs["prefix"])
+        mask = states[0].mask
+        return Prepared(static=(Context(self.lap([one.tokens for one in states], mask), mask),))

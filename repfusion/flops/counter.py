@@ -50,6 +50,7 @@ class Cost:
 class LayerCall:
     """One layer on inputs of one form, as it was run; `times` counts the calls that it stands for."""
 
+    layer: nn.Module
     outputs: Any = None
     times: int = 1
 
@@ -169,11 +170,13 @@ class Layers:
         inputs = tensors_in((args, kwargs))
         key = self.kinds[id(layer)], *map(form, inputs)
         if (call := self.seen.get(key)) is None:
-            call = self.seen[key] = LayerCall()
+            call = self.seen[key] = LayerCall(layer)
             outputs = self.book(call, partial(forward, *args, **kwargs))
             call.outputs = map_tensors(outputs, Tensor.detach)
             return outputs
         call.times += 1
+        if (cache := kwargs.get("past_key_values")) is not None:
+            keep_alike(cache, call.layer, layer)
         weights = [one for one in layer.parameters() if one.requires_grad]
         behind = [*(one for one in inputs if one.requires_grad), *weights[:1]]
         made = iter(Skipped.apply(tensors_in(call.outputs), *behind))
@@ -202,6 +205,16 @@ class WithoutMemory(TorchFunctionMode):
         if func is Tensor.__bool__ and args[0].is_meta:
             return False
         return func(*args, **(kwargs or {}))
+
+
+def keep_alike(cache: Any, first: Any, layer: Any) -> None:
+    """Puts into a cache of transformers what a layer that is skipped would keep: what the first, which is
+    alike, has kept.
+    """
+    source, index = first.self_attn.layer_idx, layer.self_attn.layer_idx
+    new = cache.get_seq_length(source) - cache.get_seq_length(index)
+    kept = cache.layers[source]
+    cache.update(kept.keys[:, :, -new:], kept.values[:, :, -new:], index)
 
 
 class Twin(Generic[M]):

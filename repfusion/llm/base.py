@@ -6,14 +6,15 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from repfusion.llm.projector import Projector
-from repfusion.llm.tokenizer import plain_ids
+from repfusion.llm.tokenizer import context_length, plain_ids
 
 LAST = (-1,)
 """The layers that are read where no others are asked for: the last, after the final norm."""
@@ -89,9 +90,7 @@ class LanguageModel(nn.Module):
         self.folder = folder
         self.digest = digest
         self.width: int = language_model.config.hidden_size
-        self.max_text_tokens: int = min(
-            tokenizer.model_max_length, language_model.config.max_position_embeddings
-        )
+        self.max_text_tokens: int = min(tokenizer.model_max_length, context_length(language_model.config))
         begin_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         if begin_id is None:
             raise ValueError(
@@ -103,6 +102,9 @@ class LanguageModel(nn.Module):
         self.pad_id: int = begin_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._ids: dict[str, list[int]] = {}
 
+    beside: ClassVar[str | None] = None
+    """Pattern of the names of weights that a folder may hold beside those that are read."""
+
     @classmethod
     def model_class(cls, config: Any) -> Any:
         """transformers' class that reads a folder with this config.
@@ -113,9 +115,9 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def parts(cls, model: Any) -> tuple[nn.Module, nn.Module, Projector | None]:
-        """What a family takes of the model that was read: the language model without its head, the head, and
-        a pretrained projector.
+    def parts(cls, model: Any) -> tuple[nn.Module, nn.Module | None, Projector | None]:
+        """What a family takes of the model that was read: the language model without its head, the head
+        where it has one, and a pretrained projector.
         """
         raise NotImplementedError
 
@@ -141,7 +143,7 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: where there is no room for a prompt beside them.
         """
-        context = self.language_model.config.max_position_embeddings
+        context = context_length(self.language_model.config)
         self.max_text_tokens = min(self.max_text_tokens, context - num_tokens)
         if self.max_text_tokens < 1:
             raise ValueError(
@@ -162,6 +164,12 @@ class LanguageModel(nn.Module):
                 known.update(found)
         return [found[text] if text in found else known[text] for text in texts]
 
+    def framed(self, ids: Sequence[int]) -> list[int]:
+        """A prompt's ids as it is read, with one token more: begin token first, and alone where the prompt is
+        empty.
+        """
+        return [self.begin_id, *ids]
+
     def check_lengths(self, prompts: Sequence[str]) -> None:
         """Raises PromptTooLong where one is longer than the context, begin token included."""
         for prompt, ids in zip(prompts, self.token_ids(prompts), strict=True):
@@ -169,14 +177,13 @@ class LanguageModel(nn.Module):
                 raise PromptTooLong(prompt, len(ids) + 1, self.max_text_tokens)
 
     def tokenise(self, prompts: Sequence[str]) -> Prefix:
-        """Prompts -> ids and mask on the CPU, left-padded, begin token first (an empty prompt is that token
-        alone).
+        """Prompts -> ids and mask on the CPU, left-padded, each `framed`.
 
         Raises:
             PromptTooLong: where a prompt is longer than the context.
         """
         self.check_lengths(prompts)
-        rows = [[self.begin_id, *ids] for ids in self.token_ids(prompts)]
+        rows = [self.framed(ids) for ids in self.token_ids(prompts)]
         width = max(map(len, rows))
         ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in rows])
         lengths = torch.tensor([len(row) for row in rows])
@@ -191,6 +198,23 @@ class LanguageModel(nn.Module):
         -1 the last layer's after the final norm.
         """
         return _states_of(self._run(prefix, use_cache=False, output_hidden_states=True), layers)
+
+    @property
+    def key_width(self) -> int:
+        """Channels of a token's keys in one layer, all heads together; its values have as many."""
+        config = self.language_model.config
+        heads = config.num_attention_heads
+        head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return (getattr(config, "num_key_value_heads", None) or heads) * head_width
+
+    def keys_values(
+        self, prefix: Prefix, layers: Sequence[int]
+    ) -> tuple[tuple[Float[Tensor, "b m e"], Float[Tensor, "b m e"]], ...]:
+        """Keys, rotated where the model rotates them, and values of the prompts in the attention of several
+        layers, counted from 1. Only without gradients: they are those of a cache.
+        """
+        kept = self._run(prefix, use_cache=True).past_key_values.layers
+        return tuple((_all_heads(kept[one - 1].keys), _all_heads(kept[one - 1].values)) for one in layers)
 
     def remember(self, prefix: Prefix) -> Prefix:
         """The prefix with the keys and values of its prompts, for many steps without gradients."""
@@ -234,6 +258,10 @@ class LanguageModel(nn.Module):
         """Scores of the next token, float32. The model has to be loaded with its head."""
         assert self.head is not None, "the MLLM was loaded without its head"
         return self.head(states).float()
+
+
+def _all_heads(kept: Float[Tensor, "b h m e"]) -> Float[Tensor, "b m d"]:
+    return rearrange(kept, "b h m e -> b m (h e)")
 
 
 def _states_of(out: Any, layers: Sequence[int]) -> tuple[Tensor, ...]:

@@ -22,7 +22,8 @@ def load_language_model(
     latents take the place of what it sees.
 
     Args:
-        folder: a LLaVA (LLaVA-1.5-7B's class), or a causal language model, which gets a fresh projector.
+        folder: a LLaVA (LLaVA-1.5-7B's class), a causal language model, which gets a fresh projector, or a
+            T5, of which the encoder is read.
         dtype: precision in which the weights are held.
         with_head: whether the head that scores the next token is kept.
         on_meta: shapes without memory, and no digest: of the weights the headers alone are read.
@@ -38,17 +39,19 @@ def load_language_model(
             from repfusion.llm.llava import Llava as Family
         case name if name in LANGUAGE_MODELS:
             from repfusion.llm.causal import CausalLM as Family
+        case "t5":
+            from repfusion.llm.t5 import T5Encoder as Family
         case other:
             raise ValueError(
-                f"MLLM folder {folder}: model_type {other!r}; expected 'llava' or a causal language model: "
-                f"{', '.join(LANGUAGE_MODELS)}"
+                f"MLLM folder {folder}: model_type {other!r}; expected 'llava', 't5' (its encoder) or a causal "
+                f"language model: {', '.join(LANGUAGE_MODELS)}"
             )
     config = transformers_config(folder, "MLLM")
     with naming(f"MLLM folder {folder}"):
         model_class = Family.model_class(config)
     tokenizer = load_tokenizer(folder)
     language_model, head, projector = Family.parts(
-        load_transformers(model_class, folder, "MLLM", dtype, on_meta=on_meta)
+        load_transformers(model_class, folder, "MLLM", dtype, Family.beside, on_meta)
     )
     check_tokenizer(tokenizer, language_model.get_input_embeddings().num_embeddings, folder)
     digest = "none" if on_meta else weights_digest(folder)

@@ -30,6 +30,10 @@ TOKENIZER_FILES = (
 """Files that decide what a tokenizer makes of a text."""
 NFC_GROWTH = 3
 """The most by which Unicode's NFC lengthens UTF-8; a token takes at least a byte of the outcome."""
+RELATIVE_CONTEXT = 512
+"""Tokens at once of a T5, whose relative positions know no end: as many as it was pretrained on (arXiv
+1910.10683).
+"""
 WHAT = "MLLM"
 
 
@@ -107,6 +111,11 @@ def check_tokenizer(tokenizer: Any, num_embeddings: int, folder: Path) -> None:
         )
 
 
+def context_length(config: Any) -> int:
+    """Tokens that a language model with this config of transformers reads at once."""
+    return getattr(config, "max_position_embeddings", RELATIVE_CONTEXT)
+
+
 def text_context(folder: Path) -> int:
     """Tokens that the language model of a folder reads at once, those after a prompt included."""
     config = read_config(folder, WHAT)
@@ -115,7 +124,7 @@ def text_context(folder: Path) -> int:
     if isinstance(length, int):
         return length
     # what transformers takes for a field that is left out, or calls otherwise
-    return transformers_config(folder, WHAT).get_text_config().max_position_embeddings
+    return context_length(transformers_config(folder, WHAT).get_text_config())
 
 
 def prompt_context(folder: Path, num_beside: int) -> int:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from repfusion.conditioning.base import Condition, Context
-from repfusion.layers import RMSNorm, rotary_at
+from repfusion.layers import RMSNorm, rotary_diagonal
 from repfusion.model.blocks.in_context import InContextBlock
 from repfusion.model.denoiser import Prefilled
 from repfusion.model.dit import DiT, DiTConfig
@@ -66,19 +66,26 @@ class InContextDiT(DiT):
     ) -> Float[Tensor, "b n d"]:
         """Velocity (noise - latents) at noise level t, [b, n, d]."""
         contexts = static + self.prefill(condition.contexts)
-        (tokens,), (mask,) = contexts.tokens, contexts.masks
+        tokens, mask = contexts.tokens, contexts.masks[0]
         signal = F.silu(self.time(t)[:, None, :])
         modulation = rearrange(self.modulation(signal), "b k (s d) -> b k s d", s=6)
-        x = torch.cat([self.embed(z_t) + self.positions, tokens], dim=1)
+        x = torch.cat([self.embed(z_t) + self.positions, tokens[0]], dim=1)
         if mask is not None:
             mask = torch.cat([mask.new_ones(z_t.shape[:2]), mask], dim=1)
-        rotary = self.rotary_of(tokens.shape[1])
-        for block in self.blocks:
+        rotary = self.rotary_of(tokens[0].shape[1])
+        for number, block in enumerate(self.blocks):
+            x = self.enter(x, number, tokens)
             x = block(x, modulation, rotary, ((x, x, mask),))
         return self.velocity_of(x[:, : z_t.shape[1]], signal)
 
+    def enter(
+        self, x: Float[Tensor, "b n d"], number: int, tokens: tuple[Float[Tensor, "b m d"], ...]
+    ) -> Float[Tensor, "b n d"]:
+        """The sequence as block `number` gets it, of what `prefill` kept: the tokens are in it from the
+        first.
+        """
+        return x
+
     def rotary_of(self, num_condition: int) -> Float[Tensor, "n half 2"]:
         """Rotary angles of the latent tokens and of condition tokens after them."""
-        places = self.after_grid + torch.arange(num_condition, device=self.rotary.device)
-        own = rotary_at(places, places, 2 * self.rotary.shape[1]).to(self.rotary.dtype)
-        return torch.cat([self.rotary, own])
+        return torch.cat([self.rotary, rotary_diagonal(self.after_grid, self.rotary, num_condition)])

@@ -3,6 +3,13 @@ parts.
 """
 
 from repfusion.conditioning.base import Conditioner
+from repfusion.conditioning.fusions.all_layers import AllLayersConditioner, AllLayersConfig
+from repfusion.conditioning.fusions.channel_concat import ChannelConcatConditioner, ChannelConcatConfig
+from repfusion.conditioning.fusions.hidden_injection import HiddenInjectionConfig
+from repfusion.conditioning.fusions.key_values import KeyValuesConditioner, KeyValuesConfig
+from repfusion.conditioning.fusions.layer_per_block import LayerPerBlockConfig
+from repfusion.conditioning.fusions.one_layer import OneLayerConditioner, OneLayerConfig
+from repfusion.conditioning.fusions.per_block import PerBlockConditioner
 from repfusion.conditioning.lap import LapConditioner, LapConfig
 from repfusion.conditioning.noisy_latents import NoisyLatentConditioner, NoisyLatentsConfig
 from repfusion.conditioning.queries import QueriesConditioner, QueriesConfig
@@ -12,9 +19,22 @@ from repfusion.llm.base import LanguageModel
 from repfusion.model.denoiser import Denoiser
 from repfusion.model.dit import DiT, DiTConfig
 from repfusion.model.in_context import InContextDiT
+from repfusion.model.per_block import InjectedDiT, JointKeysDiT
 from repfusion.model.velocity_head import VelocityHead
 
-ConditioningConfig = NoisyLatentsConfig | TextEmbedConfig | LapConfig | QueriesConfig | TransfusionConfig
+ConditioningConfig = (
+    NoisyLatentsConfig
+    | TextEmbedConfig
+    | LapConfig
+    | QueriesConfig
+    | TransfusionConfig
+    | OneLayerConfig
+    | ChannelConcatConfig
+    | AllLayersConfig
+    | HiddenInjectionConfig
+    | LayerPerBlockConfig
+    | KeyValuesConfig
+)
 """Settings of every method, told apart by `method`."""
 
 
@@ -34,6 +54,7 @@ def conditioner_and_denoiser(
         ValueError: parts do not fit each other.
     """
     num_tokens = grid[0] * grid[1]
+    kind = InContextDiT if method.is_in_context else DiT
     match method:
         case TransfusionConfig():
             conditioner = NoisyLatentConditioner(llm, latent_dim, num_tokens, method.reading())
@@ -46,5 +67,16 @@ def conditioner_and_denoiser(
             conditioner = TextEmbedConditioner(llm)
         case LapConfig():
             conditioner = LapConditioner(llm, method)
-    kind = InContextDiT if method.is_in_context else DiT
+        case OneLayerConfig():
+            conditioner = OneLayerConditioner(llm, method)
+        case ChannelConcatConfig():
+            conditioner = ChannelConcatConditioner(llm, dit.hidden_size, method)
+        case AllLayersConfig():
+            conditioner = AllLayersConditioner(llm, method)
+        case HiddenInjectionConfig():
+            conditioner, kind = PerBlockConditioner(llm, dit.depth, method), InjectedDiT
+        case LayerPerBlockConfig():
+            conditioner, kind = PerBlockConditioner(llm, dit.depth, method), JointKeysDiT
+        case KeyValuesConfig():
+            conditioner, kind = KeyValuesConditioner(llm, dit.depth, method), JointKeysDiT
     return conditioner, kind(dit, latent_dim, grid, conditioner.aligned_width, conditioner.context_widths)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_training import METHODS
+from tiny_training import METHODS, sparing
 
 from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.evaluation.checkpoints import evaluate_checkpoint
@@ -29,7 +29,7 @@ PROMPT = "a red circle left of two blue square"
 SAMPLER = SamplerConfig(num_steps=3, solver="heun", guidance_scale=3, guidance_interval=(0.05, 1.0))
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=sparing(METHODS))
 def generator(request: pytest.FixtureRequest, make_generator) -> TextToImage:
     return make_generator(request.param)
 

@@ -24,11 +24,16 @@ def prepare(conditioner: Conditioner, prompts: Sequence[str], reuse: bool = Fals
 def condition_tokens(
     conditioner: Conditioner, prepared: Prepared, z_t: torch.Tensor, t: torch.Tensor
 ) -> Context:
-    """The tokens that condition a denoiser, aligned or as the one context, whether they are static or not."""
+    """The tokens that condition a denoiser, aligned or as contexts, whether they are static or not; several
+    contexts beside each other in the channels.
+    """
     condition = conditioner.condition(prepared, z_t, t)
     contexts = prepared.static + condition.contexts
-    assert (condition.aligned is not None) + len(contexts) == 1
-    return contexts[0] if condition.aligned is None else Context(condition.aligned)
+    assert (condition.aligned is not None) != bool(contexts)
+    if condition.aligned is not None:
+        return Context(condition.aligned)
+    assert all(one.mask is contexts[0].mask for one in contexts)
+    return Context(torch.cat([one.tokens for one in contexts], dim=-1), contexts[0].mask)
 
 
 def read_prompts(model: TextToImage, prompts: Sequence[str], reuse: bool = False) -> Prompted:

@@ -4,9 +4,12 @@ seconds to make.
 
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import webdataset as wds
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -51,8 +54,23 @@ METHODS = {
         "connector_depth": 1,
     },
     "transfusion": {"method": "transfusion", "captioning": {"share": 0.5}},
+    "one_layer": {"method": "one_layer", "layer": -2, "refiner_depth": 1},
+    "channel_concat": {"method": "channel_concat", "taps": [0, 1, -1]},
+    "all_layers": {"method": "all_layers", "width": 24},
+    "hidden_injection": {"method": "hidden_injection"},
+    "layer_per_block": {"method": "layer_per_block"},
+    "key_values": {"method": "key_values"},
 }
 """`model.conditioning` of every method and of its variants, by a name for tests."""
+ALIKE = ("one_layer", "channel_concat", "layer_per_block")
+"""Methods that are put together of what others in METHODS have too, but for a conditioner of a few lines."""
+
+
+def sparing(names: Iterable[str]) -> list[Any]:
+    """Names of methods for a test that takes long: those in ALIKE are left to the slow tests."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in names]
+
+
 WORDS = ["a", "red", "green", "blue", "circle", "square", "left", "of", "and", "two"]
 IMAGE_SIZE, GRID, WIDTH = 32, 2, 16
 

@@ -71,6 +71,12 @@ def count_reads(generator: TextToImage) -> list[int]:
         "queries_timestep": (False, True),
         "queries_connector": (False, False),
         "transfusion": (True, True),
+        "one_layer": (False, False),
+        "channel_concat": (False, False),
+        "all_layers": (False, False),
+        "hidden_injection": (False, False),
+        "layer_per_block": (False, False),
+        "key_values": (False, False),
     }.items(),
 )
 def test_what_a_condition_depends_on(make_generator, latents, method, expected):
