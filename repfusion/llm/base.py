@@ -202,8 +202,8 @@ class LanguageModel(nn.Module):
     @property
     def key_width(self) -> int:
         """Channels of a token's keys in one layer, all heads together; its values have as many."""
-        config = self.language_model.config
-        heads = config.num_attention_heads
+        config: Any = self.language_model.config
+        heads: int = config.num_attention_heads
         head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
         return (getattr(config, "num_key_value_heads", None) or heads) * head_width
 

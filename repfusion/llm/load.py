@@ -43,8 +43,8 @@ def load_language_model(
             from repfusion.llm.t5 import T5Encoder as Family
         case other:
             raise ValueError(
-                f"MLLM folder {folder}: model_type {other!r}; expected 'llava', 't5' (its encoder) or a causal "
-                f"language model: {', '.join(LANGUAGE_MODELS)}"
+                f"MLLM folder {folder}: model_type {other!r}; expected 'llava', 't5' (its encoder) or a "
+                f"causal language model: {', '.join(LANGUAGE_MODELS)}"
             )
     config = transformers_config(folder, "MLLM")
     with naming(f"MLLM folder {folder}"):

@@ -1,7 +1,8 @@
-"""T5's encoder (`T5EncoderModel`): a text encoder that reads a prompt in both directions and nothing after it, as
-Flan-T5-XXL in UniFusion's comparison (arXiv 2510.12789).
+"""T5's encoder (`T5EncoderModel`): a text encoder that reads a prompt in both directions and nothing after
+it, as Flan-T5-XXL in UniFusion's comparison (arXiv 2510.12789).
 
-A folder may hold the whole T5: its decoder is left unread. A prompt ends in the end token, as T5 was trained.
+A folder may hold the whole T5: its decoder is left unread. A prompt ends in the end token, as T5 was
+trained.
 """
 
 from collections.abc import Sequence

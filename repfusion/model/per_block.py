@@ -1,6 +1,7 @@
 """Denoisers that have a context for each block, none of which changes from step to step.
 
-`JointKeysDiT` attends to it beside the latent tokens; `InjectedDiT` adds it to condition tokens in its sequence.
+`JointKeysDiT` attends to it beside the latent tokens; `InjectedDiT` adds it to condition tokens in its
+sequence.
 """
 
 import torch
@@ -31,8 +32,8 @@ def width_of(config: DiTConfig, aligned_width: int | None, context_widths: tuple
 
 
 class JointKeysDiT(DiT):
-    """A DiT whose latent tokens attend to the context of their block too, which stands along the diagonal after
-    the grid, as condition tokens in context do.
+    """A DiT whose latent tokens attend to the context of their block too, which stands along the diagonal
+    after the grid, as condition tokens in context do.
 
     Raises:
         ValueError: a width does not divide or is below the latent width, or the conditioner gives anything

@@ -1,10 +1,10 @@
-"""All layers: the prompt's hidden states in every layer of the frozen language model, each token's normalised
-to zero mean and unit standard deviation, concatenated and projected. Cosmos Predict 2.5 (public code) does so
-with the 28 layers of its Reason model.
+"""All layers: the prompt's hidden states in every layer of the frozen language model, each token's
+normalised to zero mean and unit standard deviation, concatenated and projected. Cosmos Predict 2.5 (public
+code) does so with the 28 layers of its Reason model.
 
 Faithful are the layers (all but the embeddings), the normalisation without weights, the projection (Linear
-with bias, GELU; 28 x 3584 -> 1024) and cross-attention, which is the default. Ours is the width where none is
-named: that of the language model.
+with bias, GELU; 28 x 3584 -> 1024) and cross-attention, which is the default. Ours is the width where none
+is named: that of the language model.
 """
 
 from typing import Literal

@@ -1,9 +1,10 @@
-"""Channel concatenation: hidden states of a few layers stand beside each other in a token's channels, and one
-Linear makes of them what the DiT sees. FLUX.2 (public code) does so with three.
+"""Channel concatenation: hidden states of a few layers stand beside each other in a token's channels, and
+one Linear makes of them what the DiT sees. FLUX.2 (public code) does so with three.
 
-Faithful are the layers (FLUX.2 dev 10, 20, 30 of Mistral-Small's 40, klein 9, 18, 27 of Qwen3's 36: quarters
-of the depth), that nothing is normalised before the one Linear without bias, and that this is as wide as the
-DiT. Ours is that the DiT embeds these tokens as it embeds every context, by a norm and two layers.
+Faithful are the layers (FLUX.2 dev 10, 20, 30 of Mistral-Small's 40, klein 9, 18, 27 of Qwen3's 36:
+quarters of the depth), that nothing is normalised before the one Linear without bias, and that this is as
+wide as the DiT. Ours is that the DiT embeds these tokens as it embeds every context, by a norm and two
+layers.
 """
 
 from typing import Literal

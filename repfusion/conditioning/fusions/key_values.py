@@ -1,10 +1,12 @@
-"""Key/value concatenation: latent tokens of a DiT block attend, in one softmax, to each other and to keys and
-values that the frozen language model's own attention has of the prompt, a layer a block. UniFusion (arXiv
-2510.12789, layerwise key-value fusion) compares it to LAP; FuseDiT (arXiv 2505.10046) is a public study of it.
+"""Key/value concatenation: latent tokens of a DiT block attend, in one softmax, to each other and to keys
+and values that the frozen language model's own attention has of the prompt, a layer a block. UniFusion
+(arXiv 2510.12789, layerwise key-value fusion) compares it to LAP; FuseDiT (arXiv 2505.10046) is a public
+study of it.
 
-Faithful is what is read: a layer's cached keys and values. Where widths agree they can be concatenated as they
-are; here they differ, so keys and values are each normalised and together projected to the block's. The
-language model's keys carry its rotary positions; the projected ones stand along the diagonal after the grid.
+Faithful is what is read: a layer's cached keys and values. Where widths agree they can be concatenated as
+they are; here they differ, so keys and values are each normalised and together projected to the block's.
+The language model's keys carry its rotary positions; the projected ones stand along the diagonal after the
+grid.
 """
 
 from typing import Literal

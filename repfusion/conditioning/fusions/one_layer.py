@@ -1,10 +1,11 @@
-"""One layer and an adaptor: the prompt's hidden states in a single layer of the frozen language model, refined
-by bidirectional blocks. UniFusion (arXiv 2510.12789) compares the last layer's, with an adaptor, to LAP.
+"""One layer and an adaptor: the prompt's hidden states in a single layer of the frozen language model,
+refined by bidirectional blocks. UniFusion (arXiv 2510.12789) compares the last layer's, with an adaptor, to
+LAP.
 
 Faithful are the layers: -1, after the final norm, as UniFusion's baseline and Qwen-Image take it; -2, the
 penultimate, as Z-Image and Lumina 2 do; -3 as HunyuanImage 2.1. UniFusion does not say what its adaptor is:
-here it is Lumina 2's public one, a norm and two blocks over the tokens, which are also those that refine LAP's
-pooled tokens, so that the comparison with LAP is one of layers alone.
+here it is Lumina 2's public one, a norm and two blocks over the tokens, which are also those that refine
+LAP's pooled tokens, so that the comparison with LAP is one of layers alone.
 """
 
 from typing import Literal

@@ -1,6 +1,6 @@
-"""A context for each block of the DiT: block i sees the prompt as layer l(i) of the frozen language model has
-it. How it enters is the denoiser's: added to condition tokens (hidden_injection), attended to beside the image
-tokens (layer_per_block), or as the layer's own keys and values (key_values).
+"""A context for each block of the DiT: block i sees the prompt as layer l(i) of the frozen language model
+has it. How it enters is the denoiser's: added to condition tokens (hidden_injection), attended to beside
+the image tokens (layer_per_block), or as the layer's own keys and values (key_values).
 """
 
 from pydantic import Field

@@ -1,5 +1,5 @@
-"""The AdaLN block whose latent tokens attend, in one softmax, to each other and to a context that the block does
-not change (Playground v3, arXiv 2409.10695; FuseDiT, arXiv 2505.10046).
+"""The AdaLN block whose latent tokens attend, in one softmax, to each other and to a context that the block
+does not change (Playground v3, arXiv 2409.10695; FuseDiT, arXiv 2505.10046).
 """
 
 import torch
