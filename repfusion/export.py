@@ -31,8 +31,7 @@ from repfusion.evaluation.shown import shown_suites
 from repfusion.files import replace_folder, write_json
 from repfusion.latents.geometry import is_vae, latent_geometry
 from repfusion.lineage.describe import checkpoint_record, read_lineage
-from repfusion.llm.causal import CausalLM
-from repfusion.llm.load import LANGUAGE_MODELS
+from repfusion.llm.load import LANGUAGE_MODELS, family_of
 from repfusion.llm.words import WORDS
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
@@ -152,7 +151,8 @@ def write_language_model(config: ModelConfig, tokenizer: Any, folder: Path) -> s
             model = AutoModelForCausalLM.from_config(text)
         model.model, model.lm_head = llava.model.language_model, llava.lm_head
     else:
-        model = load_transformers(CausalLM.model_class(source), config.mllm, "MLLM", dtype)
+        family = family_of(config.mllm)
+        model = load_transformers(family.model_class(source), config.mllm, "MLLM", dtype, family.beside)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if (config.mllm / WORDS).is_file():

@@ -121,6 +121,13 @@ class LanguageModel(nn.Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def of_config(cls, text_config: Any) -> nn.Module:
+        """transformers' language model of a config, without its head and with fresh weights."""
+        from transformers import AutoModel
+
+        return AutoModel.from_config(text_config)
+
     @property
     def layers(self) -> list[nn.Module]:
         """Transformer layers, which are compiled and checkpointed one by one."""

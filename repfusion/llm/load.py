@@ -15,6 +15,28 @@ LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3")
 """Causal language models that load by themselves, by transformers' `model_type`."""
 
 
+def family_of(folder: Path) -> type[LanguageModel]:
+    """The family of a folder, by its config.json.
+
+    Raises:
+        ValueError: the folder is missing, or of no family.
+    """
+    # here and not above: whoever only reads configurations, such as `status`, need not wait for transformers
+    match read_config(folder, "MLLM").get("model_type"):
+        case "llava":
+            from repfusion.llm.llava import Llava as Family
+        case name if name in LANGUAGE_MODELS:
+            from repfusion.llm.causal import CausalLM as Family
+        case "t5":
+            from repfusion.llm.t5 import T5Encoder as Family
+        case other:
+            raise ValueError(
+                f"MLLM folder {folder}: model_type {other!r}; expected 'llava' or a causal language model: "
+                f"{', '.join(LANGUAGE_MODELS)}; or 't5', whose encoder is read"
+            )
+    return Family
+
+
 def load_language_model(
     folder: str | Path, dtype: torch.dtype = torch.float32, with_head: bool = False, on_meta: bool = False
 ) -> LanguageModel:
@@ -33,19 +55,7 @@ def load_language_model(
             or of another shape, or the tokenizer is missing or does not fit.
     """
     folder = Path(folder)
-    # here and not above: whoever only reads configurations, such as `status`, need not wait for transformers
-    match read_config(folder, "MLLM").get("model_type"):
-        case "llava":
-            from repfusion.llm.llava import Llava as Family
-        case name if name in LANGUAGE_MODELS:
-            from repfusion.llm.causal import CausalLM as Family
-        case "t5":
-            from repfusion.llm.t5 import T5Encoder as Family
-        case other:
-            raise ValueError(
-                f"MLLM folder {folder}: model_type {other!r}; expected 'llava', 't5' (its encoder) or a "
-                f"causal language model: {', '.join(LANGUAGE_MODELS)}"
-            )
+    Family = family_of(folder)
     config = transformers_config(folder, "MLLM")
     with naming(f"MLLM folder {folder}"):
         model_class = Family.model_class(config)

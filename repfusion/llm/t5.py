@@ -31,6 +31,11 @@ class T5Encoder(LanguageModel):
         """The encoder; there is neither head nor projector."""
         return model, None, None
 
+    @classmethod
+    def of_config(cls, text_config: Any) -> nn.Module:
+        """T5's encoder of a config, with fresh weights."""
+        return cls.model_class(text_config)(text_config)
+
     @property
     def layers(self) -> list[nn.Module]:
         """Transformer layers."""

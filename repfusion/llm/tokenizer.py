@@ -3,6 +3,7 @@
 What the context takes of a text is known from the folder's JSON alone, without the tokenizer.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,7 +54,7 @@ def load_tokenizer(folder: Path) -> Any:
         )
     refuse_remote_code(fields, folder / TOKENIZER_CONFIG, WHAT)
     # here and not above: whoever only reads configurations, such as `status`, need not wait for it
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
     with said_of(f"{WHAT} folder {folder}", "with its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **OWN_FILES_ALONE)
@@ -62,7 +63,24 @@ def load_tokenizer(folder: Path) -> Any:
             f"{WHAT} folder {folder}: its tokenizer is a {type(tokenizer).__name__}, which cannot read "
             "control tokens as text; expected one with a tokenizer.json"
         )
+    if isinstance(tokenizer, T5Tokenizer):
+        break_control_words(tokenizer)
     return tokenizer
+
+
+def break_control_words(tokenizer: Any) -> None:
+    """Splits what spells a control token in a text after its first character, before words are looked up:
+    T5's vocabulary holds the control tokens as words, and they are the likeliest ones.
+    """
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import Sequence as Steps
+    from tokenizers.pre_tokenizers import Split
+
+    words = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    first = Regex("|".join(f"{re.escape(word[0])}(?={re.escape(word[1:])})" for word in words))
+    backend = tokenizer.backend_tokenizer
+    steps = [Split(first, "isolated"), *([backend.pre_tokenizer] if backend.pre_tokenizer else [])]
+    backend.pre_tokenizer = Steps(steps)
 
 
 def tokenizer_fields(folder: Path) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from repfusion.latents.statistics import LatentStatistics
 from repfusion.latents.vae import VAEDecoder
 from repfusion.llm.base import LanguageModel
 from repfusion.llm.projector import Projector
+from repfusion.llm.t5 import T5Encoder
+from repfusion.llm.tokenizer import context_length
 from repfusion.model.build import assemble
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
@@ -74,12 +76,11 @@ def meta_model(
         latent_dim: channels of a latent token.
         projector: activation and bias of the MLLM's own, where they are not LLaVA-1.5's.
     """
-    from transformers import AutoModel
-
+    family = T5Encoder if text_config.model_type == "t5" else LanguageModel
     dtype = getattr(torch, config.mllm_dtype)
     width = text_config.hidden_size
     with torch.device("meta"):
-        language_model = AutoModel.from_config(text_config, dtype=dtype)
+        language_model = family.of_config(text_config).to(dtype)
         head = (
             nn.Linear(width, text_config.vocab_size, bias=False, dtype=dtype)
             if config.conditioning.needs_head
@@ -87,9 +88,9 @@ def meta_model(
         )
         if head is not None and text_config.tie_word_embeddings:
             head.weight = language_model.get_input_embeddings().weight
-        tokenizer = BareTokenizer(text_config.max_position_embeddings)
+        tokenizer = BareTokenizer(context_length(text_config))
         own = Projector(latent_dim, width, **projector)
-        llm = LanguageModel(language_model, own, tokenizer, config.mllm, "none", head)
+        llm = family(language_model, own, tokenizer, config.mllm, "none", head)
         return assemble(config, llm, LatentStatistics.empty(grid[0] * grid[1], latent_dim), grid)
 
 

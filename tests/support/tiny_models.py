@@ -1,6 +1,6 @@
 """A tiny folder of every family of models that is read, as its library writes it, and what reads it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,24 @@ def save_causal(name: str, folder: Path, **more: Any) -> None:
     config = getattr(transformers, f"{name}Config")(**CAUSAL | more)
     getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
+
+
+def t5_tokenizer(pieces: Iterable[tuple[str, float]] = ()) -> PreTrainedTokenizerFast:
+    """T5's own, whose vocabulary holds its control tokens as words that are likelier than any other."""
+    control = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    words = list(pieces) or [("▁", -2.0), *((f"▁{word}", -3.0) for word in WORDS[5:])]
+    extra = [(f"<extra_id_{number}>", 0.0) for number in reversed(range(2))]
+    return transformers.T5TokenizerFast(vocab=[*control, *words, *extra], extra_ids=2)
+
+
+def save_t5(name: str, folder: Path, tokenizer: PreTrainedTokenizerFast | None = None, **more: Any) -> None:
+    tokenizer = tokenizer or t5_tokenizer()
+    sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 24, "num_layers": LAYERS, "num_heads": 2}
+    config = transformers.T5Config(
+        **sizes | {"vocab_size": len(tokenizer), "decoder_start_token_id": 0} | more
+    )
+    getattr(transformers, name)(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def save_llava(folder: Path, vision: Any) -> None:
@@ -140,6 +158,12 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(lambda to: save_causal("Qwen3", to), language_model),
     "gemma": Family(lambda to: save_causal("Gemma", to), language_model),
     "phi3": Family(lambda to: save_causal("Phi3", to), language_model),
+    "t5_encoder": Family(lambda to: save_t5("T5EncoderModel", to), language_model),
+    "t5": Family(
+        lambda to: save_t5("T5ForConditionalGeneration", to, tie_word_embeddings=False),
+        language_model,
+        "encoder.",
+    ),
     "clip_tower": Family(lambda to: transformers.CLIPVisionModel(clip()).save_pretrained(to), encoder),
     "clip": Family(save_clip, encoder, "vision_model."),
     "siglip_tower": Family(lambda to: transformers.SiglipVisionModel(siglip()).save_pretrained(to), encoder),

@@ -2,43 +2,15 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from prompting import prepare
 from pydantic import ValidationError
+from slow_layers import attend, rms
 from torch import Tensor
 
 from repfusion.conditioning.lap import LapConditioner, LapConfig, LapSettings, LayerwisePooling
-from repfusion.layers import EncoderBlock
 from repfusion.llm.load import load_language_model
 
 PROMPTS = ["a red circle", "two blue square left of a green circle", ""]
-
-
-def rms(x: Tensor, gain: Tensor) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
-
-
-def attend(block: EncoderBlock, tokens: list[Tensor]) -> list[Tensor]:
-    """A block over tokens one by one, head by head."""
-    attention, heads = block.attention, block.attention.num_heads
-    width = len(tokens[0]) // heads
-    normed = [rms(x, block.attention_norm.weight) for x in tokens]
-    keys_values = [attention.key_value.weight @ x for x in normed]
-    out = []
-    for x, own in zip(tokens, normed, strict=True):
-        query, mixed = attention.query.weight @ own, []
-        for head in range(heads):
-            part = slice(head * width, (head + 1) * width)
-            q = rms(query[part], attention.query_norm.weight)
-            keys = [rms(kv[: len(x)][part], attention.key_norm.weight) for kv in keys_values]
-            weights = torch.softmax(torch.stack([q @ k for k in keys]) / width**0.5, 0)
-            mixed.append(sum(w * kv[len(x) :][part] for w, kv in zip(weights, keys_values, strict=True)))
-        x = x + attention.out.weight @ torch.cat(mixed) + attention.out.bias
-        gate, up = (block.mlp.gate_up.weight @ rms(x, block.mlp_norm.weight) + block.mlp.gate_up.bias).chunk(
-            2
-        )
-        out.append(x + block.mlp.down.weight @ (F.silu(gate) * up) + block.mlp.down.bias)
-    return out
 
 
 def pooled(lap: LayerwisePooling, states: list[Tensor]) -> Tensor:
