@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from repfusion.conditioning.base import Context, ContextInterface, MethodConfig, Prepared
+from repfusion.conditioning.base import Conditioner, Context, ContextInterface, MethodConfig, Prepared
 from repfusion.conditioning.fusions.taps import HEAD_WIDTH, TapsConditioner, check_taps
 from repfusion.config import Config
 from repfusion.inputs import Inputs
@@ -90,17 +90,24 @@ class LayerwisePooling(nn.Module):
         self.pool = nn.Parameter(torch.full((num_taps,), 1 / num_taps))
         self.refiner = nn.ModuleList(EncoderBlock(width, num_heads) for _ in range(refiner_depth))
         self.norm = RMSNorm(width, eps=1e-6)
+        self.kept: tuple[int, ...] | None = None
+        """Places of the taps that are pooled; None is all, as in training. Those left out are not seen and
+        add nothing; the weights of the others stay.
+        """
 
     def forward(
         self, states: Sequence[Float[Tensor, "b m c"]], mask: Bool[Tensor, "b m"] | None = None
     ) -> Float[Tensor, "b m c"]:
         """States of the taps, in their order; `mask` marks the real tokens, None means all."""
         normed = [norm(state) for norm, state in zip(self.tap_norms, states, strict=True)]
+        pool = self.pool
+        if self.kept is not None:
+            normed, pool = [normed[place] for place in self.kept], pool[list(self.kept)]
         x = rearrange(torch.stack(normed, dim=2), "b m k c -> (b m) k c")
         for block in self.layer_blocks:
             x = block(x)
         x = rearrange(x, "(b m) k c -> b m k c", b=len(states[0]))
-        x = torch.einsum("bmkc,k->bmc", x, self.pool.to(x.dtype))
+        x = torch.einsum("bmkc,k->bmc", x, pool.to(x.dtype))
         for block in self.refiner:
             x = block(x, mask)
         return self.norm(x)
@@ -119,3 +126,23 @@ class LapConditioner(TapsConditioner):
         states = self.contexts(inputs["prefix"])
         mask = states[0].mask
         return Prepared(static=(Context(self.lap([one.tokens for one in states], mask), mask),))
+
+
+def drop_taps(conditioner: Conditioner, dropped: Sequence[int]) -> None:
+    """Leaves taps of a trained LAP out from now on, whose numbers are as the method names them: what a layer
+    contributes shows in what is missing without it.
+
+    Raises:
+        ValueError: the method pools no layers, has no such tap, or none would be left.
+    """
+    lap, taps = getattr(conditioner, "lap", None), getattr(conditioner, "taps", ())
+    if not isinstance(lap, LayerwisePooling):
+        raise ValueError(
+            "dropped_taps: the checkpoint's method pools no layers; expected lap, or noisy_latents with lap"
+        )
+    if unknown := [tap for tap in dropped if tap not in taps]:
+        raise ValueError(f"dropped_taps name {unknown}; the checkpoint's LAP has the taps {list(taps)}")
+    kept = tuple(place for place, tap in enumerate(taps) if tap not in dropped)
+    if not kept:
+        raise ValueError(f"dropped_taps name all taps {list(taps)}; leave one")
+    lap.kept = kept

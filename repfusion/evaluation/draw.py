@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from repfusion.conditioning.lap import drop_taps
 from repfusion.evaluation.columns import asked
 from repfusion.evaluation.record import EvaluationConfig
 from repfusion.evaluation.suites.base import Item
@@ -48,6 +49,7 @@ class Drawing:
             "seed": config.seed,
             "sampler": config.sampler.model_dump(mode="json"),
             "items": digest_of(asked(items)),
+            **({"dropped_taps": list(config.dropped_taps)} if config.dropped_taps else {}),
         }
 
     def _digests(self) -> dict[str, str]:
@@ -79,6 +81,8 @@ class Drawing:
     def _load(self) -> tuple[TextToImage, Decoder]:
         load = load_checkpoint if self._weights is None else load_checked
         model = load(self.checkpoint, self.config.use_ema).to(self.device)
+        if self.config.dropped_taps:
+            drop_taps(model.conditioner, self.config.dropped_taps)
         return model, model.load_decoder()
 
 

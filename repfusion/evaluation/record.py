@@ -31,6 +31,8 @@ class EvaluationConfig(Config):
     """Steps and guidance."""
     use_ema: bool = True
     """Averaged weights rather than the last ones."""
+    dropped_taps: tuple[int, ...] = ()
+    """Layers that a trained LAP does without, by the numbers of its taps."""
     device: str | None = None
     """Torch device; None takes CUDA where there is one."""
 

@@ -115,3 +115,20 @@ def test_taps_beyond_the_layers_are_named(settings, problem):
 def test_a_tap_is_named_once():
     with pytest.raises(ValidationError, match="name a layer twice"):
         LapSettings(taps=(1, 1))
+
+
+@pytest.mark.parametrize("kept", [(0, 2), (1,)])
+def test_without_some_taps_pooling_is_that_of_the_others_alone(kept):
+    torch.manual_seed(0)
+    lap = LayerwisePooling(64, 3, layer_depth=1, refiner_depth=1).double()
+    with torch.no_grad():
+        for parameter in lap.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    few = LayerwisePooling(64, len(kept), layer_depth=1, refiner_depth=1).double()
+    weights = {name: value for name, value in lap.state_dict().items() if not name.startswith("tap_norms")}
+    norms = {f"tap_norms.{new}.weight": lap.tap_norms[old].weight for new, old in enumerate(kept)}
+    few.load_state_dict({**weights, **norms, "pool": lap.pool[list(kept)]})
+    states = [torch.randn(2, 5, 64, dtype=torch.float64) for _ in range(3)]
+    lap.kept = kept
+    with torch.no_grad():
+        torch.testing.assert_close(lap(states), few([states[place] for place in kept]))

@@ -176,8 +176,8 @@ PUBLISHED = {
         100352 * 1024 + 1024,
     ),
 }
-"""The method, the language model, and how many weights join its layers: three without bias in a DiT 6144 wide, or
-all, with bias.
+"""The method, the language model, and how many weights join its layers: three without bias in a DiT 6144
+wide, or all, with bias.
 """
 
 
