@@ -207,14 +207,19 @@ class WithoutMemory(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def keep_alike(cache: Any, first: Any, layer: Any) -> None:
+def keep_alike(cache: Any, first: nn.Module, layer: nn.Module) -> None:
     """Puts into a cache of transformers what a layer that is skipped would keep: what the first, which is
     alike, has kept.
     """
-    source, index = first.self_attn.layer_idx, layer.self_attn.layer_idx
+    source, index = place_in_cache(first), place_in_cache(layer)
     new = cache.get_seq_length(source) - cache.get_seq_length(index)
     kept = cache.layers[source]
     cache.update(kept.keys[:, :, -new:], kept.values[:, :, -new:], index)
+
+
+def place_in_cache(layer: nn.Module) -> int:
+    """The number under which a layer of transformers keeps its keys and values."""
+    return next(one.layer_idx for one in cast(Any, layer.modules()) if hasattr(one, "layer_idx"))
 
 
 class Twin(Generic[M]):

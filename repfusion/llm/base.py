@@ -73,6 +73,9 @@ class LanguageModel(nn.Module):
         ValueError: the tokenizer has neither a begin nor an end token.
     """
 
+    beside: ClassVar[str | None] = None
+    """Pattern of the names of weights that a folder may hold beside those that are read."""
+
     def __init__(
         self,
         language_model: nn.Module,
@@ -102,9 +105,6 @@ class LanguageModel(nn.Module):
         self.pad_id: int = begin_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._ids: dict[str, list[int]] = {}
 
-    beside: ClassVar[str | None] = None
-    """Pattern of the names of weights that a folder may hold beside those that are read."""
-
     @classmethod
     def model_class(cls, config: Any) -> Any:
         """transformers' class that reads a folder with this config.
@@ -122,11 +122,11 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def of_config(cls, text_config: Any) -> nn.Module:
+    def of_config(cls, text_config: Any, dtype: torch.dtype) -> nn.Module:
         """transformers' language model of a config, without its head and with fresh weights."""
         from transformers import AutoModel
 
-        return AutoModel.from_config(text_config)
+        return AutoModel.from_config(text_config, dtype=dtype)
 
     @property
     def layers(self) -> list[nn.Module]:

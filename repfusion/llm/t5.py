@@ -8,6 +8,7 @@ trained.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from repfusion.llm.base import LanguageModel, Prefix
@@ -32,9 +33,9 @@ class T5Encoder(LanguageModel):
         return model, None, None
 
     @classmethod
-    def of_config(cls, text_config: Any) -> nn.Module:
+    def of_config(cls, text_config: Any, dtype: torch.dtype) -> nn.Module:
         """T5's encoder of a config, with fresh weights."""
-        return cls.model_class(text_config)(text_config)
+        return cls.model_class(text_config)(text_config).to(dtype)
 
     @property
     def layers(self) -> list[nn.Module]:

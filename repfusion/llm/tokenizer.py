@@ -131,7 +131,7 @@ def check_tokenizer(tokenizer: Any, num_embeddings: int, folder: Path) -> None:
 
 def context_length(config: Any) -> int:
     """Tokens that a language model with this config of transformers reads at once."""
-    return getattr(config, "max_position_embeddings", RELATIVE_CONTEXT)
+    return RELATIVE_CONTEXT if config.model_type == "t5" else config.max_position_embeddings
 
 
 def text_context(folder: Path) -> int:

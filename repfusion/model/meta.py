@@ -80,7 +80,7 @@ def meta_model(
     dtype = getattr(torch, config.mllm_dtype)
     width = text_config.hidden_size
     with torch.device("meta"):
-        language_model = family.of_config(text_config).to(dtype)
+        language_model = family.of_config(text_config, dtype)
         head = (
             nn.Linear(width, text_config.vocab_size, bias=False, dtype=dtype)
             if config.conditioning.needs_head
