@@ -3,7 +3,14 @@
 import pytest
 import torch
 from prompting import asked, read_prompts, training_inputs
+from tiny_models import save_dc
+from tiny_training import tiny_model
 
+from repfusion.diffusion.sampler import SamplerConfig
+from repfusion.generate import generate
+from repfusion.latents.load import EncoderConfig
+from repfusion.latents.statistics import LatentStatistics
+from repfusion.model.build import build_model
 from repfusion.model.dit import DiTConfig
 from repfusion.model.text_to_image import TextToImage
 
@@ -49,3 +56,23 @@ def test_padding_and_other_prompts_change_nothing(make_generator, method):
     other = velocity(model, ["a blue circle", *PROMPTS[1:]], slice(4))
     assert (other[0] - together[0]).abs().max() > 1e-3
     torch.testing.assert_close(other[1:], together[1:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lap", "all_layers", "hidden_injection", "layer_per_block"])
+def test_latents_of_a_vae_are_denoised_as_those_of_a_tower(foundation, tmp_path, method):
+    """Four channels a token, and images by the VAE's own decoder."""
+    save_dc(tmp_path / "vae")
+    encoder = EncoderConfig(path=tmp_path / "vae", image_size=8)
+    config = tiny_model(foundation, method).model_copy(
+        update={"encoder": encoder, "decoder": tmp_path / "vae"}
+    )
+    tower = encoder.load()
+    statistics = LatentStatistics.empty(tower.num_tokens, tower.feature_dim)
+    pixels = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    statistics.update(tower(pixels))
+    model = build_model(config, statistics)
+    inputs = training_inputs(model, PROMPTS, range(4), shift=1.0) | {"features": tower(pixels)}
+    model(inputs)["velocity"].mean().backward()
+    assert all(p.grad is None for p in model.conditioner.llm.parameters())
+    made = generate(model, model.load_decoder(), asked(PROMPTS)[0], 0, SamplerConfig(num_steps=2))
+    assert made.shape == pixels.shape and bool(made.isfinite().all())
