@@ -37,7 +37,7 @@ def check_taps(taps: Sequence[int], num_layers: int, whose: str) -> None:
 
 
 def spread(number: int, num_layers: int) -> tuple[int, ...]:
-    """As many layers as asked for, counted from 1, spread evenly up to the last: all of them where the
+    """Layers, as many as asked for, counted from 1, spread evenly up to the last: all of them where the
     numbers agree, some twice where there are fewer layers.
     """
     return tuple(-(-(place + 1) * num_layers // number) for place in range(number))
