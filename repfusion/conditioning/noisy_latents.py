@@ -75,8 +75,8 @@ class NoisyLatentConditioner(Conditioner):
 
     Prompt and latent tokens share the context: the MLLM takes prompts that leave room for `num_tokens`.
 
-    Raises: ValueError: where the MLLM's projector takes another width than the latents have, or its context
-        is too short for them.
+    Raises: ValueError: where the MLLM takes no latents, its projector takes another width than they have, or
+        its context is too short for them.
     """
 
     fixed = ("projector.scale", "projector.shift")
@@ -89,6 +89,12 @@ class NoisyLatentConditioner(Conditioner):
         config: NoisyLatentsConfig = NoisyLatentsConfig(),
     ):
         super().__init__()
+        if not llm.takes_latents:
+            raise ValueError(
+                f"MLLM {llm.folder}: a {type(llm).__name__}, whose way from its tower into the language model "
+                "takes no latents; for noisy latents use a LLaVA or a causal language model, or take method "
+                "'lap', 'text_embed' or 'queries'"
+            )
         self.llm = llm
         self.bidirectional = config.bidirectional
         self.captioning = config.captioning

@@ -18,7 +18,7 @@ from repfusion.files import weights_digest
 from repfusion.latents.encoder import Encoding, PixelEncoder
 from repfusion.latents.geometry import LatentGeometry, TowerGeometry, tower_config, tower_geometry
 from repfusion.latents.statistics import TokenScale
-from repfusion.pretrained.config import read_json
+from repfusion.pretrained.config import processor_fields
 from repfusion.pretrained.weights import load_transformers
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -145,7 +145,7 @@ def pixel_statistics(folder: Path) -> tuple[list[float], list[float]]:
     Raises:
         ValueError: the file is damaged, or what it says is no normalisation.
     """
-    fields, name = _processor_fields(folder)
+    fields, name = processor_fields(folder, "encoder")
     mean, std = PIXEL_STATISTICS[tower_config(folder)[1]["model_type"]]
     scale = 255 * _rescaling(fields, folder / name)
     if fields.get("do_normalize", True) is False:
@@ -156,16 +156,6 @@ def pixel_statistics(folder: Path) -> tuple[list[float], list[float]]:
     if math.isclose(scale, 1):
         return list(mean), list(std)
     return [value / scale for value in mean], [value / scale for value in std]
-
-
-def _processor_fields(folder: Path) -> tuple[dict[str, Any], str]:
-    """What an image processor's file says, and its name."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            fields = read_json(folder / name, "encoder")
-            own = fields.get("image_processor")
-            return (own if isinstance(own, dict) else fields), name
-    return {}, "preprocessor_config.json"
 
 
 def _rescaling(fields: Mapping[str, Any], path: Path) -> float:

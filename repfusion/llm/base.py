@@ -5,6 +5,7 @@ further tokens after them, in training at once and in sampling after keys and va
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from repfusion.llm.chats.eyes import Eyes, text_positions
+from repfusion.llm.chats.format import ChatFormat
 from repfusion.llm.projector import Projector
 from repfusion.llm.tokenizer import context_length, plain_ids
 
@@ -46,7 +49,7 @@ class Prefix:
     @property
     def positions(self) -> Int[Tensor, "b m"]:
         """Position ids, which count real tokens only."""
-        return (self.mask.cumsum(1) - 1).clamp(min=0)
+        return text_positions(self.mask)
 
     def first(self, num: int) -> "Prefix":
         """The first `num` prompts."""
@@ -68,6 +71,7 @@ class LanguageModel(nn.Module):
         folder: where it came from.
         digest: sha256 that names its weights.
         head: scores the next token, where that is asked for.
+        eyes: see images, where that is asked for.
 
     Raises:
         ValueError: the tokenizer has neither a begin nor an end token.
@@ -75,6 +79,14 @@ class LanguageModel(nn.Module):
 
     beside: ClassVar[str | None] = None
     """Pattern of the names of weights that a folder may hold beside those that are read."""
+    sees: ClassVar[bool] = False
+    """Whether models of the family see images."""
+    needs_template: ClassVar[bool] = False
+    """Whether the family is asked by a chat template alone, never in plain text."""
+    takes_latents: ClassVar[bool] = True
+    """Whether latents may stand in the language model's context in the place of hidden states of its tower,
+    as RepFusion has them.
+    """
 
     def __init__(
         self,
@@ -84,16 +96,19 @@ class LanguageModel(nn.Module):
         folder: Path,
         digest: str,
         head: nn.Module | None = None,
+        eyes: Eyes | None = None,
     ):
         super().__init__()
         self.language_model = language_model.eval().requires_grad_(False)
         self.projector = projector
         self.head = None if head is None else head.requires_grad_(False)
+        self.eyes = eyes
         self.tokenizer = tokenizer
         self.folder = folder
         self.digest = digest
         self.width: int = language_model.config.hidden_size
-        self.max_text_tokens: int = min(tokenizer.model_max_length, context_length(language_model.config))
+        self.context: int = context_length(language_model.config)
+        self.max_text_tokens: int = min(tokenizer.model_max_length, self.context)
         begin_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         if begin_id is None:
             raise ValueError(
@@ -128,6 +143,27 @@ class LanguageModel(nn.Module):
 
         return AutoModel.from_config(text_config, dtype=dtype)
 
+    @classmethod
+    def open_eyes(cls, model: Any, tokenizer: Any, folder: Path) -> Eyes:
+        """What a family sees with, of the model that was read; its language model is taken out of it.
+
+        Raises:
+            ValueError: the family sees nothing, or its image processor does not fit.
+        """
+        raise ValueError(
+            f"MLLM folder {folder}: a {type(model).__name__}, which sees no images; use a folder of a LLaVA, "
+            "a Qwen-VL or an InternVL"
+        )
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        """How the folder puts chats into tokens. Raises ValueError where it lacks the chat template that the
+        family needs.
+        """
+        return ChatFormat(
+            self.tokenizer, self.folder, self.begin_id, self.eyes, self.sees, self.needs_template
+        )
+
     @property
     def layers(self) -> list[nn.Module]:
         """Transformer layers, which are compiled and checkpointed one by one."""
@@ -150,11 +186,10 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: where there is no room for a prompt beside them.
         """
-        context = context_length(self.language_model.config)
-        self.max_text_tokens = min(self.max_text_tokens, context - num_tokens)
+        self.max_text_tokens = min(self.max_text_tokens, self.context - num_tokens)
         if self.max_text_tokens < 1:
             raise ValueError(
-                f"MLLM {self.folder}: its context of {context} leaves no room for a prompt beside "
+                f"MLLM {self.folder}: its context of {self.context} leaves no room for a prompt beside "
                 f"{num_tokens} latent tokens or queries"
             )
 
@@ -204,7 +239,7 @@ class LanguageModel(nn.Module):
         """Hidden states of the prompts in several layers, as transformers counts them: 0 are the embeddings,
         -1 the last layer's after the final norm.
         """
-        return _states_of(self._run(prefix, use_cache=False, output_hidden_states=True), layers)
+        return states_of(self._run(prefix, use_cache=False, output_hidden_states=True), layers)
 
     @property
     def key_width(self) -> int:
@@ -271,7 +306,7 @@ def _all_heads(kept: Float[Tensor, "b h m e"]) -> Float[Tensor, "b m d"]:
     return rearrange(kept, "b h m e -> b m (h e)")
 
 
-def _states_of(out: Any, layers: Sequence[int]) -> tuple[Tensor, ...]:
+def states_of(out: Any, layers: Sequence[int]) -> tuple[Tensor, ...]:
     """Hidden states of layers, out of what a transformers model returned."""
     return tuple(out.last_hidden_state if layer == -1 else out.hidden_states[layer] for layer in layers)
 
@@ -293,7 +328,7 @@ def _read_cached(
         use_cache=True,
         output_hidden_states=tuple(layers) != LAST,
     )
-    return _states_of(out, layers)
+    return states_of(out, layers)
 
 
 def _read_whole(
@@ -314,7 +349,7 @@ def _read_whole(
     is_last = tuple(layers) == LAST
     out = model(inputs_embeds=rows, attention_mask=mask, use_cache=False, output_hidden_states=not is_last)
     places = torch.arange(num_text, length, device=rows.device) - padding
-    return tuple(take(state, places) for state in _states_of(out, layers))
+    return tuple(take(state, places) for state in states_of(out, layers))
 
 
 def see_each_other(first: Int[Tensor, "b 1"], num: int, length: int) -> Bool[Tensor, "b 1 l l"]:

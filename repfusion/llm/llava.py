@@ -1,15 +1,24 @@
-"""LLaVA (`LlavaForConditionalGeneration`): its language model, its head and its projector."""
+"""LLaVA (`LlavaForConditionalGeneration`): its language model, its head, its projector and its eyes."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
 from repfusion.llm.base import LanguageModel
+from repfusion.llm.chats.eyes import Eyes, Look, image_processor
 from repfusion.llm.projector import Projector
+from repfusion.pretrained.config import processor_fields
 
 
 class Llava(LanguageModel):
-    """A LLaVA without its vision tower: noisy latents take the place of what that sees."""
+    """A LLaVA, as a rule without its vision tower: noisy latents take the place of what that sees."""
+
+    sees = True
 
     @classmethod
     def model_class(cls, config: Any) -> Any:
@@ -35,3 +44,49 @@ class Llava(LanguageModel):
             projector = Projector(*widths, config.projector_hidden_act, config.multimodal_projector_bias)
         projector.load_state_dict(own.state_dict())
         return model.model.language_model, model.lm_head, projector
+
+    @classmethod
+    def open_eyes(cls, model: Any, tokenizer: Any, folder: Path) -> Eyes:
+        """Tower and projector, as they were trained. Raises ValueError where the folder says of its image
+        processor what no such processor takes.
+        """
+        image_id = model.config.image_token_id
+        processor = _processor(folder, model.config.vision_config)
+        return LlavaEyes(model.model, processor, image_id, tokenizer.convert_ids_to_tokens(image_id))
+
+
+class LlavaEyes(Eyes):
+    """A tower of images of one size, each of the same number of tokens."""
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of an image. A CLIP tower has a class token, and the default strategy drops the first."""
+        config = self.model.config
+        num_patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        has_class = config.vision_config.model_type == "clip_vision_model"
+        return num_patches + has_class - (config.vision_feature_select_strategy == "default")
+
+    def _look(self, image: np.ndarray) -> Look:
+        return Look(self.image_tokens, {"pixel_values": self.process(image)["pixel_values"]})
+
+    @torch.no_grad()
+    def see(
+        self, images: Mapping[str, Tensor], is_image: Bool[Tensor, "b n"]
+    ) -> tuple[Float[Tensor, "k c"], dict[str, Any]]:
+        """Tokens of all images."""
+        pixels = images["pixel_values"].to(self.model.dtype)
+        return torch.cat(tuple(self.model.get_image_features(pixels).pooler_output)), {}
+
+
+def _processor(folder: Path, vision: Any) -> Any:
+    """The image processor of a folder; where that says no size, images are as large as the tower's."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    named = str(processor_fields(folder, "MLLM")[0].get("image_processor_type", vision.model_type)).lower()
+    square = {"height": vision.image_size, "width": vision.image_size}
+    if named.startswith("siglip"):
+        return image_processor(SiglipImageProcessorPil, folder, size=square)
+    kind = LlavaImageProcessorPil if named.startswith("llava") else CLIPImageProcessorPil
+    return image_processor(kind, folder, size={"shortest_edge": vision.image_size}, crop_size=square)

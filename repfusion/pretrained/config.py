@@ -19,6 +19,11 @@ CONVERT_LLAVA = (
     "transformers' sources, or take the converted folder (published as llava-hf/...)"
 )
 
+ORIGINAL_INTERNVL = (
+    "this is the layout of InternVL's own repository; take the folder made for transformers' own class "
+    "(published with a name that ends in -HF)"
+)
+
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError where it holds something else; a missing file is
@@ -61,6 +66,8 @@ def read_config(folder: str | Path, what: str, writer: str = "save_pretrained") 
         raise ValueError(
             f"{what} folder {folder}: no config.json; expected a folder written by {writer}"
         ) from error
+    if config.get("model_type") == "internvl_chat":
+        raise ValueError(f"{what} folder {folder}: {ORIGINAL_INTERNVL}")
     refuse_remote_code(config, folder / "config.json", what)
     if "quantization_config" in config:
         raise ValueError(
@@ -70,6 +77,16 @@ def read_config(folder: str | Path, what: str, writer: str = "save_pretrained") 
     if any(field in config for field in ORIGINAL_LLAVA) or config.get("model_type") == "llava_llama":
         raise ValueError(f"{what} folder {folder}: {CONVERT_LLAVA}")
     return config
+
+
+def processor_fields(folder: Path, what: str) -> tuple[dict[str, Any], str]:
+    """What an image processor's file says, and its name; no fields where there is none."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            fields = read_json(folder / name, what)
+            own = fields.get("image_processor")
+            return (own if isinstance(own, dict) else fields), name
+    return {}, "preprocessor_config.json"
 
 
 def refuse_remote_code(config: Mapping[str, Any], file: Path, what: str) -> None:

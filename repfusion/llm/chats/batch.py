@@ -1,0 +1,130 @@
+"""Chats -> a left-padded batch on the CPU: token ids, which part of the chat each token is, positions, images
+as the vision tower takes them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from repfusion.llm.base import LanguageModel, PromptTooLong, take
+from repfusion.llm.chats.eyes import Look, text_positions
+from repfusion.llm.chats.format import Chat, ChatTokens, Part
+
+
+@dataclass(frozen=True)
+class ChatBatch:
+    """Tokens of chats, left-padded, and the images in them, in order."""
+
+    ids: Int[Tensor, "b n"]
+    parts: Int[Tensor, "b n"]
+    """What each token is, a `Part`."""
+    image_of: Int[Tensor, "b n"]
+    """Of which image of its chat a token is, -1 where it is of none."""
+    positions: Int[Tensor, "*axes b n"]
+    """Position ids, which count real tokens only; with an axis for time, row and column where the model has
+    such.
+    """
+    images: dict[str, Tensor]
+    """What the vision tower takes; empty without images."""
+
+    @property
+    def mask(self) -> Bool[Tensor, "b n"]:
+        """Which tokens are no padding."""
+        return self.parts != Part.PADDING
+
+    def is_any(self, *parts: Part) -> Bool[Tensor, "b n"]:
+        """Which tokens are of these parts."""
+        return torch.isin(self.parts, torch.tensor(parts, device=self.parts.device))
+
+
+class _Row(NamedTuple):
+    tokens: ChatTokens
+    looks: list[Look]
+
+
+def tokenise_chats(
+    llm: LanguageModel, chats: Sequence[Chat], written: Sequence[Sequence[int]] | None = None, room: int = 0
+) -> ChatBatch:
+    """Chats as a language model reads them; safe to call from another thread.
+
+    Args:
+        llm: whose chat template and eyes count.
+        chats: what is asked.
+        written: token ids that follow each chat, as `write` gave them, to be read at once (teacher forcing).
+        room: tokens that are to be written after the chats and have to fit too.
+
+    Raises:
+        PromptTooLong: a chat is longer than the context.
+        ValueError: images do not fit into the context, are none, or the model has no eyes; the chat template
+            is missing or does not take such chats.
+    """
+    written = [()] * len(chats) if written is None else written
+    rows = [_row(llm, chat, ids, room) for chat, ids in zip(chats, written, strict=True)]
+    width = max(len(row.tokens.ids) for row in rows)
+    fill = (llm.pad_id, Part.PADDING, -1)
+    ids, parts, image_of = (
+        torch.tensor([[pad] * (width - len(row.tokens.ids)) + list(row.tokens[column]) for row in rows])
+        for column, pad in enumerate(fill)
+    )
+    images = _joined([look for row in rows for look in row.looks])
+    mask = parts != Part.PADDING
+    positions = text_positions(mask)
+    if llm.eyes is not None and images:
+        positions = llm.eyes.positions(ids, mask, parts == Part.IMAGE, images)
+    return ChatBatch(ids, parts, image_of, positions, images)
+
+
+def _row(llm: LanguageModel, chat: Chat, written: Sequence[int], room: int) -> _Row:
+    if chat.images and llm.eyes is None:
+        how = "has none" if not llm.sees else "was loaded without them (with_eyes)"
+        raise ValueError(f"MLLM {llm.folder}: images need eyes, and it {how}; leave the images out")
+    looks = [llm.eyes.look(image) for image in chat.images if llm.eyes is not None]
+    tokens = llm.chat_format.tokens_of(chat, [look.num_tokens for look in looks])
+    _check_length(llm, chat, tokens, looks, len(written) + room)
+    return _Row(
+        ChatTokens(
+            [*tokens.ids, *written],
+            [*tokens.parts, *[Part.WRITTEN] * len(written)],
+            [*tokens.image_of, *[-1] * len(written)],
+        ),
+        looks,
+    )
+
+
+def _check_length(
+    llm: LanguageModel, chat: Chat, tokens: ChatTokens, looks: Sequence[Look], after: int
+) -> None:
+    """Raises PromptTooLong, or ValueError that says how many images fit."""
+    most = llm.context - after
+    if len(tokens.ids) <= most:
+        return
+    for fitting in range(len(looks) - 1, -1, -1):
+        fewer = llm.chat_format.tokens_of(chat, [look.num_tokens for look in looks[:fitting]])
+        if len(fewer.ids) <= most:
+            raise ValueError(
+                f"{len(looks)} images and the prompt {chat.instruction[:60]!r} take {len(tokens.ids)} tokens; "
+                f"the context of {llm.context} leaves {most}, where the first {fitting} images fit: leave "
+                "others out, or make them smaller"
+            )
+    raise PromptTooLong(chat.instruction, len(tokens.ids), most)
+
+
+def _joined(looks: Sequence[Look]) -> dict[str, Tensor]:
+    names = looks[0].inputs if looks else ()
+    return {name: torch.cat([look.inputs[name] for look in looks]) for name in names}
+
+
+def pack(
+    states: Sequence[Float[Tensor, "b n c"]], keep: Bool[Tensor, "b n"]
+) -> tuple[list[Float[Tensor, "b k c"]], Bool[Tensor, "b k"]]:
+    """The kept tokens of each row, in order and from its start on, zeros after them; the mask tells them
+    apart. At least one place a row remains.
+    """
+    most = max(1, int(keep.sum(1).max()))
+    order = keep.long().argsort(dim=1, descending=True, stable=True)[:, :most]
+    mask = keep.gather(1, order)
+    return [take(state, order).masked_fill(~mask[..., None], 0) for state in states], mask

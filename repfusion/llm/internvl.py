@@ -1,0 +1,99 @@
+"""InternVL (`InternVLForConditionalGeneration`): an image as tiles of the best fitting grid and a thumbnail,
+each of the same number of tokens.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from repfusion.llm.base import LanguageModel
+from repfusion.llm.chats.eyes import Eyes, Look, image_processor
+from repfusion.llm.projector import Projector
+
+MARKS = {"start_image_token": "<img>", "end_image_token": "</img>"}
+"""Tokens around an image, by the tokenizer's name of each, and what they are where it names none."""
+
+
+class InternVL(LanguageModel):
+    """The language model of an InternVL."""
+
+    sees = True
+    needs_template = True
+    takes_latents = False
+
+    @classmethod
+    def model_class(cls, config: Any) -> Any:
+        """InternVLForConditionalGeneration.
+
+        Raises:
+            ValueError: where the projector reads several layers of its tower.
+        """
+        from transformers import InternVLForConditionalGeneration
+
+        if not isinstance(config.vision_feature_layer, int):
+            raise ValueError(
+                f"reads layers {config.vision_feature_layer} of its tower; expected a single layer"
+            )
+        return InternVLForConditionalGeneration
+
+    @classmethod
+    def parts(cls, model: Any) -> tuple[nn.Module, nn.Module, Projector | None]:
+        """The language model and its head; what leads into it from the tower takes no latents."""
+        return model.model.language_model, model.lm_head, None
+
+    @classmethod
+    def open_eyes(cls, model: Any, tokenizer: Any, folder: Path) -> Eyes:
+        """Tower and projector.
+
+        Raises:
+            ValueError: the image processor's file is missing or makes tiles of another size than the tower
+                reads.
+        """
+        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+        processor = image_processor(GotOcr2ImageProcessorPil, folder)
+        makes = processor.size.height, processor.size.width
+        reads = tuple(model.config.vision_config.image_size)
+        if makes != reads:
+            raise ValueError(
+                f"MLLM folder {folder}: its image processor makes tiles of {makes} px, the tower reads {reads}; "
+                "use the processor that it was trained with"
+            )
+        image_id = model.config.image_token_id
+        eyes = InternEyes(model.model, processor, image_id, tokenizer.convert_ids_to_tokens(image_id))
+        eyes.around = tuple(getattr(tokenizer, name, None) or text for name, text in MARKS.items())
+        return eyes
+
+
+class InternEyes(Eyes):
+    """A tower of tiles; the last of several tiles is the thumbnail, the whole image in one."""
+
+    around: tuple[str, ...] = tuple(MARKS.values())
+
+    @property
+    def tile_tokens(self) -> int:
+        """Tokens of a tile."""
+        config = self.model.config
+        sides = zip(config.vision_config.image_size, config.vision_config.patch_size, strict=True)
+        return int(np.prod([int(side // patch * config.downsample_ratio) for side, patch in sides]))
+
+    def _look(self, image: np.ndarray) -> Look:
+        tiles = self.process(image, crop_to_patches=True)["pixel_values"]
+        return Look(len(tiles) * self.tile_tokens, {"pixel_values": tiles})
+
+    def expanded(self, num_tokens: int) -> str:
+        """The image's tokens between its marks."""
+        start, end = self.around
+        return f"{start}{self.image_token * num_tokens}{end}"
+
+    @torch.no_grad()
+    def see(
+        self, images: Mapping[str, Tensor], is_image: Bool[Tensor, "b n"]
+    ) -> tuple[Float[Tensor, "k c"], dict[str, Any]]:
+        """Tokens of all tiles of all images."""
+        return self.model.get_image_features(images["pixel_values"]).pooler_output.flatten(0, 1), {}

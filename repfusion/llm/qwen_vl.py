@@ -1,0 +1,93 @@
+"""Qwen2.5-VL and Qwen3-VL: images of any size, at positions of time, row and column (MRoPE); Qwen3-VL's tower
+also speaks to the first layers of the language model (DeepStack).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from repfusion.llm.base import LanguageModel
+from repfusion.llm.chats.eyes import Eyes, Look, image_processor
+from repfusion.llm.projector import Projector
+
+
+class QwenVL(LanguageModel):
+    """The language model of a Qwen-VL."""
+
+    sees = True
+    needs_template = True
+    takes_latents = False
+
+    @classmethod
+    def model_class(cls, config: Any) -> Any:
+        """The class that transformers has for the folder's `model_type`."""
+        import transformers
+
+        if config.model_type == "qwen3_vl":
+            return transformers.Qwen3VLForConditionalGeneration
+        return transformers.Qwen2_5_VLForConditionalGeneration
+
+    @classmethod
+    def parts(cls, model: Any) -> tuple[nn.Module, nn.Module, Projector | None]:
+        """The language model and its head; what leads into it from the tower takes no latents."""
+        return model.model.language_model, model.lm_head, None
+
+    @classmethod
+    def open_eyes(cls, model: Any, tokenizer: Any, folder: Path) -> Eyes:
+        """Tower and merger.
+
+        Raises:
+            ValueError: the image processor's file is missing or cuts other patches than the tower reads.
+        """
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        processor = image_processor(Qwen2VLImageProcessorPil, folder)
+        vision = model.config.vision_config
+        cuts = processor.patch_size, processor.merge_size, processor.temporal_patch_size
+        reads = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+        if cuts != reads:
+            raise ValueError(
+                f"MLLM folder {folder}: its image processor has (patch, merge, temporal patch) sizes {cuts}, "
+                f"the tower {reads}; use the processor that it was trained with"
+            )
+        image_id = model.config.image_token_id
+        return QwenEyes(model.model, processor, image_id, tokenizer.convert_ids_to_tokens(image_id))
+
+
+class QwenEyes(Eyes):
+    """A tower of patches, of which squares become a token each."""
+
+    def _look(self, image: np.ndarray) -> Look:
+        found = self.process(image)
+        num_tokens = int(found["image_grid_thw"].prod()) // self.processor.merge_size**2
+        return Look(num_tokens, {name: found[name] for name in ("pixel_values", "image_grid_thw")})
+
+    def positions(
+        self,
+        ids: Int[Tensor, "b n"],
+        mask: Bool[Tensor, "b n"],
+        is_image: Bool[Tensor, "b n"],
+        images: Mapping[str, Tensor],
+    ) -> Int[Tensor, "*axes b n"]:
+        """Time, row and column [3, b, n]: an image takes as many positions as its longer side has tokens."""
+        return self.model.get_rope_index(
+            ids, is_image.int(), image_grid_thw=images["image_grid_thw"], attention_mask=mask
+        )[0]
+
+    @torch.no_grad()
+    def see(
+        self, images: Mapping[str, Tensor], is_image: Bool[Tensor, "b n"]
+    ) -> tuple[Float[Tensor, "k c"], dict[str, Any]]:
+        """Tokens of all images, and for Qwen3-VL what is added to them after the first layers."""
+        seen = self.model.get_image_features(images["pixel_values"], images["image_grid_thw"])
+        deep = getattr(seen, "deepstack_features", None)
+        more = {}
+        if deep is not None:
+            more["visual_pos_masks"] = is_image
+            more["deepstack_visual_embeds"] = [torch.cat(tuple(features)) for features in deep]
+        return torch.cat(tuple(seen.pooler_output)), more
