@@ -91,9 +91,9 @@ class NoisyLatentConditioner(Conditioner):
         super().__init__()
         if not llm.takes_latents:
             raise ValueError(
-                f"MLLM {llm.folder}: a {type(llm).__name__}, whose way from its tower into the language model "
-                "takes no latents; for noisy latents use a LLaVA or a causal language model, or take method "
-                "'lap', 'text_embed' or 'queries'"
+                f"MLLM {llm.folder}: a {type(llm).__name__}, whose way from its tower into the language "
+                "model takes no latents; for noisy latents use a LLaVA or a causal language model, or take "
+                "method 'lap', 'text_embed' or 'queries'"
             )
         self.llm = llm
         self.bidirectional = config.bidirectional

@@ -61,8 +61,8 @@ class InternVL(LanguageModel):
         reads = tuple(model.config.vision_config.image_size)
         if makes != reads:
             raise ValueError(
-                f"MLLM folder {folder}: its image processor makes tiles of {makes} px, the tower reads {reads}; "
-                "use the processor that it was trained with"
+                f"MLLM folder {folder}: its image processor makes tiles of {makes} px, the tower reads "
+                f"{reads}; use the processor that it was trained with"
             )
         image_id = model.config.image_token_id
         eyes = InternEyes(model.model, processor, image_id, tokenizer.convert_ids_to_tokens(image_id))

@@ -38,8 +38,8 @@ def family_of(folder: Path) -> type[LanguageModel]:
             from repfusion.llm.t5 import T5Encoder as Family
         case other:
             raise ValueError(
-                f"MLLM folder {folder}: model_type {other!r}; expected 'llava' or another model that sees "
-                f"({', '.join(SEEING)}), a causal language model: {', '.join(LANGUAGE_MODELS)}; or 't5', whose "
+                f"MLLM folder {folder}: model_type {other!r}; expected 'llava' or a causal language model: "
+                f"{', '.join(LANGUAGE_MODELS)}; or another that sees: {', '.join(SEEING)}; or 't5', whose "
                 "encoder is read"
             )
     return Family

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from diffusers import AutoencoderDC, AutoencoderKL
+from tiny_vlms import SAVES
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -124,6 +125,10 @@ def language_model(folder: Path, on_meta: bool = False) -> torch.nn.Module:
     return load_language_model(folder, with_head=True, on_meta=on_meta)
 
 
+def seeing(folder: Path, on_meta: bool = False) -> torch.nn.Module:
+    return load_language_model(folder, with_head=True, on_meta=on_meta, with_eyes=True)
+
+
 def encoder(folder: Path, on_meta: bool = False) -> torch.nn.Module:
     return EncoderConfig(path=folder).load(on_meta)
 
@@ -157,6 +162,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_tied": Family(lambda to: save_causal("Qwen2", to, tie_word_embeddings=True), language_model),
     "qwen3": Family(lambda to: save_causal("Qwen3", to), language_model),
     "gemma": Family(lambda to: save_causal("Gemma", to), language_model),
+    **{name: Family(SAVES[name], seeing) for name in ("qwen2_5_vl", "qwen3_vl", "internvl")},
     "phi3": Family(lambda to: save_causal("Phi3", to), language_model),
     "t5_encoder": Family(lambda to: save_t5("T5EncoderModel", to), language_model),
     "t5": Family(

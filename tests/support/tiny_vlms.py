@@ -4,6 +4,7 @@ processor of each.
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from repfusion.llm.base import LanguageModel
+from repfusion.llm.chats.format import Chat
 from repfusion.scenes.captions import caption_scene
 from repfusion.scenes.world import draw_scene
 
@@ -34,14 +37,17 @@ TURN = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}"""
 """ChatML, as the models' own templates write it."""
 DEFAULT_SYSTEM = """\
-{%- if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- if messages[0]['role'] != 'system' -%}
+{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
 {%- endif -%}"""
 """Qwen2.5-VL's template has a system prompt of its own."""
 QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 LLAVA_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif -%}
-{%- for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor -%}
+{%- for content in message['content'] | selectattr('type', 'equalto', 'image') -%}
+{{ '<image>\\n' }}
+{%- endfor -%}
 {%- for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}
 {%- endfor -%}
 {%- endfor -%}
@@ -250,3 +256,56 @@ def processor_of(family: str, folder: Path) -> Any:
             named |= {"patch_size": 8, "vision_feature_select_strategy": "default"}
             named["num_additional_image_tokens"] = 1
     return without_videos(kind)(images, tokenizer, **named)
+
+
+def class_of(family: str) -> Any:
+    """transformers' class of a family."""
+    return {
+        "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
+        "qwen3_vl": transformers.Qwen3VLForConditionalGeneration,
+        "internvl": transformers.InternVLForConditionalGeneration,
+        "llava": transformers.LlavaForConditionalGeneration,
+    }[family]
+
+
+@dataclass(frozen=True)
+class Seeing:
+    """A folder, as the project and as transformers read it."""
+
+    family: str
+    folder: Path
+    llm: LanguageModel
+    whole: Any
+    processor: Any
+
+    def inputs(self, chats: list[Chat]) -> Any:
+        """What transformers' own processor makes of chats."""
+        texts = [
+            self.processor.apply_chat_template(messages(chat), tokenize=False, add_generation_prompt=True)
+            for chat in chats
+        ]
+        images = [image for chat in chats for image in chat.images]
+        return self.processor(images=images or None, text=texts, padding=True, return_tensors="pt")
+
+
+def messages(chat: Chat) -> list[dict[str, Any]]:
+    """A chat as transformers has it."""
+    found = []
+    if chat.system is not None:
+        found.append({"role": "system", "content": [{"type": "text", "text": chat.system}]})
+    asked = [{"type": "image"}] * len(chat.images) + [{"type": "text", "text": chat.instruction}]
+    return [*found, {"role": "user", "content": asked}]
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+CHATS = {
+    "text": Chat("a red circle left of two squares"),
+    "nothing": Chat(""),
+    "system": Chat("a red circle", system="rewrite in full"),
+    "image": Chat("make the circle blue", (picture(20, 33),)),
+    "images": Chat("the circle of the first above", (picture(16, 16, 1), picture(40, 12, 2)), "be terse"),
+}
+"""With no, one and several images of several sizes, with and without a system prompt."""

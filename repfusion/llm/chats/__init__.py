@@ -1,1 +1,1 @@
-"""Chats with a language model: system prompt, images and an instruction -> tokens, hidden states, an answer."""
+"""Chats with a language model: system prompt, images and an instruction -> tokens, states, an answer."""

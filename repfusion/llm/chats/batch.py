@@ -106,9 +106,9 @@ def _check_length(
         fewer = llm.chat_format.tokens_of(chat, [look.num_tokens for look in looks[:fitting]])
         if len(fewer.ids) <= most:
             raise ValueError(
-                f"{len(looks)} images and the prompt {chat.instruction[:60]!r} take {len(tokens.ids)} tokens; "
-                f"the context of {llm.context} leaves {most}, where the first {fitting} images fit: leave "
-                "others out, or make them smaller"
+                f"{len(looks)} images and the prompt {chat.instruction[:60]!r} take {len(tokens.ids)} "
+                f"tokens; the context of {llm.context} leaves {most}, where the first {fitting} images fit: "
+                "leave others out, or make them smaller"
             )
     raise PromptTooLong(chat.instruction, len(tokens.ids), most)
 

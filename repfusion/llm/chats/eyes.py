@@ -38,9 +38,10 @@ class Eyes(nn.Module):
     def __init__(self, model: Any, processor: Any, image_id: int, image_token: str):
         super().__init__()
         model.language_model = None  # the language model has an owner
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.requires_grad_(False)
         self.processor = processor
         self.image_id, self.image_token = image_id, image_token
+        self.eval()
 
     def look(self, image: np.ndarray) -> Look:
         """An image, uint8 [h, w, 3], as the tower takes it.

@@ -121,8 +121,8 @@ class ChatFormat:
         if [counts[image] for image in range(len(image_lengths))] != list(image_lengths):
             assert self.eyes is not None
             raise ValueError(
-                f"MLLM folder {self.folder}: its tokenizer does not read {self.eyes.image_token!r} as a token "
-                "of its own; use the tokenizer that the model was trained with"
+                f"MLLM folder {self.folder}: its tokenizer does not read {self.eyes.image_token!r} as a "
+                "token of its own; use the tokenizer that the model was trained with"
             )
         return found
 
@@ -166,8 +166,8 @@ class ChatFormat:
             )
         except jinja2.TemplateError as error:
             raise ValueError(
-                f"MLLM folder {self.folder}: its chat template refuses a chat with{'' if has_system else 'out'} "
-                f"a system prompt and {num_images} images: {error}"
+                f"MLLM folder {self.folder}: its chat template refuses a chat "
+                f"with{'' if has_system else 'out'} a system prompt and {num_images} images: {error}"
             ) from error
 
     def _content(self, text: str, num_images: int) -> Any:

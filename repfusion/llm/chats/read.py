@@ -1,5 +1,5 @@
-"""Chats read and answered: hidden states of several layers at all tokens, and greedy decoding of a whole batch
-with keys and values kept.
+"""Chats read and answered: hidden states of several layers at all tokens, and greedy decoding of a whole
+batch with keys and values kept.
 """
 
 from collections.abc import Sequence
