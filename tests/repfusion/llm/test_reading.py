@@ -105,6 +105,21 @@ def test_images_are_prepared_in_float32_whatever_the_weights_are(seeing: Seeing)
     assert len(write(llm, batch, 3)[0].ids) == 3
 
 
+@contextmanager
+def watched(llm: LanguageModel) -> Iterator[list[list[Tensor]]]:
+    """The outputs of each layer, call by call."""
+    seen: list[list[Tensor]] = [[] for _ in llm.layers]
+    handles = [
+        layer.register_forward_hook(lambda module, inputs, out, into=into: into.append(out.clone()))
+        for layer, into in zip(llm.layers, seen, strict=True)
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 HIDDEN = {"output_hidden_states": True}
 NEW = 12
 
@@ -162,22 +177,9 @@ def test_nothing_written_is_told_from_what_would_go_on(seeing: Seeing, tmp_path)
     ends = {"eos_token_id": first[0].ids[0]}
     (tmp_path / "mute" / "generation_config.json").write_text(json.dumps(ends))
     mute = load_language_model(tmp_path / "mute", with_head=True)
-    assert write(mute, batch, NEW) == [Writing([], True)]
-
-
-@contextmanager
-def watched(llm: LanguageModel) -> Iterator[list[list[Tensor]]]:
-    """The outputs of each layer, call by call."""
-    seen: list[list[Tensor]] = [[] for _ in llm.layers]
-    handles = [
-        layer.register_forward_hook(lambda module, inputs, out, into=into: into.append(out.clone()))
-        for layer, into in zip(llm.layers, seen, strict=True)
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watched(mute) as seen:
+        assert write(mute, batch, NEW) == [Writing([], True)]
+    assert len(seen[0]) == 1, "nothing is read once all have ended"
 
 
 def test_teacher_forcing_gives_the_states_that_were_there_while_decoding(seeing: Seeing):
