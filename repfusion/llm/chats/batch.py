@@ -12,7 +12,7 @@ from torch import Tensor
 
 from repfusion.llm.base import LanguageModel, PromptTooLong, take
 from repfusion.llm.chats.eyes import Look, text_positions
-from repfusion.llm.chats.format import Chat, ChatTokens, Part
+from repfusion.llm.chats.format import Chat, ChatPart, ChatTokens
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class ChatBatch:
 
     ids: Int[Tensor, "b n"]
     parts: Int[Tensor, "b n"]
-    """What each token is, a `Part`."""
+    """What each token is, a `ChatPart`."""
     image_of: Int[Tensor, "b n"]
-    """Of which image of its chat a token is, -1 where it is of none."""
+    """The image of its chat that a token is of, -1 where it is of none."""
     positions: Int[Tensor, "*axes b n"]
     """Position ids, which count real tokens only; with an axis for time, row and column where the model has
     such.
@@ -34,9 +34,9 @@ class ChatBatch:
     @property
     def mask(self) -> Bool[Tensor, "b n"]:
         """Which tokens are no padding."""
-        return self.parts != Part.PADDING
+        return self.parts != ChatPart.PADDING
 
-    def is_any(self, *parts: Part) -> Bool[Tensor, "b n"]:
+    def is_any(self, *parts: ChatPart) -> Bool[Tensor, "b n"]:
         """Which tokens are of these parts."""
         return torch.isin(self.parts, torch.tensor(parts, device=self.parts.device))
 
@@ -65,16 +65,16 @@ def tokenise_chats(
     written = [()] * len(chats) if written is None else written
     rows = [_row(llm, chat, ids, room) for chat, ids in zip(chats, written, strict=True)]
     width = max(len(row.tokens.ids) for row in rows)
-    fill = (llm.pad_id, Part.PADDING, -1)
+    fill = (llm.pad_id, ChatPart.PADDING, -1)
     ids, parts, image_of = (
         torch.tensor([[pad] * (width - len(row.tokens.ids)) + list(row.tokens[column]) for row in rows])
         for column, pad in enumerate(fill)
     )
     images = _joined([look for row in rows for look in row.looks])
-    mask = parts != Part.PADDING
+    mask = parts != ChatPart.PADDING
     positions = text_positions(mask)
     if llm.eyes is not None and images:
-        positions = llm.eyes.positions(ids, mask, parts == Part.IMAGE, images)
+        positions = llm.eyes.positions(ids, mask, parts == ChatPart.IMAGE, images)
     return ChatBatch(ids, parts, image_of, positions, images)
 
 
@@ -88,7 +88,7 @@ def _row(llm: LanguageModel, chat: Chat, written: Sequence[int], room: int) -> _
     return _Row(
         ChatTokens(
             [*tokens.ids, *written],
-            [*tokens.parts, *[Part.WRITTEN] * len(written)],
+            [*tokens.parts, *[ChatPart.WRITTEN] * len(written)],
             [*tokens.image_of, *[-1] * len(written)],
         ),
         looks,

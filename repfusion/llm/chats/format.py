@@ -24,7 +24,7 @@ TEMPLATE_FILE = "chat_template.json"
 """Where older processors keep their chat template; newer ones keep it where a tokenizer finds it."""
 
 
-class Part(IntEnum):
+class ChatPart(IntEnum):
     """What a token of a chat is."""
 
     PADDING = 0
@@ -37,9 +37,9 @@ class Part(IntEnum):
     """Decoded by the language model."""
 
 
-USERS = (Part.SYSTEM, Part.INSTRUCTION)
+USERS = (ChatPart.SYSTEM, ChatPart.INSTRUCTION)
 """Parts that are texts of whoever asks."""
-MARKS = {"\ue001": Part.SYSTEM, "\ue002": Part.INSTRUCTION}
+MARKS = {"\ue001": ChatPart.SYSTEM, "\ue002": ChatPart.INSTRUCTION}
 """Characters of Unicode's private use that stand for the texts while the template is filled."""
 
 
@@ -58,7 +58,7 @@ class Piece(NamedTuple):
     """Consecutive text of a filled template."""
 
     text: str
-    part: Part
+    part: ChatPart
     image: int = -1
 
 
@@ -66,7 +66,7 @@ class ChatTokens(NamedTuple):
     """Tokens of a chat, what each is, and of which image it is (-1: of none)."""
 
     ids: list[int]
-    parts: list[Part]
+    parts: list[ChatPart]
     image_of: list[int]
 
 
@@ -113,7 +113,7 @@ class ChatFormat:
                 token.
         """
         pieces = list(self._filled(chat, image_lengths))
-        rows = [(id, Part.TEMPLATE, -1) for id in self._begin(pieces)]
+        rows = [(id, ChatPart.TEMPLATE, -1) for id in self._begin(pieces)]
         for chunk, is_plain in self._chunks(pieces):
             rows += self._encode(chunk, is_plain)
         found = ChatTokens(*(list(column) for column in zip(*rows, strict=True)))
@@ -130,13 +130,13 @@ class ChatFormat:
         image = 0
         for text in self.skeleton(chat.system is not None, len(image_lengths)):
             if (part := MARKS.get(text)) is not None:
-                said = chat.instruction if part == Part.INSTRUCTION else chat.system
+                said = chat.instruction if part == ChatPart.INSTRUCTION else chat.system
                 yield Piece(said or "", part)
             elif self.eyes is not None and text == self.eyes.image_token:
-                yield Piece(self.eyes.expanded(image_lengths[image]), Part.IMAGE, image)
+                yield Piece(self.eyes.expanded(image_lengths[image]), ChatPart.IMAGE, image)
                 image += 1
             else:
-                yield Piece(text, Part.TEMPLATE)
+                yield Piece(text, ChatPart.TEMPLATE)
 
     def skeleton(self, has_system: bool, num_images: int) -> list[str]:
         """Texts of a template around the places of system prompt, images and instruction. Raises ValueError
@@ -205,7 +205,7 @@ class ChatFormat:
         for piece in pieces:
             yield [piece], piece.part in USERS
 
-    def _encode(self, pieces: Sequence[Piece], is_plain: bool) -> Iterator[tuple[int, Part, int]]:
+    def _encode(self, pieces: Sequence[Piece], is_plain: bool) -> Iterator[tuple[int, ChatPart, int]]:
         """Tokens of consecutive pieces, with what each is."""
         starts = list(accumulate((len(piece.text) for piece in pieces), initial=0))[:-1]
         found = (self.plain if is_plain else self.parsing)(
@@ -218,10 +218,10 @@ class ChatFormat:
         for id, (start, end) in zip(found.input_ids, found.offset_mapping, strict=True):
             first, last = bisect_right(starts, start) - 1, bisect_right(starts, max(start, end - 1)) - 1
             piece = self._owner(pieces[first : last + 1])
-            if piece.part != Part.IMAGE or (self.eyes is not None and id == self.eyes.image_id):
+            if piece.part != ChatPart.IMAGE or (self.eyes is not None and id == self.eyes.image_id):
                 yield id, piece.part, piece.image
             else:
-                yield id, Part.TEMPLATE, -1
+                yield id, ChatPart.TEMPLATE, -1
 
     @staticmethod
     def _owner(pieces: Sequence[Piece]) -> Piece:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from repfusion.llm.base import LAST, LanguageModel, states_of
 from repfusion.llm.chats.batch import ChatBatch
-from repfusion.llm.chats.format import Part
+from repfusion.llm.chats.format import ChatPart
 from repfusion.pretrained.config import read_json
 
 GENERATION_CONFIG = "generation_config.json"
@@ -51,7 +51,7 @@ def _run(llm: LanguageModel, batch: ChatBatch, **options: Any) -> Any:
     embeds, more = llm.embed(batch.ids), {}
     if batch.images:
         assert llm.eyes is not None
-        is_image = batch.is_any(Part.IMAGE)
+        is_image = batch.is_any(ChatPart.IMAGE)
         tokens, more = llm.eyes.see(batch.images, is_image)
         embeds = embeds.masked_scatter(is_image[..., None], tokens.to(embeds.dtype))
     return llm.language_model(

@@ -16,7 +16,7 @@ from repfusion.foundation.dialogues import ANSWER, REWRITE, text_ids, train_toke
 from repfusion.llm.base import LanguageModel, PromptTooLong
 from repfusion.llm.chats.batch import ChatBatch, pack, tokenise_chats
 from repfusion.llm.chats.eyes import Eyes
-from repfusion.llm.chats.format import PLAIN_CUE, Chat, ChatFormat, Part
+from repfusion.llm.chats.format import PLAIN_CUE, Chat, ChatFormat, ChatPart
 from repfusion.llm.load import load_language_model
 
 IMAGE_TOKENS = {"qwen2_5_vl": [4, 10], "qwen3_vl": [4, 10], "internvl": [4, 16], "llava": [4, 4]}
@@ -28,7 +28,7 @@ def eyes_of(llm: LanguageModel) -> Eyes:
     return llm.eyes
 
 
-def text_of(llm: LanguageModel, batch: ChatBatch, row: int, part: Part) -> str:
+def text_of(llm: LanguageModel, batch: ChatBatch, row: int, part: ChatPart) -> str:
     """The text that the tokens of a part stand for; the first may have a space of the template in it."""
     return llm.tokenizer.decode(batch.ids[row][batch.parts[row] == part]).removeprefix(" ")
 
@@ -46,16 +46,16 @@ def test_every_token_knows_what_it_is_of(seeing: Seeing):
     llm, chats = seeing.llm, list(CHATS.values())
     batch = tokenise_chats(llm, chats, written=[[7, 8], [], [9], [7], []])
     for row, (chat, written) in enumerate(zip(chats, ([7, 8], [], [9], [7], []), strict=True)):
-        assert text_of(llm, batch, row, Part.SYSTEM) == (chat.system or "")
-        assert text_of(llm, batch, row, Part.INSTRUCTION) == chat.instruction
-        assert batch.ids[row][batch.parts[row] == Part.WRITTEN].tolist() == written
-        template = text_of(llm, batch, row, Part.TEMPLATE)
+        assert text_of(llm, batch, row, ChatPart.SYSTEM) == (chat.system or "")
+        assert text_of(llm, batch, row, ChatPart.INSTRUCTION) == chat.instruction
+        assert batch.ids[row][batch.parts[row] == ChatPart.WRITTEN].tolist() == written
+        template = text_of(llm, batch, row, ChatPart.TEMPLATE)
         assert "ssistant" in template.lower()
         assert eyes_of(llm).image_token not in template
-        assert torch.equal(batch.image_of[row] >= 0, batch.parts[row] == Part.IMAGE)
+        assert torch.equal(batch.image_of[row] >= 0, batch.parts[row] == ChatPart.IMAGE)
     counts = [(batch.image_of[-1] == image).sum().item() for image in range(2)]
     assert counts == IMAGE_TOKENS[seeing.family]
-    assert set(batch.ids[batch.parts == Part.IMAGE].tolist()) == {eyes_of(llm).image_id}
+    assert set(batch.ids[batch.parts == ChatPart.IMAGE].tolist()) == {eyes_of(llm).image_id}
 
 
 def test_rows_are_padded_on_the_left_and_say_the_same_as_alone(seeing: Seeing):
@@ -75,9 +75,9 @@ def test_rows_are_padded_on_the_left_and_say_the_same_as_alone(seeing: Seeing):
 
 def test_parts_are_selected_together(seeing: Seeing):
     batch = tokenise_chats(seeing.llm, [CHATS["images"]], written=[[7, 8]])
-    kept = batch.is_any(Part.IMAGE, Part.WRITTEN)
+    kept = batch.is_any(ChatPart.IMAGE, ChatPart.WRITTEN)
     assert kept.sum() == sum(IMAGE_TOKENS[seeing.family]) + 2
-    assert torch.equal(kept, (batch.parts == Part.IMAGE) | (batch.parts == Part.WRITTEN))
+    assert torch.equal(kept, (batch.parts == ChatPart.IMAGE) | (batch.parts == ChatPart.WRITTEN))
 
 
 SPELLED = "a </s> <|im_end|> <|im_start|>system <image> <IMG_CONTEXT> <|image_pad|> b"
@@ -92,9 +92,9 @@ def test_a_text_that_spells_control_tokens_stays_text(images, seeing: Seeing):
     ]
     found = [[id for id in batch.ids[0].tolist() if id in control] for batch in batches]
     assert found[0] == found[1]
-    for part in (Part.SYSTEM, Part.INSTRUCTION):
+    for part in (ChatPart.SYSTEM, ChatPart.INSTRUCTION):
         assert text_of(llm, batches[0], 0, part) == SPELLED
-    assert (batches[0].parts == Part.IMAGE).sum() == (batches[1].parts == Part.IMAGE).sum()
+    assert (batches[0].parts == ChatPart.IMAGE).sum() == (batches[1].parts == ChatPart.IMAGE).sum()
 
 
 @pytest.fixture
@@ -197,15 +197,15 @@ def test_plain_chats_are_the_foundations_own_dialogues(prompt, small: LanguageMo
     rewriting = tokenise_chats(small, [Chat(prompt, system=REWRITE)])
     ((expected, start),) = text_ids(small.tokenizer, [(f"{REWRITE} {prompt} {ANSWER}", "")])
     assert rewriting.ids[0].tolist() == expected[:start]
-    assert text_of(small, rewriting, 0, Part.SYSTEM).strip() == REWRITE
+    assert text_of(small, rewriting, 0, ChatPart.SYSTEM).strip() == REWRITE
     shown = tokenise_chats(small, [Chat(prompt, (picture(16, 16),))])
     ((expected, start),) = text_ids(small.tokenizer, [(f"<image> {prompt} {ANSWER}", "")], 4)
     assert shown.ids[0].tolist() == expected[:start]
     for batch in (rewriting, shown):
-        assert text_of(small, batch, 0, Part.INSTRUCTION) == small.tokenizer.decode(
+        assert text_of(small, batch, 0, ChatPart.INSTRUCTION) == small.tokenizer.decode(
             small.token_ids([prompt])[0]
         ).removeprefix(" ")
-        assert batch.ids[0, 0] == small.begin_id and batch.parts[0, 0] == Part.TEMPLATE
+        assert batch.ids[0, 0] == small.begin_id and batch.parts[0, 0] == ChatPart.TEMPLATE
 
 
 def test_a_tokenizer_without_the_image_token_is_named(tmp_path):
@@ -289,7 +289,7 @@ def test_the_format_of_a_blind_family_takes_contents_as_text(small: LanguageMode
     tokenizer.chat_template = template
     form = ChatFormat(tokenizer, small.folder, small.begin_id, None, sees=False, needs_template=False)
     tokens = form.tokens_of(Chat(" two circles", system="be terse"), [])
-    for part, text in ((Part.SYSTEM, "be terse"), (Part.INSTRUCTION, "two circles")):
+    for part, text in ((ChatPart.SYSTEM, "be terse"), (ChatPart.INSTRUCTION, "two circles")):
         ids = [id for id, one in zip(tokens.ids, tokens.parts, strict=True) if one == part]
         assert tokenizer.decode(ids).strip() == text
     tokenizer.chat_template = None

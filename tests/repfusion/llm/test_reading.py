@@ -20,7 +20,7 @@ from repfusion.conditioning.text_embed import TextEmbedConditioner
 from repfusion.inputs import map_tensors
 from repfusion.llm.base import LanguageModel
 from repfusion.llm.chats.batch import tokenise_chats
-from repfusion.llm.chats.format import Chat, Part
+from repfusion.llm.chats.format import Chat, ChatPart
 from repfusion.llm.chats.read import Writing, end_ids, read_chats, write
 from repfusion.llm.load import load_language_model
 from repfusion.request import Request
@@ -190,7 +190,7 @@ def test_teacher_forcing_gives_the_states_that_were_there_while_decoding(seeing:
     forced = tokenise_chats(llm, chats, written)
     with watched(llm) as at_once:
         read_chats(llm, forced, ALL)
-    assert forced.is_any(Part.WRITTEN).sum() == sum(map(len, written)) > NEW
+    assert forced.is_any(ChatPart.WRITTEN).sum() == sum(map(len, written)) > NEW
     for steps, (whole,) in zip(decoding, at_once, strict=True):
         assert len(steps) == NEW  # the last token is written and not read
         for row, ids in enumerate(written):
@@ -214,12 +214,14 @@ def test_the_vision_tower_is_asked_for_and_loads_on_meta(with_images, seeing: Se
 
 
 def test_a_model_without_eyes_has_none_to_open_and_chats_all_the_same(tmp_path):
+    torch.manual_seed(0)
     save_causal("Llama", tmp_path)
     with pytest.raises(ValueError, match=r"a LlamaForCausalLM, which sees no images; use a folder of a"):
         load_language_model(tmp_path, with_eyes=True)
     llm = load_language_model(tmp_path, with_head=True)
-    batch = tokenise_chats(llm, [Chat("a red circle", system="a"), Chat("a")])
-    assert [len(writing.ids) for writing in write(llm, batch, 2)] == [2, 2]
+    chats = [Chat("a red circle", system="a"), Chat("a")]
+    alone = [write(llm, tokenise_chats(llm, [chat]), 3)[0] for chat in chats]
+    assert write(llm, tokenise_chats(llm, chats), 3) == alone
     with pytest.raises(ValueError, match="images need eyes, and it has none"):
         tokenise_chats(llm, [CHATS["image"]])
 
@@ -232,7 +234,7 @@ def test_the_shipped_llava_sees_as_transformers_own_does(name):
     batch = tokenise_chats(llm, [Chat("describe the image", (image,)), Chat("two circles")])
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
     torch.testing.assert_close(batch.images["pixel_values"], pixels * 2 - 1)
-    assert batch.is_any(Part.IMAGE).sum(1).tolist() == [16, 0]
+    assert batch.is_any(ChatPart.IMAGE).sum(1).tolist() == [16, 0]
     ids, mask = batch.ids[:1], batch.mask[:1].long()
     with torch.no_grad():
         expected = whole(input_ids=ids, attention_mask=mask, pixel_values=pixels * 2 - 1, **HIDDEN)
