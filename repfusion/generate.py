@@ -17,6 +17,9 @@ from torch import Tensor
 from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.display.redaction import redact_text
 from repfusion.display.terminal import printable_lines
+from repfusion.files import bytes_sha256
+from repfusion.images.decode import read_pixels
+from repfusion.images.limits import BadImage
 from repfusion.latents.load import Decoder
 from repfusion.lineage.describe import (
     checkpoint_record,
@@ -69,19 +72,33 @@ def generate(
     return torch.cat(images)
 
 
+def read_images(paths: Sequence[Path]) -> tuple[UInt8[np.ndarray, "h w 3"], ...]:
+    """Image files as requests hold them. Raises ValueError, which names the file, where one is none."""
+    found = []
+    for path in paths:
+        try:
+            found.append(read_pixels(path.read_bytes()))
+        except (OSError, BadImage) as error:
+            raise ValueError(f"image {path}: {error}") from error
+    return tuple(found)
+
+
 def to_uint8(pixels: Float[Tensor, "*b 3 h w"]) -> UInt8[np.ndarray, "*b h w 3"]:
     """Rounded, channels last, as image files want them."""
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).movedim(-3, -1).numpy()
 
 
 def image_record(
-    folder: Path, prompt: str, seed: int, config: SamplerConfig, num_images: int = 1
+    folder: Path, request: Request, seed: int, config: SamplerConfig, num_images: int = 1
 ) -> dict[str, Any]:
     """What a PNG says of itself: image i of a strip has the seed `seed` + i. `folder` is a checkpoint or an
-    export; `lineage` is what the checkpoint says of its training, kept here lest the folder goes.
+    export; `lineage` is what the checkpoint says of its training, kept here lest the folder goes. Of images
+    that were read, the digests of their pixels are kept.
     """
     record: dict[str, Any] = {
-        "prompt": prompt,
+        "prompt": request.prompt,
+        "images": [bytes_sha256(image.tobytes()) for image in request.images],
+        "rewrite": request.rewrite,
         "seed": seed,
         "num_images": num_images,
         **config.model_dump(mode="json"),
@@ -128,6 +145,20 @@ def main() -> None:
     )
     parser.add_argument("--prompt", required=True, help="what to draw")
     parser.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an image to edit or to refer to, several in the order in which the prompt counts them; of a "
+        "checkpoint that reads images",
+    )
+    rewriting = parser.add_mutually_exclusive_group()
+    rewriting.add_argument(
+        "--rewrite", metavar="SYSTEM", help="system prompt under which the language model rewrites the prompt"
+    )
+    rewriting.add_argument("--no-rewrite", action="store_true", help="take the prompt as it is")
+    parser.add_argument(
         "--out",
         type=Path,
         required=True,
@@ -148,6 +179,11 @@ def main() -> None:
         "--scale", type=int, default=8, help="enlarge each pixel of small images to scale x scale"
     )
     parser.add_argument("--guidance-scale", type=float, default=SamplerConfig().guidance_scale)
+    parser.add_argument(
+        "--image-guidance-scale",
+        type=float,
+        help="of the images alone, beside --guidance-scale, which is then the prompt's",
+    )
     parser.add_argument(
         "--guidance-interval",
         type=float,
@@ -173,12 +209,13 @@ def main() -> None:
             num_steps=args.num_steps,
             solver=args.solver,
             guidance_scale=args.guidance_scale,
+            image_guidance_scale=args.image_guidance_scale,
             guidance_interval=args.guidance_interval,
         )
-        record = image_record(args.checkpoint, args.prompt, args.seed, sampler, args.num_images)
-        pixels = generate(
-            model, model.load_decoder(), [Request(args.prompt)] * args.num_images, args.seed, sampler
-        )
+        rewrite = False if args.no_rewrite else args.rewrite
+        request = Request(args.prompt, read_images(args.image), rewrite)
+        record = image_record(args.checkpoint, request, args.seed, sampler, args.num_images)
+        pixels = generate(model, model.load_decoder(), [request] * args.num_images, args.seed, sampler)
     except ValueError as error:
         sys.exit(printable_lines(redact_text(f"error: {error}")))
     strip = np.concatenate(list(to_uint8(pixels)), axis=1)

@@ -3,6 +3,7 @@
 RepFusionPipeline.from_pretrained(path)("a red circle", generator=torch.Generator().manual_seed(0)).images
 """
 
+import io
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +12,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
 from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.generate import decode, to_uint8
+from repfusion.images.decode import read_pixels
 from repfusion.latents.load import Decoder
 from repfusion.llm.words import unread
 from repfusion.model.text_to_image import TextToImage
@@ -28,6 +30,18 @@ log = logging.getLogger(__name__)
 Noise = torch.Generator | list[torch.Generator] | None
 StepEnd = Callable[["RepFusionPipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | None]
 """(pipeline, step from 0, noise level it began at, {"latents": [b, n, d]}) -> the same, changed, or None."""
+
+
+Picture = Image.Image | np.ndarray
+
+
+def to_pixels(picture: Picture) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture as requests hold it; PIL's of any mode become RGB as files do."""
+    if isinstance(picture, np.ndarray):
+        return picture
+    stream = io.BytesIO()
+    picture.save(stream, "PNG", exif=picture.getexif())
+    return read_pixels(stream.getvalue())
 
 
 @dataclass
@@ -82,6 +96,8 @@ class RepFusionPipeline:
     def __call__(
         self,
         prompt: str | list[str],
+        image: Picture | list[Picture] | None = None,
+        *,
         num_inference_steps: int = 30,
         guidance_scale: float | int = 4.0,
         generator: Noise = None,
@@ -91,12 +107,16 @@ class RepFusionPipeline:
         callback_on_step_end: StepEnd | None = None,
         solver: Literal["euler", "heun"] = "euler",
         guidance_interval: tuple[float | int, float | int] = (0.0, 1.0),
+        image_guidance_scale: float | None = None,
+        rewrite: str | Literal[False] | None = None,
     ) -> RepFusionPipelineOutput:
         """All images in one batch; those of a prompt lie beside each other. A warning in the log names words
         that the language model never read, where its folder knows.
 
         Args:
             prompt: one or several.
+            image: what is to be edited or referred to, PIL images or uint8 [h, w, 3], in the order in which
+                the prompts count them; all prompts have them. Of a checkpoint that reads images.
             num_inference_steps: of the solver.
             guidance_scale: 1 turns guidance off.
             generator: of the noise, on any device. One draws the images' noise one after the other, so that
@@ -109,6 +129,9 @@ class RepFusionPipeline:
             callback_on_step_end: called after every step; the latents it returns take their place.
             solver: `euler` evaluates the model once a step, `heun` twice, but for the last step.
             guidance_interval: guide where low < noise level <= high.
+            image_guidance_scale: of the images alone; `guidance_scale` is then the prompt's.
+            rewrite: system prompt under which the language model rewrites the prompts; False takes them as
+                they are; None leaves it to the checkpoint's habit.
 
         Raises:
             ValueError: no prompt, as many generators or latents as there are no images, or a bad number.
@@ -122,11 +145,14 @@ class RepFusionPipeline:
             )
         if said := unread(self.model.conditioner.llm.folder, prompts):
             log.warning("%s", said)
-        requests = [Request(one) for one in prompts for _ in range(num_images_per_prompt)]
+        pictures = [] if image is None else image if isinstance(image, list) else [image]
+        images = tuple(map(to_pixels, pictures))
+        requests = [Request(one, images, rewrite) for one in prompts for _ in range(num_images_per_prompt)]
         config = SamplerConfig(
             num_steps=num_inference_steps,
             solver=solver,
             guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
             guidance_interval=guidance_interval,
             precision=self.precision,
         )

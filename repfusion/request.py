@@ -1,13 +1,16 @@
-"""What a model is asked for: a prompt and what columns hold of it; and how much of that conditions."""
+"""What a model is asked for: a prompt, images, what columns hold of them, and how much of that conditions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 from torch import Tensor
 
-Branch = Literal["full", "none"]
-"""What of a request conditions: all of it, or nothing. What `none` reads is the conditioner's choice."""
+Branch = Literal["full", "images", "none"]
+"""What of a request conditions: all of it, its images without its text, nothing. What `none` reads is the
+conditioner's choice.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,6 +19,12 @@ class Request:
 
     prompt: str = ""
     """What the image shows, in words."""
+    images: tuple[np.ndarray, ...] = ()
+    """Sources and references, each uint8 [h, w, 3], in the order in which the prompt counts them."""
+    rewrite: str | Literal[False] | None = None
+    """System prompt under which the language model rewrites the prompt; False: the prompt as it is; None: the
+    model's own habit.
+    """
     computed: Mapping[str, Tensor] = field(default_factory=dict)
     """What columns hold of the request, by the column's name, such as `prompt_features` [m, d]. It saves work
     and is never required.

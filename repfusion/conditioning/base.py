@@ -36,6 +36,8 @@ class MethodConfig(Config):
     """How the columns are read that the method can use beside captions, by name; their values come in
     `Request.computed`.
     """
+    reads_images: ClassVar[bool] = False
+    """Whether requests may have images, for which the language model is loaded with its eyes."""
     has_dit: ClassVar[bool] = True
     """Whether a DiT denoises; else the method brings a denoiser of its own."""
 

@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 
 IMAGE_FEATURES = "image_features"
 PROMPT_FEATURES = "prompt_features"
+REWRITES = "rewrites"
 
 
 @runtime_checkable

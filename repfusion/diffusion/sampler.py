@@ -52,6 +52,10 @@ class SamplerConfig(Config):
     """`heun` averages the velocities at both ends of a step: second order."""
     guidance_scale: float = Field(default=4.0, ge=1)
     """v = v_empty + scale * (v_prompt - v_empty); 1 turns guidance off and saves half the work."""
+    image_guidance_scale: float | None = Field(default=None, ge=1)
+    """Of requests with images: v = v_empty + image scale * (v_images - v_empty) + scale * (v_all - v_images)
+    (InstructPix2Pix, arXiv 2211.09800, equation 3), at half as much work again. None guides by all at once.
+    """
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Noise levels low < t <= high at which to guide (arXiv 2404.07724); elsewhere the prompt alone is
     evaluated, at half the work.
@@ -72,6 +76,20 @@ class SamplerConfig(Config):
         low, high = self.guidance_interval
         return self.guidance_scale != 1 and low < level <= high
 
+    def branches(self, requests: Sequence[Request]) -> tuple[Branch, ...]:
+        """What of the requests is evaluated where they are guided."""
+        if self.image_guidance_scale is not None and any(request.images for request in requests):
+            return "full", "images", "none"
+        return "full", "none"
+
+    def guide(self, velocities: Sequence[Float[Tensor, "b n d"]]) -> Float[Tensor, "b n d"]:
+        """The guided velocity, of those of the branches."""
+        full, *images, none = velocities
+        if not images:
+            return none + self.guidance_scale * (full - none)
+        ahead = self.guidance_scale * (full - images[0])
+        return none + (self.image_guidance_scale or 1.0) * (images[0] - none) + ahead
+
 
 def noise_levels(num_steps: int, shift: float) -> Float[Tensor, " steps"]:
     """num_steps + 1 levels from 1 to 0, both exact, spaced evenly before the shift; float64."""
@@ -79,8 +97,9 @@ def noise_levels(num_steps: int, shift: float) -> Float[Tensor, " steps"]:
 
 
 def num_evaluations(config: SamplerConfig, shift: float) -> tuple[int, int]:
-    """How often the velocity of an image is evaluated with guidance (two rows each: prompt and empty prompt)
-    and without it (one row). Where the first is 0, the empty prompt is not even read.
+    """How often the velocity of an image is evaluated with guidance (two rows each: prompt and empty prompt;
+    three with guidance by images) and without it (one row). Where the first is 0, the empty prompt is not
+    even read.
     """
     levels = noise_levels(config.num_steps, shift).tolist()[:-1]
     if config.solver == "heun":
@@ -122,7 +141,7 @@ def sample(
     # The CPU's flash attention is slow on short sequences; the plain one is faster.
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
     with attention, torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        branches: tuple[Branch, ...] = ("full", "none") if guided else ("full",)
+        branches: tuple[Branch, ...] = config.branches(requests) if guided else ("full",)
         both = model.read(
             [request for _ in branches for request in requests], [one for one in branches for _ in requests]
         )
@@ -132,8 +151,9 @@ def sample(
             t = torch.full((num,), level, device=device)
             if not config.guides(level):
                 return model.velocity(z, t, prompted_only).float()
-            prompted, empty = model.velocity(torch.cat([z, z]), torch.cat([t, t]), both).float().chunk(2)
-            return empty + config.guidance_scale * (prompted - empty)
+            every = len(branches)
+            found = model.velocity(z.repeat(every, 1, 1), t.repeat(every), both).float()
+            return config.guide(found.chunk(every))
 
         levels = noise_levels(config.num_steps, model.shift).tolist()
         z = noise.to(device, torch.float32)

@@ -2,7 +2,7 @@
 made up.
 """
 
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -53,11 +53,14 @@ class ImageRecord(BaseModel):
     """The text chunk of an image."""
 
     prompt: str
+    images: list[str] = []
+    rewrite: str | Literal[False] | None = None
     seed: int
     num_images: int = Field(ge=1)
     num_steps: int
     solver: str
     guidance_scale: float
+    image_guidance_scale: float | None = None
     guidance_interval: tuple[float, float]
     checkpoint: FolderRecord
     export: FolderRecord | None = None

@@ -30,6 +30,12 @@ def assemble(
     return TextToImage(config, *parts, statistics, grid)
 
 
+def load_llm(config: ModelConfig, on_meta: bool = False) -> LanguageModel:
+    """The language model with what the method needs of it; raises what `load_language_model` does."""
+    dtype, method = getattr(torch, config.mllm_dtype), config.conditioning
+    return load_language_model(config.mllm, dtype, method.needs_head, on_meta, method.reads_images)
+
+
 def build_model(config: ModelConfig, statistics: LatentStatistics) -> TextToImage:
     """Loads the frozen parts named by the config; the trainable ones are fresh, but for the MLLM's projector,
     which from now on takes latents for the hidden states that they stand for.
@@ -38,8 +44,7 @@ def build_model(config: ModelConfig, statistics: LatentStatistics) -> TextToImag
         ValueError: where a folder is missing or parts do not fit each other.
     """
     encoder = config.encoder.load()
-    dtype = getattr(torch, config.mllm_dtype)
-    llm = load_language_model(config.mllm, dtype, config.conditioning.needs_head)
+    llm = load_llm(config)
     if statistics.mean.shape != (encoder.num_tokens, encoder.feature_dim):
         got, expected = tuple(statistics.mean.shape), (encoder.num_tokens, encoder.feature_dim)
         raise ValueError(

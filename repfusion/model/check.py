@@ -7,8 +7,7 @@ import torch
 from repfusion.config import naming
 from repfusion.latents.load import fitting_decoder
 from repfusion.latents.statistics import LatentStatistics
-from repfusion.llm.load import load_language_model
-from repfusion.model.build import assemble
+from repfusion.model.build import assemble, load_llm
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 
@@ -23,8 +22,7 @@ def check_model(config: ModelConfig, key: str = "model") -> TextToImage:
     with naming(f"{key}.encoder.path"):
         encoder = config.encoder.load(on_meta=True)
     with naming(f"{key}.mllm"):
-        dtype = getattr(torch, config.mllm_dtype)
-        llm = load_language_model(config.mllm, dtype, config.conditioning.needs_head, on_meta=True)
+        llm = load_llm(config, on_meta=True)
     with naming(f"{key}.decoder"):
         fitting_decoder(config.decoder, encoder.grid, encoder.feature_dim, on_meta=True)
     with naming(key), torch.device("meta"):

@@ -15,6 +15,7 @@ from repfusion.conditioning.noisy_latents import NoisyLatentConditioner, NoisyLa
 from repfusion.conditioning.queries import QueriesConditioner, QueriesConfig
 from repfusion.conditioning.text_embed import TextEmbedConditioner, TextEmbedConfig
 from repfusion.conditioning.transfusion import TransfusionConfig
+from repfusion.conditioning.unifusion import UniFusionConditioner, UniFusionConfig
 from repfusion.llm.base import LanguageModel
 from repfusion.model.denoiser import Denoiser
 from repfusion.model.dit import DiT, DiTConfig
@@ -26,6 +27,7 @@ ConditioningConfig = (
     NoisyLatentsConfig
     | TextEmbedConfig
     | LapConfig
+    | UniFusionConfig
     | QueriesConfig
     | TransfusionConfig
     | OneLayerConfig
@@ -79,4 +81,6 @@ def conditioner_and_denoiser(
             conditioner, kind = PerBlockConditioner(llm, dit.depth, method), JointKeysDiT
         case KeyValuesConfig():
             conditioner, kind = KeyValuesConditioner(llm, dit.depth, method), JointKeysDiT
+        case UniFusionConfig():
+            conditioner = UniFusionConditioner(llm, method)
     return conditioner, kind(dit, latent_dim, grid, conditioner.aligned_width, conditioner.context_widths)

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from repfusion.latents.statistics import LatentStatistics
-from repfusion.llm.load import load_language_model
 from repfusion.llm.projector import Projector
-from repfusion.model.build import assemble
+from repfusion.model.build import assemble, load_llm
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import WEIGHTS_MARK, load_checkpoint, portable, read_weights
@@ -58,8 +57,7 @@ def load_export(folder: str | Path, mllm_dtype: str | None = None) -> TextToImag
     if mllm_dtype is not None:
         own["mllm_dtype"] = mllm_dtype
     config = ModelConfig.model_validate(portable(saved["model"], WEIGHTS_MARK, str(WEIGHTS)) | own)
-    dtype = getattr(torch, config.mllm_dtype)
-    llm = load_language_model(config.mllm, dtype, config.conditioning.needs_head)
+    llm = load_llm(config)
     statistics = LatentStatistics.load(folder / DENOISER / STATISTICS)
     with torch.random.fork_rng(devices=[]):  # the weights below are all overwritten
         if saved["projector"] is not None:

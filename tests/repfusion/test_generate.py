@@ -169,7 +169,7 @@ def test_other_formats_are_written_without_a_record(checkpoint, tmp_path, monkey
 def test_a_record_of_shipped_weights_names_no_machine():
     from repfusion.weights import WEIGHTS
 
-    record = image_record(WEIGHTS / "base", "a", 0, CONFIG)
+    record = image_record(WEIGHTS / "base", Request("a"), 0, CONFIG)
     assert record["checkpoint"]["path"] == "{weights}/base" and record["checkpoint"]["step"] == 20000
 
 

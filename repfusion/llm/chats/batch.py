@@ -64,18 +64,45 @@ def tokenise_chats(
     """
     written = [()] * len(chats) if written is None else written
     rows = [_row(llm, chat, ids, room) for chat, ids in zip(chats, written, strict=True)]
-    width = max(len(row.tokens.ids) for row in rows)
+    return _pad(llm, [row.tokens for row in rows], _joined([look for row in rows for look in row.looks]))
+
+
+def with_written(llm: LanguageModel, batch: ChatBatch, written: Sequence[Sequence[int]]) -> ChatBatch:
+    """A batch of chats, on any device, with token ids that follow each of them."""
+    rows = zip(batch.ids.tolist(), batch.parts.tolist(), batch.image_of.tolist(), strict=True)
+    chats = []
+    for row, new in zip(rows, written, strict=True):
+        start = row[1].count(ChatPart.PADDING)
+        ids, parts, image_of = (column[start:] for column in row)
+        chats.append(_followed(ChatTokens(ids, parts, image_of), new))
+    return _pad(llm, chats, batch.images, batch.ids.device)
+
+
+def _pad(
+    llm: LanguageModel,
+    chats: Sequence[ChatTokens],
+    images: dict[str, Tensor],
+    device: torch.device | None = None,
+) -> ChatBatch:
+    width = max(len(chat.ids) for chat in chats)
     fill = (llm.pad_id, ChatPart.PADDING, -1)
     ids, parts, image_of = (
-        torch.tensor([[pad] * (width - len(row.tokens.ids)) + list(row.tokens[column]) for row in rows])
+        torch.tensor([[pad] * (width - len(chat.ids)) + list(chat[column]) for chat in chats], device=device)
         for column, pad in enumerate(fill)
     )
-    images = _joined([look for row in rows for look in row.looks])
     mask = parts != ChatPart.PADDING
     positions = text_positions(mask)
     if llm.eyes is not None and images:
         positions = llm.eyes.positions(ids, mask, parts == ChatPart.IMAGE, images)
     return ChatBatch(ids, parts, image_of, positions, images)
+
+
+def _followed(chat: ChatTokens, written: Sequence[int]) -> ChatTokens:
+    return ChatTokens(
+        [*chat.ids, *written],
+        [*chat.parts, *[ChatPart.WRITTEN] * len(written)],
+        [*chat.image_of, *[-1] * len(written)],
+    )
 
 
 def _row(llm: LanguageModel, chat: Chat, written: Sequence[int], room: int) -> _Row:
@@ -85,14 +112,7 @@ def _row(llm: LanguageModel, chat: Chat, written: Sequence[int], room: int) -> _
     looks = [llm.eyes.look(image) for image in chat.images if llm.eyes is not None]
     tokens = llm.chat_format.tokens_of(chat, [look.num_tokens for look in looks])
     _check_length(llm, chat, tokens, looks, len(written) + room)
-    return _Row(
-        ChatTokens(
-            [*tokens.ids, *written],
-            [*tokens.parts, *[ChatPart.WRITTEN] * len(written)],
-            [*tokens.image_of, *[-1] * len(written)],
-        ),
-        looks,
-    )
+    return _Row(_followed(tokens, written), looks)
 
 
 def _check_length(

@@ -1,0 +1,155 @@
+"""UniFusion (arXiv 2510.12789): a frozen model that sees is the one encoder of prompts and reference images,
+read as one chat, pooled over layers (LAP); with VERIFI it rewrites the prompt within that chat.
+
+The activations of system prompt, template and, where there is a rewriting, instruction never reach the DiT:
+image and decoded tokens do, which have attended to them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+
+from repfusion.conditioning.base import Conditioner, Context, ContextInterface, MethodConfig, Prepared
+from repfusion.conditioning.lap import LapSettings
+from repfusion.config import Config
+from repfusion.data.readers import REWRITES, CaptionArray, Reader
+from repfusion.inputs import Inputs
+from repfusion.llm.base import LanguageModel
+from repfusion.llm.chats.batch import ChatBatch, pack, tokenise_chats, with_written
+from repfusion.llm.chats.format import Chat, ChatPart
+from repfusion.llm.chats.read import read_chats
+from repfusion.llm.chats.rewriting import rewrite
+from repfusion.request import Branch, Request
+
+
+class RewritingConfig(Config):
+    """VERIFI's habit: how prompts are rewritten unless a request says otherwise."""
+
+    system: str = Field(default="rewrite", min_length=1)
+    """System prompt under which the language model rewrites."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """A longer rewriting counts as endless, and the prompt itself serves."""
+
+
+class UniFusionConfig(MethodConfig):
+    columns: ClassVar[Mapping[str, Reader]] = {REWRITES: CaptionArray()}
+    reads_images: ClassVar[bool] = True
+    method: Literal["unifusion"] = "unifusion"
+    """Prompt and images in one chat with a model that sees, pooled over layers, the same at every step."""
+    interface: ContextInterface = "in_context"
+    """How the DiT takes the pooled tokens."""
+    lap: LapSettings = LapSettings()
+    """What is pooled."""
+    image_lap: bool = False
+    """Whether image tokens are pooled by layers of their own."""
+    rewriting: RewritingConfig | None = None
+    """How prompts are rewritten; None takes them as they are."""
+
+    @property
+    def needs_head(self) -> bool:
+        return True  # a request may ask for a rewriting of its own
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request as it is put to the language model."""
+
+    chat: Chat
+    written: Sequence[int] = ()
+    is_open: bool = False
+    """Whether the rewriting is still to be written."""
+
+
+class UniFusionConditioner(Conditioner):
+    """Pooled states of images and prompt, or of its rewriting, as the one context of all steps."""
+
+    def __init__(self, llm: LanguageModel, config: UniFusionConfig = UniFusionConfig()):
+        super().__init__()
+        self.llm = llm
+        llm.projector = None  # its eyes have their own; left in, it would count as trainable
+        self.rewriting = config.rewriting
+        self.max_new_tokens = (config.rewriting or RewritingConfig()).max_new_tokens
+        self.taps = config.lap.taps_of(len(llm.layers))
+        self.context_widths = (llm.width,)
+        self.lap = config.lap.pooling(llm)
+        self.image_lap = config.lap.pooling(llm) if config.image_lap else None
+
+    def collate(
+        self, requests: Sequence[Request], branches: Sequence[Branch], seeds: Sequence[int] | None = None
+    ) -> Inputs:
+        """Chats, which of their tokens condition, and the prompts that are still to be rewritten. In training
+        only those are rewritten whose rewriting a column holds.
+        """
+        asked = [self._asked(*pair, seeds is None) for pair in zip(requests, branches, strict=True)]
+        room = self.max_new_tokens if any(one.is_open for one in asked) else 0
+        chats = [one.chat for one in asked]
+        batch = tokenise_chats(self.llm, chats, [one.written for one in asked], room)
+        return {
+            "chats": batch,
+            "keep": kept(batch),
+            "open": [one.is_open for one in asked],
+            "prompts": [chat.instruction for chat in chats],
+        }
+
+    def _asked(self, request: Request, branch: Branch, is_sampling: bool) -> _Asked:
+        if branch == "none":
+            return _Asked(Chat())
+        if branch == "images":
+            return _Asked(Chat("", request.images))
+        habit = None if self.rewriting is None else self.rewriting.system
+        system = habit if request.rewrite is None else request.rewrite or None
+        known = request.computed.get(REWRITES)
+        if system is None or (known is None and not is_sampling):
+            return _Asked(Chat(request.prompt, request.images))
+        written = () if known is None else known.tolist()
+        return _Asked(Chat(request.prompt, request.images, system), written, known is None)
+
+    def prepare(self, inputs: Inputs, reuse: bool = False) -> Prepared:
+        """Pooled states, real tokens first; `reuse` changes nothing: they are static."""
+        batch, keep = inputs["chats"], inputs["keep"]
+        if any(inputs["open"]):
+            batch = self._written(batch, inputs["open"], inputs["prompts"])
+            keep = kept(batch)
+        with torch.no_grad():
+            states = read_chats(self.llm, batch, self.taps)
+        packed, mask = pack(states, keep)
+        (is_image,), _ = pack([batch.is_any(ChatPart.IMAGE)[..., None].float()], keep)
+        return Prepared(static=(Context(self._pooled(packed, mask, is_image[..., 0] > 0), mask),))
+
+    def _written(self, batch: ChatBatch, is_open: Sequence[bool], prompts: Sequence[str]) -> ChatBatch:
+        """The chats with what the language model writes after those that ask for it."""
+        found = rewrite(self.llm, batch, prompts, self.max_new_tokens)
+        written = [one.ids if wanted else () for one, wanted in zip(found, is_open, strict=True)]
+        return with_written(self.llm, batch, written)
+
+    def _pooled(
+        self,
+        states: Sequence[Float[Tensor, "b m c"]],
+        mask: Bool[Tensor, "b m"],
+        is_image: Bool[Tensor, "b m"],
+    ) -> Float[Tensor, "b m c"]:
+        if self.image_lap is None:
+            return self.lap(states, mask)
+        # a place of a modality that a row lacks is read all the same: attention to nothing has no value
+        text, images = (self._never_empty(mask & own) for own in (~is_image, is_image))
+        return torch.where(is_image[..., None], self.image_lap(states, images), self.lap(states, text))
+
+    @staticmethod
+    def _never_empty(mask: Bool[Tensor, "b m"]) -> Bool[Tensor, "b m"]:
+        first = torch.arange(mask.shape[1], device=mask.device) == 0
+        return mask | (first & ~mask.any(1, keepdim=True))
+
+
+def kept(batch: ChatBatch) -> Bool[Tensor, "b n"]:
+    """Which tokens condition: images and what was written; where nothing was, the instruction; where there is
+    none of them, what the template consists of.
+    """
+    written = batch.is_any(ChatPart.WRITTEN)
+    text = torch.where(written.any(1, keepdim=True), written, batch.is_any(ChatPart.INSTRUCTION))
+    found = text | batch.is_any(ChatPart.IMAGE)
+    return torch.where(found.any(1, keepdim=True), found, batch.is_any(ChatPart.TEMPLATE))
