@@ -19,6 +19,7 @@ from pipelines.stages.image_features import ImageFeaturesConfig, image_features_
 from pipelines.stages.judge import judge_stage
 from pipelines.stages.prompt_features import PromptFeaturesConfig, prompt_features_stage
 from pipelines.stages.report import report_stage
+from pipelines.stages.rewrites import RewritesConfig, rewrites_stage
 from pipelines.stages.train import Reference, train_stage
 from repfusion.config import naming
 from repfusion.data.config import CAPTION, CAPTIONS
@@ -84,13 +85,11 @@ def _column(config: WorkflowConfig, name: str, above: Mapping[str, Stage], place
         case ImageFeaturesConfig():
             encoder, key = _maker(config, name, "encoder", column.encoder)
             return image_features_stage(name, column, encoder, key, images, place)
-        case PromptFeaturesConfig():
+        case PromptFeaturesConfig() | RewritesConfig():
             mllm, key = _maker(config, name, "mllm", column.mllm)
             mllm_dtype, _ = _maker(config, name, "mllm_dtype", column.mllm_dtype)
             captions = _captions(config, name)
-            return prompt_features_stage(
-                name,
-                column,
+            reading = (
                 mllm,
                 key,
                 mllm_dtype,
@@ -99,6 +98,10 @@ def _column(config: WorkflowConfig, name: str, above: Mapping[str, Stage], place
                 () if captions is None else tuple(config.columns[captions].captions),
                 place,
             )
+            if isinstance(column, RewritesConfig):
+                _check_system(config, name, column)
+                return rewrites_stage(name, column, *reading)
+            return prompt_features_stage(name, column, *reading)
 
 
 def _maker(config: WorkflowConfig, column: str, field: str, own: Any) -> tuple[Any, str]:
@@ -118,6 +121,18 @@ def _maker(config: WorkflowConfig, column: str, field: str, own: Any) -> tuple[A
                 f"which is {value}; give the training a column of its own"
             )
     return value, key
+
+
+def _check_system(config: WorkflowConfig, name: str, column: RewritesConfig) -> None:
+    """Raises ValueError where a training that reads the rewritings asks in other words."""
+    for reader in config.readers(name):
+        habit = getattr(config.trainings[reader].model.conditioning, "rewriting", None)
+        if habit is None or habit.system != column.system:
+            asked = "rewrites nothing" if habit is None else f"rewrites under {habit.system!r}"
+            raise ValueError(
+                f"trainings.{reader}.model.conditioning.rewriting {asked}, but its column {name!r} was "
+                f"rewritten under {column.system!r}: give both the same system prompt"
+            )
 
 
 def _captions(config: WorkflowConfig, column: str) -> str | None:
@@ -152,7 +167,9 @@ def _text_readers(config: WorkflowConfig, caption: str, column: str | None = Non
             yield TextReader(f"trainings.{name}.model.mllm", model.mllm, num_beside)
     for name in config.made_columns:
         match config.columns[name]:
-            case PromptFeaturesConfig(mllm=own) if column is None or _captions(config, name) == column:
+            case PromptFeaturesConfig(mllm=own) | RewritesConfig(mllm=own) if (
+                column is None or _captions(config, name) == column
+            ):
                 mllm, key = _maker(config, name, "mllm", own)
                 yield TextReader(key, mllm, 0)
 

@@ -21,6 +21,7 @@ from pipelines.stages.captions import CaptionsConfig
 from pipelines.stages.curate import CurateConfig
 from pipelines.stages.image_features import ImageFeaturesConfig
 from pipelines.stages.prompt_features import PromptFeaturesConfig
+from pipelines.stages.rewrites import RewritesConfig
 from pipelines.stages.train import Reference, TrainingConfig
 from repfusion.config import Config, tags_of
 from repfusion.display.interpolations import Written, below
@@ -34,7 +35,7 @@ RESERVED = {*BEFORE_COLUMNS, *AFTER_TRAININGS, "columns"}
 """Names that no column or training may have: those of other stages, and of the copies of remote columns."""
 
 ColumnConfig = Annotated[
-    ImageFeaturesConfig | PromptFeaturesConfig | CaptionsConfig, Field(discriminator="kind")
+    ImageFeaturesConfig | PromptFeaturesConfig | RewritesConfig | CaptionsConfig, Field(discriminator="kind")
 ]
 KINDS = {kind for one in get_args(get_args(ColumnConfig)[0]) for kind in tags_of(one)}
 DEFAULT_COLUMNS = ("image_features", "prompt_features")

@@ -22,8 +22,15 @@ fingerprint.
 """
 
 
-NO_LOSS = frozenset({"extra_image", "unused_member", "hidden_file", "no_extension", "metadata_file"})
-"""Reasons of drops that count members of an input which belong to no sample: nothing is lost by them."""
+NO_LOSS = frozenset(
+    {
+        *("extra_image", "unused_member", "hidden_file", "no_extension", "metadata_file"),
+        *("empty_rewriting", "endless_rewriting", "mended_quote"),
+    }
+)
+"""Reasons of drops by which no sample is lost: members of an input that belong to none, and captions that are
+not rewritten as asked.
+"""
 
 
 class ShardError(ValueError):

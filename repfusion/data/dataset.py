@@ -269,7 +269,9 @@ class ColumnDataset:
         first = self[0]
         names = [name for name in self.columns if not self.readers[name].is_dense]
         arrays = {name: first.read(name, next(iter(first.captions))) for name in names}
-        return {name: array.shape[-1] for name, array in arrays.items() if array is not None}
+        return {
+            name: array.shape[-1] for name, array in arrays.items() if array is not None and array.ndim > 1
+        }
 
     @property
     def folders(self) -> dict[str, Path]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from captioned_shards import FIRST, SECOND, write_captions
 
 from pipelines.runtime.pool import ShardJob
 from pipelines.shards.storage import Folder
@@ -17,30 +18,6 @@ from pipelines.stages.prompt_features import PromptFeaturesConfig, PromptFeature
 from repfusion.data.dataset import ColumnDataset
 from repfusion.data.readers import CaptionArray, SampleArray
 from repfusion.llm.load import load_language_model
-
-Captions = dict[str, dict[str, str]]
-
-FIRST: Captions = {
-    "000000000": {"txt": "a red circle", "long.txt": "a photo of a red circle"},
-    "000000001": {"txt": "a blue square"},
-    "000000002": {"txt": "a red circle\n", "long.txt": "there is a red circle"},
-    "000000003": {"txt": "a photo of a red circle", "long.txt": "a photo of a red circle"},
-    "000000004": {"txt": "two green diamonds below a purple cross", "long.txt": "a red circle"},
-}
-SECOND: Captions = {"000000005": {"txt": "a red circle", "long.txt": "an image of one circle"}}
-
-
-def write_captions(root: Path, shards: dict[str, Captions]) -> None:
-    """`curate` and `captions` under `root`."""
-    for stage, wanted in (("curate", lambda name: name == "txt"), ("captions", lambda name: name != "txt")):
-        for name, captions in shards.items():
-            with ShardCommit(Folder.at(root / stage), name, "f", {}) as commit:
-                with tar_shard(commit) as samples:
-                    for key, own in captions.items():
-                        samples.write(
-                            key, {member: text.encode() for member, text in own.items() if wanted(member)}
-                        )
-                commit.commit(f"{name}.tar")
 
 
 @pytest.fixture
@@ -55,7 +32,9 @@ def make_worker(
     config = PromptFeaturesConfig(**{"batch_size": 3, **fields})
     captions = Folder.at(root / "captions") if names else None
     folders = Folder.at(root / to), Folder.at(root / "curate")
-    return PromptFeaturesWorker(*folders, config, llava, "float32", captions, names)
+    return PromptFeaturesWorker(
+        *folders, config, mllm=llava, mllm_dtype="float32", captions=captions, names=names
+    )
 
 
 def make(worker: PromptFeaturesWorker, *names: str) -> list[Sidecar]:
@@ -163,10 +142,9 @@ def test_without_alternatives_only_the_main_caption_is_encoded(root, models):
             Folder.at(root),
             Folder.at(root),
             PromptFeaturesConfig(),
-            models["llava"],
-            "float32",
-            None,
-            ("long",),
+            mllm=models["llava"],
+            mllm_dtype="float32",
+            names=("long",),
         )
 
 
