@@ -1,4 +1,4 @@
-"""The column of rewritten captions: what the model wrote, once a caption; what it did not write is counted."""
+"""Rewritten captions: what the model wrote, once a caption; what it did not write is counted."""
 
 from pathlib import Path
 
