@@ -112,12 +112,13 @@ class UniFusionConditioner(Conditioner):
     def prepare(self, inputs: Inputs, reuse: bool = False) -> Prepared:
         """Pooled states, real tokens first; `reuse` changes nothing: they are static."""
         batch, keep = inputs["chats"], inputs["keep"]
-        if any(inputs["open"]):
-            batch = self._written(batch, inputs["open"], inputs["prompts"])
-            keep = kept(batch)
-        with torch.no_grad():
+        # what no step changes is read in the precision of the language model's weights
+        with torch.no_grad(), torch.autocast(batch.ids.device.type, enabled=False):
+            if any(inputs["open"]):
+                batch = self._written(batch, inputs["open"], inputs["prompts"])
+                keep = kept(batch)
             states = read_chats(self.llm, batch, self.taps)
-        packed, mask = pack(states, keep)
+        packed, mask = pack([state.float() for state in states], keep)
         (is_image,), _ = pack([batch.is_any(ChatPart.IMAGE)[..., None].float()], keep)
         return Prepared(static=(Context(self._pooled(packed, mask, is_image[..., 0] > 0), mask),))
 

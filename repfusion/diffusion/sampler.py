@@ -53,8 +53,9 @@ class SamplerConfig(Config):
     guidance_scale: float = Field(default=4.0, ge=1)
     """v = v_empty + scale * (v_prompt - v_empty); 1 turns guidance off and saves half the work."""
     image_guidance_scale: float | None = Field(default=None, ge=1)
-    """Of requests with images: v = v_empty + image scale * (v_images - v_empty) + scale * (v_all - v_images)
-    (InstructPix2Pix, arXiv 2211.09800, equation 3), at half as much work again. None guides by all at once.
+    """Guidance by images, of requests that have some: v = v_empty + image scale * (v_images - v_empty) + scale
+    * (v_all - v_images) (InstructPix2Pix, arXiv 2211.09800, equation 3), at half as much work again. None
+    guides by all at once.
     """
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Noise levels low < t <= high at which to guide (arXiv 2404.07724); elsewhere the prompt alone is

@@ -18,7 +18,7 @@ QUOTED = re.compile(r'"[^"]*"')
 
 
 @dataclass(frozen=True)
-class Rewriting:
+class RewrittenPrompt:
     """Token ids of a rewritten prompt; none where the prompt itself serves, for the reason given."""
 
     ids: tuple[int, ...]
@@ -26,12 +26,12 @@ class Rewriting:
     num_quotes: int = 0
     """Quotes of the prompt."""
     num_lost: int = 0
-    """Those that the language model did not keep by itself."""
+    """Quotes that the language model did not keep by itself."""
 
 
 def rewrite(
     llm: LanguageModel, batch: ChatBatch, prompts: Sequence[str], max_new_tokens: int
-) -> list[Rewriting]:
+) -> list[RewrittenPrompt]:
     """Rewritings of the prompts of chats, which are at their end.
 
     Raises:
@@ -41,16 +41,16 @@ def rewrite(
     return [_rewriting(llm, prompt, one) for prompt, one in zip(prompts, writings, strict=True)]
 
 
-def _rewriting(llm: LanguageModel, prompt: str, writing: Writing) -> Rewriting:
+def _rewriting(llm: LanguageModel, prompt: str, writing: Writing) -> RewrittenPrompt:
     text = llm.tokenizer.decode(writing.ids, skip_special_tokens=True)
     asked = QUOTED.findall(prompt)
     lost = sum(quote not in text for quote in asked)
     if not writing.ended or not text.strip():
         reason = "endless" if not writing.ended else "empty"
-        return Rewriting((), reason, len(asked), lost)
+        return RewrittenPrompt((), reason, len(asked), lost)
     mended = with_quotes(text, asked)
     ids = writing.ids if mended == text else llm.token_ids([mended])[0]
-    return Rewriting(tuple(ids), None, len(asked), lost)
+    return RewrittenPrompt(tuple(ids), None, len(asked), lost)
 
 
 def with_quotes(text: str, asked: Sequence[str]) -> str:
