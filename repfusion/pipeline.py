@@ -96,8 +96,6 @@ class RepFusionPipeline:
     def __call__(
         self,
         prompt: str | list[str],
-        image: Picture | list[Picture] | None = None,
-        *,
         num_inference_steps: int = 30,
         guidance_scale: float | int = 4.0,
         generator: Noise = None,
@@ -107,6 +105,7 @@ class RepFusionPipeline:
         callback_on_step_end: StepEnd | None = None,
         solver: Literal["euler", "heun"] = "euler",
         guidance_interval: tuple[float | int, float | int] = (0.0, 1.0),
+        image: Picture | list[Picture] | None = None,
         image_guidance_scale: float | None = None,
         rewrite: str | Literal[False] | None = None,
     ) -> RepFusionPipelineOutput:
@@ -115,8 +114,6 @@ class RepFusionPipeline:
 
         Args:
             prompt: one or several.
-            image: what is to be edited or referred to, PIL images or uint8 [h, w, 3], in the order in which
-                the prompts count them; all prompts have them. Of a checkpoint that reads images.
             num_inference_steps: of the solver.
             guidance_scale: 1 turns guidance off.
             generator: of the noise, on any device. One draws the images' noise one after the other, so that
@@ -129,6 +126,8 @@ class RepFusionPipeline:
             callback_on_step_end: called after every step; the latents it returns take their place.
             solver: `euler` evaluates the model once a step, `heun` twice, but for the last step.
             guidance_interval: guide where low < noise level <= high.
+            image: what is to be edited or referred to, PIL images or uint8 [h, w, 3], in the order in which
+                the prompts count them; all prompts have them. Of a checkpoint that reads images.
             image_guidance_scale: of the images alone; `guidance_scale` is then the prompt's.
             rewrite: system prompt under which the language model rewrites the prompts; False takes them as
                 they are; None leaves it to the checkpoint's habit.

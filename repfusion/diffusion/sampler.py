@@ -53,7 +53,7 @@ class SamplerConfig(Config):
     guidance_scale: float = Field(default=4.0, ge=1)
     """v = v_empty + scale * (v_prompt - v_empty); 1 turns guidance off and saves half the work."""
     image_guidance_scale: float | None = Field(default=None, ge=1)
-    """Guidance by images, of requests that have some: v = v_empty + image scale * (v_images - v_empty) + scale
+    """Guidance by images, of requests with some: v = v_empty + image scale * (v_images - v_empty) + scale
     * (v_all - v_images) (InstructPix2Pix, arXiv 2211.09800, equation 3), at half as much work again. None
     guides by all at once.
     """

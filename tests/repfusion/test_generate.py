@@ -119,11 +119,14 @@ def test_a_png_says_what_made_it(checkpoint, tmp_path, monkeypatch, num_images):
         assert json.loads(image.info["repfusion"]) == read_png(out)
     assert read_png(out) == {
         "prompt": prompt,
+        "images": [],
+        "rewrite": None,
         "seed": 3,
         "num_images": num_images,
         "num_steps": 2,
         "solver": "heun",
         "guidance_scale": 4.0,
+        "image_guidance_scale": None,
         "guidance_interval": [0.25, 1.0],
         "precision": "bf16",
         "checkpoint": {
