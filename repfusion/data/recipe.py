@@ -51,4 +51,4 @@ class Recipe:
             return Request(caption), "none"
         arrays = {column: sample.read(column, name) for column in columns}
         computed = {column: torch.tensor(array) for column, array in arrays.items() if array is not None}
-        return Request(caption, computed), "full"
+        return Request(caption, computed=computed), "full"

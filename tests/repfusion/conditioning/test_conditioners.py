@@ -158,7 +158,7 @@ def test_gradients_pass_the_frozen_model_to_projector_and_time_embedding(make_ge
 
 
 def with_features(prompt: str, features: torch.Tensor) -> Request:
-    return Request(prompt, {PROMPT_FEATURES: features})
+    return Request(prompt, computed={PROMPT_FEATURES: features})
 
 
 def test_precomputed_text_features_stand_for_their_prompts(make_generator):

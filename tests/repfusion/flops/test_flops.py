@@ -134,7 +134,8 @@ def test_text_features_computed_ahead_cost_nothing(make_generator):
     llm, text = generator.conditioner.llm, num_tokens(generator)
     features = encode_text(llm, llm.tokenise(PROMPTS))
     requests = [
-        Request(prompt, {PROMPT_FEATURES: one}) for prompt, one in zip(PROMPTS, features, strict=True)
+        Request(prompt, computed={PROMPT_FEATURES: one})
+        for prompt, one in zip(PROMPTS, features, strict=True)
     ]
     inputs = drawn(generator)
     inputs["request"] = generator.conditioner.collate(requests, ["full"] * 2, [1, 2])
