@@ -20,7 +20,7 @@ from repfusion.llm.base import PromptTooLong
 from repfusion.model.config import ModelConfig
 from repfusion.model.denoiser import Denoiser, Prefilled
 from repfusion.model.trainable import Trainable
-from repfusion.request import Branch, Request
+from repfusion.request import Branch, Request, refuse_images
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,12 @@ class TextToImage(Trainable):
         return {"velocity": losses, **self.conditioner.losses(inputs["request"], latents)}
 
     def read(self, requests: Sequence[Request], branches: Sequence[Branch]) -> Prompted:
-        """Requests on the model's device, read once for many steps without gradients."""
+        """Requests on the model's device, read once for many steps without gradients. Raises ValueError where
+        one has images, which the method cannot read.
+        """
+        method = self.config.conditioning
+        if not method.reads_images:
+            refuse_images(requests, method.method)
         inputs = to_device(self.conditioner.collate(requests, branches), self.device)
         prepared = self.conditioner.prepare(inputs, reuse=True)
         return Prompted(prepared, self.denoiser.prefill(prepared.static))

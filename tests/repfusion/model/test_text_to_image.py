@@ -1,5 +1,6 @@
 """One model: what trains, what stays frozen, what it learns, and what it refuses."""
 
+import numpy as np
 import pytest
 import torch
 from prompting import asked, read_prompts, seeds_where, training_inputs
@@ -16,6 +17,7 @@ from repfusion.model.build import assemble, build_model
 from repfusion.model.config import ModelConfig
 from repfusion.model.dit import DiTConfig
 from repfusion.model.text_to_image import TextToImage
+from repfusion.request import Request
 
 PROMPTS = ["a red circle", "two blue square", "a green circle left of a blue square", ""]
 TRAINED = ["noisy_latents_trained", "transfusion"]
@@ -264,3 +266,12 @@ def test_statistics_of_another_grid_are_refused(make_generator):
     other = LatentStatistics(1, torch.zeros(6, 16).double(), torch.ones(6, 16).double())
     with pytest.raises(ValueError, match=r"statistics have 6 tokens, the encoder's grid is 2 x 2"):
         assemble(generator.config, generator.conditioner.llm, other, (2, 2))
+
+
+@pytest.mark.parametrize("conditioning", METHODS)
+def test_a_method_that_reads_no_images_refuses_a_request_with_any(make_generator, conditioning):
+    generator = make_generator(conditioning)
+    noise = torch.zeros(1, *generator.latent_shape)
+    request = Request("make it blue", images=(np.zeros((8, 8, 3), np.uint8),))
+    with pytest.raises(ValueError, match=r"'make it blue' has 1 image\(s\), which the method '\w+' cannot"):
+        sample(generator, [Request("make it blue"), request], noise.repeat(2, 1, 1), SamplerConfig())
