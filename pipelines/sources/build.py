@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from pipelines.sources.base import Source
+from pipelines.sources.edits import EditsConfig, EditsSource
 from pipelines.sources.folder import FolderConfig, FolderSource
 from pipelines.sources.parquet import ParquetConfig, ParquetSource
 from pipelines.sources.scenes import ScenesConfig, ScenesSource
@@ -12,7 +13,8 @@ from pipelines.sources.tars import TarsConfig, TarsSource
 from pipelines.sources.urls import UrlsConfig, UrlsSource
 
 SourceConfig = Annotated[
-    ScenesConfig | UrlsConfig | TarsConfig | FolderConfig | ParquetConfig, Field(discriminator="kind")
+    ScenesConfig | EditsConfig | UrlsConfig | TarsConfig | FolderConfig | ParquetConfig,
+    Field(discriminator="kind"),
 ]
 
 
@@ -20,6 +22,8 @@ def source_of(config: SourceConfig) -> Source:
     match config:
         case ScenesConfig():
             return ScenesSource(config)
+        case EditsConfig():
+            return EditsSource(config)
         case UrlsConfig():
             return UrlsSource(config)
         case TarsConfig():

@@ -24,14 +24,16 @@ from pipelines.shards.store import ShardCommit, ShardError, Sidecar, sample_key,
 from pipelines.shards.tars import tar_shard
 from pipelines.sources.base import Entries, read_stage
 from pipelines.sources.ingest import IngestConfig, image_fields
-from pipelines.sources.inputs import list_folder
+from pipelines.sources.inputs import Listed, list_folder
 from pipelines.sources.raw_samples import (
     IMAGE_ENDINGS,
     OWN_FIELDS,
     PACKAGES,
     SampleMaker,
+    SourceImages,
     free_names,
     sample_maker,
+    source_image_fields,
 )
 from repfusion.config import Config
 
@@ -46,8 +48,9 @@ FAULTS = {
     "link_out": "a link that leads out of the folder; copy what it leads to",
     "link_to_folder": "a link to a folder, whose files count where they lie",
     "not_a_file": "neither a file nor a folder",
+    "two_of_a_name": "two images that differ in the ending alone",
 }
-"""What is said of entries that are no regular files."""
+"""What is said of entries that are no regular files, and of source pictures."""
 BESIDE = "beside"
 """Stands for captions in files beside the images."""
 
@@ -75,6 +78,10 @@ class FolderConfig(Config):
     lists; `first` takes the first; `all` takes it too and keeps all as `all_captions` in the sample's json,
     for a captions column to draw from.
     """
+    images: SourceImages = ()
+    """Files that hold the source pictures of editing samples, by what their names have before the ending, in
+    the order in which the caption counts them: `[source]` for `a.source.png` beside `a.png`.
+    """
     extra_columns: Annotated[tuple[str, ...], free_names(OWN_FIELDS | {ALL_CAPTIONS})] = ()
     """Further columns of the list that go into each sample's json, such as alternative captions; those of a
     csv as text.
@@ -95,6 +102,17 @@ class Caption:
 
 
 @dataclass(frozen=True, slots=True)
+class Picture:
+    """A source picture that is still to be read."""
+
+    path: str
+    version: str
+    """Another one means other bytes."""
+    fault: str = ""
+    """Why it cannot be read, as a key of FAULTS."""
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """An image and its caption, or what there is of them."""
 
@@ -107,10 +125,13 @@ class Entry:
     """Whether the list names the image a second time."""
     fault: str = ""
     """Why the image or its caption cannot be read, as a reason of drops."""
+    sources: tuple[Picture | None, ...] = ()
+    """Source pictures; None for one that is not there."""
 
     @property
     def identity(self) -> str:
-        return f"{self.path}\t{self.image}\t{self.caption.version if self.caption else None}\n"
+        beside = "".join(f"\t{one and (one.path, one.version)}" for one in self.sources)
+        return f"{self.path}\t{self.image}\t{self.caption.version if self.caption else None}{beside}\n"
 
 
 @dataclass(frozen=True)
@@ -139,7 +160,7 @@ def fingerprint_fields(config: FolderConfig, ingest: IngestConfig) -> dict[str, 
     if find_list(config) is not None:
         # which columns are read is in the identity of each line
         fields |= {"source.captions": "list", "source.extra_columns": list(config.extra_columns)}
-    return {**fields, **image_fields(ingest)}
+    return {**fields, **source_image_fields(config.images), **image_fields(ingest)}
 
 
 def find_list(config: FolderConfig) -> str | None:
@@ -233,6 +254,39 @@ class _CaptionFiles:
         return None if ending is None else name[: -len(ending)]
 
 
+class _SourceFiles:
+    """The source pictures that lie directly in a folder, each beside its target."""
+
+    def __init__(self, listed: Sequence[Listed], names: Sequence[str]):
+        self._names = names
+        pictures = [one for one in listed if not one.is_folder and _is_image(one.name)]
+        targets = {_stem(one.name) for one in pictures if self._target(one.name) is None}
+        self._files: dict[str, list[Listed]] = {}
+        """Files by their names without the ending."""
+        for one in pictures:
+            if self._target(one.name) in targets:
+                self._files.setdefault(_stem(one.name), []).append(one)
+
+    def _target(self, file: str) -> str | None:
+        """Whose source picture a file is by its name, without the ending; None for another file."""
+        ends = [f".{name}" for name in self._names if _stem(file).endswith(f".{name}")]
+        return _stem(file).removesuffix(ends[0]) if ends else None
+
+    def has(self, file: str) -> bool:
+        """Whether a file is the source picture of a target that is there."""
+        return _stem(file) in self._files
+
+    def of(self, image: str, prefix: str) -> tuple[Picture | None, ...]:
+        """The source pictures of an image, their paths after a prefix."""
+        return tuple(self._picture(f"{_stem(image)}.{name}", prefix) for name in self._names)
+
+    def _picture(self, stem: str, prefix: str) -> Picture | None:
+        if (files := self._files.get(stem)) is None:
+            return None
+        fault = files[0].fault or ("two_of_a_name" if len(files) > 1 else "")
+        return Picture(prefix + files[0].name, f"{files[0].size}:{files[0].stamp}", fault)
+
+
 def _stem(name: str) -> str:
     return name.rpartition(".")[0]
 
@@ -275,10 +329,11 @@ class FolderEntries:
         files = {entry.name: f"{entry.size}:{entry.stamp}" for entry in listed if not entry.is_folder}
         faults = {entry.name: entry.fault for entry in listed}
         captions = _CaptionFiles([] if self.captions else list(files))
+        sources = _SourceFiles(listed, self.config.images)
         images = {name for name in files if _is_image(name)}
         images |= {_stem(name) for name in images}
         for entry in listed:
-            if entry.name < first[0]:
+            if entry.name < first[0] or sources.has(entry.name):
                 continue
             path = prefix + entry.name
             if entry.is_folder and not entry.fault:
@@ -290,7 +345,8 @@ class FolderEntries:
                 text = captions.of(entry.name)
                 caption = None if text is None else Caption(prefix + text, files[text])
                 fault = entry.fault or ("" if text is None else faults[text])
-                yield Entry(path, files[entry.name], caption, fault=fault)
+                beside = sources.of(entry.name, prefix)
+                yield Entry(path, files[entry.name], caption, fault=fault, sources=beside)
             elif self.captions is None and (stem := captions.stem(entry.name)) is not None:
                 if stem not in images:
                     yield Entry(path, None, Caption(path, files[entry.name]), fault=entry.fault)
@@ -338,7 +394,7 @@ class FolderWorker:
     Reasons of drops: no_image (a caption file without an image), not_on_disk (the list names it),
     repeated_row (the list names it again), no_caption (no file beside it, or no text in the list),
     not_in_list, undecodable_caption, not_text, several_captions, undecodable_metadata, too_many_bytes,
-    not_readable, those of `FAULTS` and those of ImageFitter.
+    not_readable, missing_source, broken_source, those of `FAULTS` and those of ImageFitter.
     """
 
     concurrency: ClassVar[int] = 2
@@ -379,8 +435,8 @@ class FolderWorker:
             )
         return entries
 
-    def _read(self, entry: Entry) -> tuple[bytes | None, str | None, dict[str, Any]]:
-        """Image, caption and metadata. Raises BadEntry."""
+    def _read(self, entry: Entry) -> tuple[bytes | None, str | None, dict[str, Any], list[bytes | None]]:
+        """Image, caption, metadata and source pictures. Raises BadEntry."""
         listed = self._entries.captions is not None
         if entry.is_repeated:
             raise BadEntry("repeated_row", "the list names it before")
@@ -398,7 +454,17 @@ class FolderWorker:
                     raise BadEntry(*problem)
             case Caption(path=path, version=version):
                 text, fields = read_caption(self._bytes(path, version), self.config.several_captions)
-        return self._bytes(entry.path, entry.image), text, {**fields, "source_file": entry.path}
+        image, fields = self._bytes(entry.path, entry.image), {**fields, "source_file": entry.path}
+        return image, text, fields, [one and self._source(one) for one in entry.sources]
+
+    def _source(self, picture: Picture) -> bytes:
+        """A source picture's bytes. Raises BadEntry: broken_source."""
+        if picture.fault:
+            raise BadEntry("broken_source", f"{picture.path}: {picture.fault}: {FAULTS[picture.fault]}")
+        try:
+            return self._bytes(picture.path, picture.version)
+        except BadEntry as error:
+            raise BadEntry("broken_source", f"{picture.path}: {error.reason}: {error.detail}") from error
 
     def _bytes(self, path: str, version: str) -> bytes:
         """A file's bytes, in one request where it lies elsewhere. Raises BadEntry where they were too many

@@ -28,7 +28,15 @@ from pipelines.shards.tars import tar_shard
 from pipelines.sources.base import Entries, read_stage
 from pipelines.sources.ingest import IngestConfig, image_fields
 from pipelines.sources.inputs import InputFile, find_inputs
-from pipelines.sources.raw_samples import OWN_FIELDS, PACKAGES, SampleMaker, free_names, sample_maker
+from pipelines.sources.raw_samples import (
+    OWN_FIELDS,
+    PACKAGES,
+    SampleMaker,
+    SourceImages,
+    free_names,
+    sample_maker,
+    source_image_fields,
+)
 from repfusion.config import Config
 
 if TYPE_CHECKING:
@@ -36,6 +44,7 @@ if TYPE_CHECKING:
 
 BATCH_ROWS = 8
 BUFFER_BYTES = 1 << 20
+IMAGES_EXPECTED = "binary or a struct with a binary field 'bytes'"
 RESERVED = OWN_FIELDS | {ALL_CAPTIONS, "source_row", "source_path"}
 
 
@@ -51,6 +60,10 @@ class ParquetConfig(Config):
     """
     image_column: str = "image"
     """Column of encoded images: binary, or a struct with a binary field `bytes` and perhaps the text `path`.
+    """
+    images: SourceImages = ()
+    """Columns of encoded images, the source pictures of editing samples, in the order in which the caption
+    counts them.
     """
     caption_column: str = "caption"
     """Column of captions."""
@@ -100,8 +113,8 @@ class ParquetSource:
 
 def fingerprint_fields(config: ParquetConfig, ingest: IngestConfig) -> dict[str, Any]:
     """What decides the bytes, beside the files themselves."""
-    fields = config.model_dump(mode="json", exclude={"path", "options"})
-    return {**flatten(fields, "source."), **image_fields(ingest)}
+    fields = config.model_dump(mode="json", exclude={"path", "options", "images"})
+    return {**flatten(fields, "source."), **source_image_fields(config.images), **image_fields(ingest)}
 
 
 def jobs(config: ParquetConfig) -> tuple[ShardJob, ...]:
@@ -186,7 +199,8 @@ class _Rows:
     def read(self, wanted: range) -> Iterator[tuple[int, dict[str, Any]]]:
         """Rows at ascending positions within the file; only the row groups that hold one are read."""
         config = self.config
-        columns = list(dict.fromkeys([config.image_column, config.caption_column, *config.extra_columns]))
+        asked = (config.image_column, config.caption_column, *config.images, *config.extra_columns)
+        columns = list(dict.fromkeys(asked))
         sizes = (
             self.parquet.metadata.row_group(group).num_rows for group in range(self.parquet.num_row_groups)
         )
@@ -212,12 +226,8 @@ def _within(wanted: range, start: int, stop: int) -> range:
 
 def _needed(config: ParquetConfig) -> list[Needed]:
     return [
-        Needed(
-            config.image_column,
-            "source.image_column",
-            _holds_images,
-            "binary or a struct with a binary field 'bytes'",
-        ),
+        Needed(config.image_column, "source.image_column", _holds_images, IMAGES_EXPECTED),
+        *(Needed(name, "source.images", _holds_images, IMAGES_EXPECTED) for name in config.images),
         caption_column(config.caption_column, "source.caption_column", lists_remedy(config.several_captions)),
         *(json_column(name, "source.extra_columns") for name in config.extra_columns),
     ]
@@ -238,8 +248,8 @@ class ParquetWorker:
 
     Rows that stand before a shard in its first row group are read past.
 
-    Reasons of drops: no_image, no_caption, undecodable_caption, not_text, undecodable_metadata, and those of
-    ImageFitter.
+    Reasons of drops: no_image, no_caption, undecodable_caption, not_text, undecodable_metadata,
+    missing_source, broken_source, and those of ImageFitter.
     """
 
     concurrency: ClassVar[int] = 2
@@ -287,8 +297,8 @@ class ParquetWorker:
 
     def _entry(
         self, file: InputFile, row: int, values: dict[str, Any]
-    ) -> tuple[bytes | None, str | None, dict[str, Any]]:
-        """Image, caption and metadata. Raises BadEntry."""
+    ) -> tuple[bytes | None, str | None, dict[str, Any], list[bytes | None]]:
+        """Image, caption, metadata and source pictures. Raises BadEntry."""
         config = self.config
         caption, fields = read_caption(values[config.caption_column], config.several_captions)
         metadata = {name: values[name] for name in config.extra_columns} | fields
@@ -302,4 +312,11 @@ class ParquetWorker:
                 if image["bytes"] is None:
                     raise BadEntry("no_image", f"no bytes, only the path {path}; a folder source reads files")
             image = image["bytes"]
-        return image, caption, metadata
+        return image, caption, metadata, [_source_bytes(name, values[name]) for name in config.images]
+
+
+def _source_bytes(name: str, cell: Any) -> bytes | None:
+    """A source picture's bytes; None where the row has none. Raises BadEntry."""
+    if isinstance(cell, Undecodable):
+        raise BadEntry("broken_source", f"{name}: the image's path: {cell.detail}")
+    return cell["bytes"] if isinstance(cell, dict) else cell

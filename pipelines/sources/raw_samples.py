@@ -2,10 +2,10 @@
 them.
 """
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
@@ -13,6 +13,7 @@ from pipelines.lists.captions import clean
 from pipelines.lists.values import BadEntry, json_values
 from pipelines.runtime.careful import KILLED, KilledError, guarded
 from pipelines.sources.ingest import SIZES, ImageFitter, IngestConfig
+from repfusion.data.source_images import source_member
 from repfusion.files import canonical_json
 from repfusion.images.decode import EncodedImage
 from repfusion.images.limits import BadImage
@@ -37,6 +38,21 @@ def free_names(reserved: Set[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    if "" in names or len(set(names)) < len(names):
+        raise ValueError(f"{list(names)}: expected names that differ, none of them empty")
+    return names
+
+
+SourceImages = Annotated[tuple[str, ...], AfterValidator(_distinct)]
+"""Where an input has the source pictures of a sample, in the order in which its instruction counts them."""
+
+
+def source_image_fields(names: SourceImages) -> dict[str, Any]:
+    """Where source pictures come from, as a part of a fingerprint; nothing where there are none."""
+    return {"source.images": list(names)} if names else {}
+
+
 class SampleMaker:
     """Makes samples; may be called from several threads.
 
@@ -49,13 +65,19 @@ class SampleMaker:
         self._fitter = ImageFitter(config)
 
     def __call__(
-        self, key: str, image: bytes | None, caption: str | None, metadata: dict[str, Any]
+        self,
+        key: str,
+        image: bytes | None,
+        caption: str | None,
+        metadata: dict[str, Any],
+        sources: Sequence[bytes | None] = (),
     ) -> dict[str, bytes]:
-        """Members by extension. `metadata` goes into the JSON, beside the key and the image's sizes.
+        """Members by extension. `metadata` goes into the JSON, beside the key and the image's sizes. Source
+        pictures are fitted as the image is: a sample has all of them, or there is none.
 
         Raises:
-            BadEntry: no_image, no_caption, undecodable_caption, undecodable_metadata, or one of ImageFitter's
-                reasons.
+            BadEntry: no_image, no_caption, undecodable_caption, undecodable_metadata, missing_source,
+                broken_source, or one of ImageFitter's reasons.
         """
         if image is None:
             raise BadEntry("no_image", "no image")
@@ -66,7 +88,18 @@ class SampleMaker:
         except BadImage as error:
             raise BadEntry(error.reason, error.detail) from error
         text = canonical_json(json_values({**metadata, "key": key, **sizes}))
-        return {extension: data, "txt": clean(caption).encode(), "json": text.encode()}
+        members = {extension: data, "txt": clean(caption).encode(), "json": text.encode()}
+        return members | dict(self._source(number, one) for number, one in enumerate(sources, start=1))
+
+    def _source(self, number: int, data: bytes | None) -> tuple[str, bytes]:
+        """Extension and bytes of a source picture's member."""
+        if data is None:
+            raise BadEntry("missing_source", f"no source image {number}")
+        try:
+            extension, fitted, _ = self._fit(data)
+        except BadImage as error:
+            raise BadEntry("broken_source", f"source image {number}: {error}") from error
+        return source_member(number, extension), fitted
 
     def _fit(self, data: bytes) -> tuple[str, bytes, dict[str, int]]:
         if self.config.image_size is None:
@@ -78,9 +111,7 @@ class SampleMaker:
 
 
 @contextmanager
-def sample_maker(
-    maker: SampleMaker, careful_sec: float | None
-) -> Iterator[Callable[[str, bytes | None, str | None, dict[str, Any]], dict[str, bytes]]]:
+def sample_maker(maker: SampleMaker, careful_sec: float | None) -> Iterator[Callable[..., dict[str, bytes]]]:
     """The maker; for a shard that has to be made carefully, in a process of its own. A sample that kills it
     is a BadEntry too, `killed_its_process`.
     """

@@ -7,13 +7,13 @@ import json
 import os
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -29,11 +29,13 @@ from pipelines.sources.base import Entries, download_stage, list_stage, numbered
 from pipelines.sources.ingest import IngestConfig
 from repfusion.config import Config
 from repfusion.scenes.captions import Wording, caption_scene
-from repfusion.scenes.world import WorldConfig, draw_scene, render
+from repfusion.scenes.world import Scene, WorldConfig, draw_scene, render
 from repfusion.tars import StreamSource, index_members
 
 CAPTION_STREAM = 7
 """Keeps the captions' random numbers apart from the scenes'."""
+NO_IMAGE = b"not an image " * 8
+"""What lies in the place of an image that is spoilt."""
 OPEN_ARCHIVES = 8
 """Archives the server keeps: open where they are local, in memory where they are remote."""
 
@@ -105,7 +107,27 @@ def to_uint8(pixels: Float[np.ndarray, "3 h w"]) -> UInt8[np.ndarray, "h w 3"]:
     return np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
 
 
-def defect_positions(config: ScenesConfig) -> dict[int, str]:
+def png_of(scene: Scene, world: WorldConfig) -> bytes:
+    """A scene as a PNG file."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(to_uint8(render(scene, world))).save(stream, "PNG")
+    return stream.getvalue()
+
+
+class Spoilt(Protocol):
+    """A source's section that has some of its entries spoilt."""
+
+    @property
+    def num_samples(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def defects(self) -> Iterable[tuple[str, int]]: ...
+
+
+def defect_positions(config: Spoilt) -> dict[int, str]:
     """Which entries are spoilt and how; drawn from the seed.
 
     Raises:
@@ -154,8 +176,6 @@ class SceneWorker:
 
     def _entry(self, index: int, shard: str) -> tuple[dict[str, str], bytes | None]:
         """A row of the list and the file that its url leads to, if any."""
-        from PIL import Image
-
         seed, key = (self.config.seed << 32) + index, sample_key(index)
         scene = draw_scene(seed, self.config.world)
         caption = caption_scene(scene, np.random.default_rng([seed, CAPTION_STREAM]), self.config.wording)
@@ -171,10 +191,8 @@ class SceneWorker:
             case "missing":
                 return row, None
             case "undecodable":
-                return row, b"not an image " * 8
-        stream = io.BytesIO()
-        Image.fromarray(to_uint8(render(scene, self.config.world))).save(stream, "PNG")
-        return row, stream.getvalue()
+                return row, NO_IMAGE
+        return row, png_of(scene, self.config.world)
 
 
 def _archive(shard: str) -> str:

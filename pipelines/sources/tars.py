@@ -9,7 +9,9 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn, Self
+
+from pydantic import model_validator
 
 from pipelines.dag import Place, ShardStage
 from pipelines.lists.captions import SeveralCaptions, read_caption
@@ -22,7 +24,15 @@ from pipelines.shards.tars import TarSamples, tar_shard
 from pipelines.sources.base import Entries, read_stage
 from pipelines.sources.ingest import IngestConfig, image_fields
 from pipelines.sources.inputs import InputFile, find_inputs
-from pipelines.sources.raw_samples import IMAGE_ENDINGS, OWN_FIELDS, PACKAGES, SampleMaker, sample_maker
+from pipelines.sources.raw_samples import (
+    IMAGE_ENDINGS,
+    OWN_FIELDS,
+    PACKAGES,
+    SampleMaker,
+    SourceImages,
+    sample_maker,
+    source_image_fields,
+)
 from repfusion.config import Config
 from repfusion.tars import TarError
 
@@ -71,6 +81,10 @@ class TarsConfig(Config):
     """Extension of the member that is the image, such as `left.png`, where samples have several; None takes
     the one without a further dot, or the only one.
     """
+    images: SourceImages = ()
+    """Members that hold the source pictures of editing samples, by their extensions without the format, in
+    the order in which the caption counts them: `[source]` for `KEY.source.png` beside `KEY.png`.
+    """
     key_ends: KeyEnd = "first_dot"
     """Where in a file's name the key ends and the extension begins; WebDataset's rule is the first dot."""
     on_truncated: Literal["fail", "keep"] = "fail"
@@ -79,6 +93,15 @@ class TarsConfig(Config):
     """
     options: dict[str, Any] = {}
     """Options of the fsspec file system: an endpoint, a profile. Changes no bytes."""
+
+    @model_validator(mode="after")
+    def _sources_have_their_key(self) -> Self:
+        if self.images and self.key_ends == "last_dot":
+            raise ValueError(
+                f"images {list(self.images)} with key_ends last_dot, by which KEY.{self.images[0]}.png is of "
+                "another key than KEY.png; leave key_ends at first_dot"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -100,7 +123,7 @@ def fingerprint_fields(config: TarsConfig, ingest: IngestConfig) -> dict[str, An
     """What decides the bytes, beside the tars themselves."""
     names = {"kind", "caption_field", "several_captions", "image_extension", "key_ends"}
     own = {f"source.{name}": value for name, value in config.model_dump(mode="json", include=names).items()}
-    return {**own, **image_fields(ingest)}
+    return {**own, **source_image_fields(config.images), **image_fields(ingest)}
 
 
 def find_tars(config: TarsConfig) -> tuple[InputFile, ...]:
@@ -171,8 +194,8 @@ class TarWorker:
 
     Reasons of drops: no_image, several_images, no_caption, undecodable_caption, not_text, several_captions,
     undecodable_metadata, duplicate_key, dotted_key, too_many_bytes, broken_link, unreadable_member,
-    truncated_tar, and those of ImageFitter. Members that belong to no sample are counted beside them:
-    extra_image, unused_member, hidden_file, no_extension, metadata_file.
+    truncated_tar, missing_source, broken_source, and those of ImageFitter. Members that belong to no sample
+    are counted beside them: extra_image, unused_member, hidden_file, no_extension, metadata_file.
     """
 
     concurrency: ClassVar[int] = 2
@@ -210,13 +233,14 @@ class TarWorker:
                 if entry.key in seen:
                     raise BadEntry("duplicate_key", "the tar has this key before")
                 used, image, caption, metadata = self._parse(entry)
+                pictures, sources = self._sources(entry)
                 metadata |= {"source_key": entry.key, "source_file": file.name}
-                made = make(key, image, caption, metadata)
+                made = make(key, image, caption, metadata, sources)
             except BadEntry as error:
                 commit.drop(key, error.reason, f"{entry.key}: {error.detail}")
             else:
                 samples.write(key, made)
-                for extension in sorted(entry.members.keys() - used):
+                for extension in sorted(entry.members.keys() - used - pictures):
                     reason = "extra_image" if _is_image(extension) else "unused_member"
                     commit.drop(key, reason, f"{entry.key}.{extension}")
             seen.add(entry.key)
@@ -255,11 +279,34 @@ class TarWorker:
         fields = {name: value for name, value in metadata.items() if name not in OWN_FIELDS}
         return used, data.get(image), caption, fields | kept
 
+    @property
+    def _stems(self) -> list[str]:
+        """Extensions of source pictures, without the format, as groups spell them."""
+        return [name.lower() for name in self.config.images]
+
+    def _sources(self, group: Group) -> tuple[set[str], list[bytes | None]]:
+        """Which members are source pictures, and their bytes; None for one that is not there. Raises
+        BadEntry.
+        """
+        used: set[str] = set()
+        sources: list[bytes | None] = []
+        for stem in self._stems:
+            found = [one for one in group.members if _is_image(one) and one.rpartition(".")[0] == stem]
+            if len(found) > 1:
+                raise BadEntry("several_images", f"{', '.join(sorted(found))}: source images of one name")
+            used |= set(found)
+            sources += [_source_bytes(one, group.members[one]) for one in found] or [None]
+        return used, sources
+
     def _image(self, group: Group) -> str:
         """Extension of the member that is the image; empty where there is none."""
         if self.config.image_extension is not None:
             return self.config.image_extension.lower()
-        images = sorted(extension for extension in group.members if _is_image(extension))
+        images = sorted(
+            extension
+            for extension in group.members
+            if _is_image(extension) and extension.rpartition(".")[0] not in self._stems
+        )
         if plain := [extension for extension in images if "." not in extension]:
             return plain[0]
         if len(images) > 1:
@@ -267,6 +314,13 @@ class TarWorker:
                 "several_images", f"{', '.join(images)}: say which by source.image_extension={images[0]}"
             )
         return images[0] if images else ""
+
+
+def _source_bytes(extension: str, found: bytes | Missing | None) -> bytes:
+    if isinstance(found, Missing):
+        raise BadEntry("broken_source", f"{extension}: {found.reason}: {found.detail}")
+    assert found is not None
+    return found
 
 
 def _undotted(group: Group) -> Iterator[Group | BadEntry]:

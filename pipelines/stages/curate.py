@@ -17,7 +17,9 @@ from repfusion.config import Config
 
 
 class CurateConfig(Config):
-    """Which samples stay: the stages `judge` and `curate`."""
+    """Which samples stay: the stages `judge` and `curate`. Rules of size, aspect and caption are for the
+    target of an editing sample and its instruction; its sources have to be there and readable.
+    """
 
     min_side_px: int = Field(default=16, ge=1)
     """Shortest side an image may have, before ingest resized it where that is known."""
@@ -38,7 +40,8 @@ class CurateConfig(Config):
     duplicates: Duplicates = "exact"
     """Which images count as the same, so that the first alone stays: `exact` compares the stored bytes,
     `near` also the perceptual hash, which sees brightness and coarse layout and no colour. Captions
-    are not compared: a list with several captions to an image needs `keep`.
+    are not compared: a list with several captions to an image needs `keep`. Editing samples are: they are
+    duplicates where sources and instruction are the same, to the byte, and the targets count as the same.
     """
     near_duplicate_bits: int = Field(default=4, ge=0, le=8)
     """Bits, of 64, in which the hashes of two images may differ that `near` takes for the same."""

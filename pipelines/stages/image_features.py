@@ -25,8 +25,8 @@ from pipelines.shards.manifest import ShardTable
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
 from pipelines.shards.tars import TarSamples, read_samples, tar_shard
-from pipelines.stages.judge import IMAGE_EXTENSIONS
 from repfusion.config import Config, naming
+from repfusion.data.source_images import IMAGE_EXTENSIONS
 from repfusion.images.decode import read_pixels
 from repfusion.images.limits import BadImage
 from repfusion.latents.load import EncoderConfig

@@ -20,14 +20,13 @@ from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, Sidecar, read_sidecar
 from pipelines.shards.tars import read_samples
 from pipelines.stages.curate import CurateConfig, judge_fields
+from repfusion.data.source_images import IMAGE_EXTENSIONS, source_members
 from repfusion.images.decode import read_image
 from repfusion.images.limits import BadImage
 from repfusion.llm.tokenizer import CaptionLimit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 HASH_SIDE = 8
 THUMBNAIL_PX = 32
@@ -48,10 +47,12 @@ class Verdict:
     """None for a sample that stays, as far as it alone decides."""
     detail: str = ""
     digest: bytes | None = None
-    """The first 16 bytes of the image member's sha256; None without an image."""
+    """The first 16 bytes of the image member's sha256, for an editing sample of one that counts its
+    instruction and sources too (`_apart`); None without an image.
+    """
     hash: int | None = None
-    """`perceptual_hash`; None where the image cannot be decoded, and unless near duplicates are asked for: it
-    takes longer than to decode.
+    """`perceptual_hash`, for an editing sample mixed with its instruction and sources; None where the image
+    cannot be decoded, and unless near duplicates are asked for: it takes longer than to decode.
     """
     width: int | None = None
     """Pixels, before ingest resized it where that is known; None where neither is."""
@@ -79,7 +80,7 @@ def judge(members: dict[str, bytes], config: CurateConfig, limits: Collection[Ca
     verdict = Verdict()
     extension = next((extension for extension in IMAGE_EXTENSIONS if extension in members), None)
     if extension is not None:
-        verdict.digest = hashlib.sha256(members[extension]).digest()[:DIGEST_BYTES]
+        verdict.digest = _sha256(members[extension])[:DIGEST_BYTES]
     if extension is None or "txt" not in members:
         verdict.reason = "no_image" if extension is None else "no_caption"
         verdict.detail = f"members: {', '.join(sorted(members))}"
@@ -92,8 +93,45 @@ def judge(members: dict[str, bytes], config: CurateConfig, limits: Collection[Ca
     if config.duplicates == "near":
         verdict.hash = perceptual_hash(image)
     verdict.width, verdict.height = image.size
-    verdict.reason, verdict.detail = _judge_text(members, verdict, config, limits) or (None, "")
+    failed = _judge_sources(members, verdict, config) or _judge_text(members, verdict, config, limits)
+    verdict.reason, verdict.detail = failed or (None, "")
     return verdict
+
+
+def _judge_sources(
+    members: dict[str, bytes], verdict: Verdict, config: CurateConfig
+) -> tuple[str, str] | None:
+    """The (reason, detail) that source pictures give, or None; enters what tells an editing sample apart."""
+    try:
+        sources = source_members(members)
+    except ValueError as error:
+        return "missing_source", str(error)
+    if not sources:
+        return None
+    for extension in sources:
+        try:
+            read_image(members[extension], config.max_pixels)
+        except BadImage as error:
+            return "broken_source", f"{extension}: {error}"
+    assert verdict.digest is not None
+    apart = _apart(members, sources)
+    verdict.digest = _sha256(verdict.digest + apart)[:DIGEST_BYTES]
+    if verdict.hash is not None:
+        # bits that differ between two targets still do, where instruction and sources are the same; about
+        # half of all others do where they are not
+        verdict.hash ^= int.from_bytes(apart[:8], "big")
+    return None
+
+
+def _apart(members: dict[str, bytes], sources: Sequence[str]) -> bytes:
+    """What tells two editing samples of one target apart: the same target by another instruction, or from
+    other sources, is no duplicate.
+    """
+    return _sha256(b"".join(_sha256(members[extension]) for extension in ("txt", *sources)))
+
+
+def _sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
 def _judge_text(

@@ -140,3 +140,25 @@ def test_without_a_list_of_duplicates_it_does_not_start(tmp_path):
     folders = [Folder.at(tmp_path / name) for name in ("curate", "ingest", "judge")]
     with pytest.raises(ShardError, match="re-run the stage 'judge'"):
         CurateWorker(*folders, CurateConfig())
+
+
+def test_editing_samples_are_copied_whole_and_compared_as_a_whole(tmp_path):
+    first = sample(0, "make it blue") | {"source.png": picture(7), "source2.png": picture(8)}
+    shard = {
+        "000": first,
+        "001": first | {"txt": b"make it green"},
+        "002": first | {"source2.png": picture(9)},
+        "003": first,
+        "004": sample(0, "make it blue"),
+        "005": first | {"source.png": b"no image"},
+        "006": {extension: data for extension, data in first.items() if extension != "source.png"},
+    }
+    write_raw(tmp_path, [shard])
+    (sidecar,) = curate_all(tmp_path, CurateConfig(max_drop_fraction=1), [0])
+    assert listed_drops(tmp_path, "00000") == {
+        "003": ("exact_duplicate", "duplicate of 000"),
+        "005": ("broken_source", "source.png: [undecodable_image] no known format"),
+        "006": ("missing_source", "no source image 1 beside source2.png"),
+    }
+    kept = dict(read_samples(Folder.at(tmp_path / "curate"), sidecar.file, sidecar))
+    assert kept == {key: shard[key] for key in ("000", "001", "002", "004")}

@@ -230,3 +230,73 @@ def test_a_caption_of_too_many_tokens_is_dropped_and_counted(caption, metadata, 
 def test_the_limits_are_in_the_fingerprint_where_there_are_any():
     with_limits = judge_fields(CurateConfig(), {"0123": LIMITS[0]})
     assert with_limits == judge_fields(CurateConfig(), {}) | {"curate.caption_limits": {"0123": 7}}
+
+
+def edited(target: bytes, instruction: str, *sources: bytes) -> dict[str, bytes]:
+    members = {"source.png": sources[0], **{f"source{i}.png": one for i, one in enumerate(sources[1:], 2)}}
+    return {"png": target, "txt": instruction.encode(), "json": b"{}"} | members
+
+
+BLUE = encode(Image.new("RGB", (32, 32), (9, 9, 200)))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "detail"),
+    [
+        ({}, None, ""),
+        ({"source.png": b"no image"}, "broken_source", "source.png: [undecodable_image] no known format"),
+        ({"source2.png": BLUE[:60]}, "broken_source", None),
+        ({"source.png": encode(Image.new("RGB", (600, 600)))}, "broken_source", None),
+        ({"source.png": encode(Image.new("RGB", (4, 4)))}, None, ""),
+        (
+            {"source3.png": BLUE, "source2.png": None},
+            "missing_source",
+            "no source image 2 beside source3.png",
+        ),
+        ({"source.png": None}, "missing_source", "no source image 1 beside source2.png"),
+        ({"txt": b""}, "empty_caption", ""),
+        ({"png": None}, "no_image", None),
+    ],
+)
+def test_an_editing_sample_has_all_its_sources_or_is_dropped(change, reason, detail):
+    members = edited(png(), "make it blue", BLUE, png()) | change
+    verdict = judge({k: v for k, v in members.items() if v is not None}, CurateConfig(max_pixels=300_000))
+    assert verdict.reason == reason and detail in (None, verdict.detail)
+
+
+@pytest.mark.parametrize("duplicates", ["exact", "near"])
+def test_the_same_target_is_a_duplicate_only_with_the_same_instruction_and_sources(duplicates):
+    config = CurateConfig(duplicates=duplicates)
+    target = encode(photo(3))
+    one, again, otherwise, elsewhere, plain = (
+        judge(members, config)
+        for members in (
+            edited(target, "make it blue", BLUE),
+            edited(target, "make it blue", BLUE),
+            edited(target, "make it green", BLUE),
+            edited(target, "make it blue", encode(photo(4))),
+            {"png": target, "txt": b"make it blue"},
+        )
+    )
+    assert one == again
+    assert len({verdict.digest for verdict in (one, otherwise, elsewhere, plain)}) == 4
+    assert plain.digest == hashlib.sha256(target).digest()[:16]
+    if duplicates == "near":
+        assert plain.hash == perceptual_hash(photo(3))
+        hashes = [verdict.hash for verdict in (one, otherwise, elsewhere, plain)]
+        assert all((a ^ b).bit_count() > 8 for i, a in enumerate(hashes) for b in hashes[:i])
+
+
+def test_like_targets_of_one_instruction_are_as_near_as_the_pictures():
+    config = CurateConfig(duplicates="near")
+    sharp, soft = photo(3), photo(3).filter(ImageFilter.GaussianBlur(1))
+    one, two = (judge(edited(encode(image), "make it blue", BLUE), config) for image in (sharp, soft))
+    assert one.hash is not None and two.hash is not None
+    apart = (one.hash ^ two.hash).bit_count()
+    assert apart == (perceptual_hash(sharp) ^ perceptual_hash(soft)).bit_count() <= 8
+
+
+def test_sources_are_told_apart_by_their_order():
+    config = CurateConfig()
+    there, back = (judge(edited(png(), "swap them", *two), config) for two in ((BLUE, png()), (png(), BLUE)))
+    assert there.digest != back.digest

@@ -1,0 +1,162 @@
+"""Seeds -> editing samples of the embedded world: a source scene, an instruction, the scene that it asks
+for.
+
+They are drawn by `ingest` itself: unlike scenes, which show how lists are downloaded, they have no addresses.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from pipelines.dag import Place, ShardStage
+from pipelines.lists.values import BadEntry
+from pipelines.runtime.pool import ShardJob
+from pipelines.shards.digests import flatten
+from pipelines.shards.storage import Folder
+from pipelines.shards.store import ShardCommit, Sidecar, sample_key, shard_name
+from pipelines.shards.tars import tar_shard
+from pipelines.sources.base import Entries, numbered_entries, read_stage
+from pipelines.sources.ingest import IngestConfig, image_fields
+from pipelines.sources.raw_samples import PACKAGES, SampleMaker, sample_maker
+from pipelines.sources.scenes import NO_IMAGE, defect_positions, png_of
+from repfusion.config import Config
+from repfusion.scenes.captions import Wording
+from repfusion.scenes.edits import EVEN, Edit, EditKind, draw_triple
+from repfusion.scenes.world import Scene, WorldConfig
+
+
+class EditDefectsConfig(Config):
+    """Samples spoilt on purpose, so that a run shows how drops are counted. They replace healthy ones."""
+
+    missing_source: int = Field(default=0, ge=0)
+    """Samples without their source picture."""
+    undecodable_source: int = Field(default=0, ge=0)
+    """Source pictures that are no images."""
+    missing: int = Field(default=0, ge=0)
+    """Samples without their target."""
+    undecodable: int = Field(default=0, ge=0)
+    """Targets that are no images."""
+    empty_caption: int = Field(default=0, ge=0)
+    """Instructions without text."""
+
+
+class EditsConfig(Config):
+    """What the embedded world draws of editing."""
+
+    kind: Literal["edits"] = "edits"
+    shard_size: int = Field(default=500, ge=1)
+    """Samples per shard, the unit of work, failure and resume of every later stage."""
+    num_samples: int = Field(default=4000, ge=1)
+    """Editing samples, defects included."""
+    seed: int = Field(default=0, ge=0)
+    """Sample i is the edit of seed `seed * 2**32 + i`."""
+    world: WorldConfig = WorldConfig()
+    """Image size, and which shapes and colours occur how often."""
+    kinds: dict[EditKind, float] = dict(EVEN)
+    """How often each kind of edit is drawn, relative to the others; kinds that are left out are not."""
+    wording: Wording = "varied"
+    """How instructions are put."""
+    defects: EditDefectsConfig = EditDefectsConfig()
+    """Samples spoilt on purpose."""
+
+    @field_validator("kinds")
+    @classmethod
+    def _some_kind_is_drawn(cls, kinds: dict[EditKind, float]) -> dict[EditKind, float]:
+        if not any(kinds.values()) or not all(math.isfinite(one) and one >= 0 for one in kinds.values()):
+            raise ValueError(f"{kinds}: expected weights that are 0 or more, one of them above")
+        return kinds
+
+
+@dataclass(frozen=True)
+class EditsSource:
+    """Edits that are drawn by `ingest`."""
+
+    config: EditsConfig
+
+    def stages(self, ingest: IngestConfig, place: Place) -> list[ShardStage]:
+        fields = flatten(self.config.model_dump(mode="json"), "source.") | image_fields(ingest)
+        return [read_stage(EditWorker, self.config, fields, jobs(self.config), ingest, place)]
+
+    def entries(self) -> Entries:
+        return numbered_entries(self.config.num_samples, self.config.shard_size)
+
+
+def jobs(config: EditsConfig) -> tuple[ShardJob, ...]:
+    """Shards of `source.shard_size` samples. Raises ValueError where there are more defects than samples."""
+    defect_positions(config)
+    starts = range(0, config.num_samples, config.shard_size)
+    return tuple(
+        ShardJob(shard_name(index), "", {}, {"start": start, "stop": _end(start, config)})
+        for index, start in enumerate(starts)
+    )
+
+
+def _end(start: int, config: EditsConfig) -> int:
+    return min(start + config.shard_size, config.num_samples)
+
+
+class EditWorker:
+    """Makes `NAME.tar` of edits: the target, the instruction, the source picture, and the json, whose `edit`
+    says kind, description of the target, and both scenes.
+
+    Reasons of drops: no_image, missing_source, broken_source, and those of ImageFitter.
+    """
+
+    concurrency: ClassVar[int] = 2
+
+    def __init__(self, folder: Folder, config: EditsConfig, ingest: IngestConfig):
+        self.folder, self.config, self.ingest = folder, config, ingest
+        self._defects = defect_positions(config)
+        self._make = SampleMaker(ingest)
+
+    def __call__(self, job: ShardJob) -> Sidecar:
+        wanted = range(job.arguments["start"], job.arguments["stop"], job.arguments.get("step", 1))
+        with ShardCommit(self.folder, job.name, job.fingerprint, job.inputs, ("numpy", *PACKAGES)) as commit:
+            with tar_shard(commit) as samples, sample_maker(self._make, job.careful_sec) as make:
+                for position in wanted:
+                    key = sample_key(position)
+                    try:
+                        members = make(key, *self._entry(position))
+                    except BadEntry as error:
+                        commit.drop(key, error.reason, error.detail)
+                    else:
+                        samples.write(key, members)
+            commit.check_drops(self.ingest.max_drop_fraction)
+            commit.write_drops()
+            return commit.commit(f"{job.name}.tar")
+
+    def _entry(self, position: int) -> tuple[bytes | None, str, dict[str, Any], Sequence[bytes | None]]:
+        """Target, instruction, metadata and source picture, spoilt where they are to be."""
+        config = self.config
+        seed = (config.seed << 32) + position
+        edit = draw_triple(seed, config.world, config.kinds, wording=config.wording)
+        source, target = png_of(edit.source, config.world), png_of(edit.target, config.world)
+        metadata = {"edit": _facts(edit)}
+        match self._defects.get(position):
+            case "missing_source":
+                return target, edit.instruction, metadata, [None]
+            case "undecodable_source":
+                return target, edit.instruction, metadata, [NO_IMAGE]
+            case "missing":
+                return None, edit.instruction, metadata, [source]
+            case "undecodable":
+                return NO_IMAGE, edit.instruction, metadata, [source]
+            case "empty_caption":
+                return target, "", metadata, [source]
+        return target, edit.instruction, metadata, [source]
+
+
+def _facts(edit: Edit) -> dict[str, Any]:
+    return {
+        "kind": edit.kind,
+        "described": edit.described,
+        "source": _scene(edit.source),
+        "target": _scene(edit.target),
+    }
+
+
+def _scene(scene: Scene) -> dict[str, Any]:
+    return {"things": [asdict(thing) for thing in scene.things], "relation": scene.relation}
