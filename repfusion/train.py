@@ -20,12 +20,12 @@ import torch.distributed as dist
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from repfusion.config import Config, WeightsFolder, load_config
+from repfusion.config import WeightsFolder, load_config
 from repfusion.data.batches import batches
 from repfusion.data.config import DataConfig
 from repfusion.data.mixture import Mixture
 from repfusion.data.readers import IMAGE_FEATURES
-from repfusion.data.recipe import Recipe
+from repfusion.data.recipe import Recipe, RecipeConfig
 from repfusion.display.redaction import RedactingFormatter, redact_text, redact_tracebacks
 from repfusion.display.terminal import printable_lines
 from repfusion.files import write_json
@@ -71,7 +71,7 @@ EXAMPLE_SAMPLES = 8
 """Whose FLOPs are counted at the start."""
 
 
-class TrainConfig(Config):
+class TrainConfig(RecipeConfig):
     output_dir: Path
     """Folder of this training: checkpoints/, config.json, train.json. All ranks have to see it."""
     data: DataConfig
@@ -94,8 +94,6 @@ class TrainConfig(Config):
     """Samples per update over all ranks."""
     seed: int = 0
     """Decides initial weights, the order of samples, captions, noise and dropped conditions."""
-    condition_dropout: float = Field(default=0.1, ge=0, le=1)
-    """Fraction of samples trained on the empty prompt, for classifier-free guidance."""
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the averaged weights, which sampling uses."""
     checkpoint_every_steps: int = Field(default=500, ge=1)
@@ -110,6 +108,16 @@ class TrainConfig(Config):
     """Checkpoints at multiples of this stay for good."""
     log_every_steps: int = Field(default=20, ge=1)
     """Steps between lines of metrics."""
+
+    @model_validator(mode="after")
+    def _shares_are_of_a_method_that_reads_images(self) -> "TrainConfig":
+        method = self.model.conditioning
+        if self.shares_of_images and not method.reads_images:
+            raise ValueError(
+                f"{', '.join(self.shares_of_images)}: the method {method.method!r} reads no images; leave "
+                "them out, or take a method that does"
+            )
+        return self
 
     @property
     def tracking_address(self) -> str | None:
@@ -286,7 +294,8 @@ def _train(
     should_stop: Callable[[], bool] | None,
     warn: Warn,
 ) -> dict[str, Any]:
-    dataset = Mixture.open(config.data, columns_of(config.model))
+    reads_images = config.model.conditioning.reads_images
+    dataset = Mixture.open(config.data, columns_of(config.model), reads_images)
     checkpoints = RunFolder(config.output_dir).checkpoints
     checkpoints.mkdir(parents=True, exist_ok=True)
     last = choose(checkpoints, warn)
@@ -326,7 +335,7 @@ def _train(
 
     stream = batches(
         dataset,
-        Recipe(config.condition_dropout),
+        config.recipe,
         model.collate,
         seed=config.seed,
         first_step=first_step,

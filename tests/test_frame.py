@@ -163,7 +163,10 @@ SCENES = (
     "repfusion/scenes/",
     "repfusion/foundation/",
     "repfusion/evaluation/suites/scenes.py",
+    "repfusion/evaluation/suites/edits.py",
+    "repfusion/evaluation/suites/references.py",
     "pipelines/sources/scenes.py",
+    "pipelines/sources/edits.py",
     "pipelines/ladder/science/",  # its rows are about scenes: captions, losses
     "pipelines/ladder/worker.py",  # its validation loss
 )

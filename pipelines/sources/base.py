@@ -8,8 +8,8 @@ from typing import Any, Protocol
 from pipelines.dag import Place, ShardStage
 from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.store import shard_name
-from pipelines.sources.downloads import MAX_WAIT_SEC
 from pipelines.sources.ingest import IngestConfig, IngestWorker, fingerprint_fields
+from pipelines.sources.web.downloads import MAX_WAIT_SEC
 
 
 @dataclass(frozen=True)

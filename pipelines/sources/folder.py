@@ -102,7 +102,7 @@ class Caption:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class SourceFile:
     """A source picture that is still to be read."""
 
     path: str
@@ -125,7 +125,7 @@ class Entry:
     """Whether the list names the image a second time."""
     fault: str = ""
     """Why the image or its caption cannot be read, as a reason of drops."""
-    sources: tuple[Picture | None, ...] = ()
+    sources: tuple[SourceFile | None, ...] = ()
     """Source pictures; None for one that is not there."""
 
     @property
@@ -276,15 +276,15 @@ class _SourceFiles:
         """Whether a file is the source picture of a target that is there."""
         return _stem(file) in self._files
 
-    def of(self, image: str, prefix: str) -> tuple[Picture | None, ...]:
+    def of(self, image: str, prefix: str) -> tuple[SourceFile | None, ...]:
         """The source pictures of an image, their paths after a prefix."""
         return tuple(self._picture(f"{_stem(image)}.{name}", prefix) for name in self._names)
 
-    def _picture(self, stem: str, prefix: str) -> Picture | None:
+    def _picture(self, stem: str, prefix: str) -> SourceFile | None:
         if (files := self._files.get(stem)) is None:
             return None
         fault = files[0].fault or ("two_of_a_name" if len(files) > 1 else "")
-        return Picture(prefix + files[0].name, f"{files[0].size}:{files[0].stamp}", fault)
+        return SourceFile(prefix + files[0].name, f"{files[0].size}:{files[0].stamp}", fault)
 
 
 def _stem(name: str) -> str:
@@ -457,7 +457,7 @@ class FolderWorker:
         image, fields = self._bytes(entry.path, entry.image), {**fields, "source_file": entry.path}
         return image, text, fields, [one and self._source(one) for one in entry.sources]
 
-    def _source(self, picture: Picture) -> bytes:
+    def _source(self, picture: SourceFile) -> bytes:
         """A source picture's bytes. Raises BadEntry: broken_source."""
         if picture.fault:
             raise BadEntry("broken_source", f"{picture.path}: {picture.fault}: {FAULTS[picture.fault]}")

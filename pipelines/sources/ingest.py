@@ -25,7 +25,7 @@ from pipelines.shards.parquet import parse_parquet, read_parquet
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
 from pipelines.shards.tars import read_samples, tar_shard
-from pipelines.sources.downloads import DownloadLimits, Downloads, ascii_url, is_transient
+from pipelines.sources.web.downloads import DownloadLimits, Downloads, ascii_url, is_transient
 from repfusion.config import Config
 from repfusion.files import canonical_json
 from repfusion.images.decode import EncodedImage

@@ -8,7 +8,7 @@ from pathlib import Path
 from pipelines.dag import ShardStage, Stage
 from pipelines.runtime.pool import ActorPool
 from pipelines.runtime.session import RayConfig
-from pipelines.sources.downloads import is_transient
+from pipelines.sources.web.downloads import is_transient
 from pipelines.workflow.inspection import states
 from pipelines.workflow.run import run
 

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,10 +73,17 @@ class Column:
         folder: where the shards lie.
         required: extensions that every key has.
         optional: extensions that a key may lack.
+        further: says of any other extension whether it is an optional one, once a shard has it.
     """
 
-    def __init__(self, folder: Path, required: tuple[str, ...] = (), optional: tuple[str, ...] = ()):
-        self.folder, self.required = folder, required
+    def __init__(
+        self,
+        folder: Path,
+        required: tuple[str, ...] = (),
+        optional: tuple[str, ...] = (),
+        further: Callable[[str], bool] = lambda extension: False,
+    ):
+        self.folder, self.required, self._further = folder, required, further
         self.names: list[str] = []
         """File name of each shard."""
         self.keys: list[Keys] = []
@@ -103,7 +110,8 @@ class Column:
         with SHARDS_OPEN.open(f"{self.folder}/{name}") as file:
             stamp = _stamp(file)
             members = scan_tar(path)
-            own = list(dict.fromkeys(parts[0] for member in members if (parts := split_name(member))))
+            parts = [found for member in members if (found := split_name(member))]
+            own = list(dict.fromkeys(key for key, _ in parts))
             keys = np.array([key.encode() for key in own], bytes) if keys is None else keys
             texts = [key.decode() for key in keys.tolist()]
             if extra := set(own) - set(texts):
@@ -114,11 +122,18 @@ class Column:
             self.names.append(name)
             self.keys.append(keys)
             self._stamps.append(stamp)
+            self._add_further(dict.fromkeys(extension for _, extension in parts))
             for extension, spans in self.spans.items():
                 spans.append(_packed([self._span(key, extension, members, file) for key in texts]))
         for extension in self.required:
             self.check_present(extension, -1, np.ones(len(keys), bool))
         return keys
+
+    def _add_further(self, extensions: Iterable[str]) -> None:
+        """Takes in the optional extensions that the newest shard is the first to have."""
+        for extension in extensions:
+            if extension not in self.spans and self._further(extension):
+                self.spans[extension] = [_packed([(0, 0)] * len(keys)) for keys in self.keys[:-1]]
 
     def _span(
         self, key: str, extension: str, members: dict[str, tuple[int, int]], file: int

@@ -52,7 +52,9 @@ class DatasetConfig(Config):
     """One data set: the folders of its images and of the columns beside them."""
 
     images: Path
-    """Folder of image shards; training reads only the captions from it."""
+    """Folder of image shards; training reads the captions from it, and where the model conditions on images
+    the pictures of editing samples.
+    """
     columns: dict[str, Path] = {}
     """Folders of the columns, by name: `image_features` and `prompt_features` (the stages of these names),
     and `captions`, alternative captions, read where `caption_weights` names one. A model reads those that it

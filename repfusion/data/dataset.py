@@ -5,15 +5,17 @@ in any order.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 
 from repfusion.data.columns import Column, Keys, rebuild_hint, scan_tar, shard_names
 from repfusion.data.config import CAPTION, CAPTIONS, MAIN_CAPTION_ONLY, DatasetConfig, check_weights
 from repfusion.data.readers import Reader
+from repfusion.data.source_images import PictureMembers, is_picture, is_source
 
 SAMPLE_BYTES = 1000
 """What a sample takes in the cache beside its texts and arrays."""
@@ -54,9 +56,30 @@ class Sample:
         if column not in self.dataset.columns:
             return None
         member = self.dataset.readers[column].member(column, caption)
+        return self._kept(member, lambda: self.dataset.read_array(column, member, self.shard, self.row))
+
+    @property
+    def num_sources(self) -> int:
+        """How many source pictures it has; 0 where the data set was opened without images."""
+        return len(self.dataset.pictures.sources(self.shard, self.row))
+
+    def sources(self) -> tuple[UInt8[np.ndarray, "_ _ 3"], ...]:
+        """Source pictures, as the caption counts them."""
+        return tuple(self._picture(name) for name in self.dataset.pictures.sources(self.shard, self.row))
+
+    def target(self) -> UInt8[np.ndarray, "_ _ 3"] | None:
+        """The image that it shows; None where the data set was opened without images, or has none of it."""
+        name = self.dataset.pictures.target(self.shard, self.row)
+        return None if name is None else self._picture(name)
+
+    def _picture(self, member: str) -> UInt8[np.ndarray, "_ _ 3"]:
+        return self._kept(member, lambda: self.dataset.pictures.read(member, self.shard, self.row))
+
+    def _kept(self, member: str, read: Callable[[], np.ndarray]) -> np.ndarray:
+        """An array of the sample, from memory where it was read before and there was room."""
         if (known := self._arrays.get(member)) is not None:
             return known
-        array = self.dataset.read_array(column, member, self.shard, self.row)
+        array = read()
         if self.is_kept and self.dataset.has_room(array.nbytes):
             self.dataset.cached_bytes += array.nbytes
             self._arrays[member] = array
@@ -76,9 +99,11 @@ class ColumnDataset:
         readers: how the model reads the columns that it can use, by name; other columns are not opened.
         cache_bytes: decoded samples kept in memory.
         caption_weights: how often each caption is drawn; see `DatasetConfig`.
+        reads_images: whether the model conditions on images, so that source pictures are found.
 
     Raises: ValueError: a column that the model needs is not given, a tar is truncated, a key is missing or
-        extra in a column, or a shape or dtype differs; the message names the shard, the key and what to run.
+        extra in a column, a shape or dtype differs, or a model that reads no images would be shown the
+        instructions of editing samples; the message names the shard, the key and what to run.
     """
 
     def __init__(
@@ -88,11 +113,13 @@ class ColumnDataset:
         readers: Mapping[str, Reader],
         cache_bytes: int = 0,
         caption_weights: Mapping[str, float] = MAIN_CAPTION_ONLY,
+        reads_images: bool = False,
     ):
         self.weights = check_weights(caption_weights, CAPTIONS in columns)
         others = tuple(name for name in self.weights if name != CAPTION)
         self.readers = dict(readers)
-        self.images = Column(images, (CAPTION,), ("json",))
+        self.images = Column(images, (CAPTION,), ("json",), is_picture if reads_images else is_source)
+        self.pictures = PictureMembers(self.images, reads_images)
         self.captions = Column(columns[CAPTIONS], (), others) if others else None
         self.columns = {name: self._column(name, columns[name]) for name in readers if name in columns}
         if absent := [name for name, one in readers.items() if one.is_required and name not in columns]:
@@ -110,15 +137,22 @@ class ColumnDataset:
         if len(self) == 0:
             raise ValueError(f"{images}: the shards hold no samples")
         self._check_captions()
+        if CAPTION in self.weights:
+            self.pictures.check_read()
         for name in self.columns:
             if readers[name].is_dense:
                 self._check_shards(name)
 
     @classmethod
     def open(
-        cls, config: DatasetConfig, readers: Mapping[str, Reader], cache_bytes: int = 0
+        cls,
+        config: DatasetConfig,
+        readers: Mapping[str, Reader],
+        cache_bytes: int = 0,
+        reads_images: bool = False,
     ) -> "ColumnDataset":
-        return cls(config.images, config.columns, readers, cache_bytes, config.caption_weights)
+        weights = config.caption_weights
+        return cls(config.images, config.columns, readers, cache_bytes, weights, reads_images)
 
     def _column(self, name: str, folder: Path) -> Column:
         members = dict.fromkeys(self.readers[name].member(name, caption) for caption in self.weights)

@@ -42,8 +42,9 @@ class Mixture:
         """Shape and dtype of a sample's array of each dense column, by the column's name."""
 
     @classmethod
-    def open(cls, config: DataConfig, readers: Mapping[str, Reader]) -> "Mixture":
-        """The data sets of a configuration, with the columns that a model can use (`readers`).
+    def open(cls, config: DataConfig, readers: Mapping[str, Reader], reads_images: bool = False) -> "Mixture":
+        """The data sets of a configuration, with the columns that a model can use (`readers`), and with
+        source pictures where it reads images.
 
         Raises:
             ValueError: a data set does not hold (see `ColumnDataset`) or fit the others.
@@ -53,7 +54,7 @@ class Mixture:
             datasets: dict[str, ColumnDataset] = {}
             for name, share in shares_of(weights).items():
                 cache_bytes = int(config.cache_bytes * share)
-                datasets[name] = ColumnDataset.open(config.datasets[name], readers, cache_bytes)
+                datasets[name] = ColumnDataset.open(config.datasets[name], readers, cache_bytes, reads_images)
                 opened.callback(datasets[name].close)
             mixture = cls(datasets, weights)
             opened.pop_all()

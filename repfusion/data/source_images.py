@@ -3,7 +3,14 @@
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from jaxtyping import UInt8
+
+from repfusion.data.columns import Column, rebuild_hint
+from repfusion.images.decode import read_pixels
+from repfusion.images.limits import BadImage
 
 MEMBER = re.compile(r"source([2-9]|[1-9][0-9]+)?\.(jpg|jpeg|png|webp)")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -20,8 +27,13 @@ def is_source(extension: str) -> bool:
     return MEMBER.fullmatch(extension) is not None
 
 
+def is_picture(extension: str) -> bool:
+    """Whether a member of that extension is the target or a source picture."""
+    return extension in IMAGE_EXTENSIONS or is_source(extension)
+
+
 def source_members(extensions: Iterable[str]) -> list[str]:
-    """Those among a sample's extensions that are source pictures, the first one first.
+    """Source pictures among a sample's extensions, the first one first.
 
     Raises:
         ValueError: where one is missing before another, or is there twice.
@@ -33,3 +45,62 @@ def source_members(extensions: Iterable[str]) -> list[str]:
             wanted = f"no source image {place}" if number > place else f"two source images {number}"
             raise ValueError(f"{wanted} beside {extension}")
     return [extension for _, extension in found]
+
+
+class PictureMembers:
+    """The pictures of the samples of a data set's images.
+
+    Args:
+        images: the column, opened with `is_picture` for what it has further, or with `is_source` alone where
+            they are not read.
+        are_read: whether the model conditions on images.
+    """
+
+    def __init__(self, images: Column, are_read: bool):
+        self.images, self.are_read = images, are_read
+
+    def check_read(self) -> None:
+        """Raises ValueError where pictures are not read and a sample has sources: its instruction says
+        nothing to a model that does not see what it is about.
+        """
+        for name, spans in self.images.spans.items():
+            for shard in range(len(spans)) if is_source(name) and not self.are_read else ():
+                if (has := self.images.has(name, shard)).any():
+                    raise ValueError(
+                        f"{self.images.place(shard, int(has.argmax()))}: an editing sample, of which the "
+                        "model would read the instruction without its source images; take a method that "
+                        "reads images, or captions of the targets: caption_weights without 'txt'"
+                    )
+
+    def sources(self, shard: int, row: int) -> list[str]:
+        """Members of a sample that hold its source pictures, in order; none where pictures are not read.
+
+        Raises:
+            ValueError: where one is missing.
+        """
+        try:
+            return source_members(self._held(is_source, shard, row)) if self.are_read else []
+        except ValueError as error:
+            raise ValueError(self._at(shard, row, str(error))) from error
+
+    def target(self, shard: int, row: int) -> str | None:
+        """The member that holds the image that a sample shows; None where pictures are not read."""
+        found = self._held(IMAGE_EXTENSIONS.__contains__, shard, row)
+        return next((name for name in IMAGE_EXTENSIONS if name in found), None)
+
+    def read(self, member: str, shard: int, row: int) -> UInt8[np.ndarray, "h w 3"]:
+        """A picture that is there, decoded. ValueError where it is damaged."""
+        raw = self.images.read(member, shard, row)
+        assert raw is not None
+        try:
+            return read_pixels(raw)
+        except BadImage as error:
+            raise ValueError(self._at(shard, row, f"{member}: {error}")) from error
+
+    def _held(self, wanted: Callable[[str], bool], shard: int, row: int) -> list[str]:
+        """Wanted extensions that a sample has."""
+        spans = self.images.spans.items()
+        return [name for name, places in spans if wanted(name) and places[shard][row, 0] > 0]
+
+    def _at(self, shard: int, row: int, fault: str) -> str:
+        return f"{self.images.place(shard, row)}: {fault}; {rebuild_hint(self.images.path(shard))}"

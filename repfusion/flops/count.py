@@ -70,6 +70,11 @@ class Example(Sample):
         """There is one caption to draw."""
         return {CAPTION: 1.0}
 
+    @property
+    def num_sources(self) -> int:
+        """It has no source pictures."""
+        return 0
+
     def read(self, column: str, caption: str = CAPTION) -> np.ndarray | None:
         """The array of a column, None where it has none."""
         return self.arrays.get(column)

@@ -6,7 +6,7 @@ from ipaddress import IPv4Address, ip_network
 
 import pytest
 
-from pipelines.sources.addresses import is_public
+from pipelines.sources.web.addresses import is_public
 
 PRIVATE = [
     *("0.0.0.0", "0.1.2.3", "10.0.0.1", "100.64.0.1", "100.100.100.200", "127.0.0.1", "127.8.9.1"),

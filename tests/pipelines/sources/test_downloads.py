@@ -10,8 +10,8 @@ import urllib.request
 import pytest
 from hostile_server import drips, hangs, is_cut_short, never_ends, recovers, redirects, running, shows
 
-import pipelines.sources.downloads
-from pipelines.sources.downloads import (
+import pipelines.sources.web.downloads
+from pipelines.sources.web.downloads import (
     DownloadError,
     DownloadLimits,
     Downloads,
@@ -46,7 +46,7 @@ def test_private_hosts_are_refused_however_they_are_written(server, host):
 
 def test_a_redirect_to_a_private_address_is_refused(server, monkeypatch):
     # this machine has no public address: 127.0.0.1 stands in for one, 127.0.0.2 stays what it is
-    monkeypatch.setattr(pipelines.sources.downloads, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(pipelines.sources.web.downloads, "is_public", lambda address: address == "127.0.0.1")
     port = server.server_address[1]
     server.pages |= {"in": redirects(f"http://127.0.0.2:{port}/secret"), "secret": shows(b"secret")}
     server.pages["out"] = redirects(f"{server.address}fine")

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from urllib.parse import quote, urlsplit
 from urllib.response import addinfourl
 
-from pipelines.sources.addresses import is_public
+from pipelines.sources.web.addresses import is_public
 
 TRANSIENT_REASONS = frozenset(
     {"timeout", "connection_error", "dns_failure", "incomplete_read", "http_408", "http_425", "http_429"}
