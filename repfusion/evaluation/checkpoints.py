@@ -6,7 +6,7 @@ step_00000500/  scenes/      items, outputs, answers and scores of a suite (colu
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,15 +41,19 @@ class Scored:
         )
 
     def rows(self) -> dict[str, list[Tile]]:
-        """Tiles by the title of their row: the first image of each item that the suite shows."""
+        """Tiles by the title of their row: of each item that the suite shows the images that it was asked
+        with, and the first that was drawn.
+        """
         firsts = [images[0] for images in per_item(self.images, self.items)]
         rows = self.suite.gallery(self.items) or {"": range(len(self.items))}
-        return {title: [self._tile(firsts, i) for i in row] for title, row in rows.items()}
+        return {title: [tile for i in row for tile in self._tiles(firsts, i)] for title, row in rows.items()}
 
-    def _tile(self, images: Sequence[np.ndarray], index: int) -> Tile:
+    def _tiles(self, images: Sequence[np.ndarray], index: int) -> Iterator[Tile]:
         item = self.items[index]
+        for number, given in enumerate(item.request.images, start=1):
+            yield Tile(given, f"image {number}")
         share = self.scores.by_item.get(item.key)
-        return Tile(images[index], item.request.prompt, None if share is None else share > 0.5)
+        yield Tile(images[index], item.request.prompt, None if share is None else share > 0.5)
 
 
 def _run_here(work: Callable[[], Any]) -> Any:

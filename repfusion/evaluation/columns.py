@@ -15,8 +15,16 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from jaxtyping import UInt8
 
-from repfusion.evaluation.suites.base import Answer, Item, Scores
-from repfusion.files import atomic_path, file_sha256, json_bytes, write_json, write_text
+from repfusion.evaluation.suites.base import Answer, Image, Item, Scores
+from repfusion.files import (
+    atomic_path,
+    bytes_sha256,
+    digest_of,
+    file_sha256,
+    json_bytes,
+    write_json,
+    write_text,
+)
 
 T = TypeVar("T")
 
@@ -85,10 +93,16 @@ def scores_column(folder: Path) -> ColumnFile[Scores]:
 
 
 def asked(items: Sequence[Item]) -> list[dict[str, Any]]:
-    """What a model is asked for: all of the items that decides their outputs."""
+    """What a model is asked for: all of the items that decides their outputs; images by their digests."""
     return [
-        {"key": item.key, "prompt": item.request.prompt, "num_outputs": item.num_outputs} for item in items
+        {"key": item.key, "prompt": item.request.prompt, "num_outputs": item.num_outputs}
+        | ({"images": [_digest(image) for image in item.request.images]} if item.request.images else {})
+        for item in items
     ]
+
+
+def _digest(image: Image) -> str:
+    return digest_of([list(image.shape), bytes_sha256(image.tobytes())])
 
 
 def known(items: Sequence[Item]) -> list[dict[str, Any]]:

@@ -1,9 +1,17 @@
 """A suite's configuration -> the suite: the one place that knows which suites there are."""
 
+from typing import Annotated
+
+from pydantic import Field
+
 from repfusion.evaluation.suites.base import Suite
+from repfusion.evaluation.suites.edits import EditsSuite, EditsSuiteConfig
+from repfusion.evaluation.suites.references import ReferencesSuite, ReferencesSuiteConfig
 from repfusion.evaluation.suites.scenes import ScenesSuite, ScenesSuiteConfig
 
-SuiteConfig = ScenesSuiteConfig
+SuiteConfig = Annotated[
+    ScenesSuiteConfig | EditsSuiteConfig | ReferencesSuiteConfig, Field(discriminator="kind")
+]
 """A union of the suites' configurations, told apart by `kind`."""
 
 
@@ -12,3 +20,7 @@ def build_suite(config: SuiteConfig, seed: int) -> Suite:
     match config:
         case ScenesSuiteConfig():
             return ScenesSuite(config, seed)
+        case EditsSuiteConfig():
+            return EditsSuite(config, seed)
+        case ReferencesSuiteConfig():
+            return ReferencesSuite(config, seed)
