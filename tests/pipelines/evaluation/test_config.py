@@ -20,7 +20,7 @@ def test_a_suite_is_of_the_kind_of_its_name_unless_it_says_otherwise():
 @pytest.mark.parametrize(
     "suites, message",
     [
-        ({"other": {"num_prompts": 6}}, r"suites.other.kind: Input should be 'scenes'"),
+        ({"other": {"num_prompts": 6}}, "suites.other: .*expected tags: 'scenes', 'edits', 'references'"),
         ({"scenes": {"num_promts": 6}}, r"unknown key 'suites.scenes.num_promts'"),
         ({"../scenes": {"kind": "scenes"}}, "should match pattern"),
         ({}, "at least 1 item"),

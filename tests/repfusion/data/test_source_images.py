@@ -13,6 +13,7 @@ from repfusion.data.dataset import ColumnDataset
 from repfusion.data.readers import PROMPT_FEATURES
 from repfusion.data.recipe import RECONSTRUCTIONS, Recipe, RecipeConfig
 from repfusion.request import Branch, Request
+from repfusion.train import TrainConfig
 
 COLUMNS = {PROMPT_FEATURES: READERS[PROMPT_FEATURES]}
 SEEDS = range(300)
@@ -178,3 +179,11 @@ def test_drops_of_more_than_everything_are_an_error():
         RecipeConfig(text_dropout=0.7, image_dropout=0.4)
     config = RecipeConfig(condition_dropout=0.5, reconstruction_share=0.03, text_dropout=0.1)
     assert config.recipe == Recipe(0.5, 0.03, 0.1, 0.0)
+
+
+@pytest.mark.parametrize("share", ["reconstruction_share", "text_dropout", "image_dropout"])
+def test_shares_of_images_are_of_methods_that_read_them(share, tmp_path):
+    values = {"output_dir": tmp_path, "data": {"images": tmp_path}}
+    assert TrainConfig.model_validate({**values, share: 0.0}).recipe == Recipe(condition_dropout=0.1)
+    with pytest.raises(ValueError, match=rf"{share}: the method 'noisy_latents' reads no images; leave them"):
+        TrainConfig.model_validate({**values, share: 0.03})
