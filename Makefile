@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PORT ?= 5000
+# The cluster that the targets from cluster-up to cluster-down are about: a name in cluster/configs, or a YAML file
+CLUSTER ?= local2
 TRACKING_DB := runs/mlflow.db
 DEMO := pipelines/configs/demo.yaml
 # The workflow that run, status, plan, verify, retry and gc are about, and overrides: make plan W=my.yaml SET="root=runs/my"
@@ -30,10 +32,10 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run status plan verify retry gc evaluate export lineage flops ladder ladder-table gpu-science test test-slow fuzz lint format foundation base mlflow clean
+.PHONY: help setup demo run status plan verify retry gc evaluate export lineage flops ladder ladder-table gpu-science cluster-up cluster-status submit jobs logs cancel cluster-down test test-slow fuzz lint format foundation base mlflow clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The stamp is newer than the lock when the environment holds exactly the lock, so a second call costs nothing.
 # torch goes first and alone: once it is there, no other package asks for a build of its own choice.
@@ -92,6 +94,27 @@ ladder-table: $(STAMP) ## docs/ladder.md again, from the result files alone
 # Foundation, rows seed by seed, table: what is done is kept, so call it until it says that all rows are done.
 gpu-science: $(STAMP) ## docs/ladder/plan.md on one GPU, 9 minutes a call, each going on: make gpu-science SET="--rows repfusion,static_queries --seeds 0"
 	@$(BIN)/python -m pipelines.ladder.science $(SET)
+
+cluster-up: $(STAMP) ## start a cluster, cluster/configs/NAME.yaml: make cluster-up CLUSTER=local2; cluster/README.md has the kinds
+	@$(BIN)/python -m cluster up --cluster $(CLUSTER)
+
+cluster-status: $(STAMP) ## what of a cluster runs, and its jobs at work
+	@$(BIN)/python -m cluster status --cluster $(CLUSTER)
+
+submit: $(STAMP) ## run a workflow as a job of a cluster: make submit W=my.yaml CLUSTER=local2 SET="key.path=value ..." FOLLOW=1
+	@$(BIN)/python -m cluster submit $(W) $(SET) --cluster $(CLUSTER) $(if $(FOLLOW),--follow)
+
+jobs: $(STAMP) ## a cluster's jobs: name, state, start, commit, workflow
+	@$(BIN)/python -m cluster jobs --cluster $(CLUSTER)
+
+logs: $(STAMP) ## what a job says: make logs JOB=name CLUSTER=local2 FOLLOW=1
+	@$(BIN)/python -m cluster logs $(JOB) --cluster $(CLUSTER) $(if $(FOLLOW),--follow)
+
+cancel: $(STAMP) ## ask a job to write its checkpoint and end: make cancel JOB=name CLUSTER=local2
+	@$(BIN)/python -m cluster cancel $(JOB) --cluster $(CLUSTER)
+
+cluster-down: $(STAMP) ## end exactly what cluster-up started, jobs first, and say what is left
+	@$(BIN)/python -m cluster down --cluster $(CLUSTER)
 
 # The tests start some hundred processes: what is imported is compiled once, also where the environment forbids to keep it.
 test test-slow: export PYTHONDONTWRITEBYTECODE :=

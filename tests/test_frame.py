@@ -16,7 +16,9 @@ from repfusion.foundation.config import FoundationConfig
 from repfusion.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted([*ROOT.glob("repfusion/**/*.py"), *ROOT.glob("pipelines/**/*.py")])
+PACKAGES = ("repfusion", "pipelines", "cluster")
+"""Each imports those before it."""
+SOURCES = sorted(path for package in PACKAGES for path in ROOT.glob(f"{package}/**/*.py"))
 HEAVY = {
     "deepspeed": {"repfusion/training/engine.py"},
     "mlflow": {f"repfusion/tracking/{name}.py" for name in ("store", "source", "system")},
@@ -42,6 +44,8 @@ def test_imports_point_one_way(path):
     name, found = str(path.relative_to(ROOT)), imported(path)
     if name.startswith("repfusion/"):
         assert not found & {"ray", "pipelines"}, "repfusion runs without Ray and without pipelines"
+    if not name.startswith("cluster/"):
+        assert "cluster" not in found, "nothing but cluster/ and its tests knows of clusters"
     for library, places in HEAVY.items():
         assert library not in found or name in places, f"{library} is imported in {places} alone"
     assert "__future__" not in found, "postponed annotations hide the shapes from the type checks"
@@ -105,13 +109,13 @@ LAYERS = [
 def test_the_librarys_rooms_import_downwards():
     level = {f"repfusion.{name}": number for number, names in enumerate(LAYERS) for name in names}
     for module, targets in import_graph().items():
-        if module in ("repfusion", "pipelines") or not module.startswith("repfusion"):
+        if module in PACKAGES or not module.startswith("repfusion"):
             continue
         above = {one for one in targets if one != "repfusion" and level[room(one)] > level[room(module)]}
         assert not above, f"{module} imports {sorted(above)}, which lie above it"
 
 
-@pytest.mark.parametrize("package", ["repfusion", "pipelines"])
+@pytest.mark.parametrize("package", PACKAGES)
 def test_no_folder_holds_more_than_a_dozen_modules(package):
     for folder in {path.parent for path in SOURCES if path.is_relative_to(ROOT / package)}:
         modules = [path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "__main__")]

@@ -1,0 +1,1 @@
+"""How each kind of cluster starts, takes jobs and ends."""
