@@ -105,7 +105,7 @@ class RayJobs:
             print(text, end="", flush=True)
 
     def _over(self, name: str) -> Job:
-        """Its log may end a moment before the table says so."""
+        """The job once it is over: a log may end a moment before the table says so."""
         for _ in range(20):
             if (job := self.get(name)).is_over:
                 return job

@@ -24,11 +24,11 @@ class Submission:
     """A workflow as it is to run on a cluster."""
 
     workflow: Path
-    """Its file, relative to the working directory."""
+    """The workflow's file, relative to the working directory."""
     overrides: tuple[str, ...]
-    """From the command line and from the cluster's storage."""
+    """What the command line and the cluster's storage say."""
     config: "WorkflowConfig"
-    """As it will be read."""
+    """The workflow as the job will read it."""
     commit: str
     """Commit of the code, `+changes` where files differ from it, or `unknown`."""
     job: str

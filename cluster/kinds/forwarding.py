@@ -18,7 +18,7 @@ def forwarded(cluster: str, command: Callable[[int], list[str]]) -> Iterator[str
     Raises:
         ClusterError: the process ends, or nothing listens on the port in time.
     """
-    port, mark = processes.free_port(), new_mark(cluster)
+    (port,), mark = processes.ports_of({"port": None}), new_mark(cluster)
     log = folder_of(cluster) / "forwarding.log"
     log.unlink(missing_ok=True)
     pid = processes.start(command(port), {**os.environ, processes.MARK: mark}, log)

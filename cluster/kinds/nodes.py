@@ -105,8 +105,8 @@ class LocalNodes:
             ClusterError: a port is taken, Ray lacks its Jobs API, or the head ends.
         """
         need_jobs_api()
-        port = processes.port_of(self.config.port, "port")
-        jobs_port = processes.port_of(self.config.jobs_port, "jobs_port")
+        wanted = {"port": self.config.port, "jobs_port": self.config.jobs_port}
+        port, jobs_port = processes.ports_of(wanted)
         record = ClusterRecord(
             name=self.name,
             mark=new_mark(self.name),
@@ -140,6 +140,7 @@ class LocalNodes:
             # nodes of one machine cannot all have Ray's usual range
             "min-worker-port": "0",
             "max-worker-port": "0",
+            "dashboard-agent-listen-port": "0",
             **node.start_options(**{GROUP: group, NODE: name}),
             **options,
         }

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from cluster.config import ClusterError
@@ -98,28 +99,26 @@ def _reap() -> None:
         return
 
 
-def free_port() -> int:
-    """A port of loopback that is free now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def port_of(wanted: int | None, key: str) -> int:
-    """The port itself, or a free one for None.
+def ports_of(wanted: Mapping[str, int | None]) -> list[int]:
+    """Ports of loopback by what they are for, free ones where None is wanted; no two are the same.
 
     Raises:
-        ClusterError: somebody listens on it.
+        ClusterError: somebody listens on one of them.
     """
-    if wanted is None:
-        return free_port()
+    with ExitStack() as held:
+        # all are held until the last is found: the kernel gives one that was let go to the next who asks
+        servers = [held.enter_context(_listening(key, port)) for key, port in wanted.items()]
+        return [server.getsockname()[1] for server in servers]
+
+
+def _listening(key: str, port: int | None) -> socket.socket:
     try:
-        socket.create_server(("127.0.0.1", wanted)).close()
+        return socket.create_server(("127.0.0.1", port or 0))
     except OSError as error:
         raise ClusterError(
-            f"{key}: port {wanted} of 127.0.0.1 is taken ({error.strerror}); choose another, or leave it out "
+            f"{key}: port {port} of 127.0.0.1 is taken ({error.strerror}); choose another, or leave it out "
             "for a free one"
         ) from error
-    return wanted
 
 
 def answers(port: int) -> bool:

@@ -33,7 +33,7 @@ class SlurmCluster(BaseCluster):
     gres: str | None = None
     """Generic resources of a node as SLURM knows them, such as gpu:8."""
     time_limit: str | None = None
-    """As SLURM writes it: days-hours:minutes:seconds."""
+    """Limit of a job as SLURM writes it: days-hours:minutes:seconds."""
     warning_sec: int = Field(default=300, ge=1)
     """How long before the time limit, or before a preemption, the job is asked to write its checkpoint; it
     then goes back to the queue.
