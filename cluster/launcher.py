@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from cluster.config import NAME, ClusterError
 from cluster.kinds.cloud import Cloud, CloudCluster
-from cluster.kinds.kuberay import KubeRay, KubeRayCluster
+from cluster.kinds.kube.kuberay import KubeRay, KubeRayCluster
 from cluster.kinds.local import Local
 from cluster.kinds.nodes import LocalCluster
 from cluster.kinds.slurm import Slurm, SlurmCluster

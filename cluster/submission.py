@@ -1,5 +1,6 @@
 """A workflow and overrides -> what a cluster is asked to run, and the reasons not to ask."""
 
+import os
 import secrets
 import shlex
 import subprocess
@@ -16,6 +17,8 @@ from repfusion.display.redaction import redact_text
 if TYPE_CHECKING:
     from pipelines.config import WorkflowConfig
 
+COMMIT = "REPFUSION_COMMIT"
+"""Environment variable of the image: the commit that it was built from."""
 PROJECT = Path(__file__).resolve().parents[1]
 
 
@@ -92,17 +95,26 @@ def _placed(cluster: BaseCluster, config: "WorkflowConfig") -> list[str]:
 
 
 def commit() -> str:
-    """Commit of the code that lies here."""
+    """Commit of the code that lies here; in an image, which has no history, what it was built from."""
     try:
         head = _git("rev-parse", "HEAD")
         return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get(COMMIT, "unknown")
 
 
 def _git(*words: str) -> str:
     command = ["git", "-C", str(PROJECT), *words]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def image_guard(commit: str) -> str:
+    """Shell that ends a job with a reason where its image was built from another commit."""
+    text = (
+        f"error: the image has commit ${{{COMMIT}:-unknown}}, this job was submitted from {commit}: "
+        "commit what changed and build the image (cluster/README.md)"
+    )
+    return f'[ "${COMMIT}" = {commit} ] || {{ echo "{text}"; exit 1; }}; '
 
 
 def shell_line(folder: str, words: Sequence[str], variables: dict[str, str]) -> str:

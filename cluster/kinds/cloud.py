@@ -15,6 +15,7 @@ from cluster.jobs import RayJobs, ray_jobs
 from cluster.kinds.forwarding import forwarded
 from cluster.kinds.submitting import JobsLauncher
 from cluster.record import folder_of, token_file
+from cluster.submission import Submission, image_guard
 from repfusion.files import write_text
 
 TOKEN = "~/.ray/auth_token"
@@ -96,6 +97,9 @@ class Cloud(JobsLauncher):
 
     def command(self) -> tuple[str, str, dict[str, str]]:
         return self.config.folder, ".venv/bin/python", {}
+
+    def guard(self, submission: Submission) -> str:
+        return image_guard(submission.commit)
 
     def down(self) -> None:
         if not self.file.is_file():

@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from cluster.config import BaseCluster
 from cluster.jobs import Job, RayJobs, job_environment
@@ -26,9 +25,9 @@ class JobsLauncher(ABC):
     def command(self) -> tuple[str, str, dict[str, str]]:
         """The folder a job runs in, its Python, and variables of its driver alone."""
 
-    def code(self) -> dict[str, Any]:
-        """How the code travels, as part of Ray's runtime environment; nothing where it is there already."""
-        return {}
+    def guard(self, submission: Submission) -> str:
+        """Shell that ends a job whose code is another than here; nothing where the code is the same files."""
+        return ""
 
     def submit(self, workflow: Path, overrides: Sequence[str], follow: bool) -> bool:
         submission = prepare(self.base, workflow, overrides)
@@ -44,9 +43,9 @@ class JobsLauncher(ABC):
             print(f"{submission.workflow} is at work already: job {at_work.name}, {at_work.status}")
             return at_work.name
         folder, python, variables = self.command()
-        line = shell_line(folder, submission.words(python), variables)
+        line = self.guard(submission) + shell_line(folder, submission.words(python), variables)
         environment = job_environment(self.base.environment, self.base.stop_sec)
-        job = jobs.submit(submission, line, {"env_vars": environment, **self.code()})
+        job = jobs.submit(submission, line, {"env_vars": environment})
         print(f"submitted {job} to {self.name}, commit {submission.commit}")
         print(f"  make logs JOB={job} CLUSTER={self.name} FOLLOW=1")
         return job

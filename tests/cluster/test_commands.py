@@ -31,7 +31,7 @@ def ends(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
 
 @pytest.fixture
 def sleeping():
-    """A record whose head and one worker are alive, and their mark; whatever carries it is gone in the end."""
+    """A record whose head and one worker are alive; all that carries its mark is gone in the end."""
     mark = new_mark("local2")
     words = [sys.executable, "-c", "import time; time.sleep(600)"]
     environment = {**os.environ, processes.MARK: mark}
@@ -124,8 +124,16 @@ def test_a_taken_port_is_named():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(ClusterError, match=f"jobs_port: port {port} of 127.0.0.1 is taken"):
-            processes.port_of(port, "jobs_port")
-    assert processes.port_of(port, "jobs_port") == port
+            processes.ports_of({"port": None, "jobs_port": port})
+    assert processes.ports_of({"port": port}) == [port]
+    with pytest.raises(ClusterError, match=f"jobs_port: port {port}"):
+        processes.ports_of({"port": port, "jobs_port": port})
+
+
+def test_free_ports_differ():
+    # asked for one after the other, the kernel gives the same port now and then
+    for _ in range(200):
+        assert len(set(processes.ports_of({"a": None, "b": None, "c": None}))) == 3
 
 
 def test_a_record_that_is_none_is_an_error_with_its_path(capsys):
@@ -150,7 +158,7 @@ def test_a_head_that_ends_at_once_shows_its_last_words():
     )
     processes.wait_until(lambda: "last" in log.read_text(), 10)
     with pytest.raises(
-        ClusterError, match="head of local2 ended at once; head.log ends with\n    last words"
+        ClusterError, match=r"head of local2 ended at once; head\.log ends with\n +last words"
     ):
         nodes.wait_for(record, "head", lambda: False)
 

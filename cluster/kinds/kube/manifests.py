@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from cluster.config import BaseCluster, NodeConfig
+from cluster.kinds.kube.mlflow import MlflowServer, mlflow_deployment, mlflow_service
 from repfusion.config import Config
 
 RAY_VERSION = "2.60.0"
@@ -75,6 +76,8 @@ class KubeRayCluster(BaseCluster):
     """PersistentVolumeClaim that every pod mounts at /data; None mounts nothing."""
     secret: str | None = None
     """Secret whose keys become environment variables of every pod: S3 keys, MLflow's password."""
+    mlflow: MlflowServer | None = None
+    """None runs no tracking server."""
     evaluation: ScheduledEvaluation | None = None
     """None schedules nothing."""
     token: bool = True
@@ -134,6 +137,20 @@ def evaluation_job(name: str, config: KubeRayCluster, schedule: str, words: list
             "jobTemplate": {"spec": {"backoffLimit": 0, "template": {"spec": pod}}},
         },
     }
+
+
+def tracking_server(name: str, config: KubeRayCluster, server: MlflowServer) -> list[Manifest]:
+    """A Deployment and the Service that `mlflow_uri` names: http://NAME-mlflow:5000."""
+    metadata = _metadata(f"{name}-mlflow", config, queued=False)
+    labels = {"app.kubernetes.io/name": "mlflow", "app.kubernetes.io/instance": name}
+    container = {**_container("mlflow", config), "resources": _sizes(server.num_cpus, 0, server.memory_gib)}
+    spec = mlflow_deployment(name, labels, server, container)
+    # of the settings of the cluster's pods, those of security alone: the server mounts no data
+    spec["template"]["spec"]["securityContext"] = _pod(config)["securityContext"]
+    return [
+        {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata, "spec": spec},
+        {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": mlflow_service(labels)},
+    ]
 
 
 def _cluster_spec(config: KubeRayCluster) -> Manifest:
@@ -229,7 +246,7 @@ def _sizes(num_cpus: int, num_gpus: int, memory_gib: float) -> Manifest:
     """Requests are the limits, so that Ray's view of a pod is what it has."""
     sizes = {"cpu": str(num_cpus), "memory": f"{int(memory_gib * 1024)}Mi"}
     sizes |= {"nvidia.com/gpu": str(num_gpus)} if num_gpus else {}
-    return {"requests": sizes, "limits": sizes}
+    return {"requests": {**sizes}, "limits": {**sizes}}
 
 
 def _metadata(name: str, config: KubeRayCluster, queued: bool) -> Manifest:

@@ -11,7 +11,7 @@ import yaml
 from cluster.config import ClusterError
 from cluster.jobs import RayJobs, ray_jobs
 from cluster.kinds.forwarding import forwarded
-from cluster.kinds.manifests import (
+from cluster.kinds.kube.manifests import (
     FOLDER,
     PYTHON,
     KubeRayCluster,
@@ -19,13 +19,21 @@ from cluster.kinds.manifests import (
     evaluation_job,
     ray_cluster,
     ray_job,
+    tracking_server,
 )
 from cluster.kinds.submitting import JobsLauncher
 from cluster.record import folder_of
-from cluster.submission import prepare
+from cluster.submission import Submission, image_guard, prepare
 from repfusion.files import write_text
 
 DEMO = Path("pipelines/configs/demo.yaml")
+KINDS = {
+    "RayCluster": "rayclusters.ray.io",
+    "CronJob": "cronjobs.batch",
+    "Deployment": "deployments.apps",
+    "Service": "services",
+}
+"""Kinds of what `up` applies, as kubectl calls them."""
 
 
 class KubeRay(JobsLauncher):
@@ -53,6 +61,8 @@ class KubeRay(JobsLauncher):
             found["evaluation"] = evaluation_job(
                 self.name, self.config, wanted.schedule, [*words, *scored.overrides]
             )
+        if (server := self.config.mlflow) is not None:
+            found["mlflow"], found["mlflow-service"] = tracking_server(self.name, self.config, server)
         return found
 
     def up(self) -> None:
@@ -91,11 +101,13 @@ class KubeRay(JobsLauncher):
     def command(self) -> tuple[str, str, dict[str, str]]:
         return FOLDER, PYTHON, {}
 
+    def guard(self, submission: Submission) -> str:
+        return image_guard(submission.commit)
+
     def down(self) -> None:
-        kinds = ["rayclusters.ray.io/" + self.name]
-        if self.config.evaluation is not None:
-            kinds.append(f"cronjobs.batch/{self.name}-evaluate")
-        print(self._kubectl("delete", "--ignore-not-found", *kinds), end="")
+        applied = [one for name, one in self.manifests().items() if name != "job"]
+        objects = [f"{KINDS[one['kind']]}/{one['metadata']['name']}" for one in applied]
+        print(self._kubectl("delete", "--ignore-not-found", *objects), end="")
         left = self._kubectl("get", "pods", "-l", f"ray.io/cluster={self.name}", "-o", "name").split()
         print(f"{self.name} is down: {len(left)} pods still end" if left else f"{self.name} is down")
         (folder_of(self.name) / "token").unlink(missing_ok=True)

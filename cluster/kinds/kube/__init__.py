@@ -1,0 +1,1 @@
+"""Kubernetes: KubeRay clusters and jobs, scheduled evaluation, the tracking server."""
