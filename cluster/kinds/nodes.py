@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -190,7 +190,7 @@ class LocalNodes:
         Raises:
             ClusterError: one of them ended, or takes too long.
         """
-        with self.session(record):
+        with self.session(record, START_SEC):
             for name in self.wanted:
                 record = self._wait_until_known(record, name)
         port = int(record.jobs_address.rpartition(":")[2])
@@ -207,14 +207,23 @@ class LocalNodes:
         return record
 
     @contextmanager
-    def session(self, record: ClusterRecord) -> Iterator[None]:
-        """A session of Ray on the cluster."""
-        with authentication(self.token):
-            try:
-                with ray_session(RayConfig(address=record.address)):
-                    yield
-            except StageError as error:
-                raise ClusterError(f"{self.name}: {error}") from error
+    def session(self, record: ClusterRecord, patience_sec: float = 0.0) -> Iterator[None]:
+        """A session of Ray on the cluster. A head that has just started may let nobody in yet: it is asked
+        again for `patience_sec`.
+
+        Raises:
+            ClusterError: it lets nobody in.
+        """
+        start = time.monotonic()
+        with authentication(self.token), ExitStack() as joined:
+            while True:
+                try:
+                    joined.enter_context(ray_session(RayConfig(address=record.address)))
+                    break
+                except StageError as error:
+                    if time.monotonic() - start > patience_sec or not self.lives(record, "head"):
+                        raise ClusterError(f"{self.name}: {error}") from error
+            yield
 
     def end(self, record: ClusterRecord) -> tuple[int, dict[int, str]]:
         """Ends every process, workers first, and removes Ray's folder; what the jobs said stays.

@@ -214,7 +214,6 @@ def batch_script(config: SlurmCluster, submission: Submission, folder: Path, tok
     job = submission.job
     started, state = folder / f"{job}.started", folder / f"{job}.state"
     driver = shlex.join(submission.words(config.python))
-    ray = f"{shlex.quote(str(Path(config.python).parent / 'ray'))} symmetric-run"
     options = shlex.join(option_words(config.node.start_options()))
     inner = f"echo $$ > {shlex.quote(str(started))}; exec {driver}"
     variables = {
@@ -233,6 +232,8 @@ def batch_script(config: SlurmCluster, submission: Submission, folder: Path, tok
         'cd "$SLURM_SUBMIT_DIR"',
         f"rm -f {shlex.quote(str(started))} {shlex.quote(str(state))}",
         *config.setup,
+        # `ray symmetric-run` calls `ray` by its bare name
+        f'export PATH="$(cd {shlex.quote(str(Path(config.python).parent))} && pwd):$PATH"',
         'nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
         "head=${nodes%%$'\\n'*}",
         f'export RAY_ADDRESS="$head:{config.port}"',
@@ -246,7 +247,7 @@ def batch_script(config: SlurmCluster, submission: Submission, folder: Path, tok
         "trap 'ask requeue' TERM",
         "trap 'ask cancel' USR1",
         f"srun --nodes={config.num_nodes} --ntasks-per-node=1 --kill-on-bad-exit=0 \\",
-        f'    {ray} --address "$RAY_ADDRESS" --min-nodes {config.num_nodes} {options} \\',
+        f'    ray symmetric-run --address "$RAY_ADDRESS" --min-nodes {config.num_nodes} {options} \\',
         f"    -- /bin/sh -c {shlex.quote(inner)} &",
         "step=$!",
         "# a trapped signal ends `wait`, not what is waited for",

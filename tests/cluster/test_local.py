@@ -24,8 +24,8 @@ pytestmark = [
 ]
 WORKFLOW = {
     "root": "runs/tiny",
-    "last_stage": "image_features",
-    "source": {"kind": "scenes", "num_samples": 40, "shard_size": 10},
+    "last_stage": "curate",
+    "source": {"kind": "scenes", "num_samples": 20, "shard_size": 10},
     "ray": {"num_cpus": 2, "object_store_mib": 80},
 }
 
@@ -111,18 +111,19 @@ def test_a_workflow_runs_on_a_cluster_as_it_does_without_one(commands):
     assert "two has no jobs yet" in commands.cluster("jobs")
 
     said = commands.cluster("submit", "tiny.yaml", "root=runs/there", "--follow")
-    assert "image_features: 4 shards, 40 samples" in said and ": SUCCEEDED" in said
+    assert "curate: 2 shards, 20 samples" in said and ": SUCCEEDED" in said
     assert (
         differences(contents(commands.folder / "runs/here"), contents(commands.folder / "runs/there")) == []
     )
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert head.stdout[:12] in commands.cluster("jobs")
     said = commands.cluster("submit", "tiny.yaml", "root=runs/there")
-    assert "nothing to do: all 5 stages of tiny.yaml are fresh" in said
+    assert "nothing to do: all 4 stages of tiny.yaml are fresh" in said
 
     job = submitted(commands.cluster("submit", "tiny.yaml", "root=runs/cut"))
     assert f"is at work already: job {job}" in commands.cluster("submit", "tiny.yaml", "root=runs/cut")
     assert f"{job}: STOPPED" in commands.cluster("cancel", job)
+    assert "stopped by SIGTERM" in commands.cluster("logs", job)
     assert f"{job}: was over already, STOPPED" in commands.cluster("cancel", job)
     assert "there are:" in commands.cluster("logs", "nosuch", code=1)
 

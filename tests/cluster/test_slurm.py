@@ -1,5 +1,5 @@
-"""The script for SLURM as bash carries it out. SLURM is not needed: its commands, Ray and the driver are small
-shell scripts here; the script and what `make` calls are the real ones.
+"""The script for SLURM as bash carries it out. SLURM is not needed: its commands, Ray and the driver are
+small scripts of shell here; the script and what `make` calls are the real ones.
 """
 
 import os
