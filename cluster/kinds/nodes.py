@@ -23,6 +23,8 @@ from pipelines.runtime.session import RayConfig, StageError, ray_session
 
 START_SEC = 120.0
 """Patience with a node that starts."""
+TRIES = 3
+"""Starts of a worker that ends before Ray knows it."""
 DRAIN_SEC = 45.0
 """Patience with a node that ends: Ray gives the work on it 30 s."""
 JOBS_API_NEEDS = ("aiohttp_cors", "grpc", "opencensus", "prometheus_client")
@@ -196,13 +198,13 @@ class LocalNodes:
         port = int(record.jobs_address.rpartition(":")[2])
         self.wait_for(record, "head", lambda: processes.answers(port))
 
-    def _wait_until_known(self, record: ClusterRecord, name: str) -> ClusterRecord:
-        """A worker that ends meanwhile is started once more: Ray gives a node 30 s to start, which is little
-        where all of them share a machine.
+    def _wait_until_known(self, record: ClusterRecord, name: str, tries: int = TRIES) -> ClusterRecord:
+        """A worker that ends meanwhile is started again, now alone: Ray gives a node 30 s to start, which is
+        little where all of them share a busy machine.
         """
         processes.wait_until(lambda: name in seen() or not self.lives(record, name), START_SEC)
-        if name != "head" and not self.lives(record, name):
-            record = self.start_worker(record, name)
+        if name != "head" and tries > 1 and not self.lives(record, name):
+            return self._wait_until_known(self.start_worker(record, name), name, tries - 1)
         self.wait_for(record, name, lambda: name in seen())
         return record
 
