@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -258,5 +259,5 @@ def need_jobs_api() -> None:
     if missing := [name for name in JOBS_API_NEEDS if importlib.util.find_spec(name) is None]:
         raise ClusterError(
             f"Ray serves its Jobs API only with ray[default], and {', '.join(missing)} of it cannot be "
-            "imported here; install the packages of the lock: make setup"
+            f"imported here; {sys.executable} -m pip install 'ray[default]=={version('ray')}'"
         )

@@ -1,5 +1,6 @@
 """What the commands say where nothing is up, or what is up is dead; no Ray is started here."""
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -180,6 +181,13 @@ def test_an_override_with_a_secret_is_refused_and_not_shown(sleeping, capsys):
 def test_a_jobs_api_that_does_not_answer_is_named(sleeping, capsys):
     code, _, error = ends(capsys, "jobs", "--cluster", "local2")
     assert code == 1 and "no Jobs API of local2 answers at http://127.0.0.1:1" in error
+
+
+@pytest.mark.skipif(importlib.util.find_spec("aiohttp_cors") is not None, reason="ray[default] is here")
+def test_a_ray_without_its_jobs_api_is_named_before_anything_starts(capsys):
+    code, _, error = ends(capsys, "up", "--cluster", "local2")
+    assert code == 1 and "aiohttp_cors" in error and "pip install 'ray[default]==2.60" in error
+    assert read_record("local2") is None
 
 
 @pytest.mark.skipif(shutil.which("sbatch") is not None, reason="SLURM is here")

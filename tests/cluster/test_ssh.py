@@ -74,9 +74,9 @@ def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A user's folder, the project's folder on the hosts, a cluster of three; all is gone in the end."""
     project = tmp_path / "project"
     (tmp_path / "forward.py").write_text(FORWARD)
-    (tmp_path / "ray.py").write_text(RAY.replace("VERSION", ray.__version__))
+    (tmp_path / "start.py").write_text(RAY.replace("VERSION", ray.__version__))
     own = f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} "$@"\n'
-    start = f'#!/bin/sh\nexec {sys.executable} {tmp_path}/ray.py "$@"\n'
+    start = f'#!/bin/sh\nexec {sys.executable} {tmp_path}/start.py "$@"\n'
     scripts = {
         tmp_path / "ssh": SSH.format(python=sys.executable),
         project / ".venv/bin/python": own,
