@@ -40,8 +40,6 @@ class MethodConfig(Config):
     """Whether requests may have images, for which the language model is loaded with its eyes."""
     has_dit: ClassVar[bool] = True
     """Whether a DiT denoises; else the method brings a denoiser of its own."""
-    reads_images: ClassVar[bool] = False
-    """Whether the method conditions on `Request.images`; else a request that has any is refused."""
 
     @property
     def is_in_context(self) -> bool:
