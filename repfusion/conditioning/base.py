@@ -2,10 +2,12 @@
 step.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -139,6 +141,14 @@ class Conditioner(nn.Module):
     def losses(self, inputs: Inputs, latents: Float[Tensor, "b n d"]) -> Losses:
         """Auxiliary losses of a training batch, of its clean latents."""
         return {}
+
+
+@contextmanager
+def frozen_reading(device: torch.device) -> Iterator[None]:
+    """What no step changes is read without gradients, in the precision of the language model's weights."""
+    autocast = nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    with torch.no_grad(), autocast:  # meta has none: there work is counted and not done
+        yield
 
 
 def conditioning_prompts(requests: Sequence[Request], branches: Sequence[Branch]) -> list[str]:

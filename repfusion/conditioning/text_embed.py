@@ -6,14 +6,20 @@ there, they are computed in the precision of the LLM's weights, never under auto
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from repfusion.conditioning.base import Conditioner, Context, ContextInterface, MethodConfig, Prepared
+from repfusion.conditioning.base import (
+    Conditioner,
+    Context,
+    ContextInterface,
+    MethodConfig,
+    Prepared,
+    frozen_reading,
+)
 from repfusion.data.readers import PROMPT_FEATURES, CaptionArray, Reader
 from repfusion.inputs import Inputs
 from repfusion.layers import RMSNorm
@@ -29,11 +35,9 @@ class TextEmbedConfig(MethodConfig):
     """How the DiT takes them."""
 
 
-@torch.no_grad()
 def encode_padded(llm: LanguageModel, prefix: Prefix) -> Float[Tensor, "b m c"]:
     """Last-layer states (after the final norm) of each prompt, begin token included, left-padded, float32."""
-    device = prefix.ids.device.type  # meta, which has no autocast, where work is counted and not done
-    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+    with frozen_reading(prefix.ids.device):
         return llm.read(prefix).float()
 
 

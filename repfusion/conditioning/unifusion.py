@@ -14,13 +14,20 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from repfusion.conditioning.base import Conditioner, Context, ContextInterface, MethodConfig, Prepared
+from repfusion.conditioning.base import (
+    Conditioner,
+    Context,
+    ContextInterface,
+    MethodConfig,
+    Prepared,
+    frozen_reading,
+)
 from repfusion.conditioning.lap import LapSettings
 from repfusion.config import Config
 from repfusion.data.readers import REWRITES, CaptionArray, Reader
 from repfusion.inputs import Inputs
 from repfusion.llm.base import LanguageModel
-from repfusion.llm.chats.batch import ChatBatch, pack, tokenise_chats, with_written
+from repfusion.llm.chats.batch import ChatBatch, num_kept, pack, tokenise_chats, with_written
 from repfusion.llm.chats.format import Chat, ChatPart
 from repfusion.llm.chats.read import read_chats
 from repfusion.llm.chats.rewriting import rewrite
@@ -89,9 +96,11 @@ class UniFusionConditioner(Conditioner):
         room = self.max_new_tokens if any(one.is_open for one in asked) else 0
         chats = [one.chat for one in asked]
         batch = tokenise_chats(self.llm, chats, [one.written for one in asked], room)
+        keep = kept(batch)
         return {
             "chats": batch,
-            "keep": kept(batch),
+            "keep": keep,
+            "num_kept": num_kept(keep),
             "open": [one.is_open for one in asked],
             "prompts": [chat.instruction for chat in chats],
         }
@@ -111,15 +120,15 @@ class UniFusionConditioner(Conditioner):
 
     def prepare(self, inputs: Inputs, reuse: bool = False) -> Prepared:
         """Pooled states, real tokens first; `reuse` changes nothing: they are static."""
-        batch, keep = inputs["chats"], inputs["keep"]
-        # what no step changes is read in the precision of the language model's weights
-        with torch.no_grad(), torch.autocast(batch.ids.device.type, enabled=False):
+        batch, keep, most = inputs["chats"], inputs["keep"], inputs["num_kept"]
+        with frozen_reading(batch.ids.device):
             if any(inputs["open"]):
                 batch = self._written(batch, inputs["open"], inputs["prompts"])
                 keep = kept(batch)
+                most = num_kept(keep)
             states = read_chats(self.llm, batch, self.taps)
-        packed, mask = pack([state.float() for state in states], keep)
-        (is_image,), _ = pack([batch.is_any(ChatPart.IMAGE)[..., None].float()], keep)
+        packed, mask = pack([state.float() for state in states], keep, most)
+        (is_image,), _ = pack([batch.is_any(ChatPart.IMAGE)[..., None].float()], keep, most)
         return Prepared(static=(Context(self._pooled(packed, mask, is_image[..., 0] > 0), mask),))
 
     def _written(self, batch: ChatBatch, is_open: Sequence[bool], prompts: Sequence[str]) -> ChatBatch:

@@ -19,7 +19,7 @@ from torch import nn
 
 from repfusion.data.config import CAPTION
 from repfusion.data.dataset import Sample
-from repfusion.data.readers import IMAGE_FEATURES
+from repfusion.data.readers import IMAGE_FEATURES, REWRITES
 from repfusion.data.recipe import Recipe
 from repfusion.diffusion.flow import CAPTIONED, uniforms
 from repfusion.diffusion.sampler import SamplerConfig, num_evaluations
@@ -27,6 +27,8 @@ from repfusion.flops.counter import Cost, Number, Twin
 from repfusion.inputs import Inputs
 from repfusion.latents.load import Decoder
 from repfusion.latents.statistics import LatentStatistics
+from repfusion.llm.base import LanguageModel
+from repfusion.llm.chats.format import Chat, ChatPart, ChatTokens
 from repfusion.model.text_to_image import TextToImage
 from repfusion.model.trainable import Trainable
 from repfusion.request import Request
@@ -47,6 +49,22 @@ class WordTokenizer:
 
     def __call__(self, prompts: list[str], **options: bool) -> SimpleNamespace:
         return SimpleNamespace(input_ids=[[0 for _ in prompt.split()] for prompt in prompts])
+
+
+class WordChats:
+    """Chats whose instruction has a token a word, in the template of a model's folder; of a model without a
+    tokenizer, begin token and cue alone stand around it.
+    """
+
+    def __init__(self, llm: LanguageModel):
+        has_tokenizer = hasattr(llm.tokenizer, "chat_template")
+        self.around = llm.chat_format.tokens_of(Chat(), []) if has_tokenizer else None
+
+    def tokens_of(self, chat: Chat, image_lengths: Sequence[int]) -> ChatTokens:
+        num_words = len(chat.instruction.split())
+        num_around = 2 if self.around is None else len(self.around.ids)
+        parts = [ChatPart.TEMPLATE] * num_around + [ChatPart.INSTRUCTION] * num_words
+        return ChatTokens([0] * len(parts), parts, [-1] * len(parts))
 
 
 def prompt_of(num_tokens: int, number: int = 0) -> str:
@@ -134,7 +152,10 @@ class Counter:
         self.model = self.twin.model
         some = self.twin.inputs(torch.empty(n, d, dtype=torch.float64, device="meta"))
         statistics.count, statistics.mean, statistics.m2 = 1, some, some
-        self.model.conditioner.llm.max_text_tokens = 2**31
+        twin_llm = self.model.conditioner.llm
+        twin_llm.max_text_tokens = twin_llm.context = 2**31
+        if model.config.conditioning.reads_images:
+            twin_llm.chat_format = WordChats(llm)
         self.parts: dict[str, nn.Module] = {
             CONDITIONER: self.model.conditioner,
             LLM: self.model.conditioner.llm,
@@ -151,7 +172,9 @@ class Counter:
         arrays = {IMAGE_FEATURES: np.zeros(self.model.latent_shape, np.float16)}
         if has_text_features:
             states = np.zeros((num_tokens, self.model.conditioner.llm.width), np.float16)
-            arrays |= {name: states for name in self.model.columns if name != IMAGE_FEATURES}
+            ids = np.zeros(num_tokens - 1, np.int32)
+            names = [name for name in self.model.columns if name != IMAGE_FEATURES]
+            arrays |= {name: ids if name == REWRITES else states for name in names}
         return Example(prompt_of(num_tokens, number), arrays)
 
     def batch(self, num_tokens: int, seeds: Sequence[int], has_text_features: bool, dropped: bool) -> Costs:
@@ -167,7 +190,8 @@ class Counter:
         z = self.twin.inputs(torch.empty(1, *self.model.latent_shape, device="meta"))
         t = self.twin.inputs(torch.empty(1, device="meta"))
         with torch.no_grad():
-            prompted, once = self.costs(lambda model: model.read([request], ["full"]))
+            inputs = self.twin.inputs(self.model.conditioner.collate([request], ["full"]))
+            prompted, once = self.costs(lambda model: model.prompted(inputs))
             return once, self.costs(lambda model: model.velocity(z, t, prompted))[1]
 
 

@@ -124,7 +124,10 @@ class TextToImage(Trainable):
         method = self.config.conditioning
         if not method.reads_images:
             refuse_images(requests, method.method)
-        inputs = to_device(self.conditioner.collate(requests, branches), self.device)
+        return self.prompted(to_device(self.conditioner.collate(requests, branches), self.device))
+
+    def prompted(self, inputs: Inputs) -> Prompted:
+        """Collated requests, read once for many steps without gradients."""
         prepared = self.conditioner.prepare(inputs, reuse=True)
         return Prompted(prepared, self.denoiser.prefill(prepared.static))
 
@@ -148,9 +151,10 @@ class TextToImage(Trainable):
         return [*self.denoiser.layers, *self.conditioner.llm.layers]
 
     def frozen_parts(self) -> list[nn.Module]:
-        """The language model, where no method trains it."""
+        """The language model, where no method trains it, with its head and its eyes."""
         llm = self.conditioner.llm
-        return [llm.language_model] if llm.is_frozen else []
+        parts = (llm.language_model, llm.head, llm.eyes)
+        return [part for part in parts if part is not None] if llm.is_frozen else []
 
     def load_decoder(self) -> Decoder:
         """The decoder that the configuration names, on the model's device.

@@ -60,6 +60,7 @@ METHODS = {
     "hidden_injection": {"method": "hidden_injection"},
     "layer_per_block": {"method": "layer_per_block"},
     "key_values": {"method": "key_values"},
+    "unifusion": {"method": "unifusion", "lap": {"taps": [0, -1], "refiner_depth": 1}},
 }
 """`model.conditioning` of every method and of its variants, by a name for tests."""
 ALIKE = ("one_layer", "channel_concat", "layer_per_block")

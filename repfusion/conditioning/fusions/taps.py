@@ -5,14 +5,13 @@ Hidden states are counted as transformers counts them: 0 are the embeddings, i t
 last layer's after the final norm.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from repfusion.conditioning.base import Conditioner, Context, conditioning_prompts
+from repfusion.conditioning.base import Conditioner, Context, conditioning_prompts, frozen_reading
 from repfusion.inputs import Inputs
 from repfusion.layers import EncoderBlock, RMSNorm
 from repfusion.llm.base import LanguageModel, Prefix, to_the_left
@@ -86,16 +85,9 @@ class TapsConditioner(Conditioner):
 
     def contexts(self, prefix: Prefix) -> tuple[Context, ...]:
         """Hidden states of each tap, real tokens first."""
-        with frozen_reading(prefix):
+        with frozen_reading(prefix.ids.device):
             states = self.llm.read_layers(prefix, self.taps)
         return padded_after(states, prefix.mask)
-
-
-@contextmanager
-def frozen_reading(prefix: Prefix) -> Iterator[None]:
-    """What no step changes is read without gradients, in the precision of the language model's weights."""
-    with torch.no_grad(), torch.autocast(prefix.ids.device.type, enabled=False):
-        yield
 
 
 def padded_after(states: Sequence[Float[Tensor, "b m _"]], mask: Bool[Tensor, "b m"]) -> tuple[Context, ...]:

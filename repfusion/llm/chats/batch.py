@@ -138,13 +138,19 @@ def _joined(looks: Sequence[Look]) -> dict[str, Tensor]:
     return {name: torch.cat([look.inputs[name] for look in looks]) for name in names}
 
 
+def num_kept(keep: Bool[Tensor, "b n"]) -> int:
+    """The most tokens that are kept of a row, at least one."""
+    return max(1, int(keep.sum(1).max()))
+
+
 def pack(
-    states: Sequence[Float[Tensor, "b n c"]], keep: Bool[Tensor, "b n"]
+    states: Sequence[Float[Tensor, "b n c"]], keep: Bool[Tensor, "b n"], most: int | None = None
 ) -> tuple[list[Float[Tensor, "b k c"]], Bool[Tensor, "b k"]]:
     """The kept tokens of each row, in order and from its start on, zeros after them; the mask tells them
-    apart. At least one place a row remains.
+    apart. At least one place a row remains. Whoever knows `num_kept` on the CPU gives it as `most`, so that
+    nothing waits for a GPU to tell.
     """
-    most = max(1, int(keep.sum(1).max()))
+    most = num_kept(keep) if most is None else most
     order = keep.long().argsort(dim=1, descending=True, stable=True)[:, :most]
     mask = keep.gather(1, order)
     return [take(state, order).masked_fill(~mask[..., None], 0) for state in states], mask

@@ -56,7 +56,15 @@ from repfusion.weights import WEIGHTS
 PROMPTS = ["a red circle", "a green square"]
 """As many tokens each."""
 PUBLISHED = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-BY_TORCH = ("lap", "noisy_latents_lap", "text_embed_in_context", "one_layer", "channel_concat", "all_layers")
+BY_TORCH = (
+    "unifusion",
+    "lap",
+    "noisy_latents_lap",
+    "text_embed_in_context",
+    "one_layer",
+    "channel_concat",
+    "all_layers",
+)
 BY_TORCH += ("hidden_injection", "layer_per_block", "key_values")
 BY_HAND = [name for name in METHODS if name not in BY_TORCH]
 """Methods whose FLOPs are also written down as formulas; those of all are compared with torch's counter."""

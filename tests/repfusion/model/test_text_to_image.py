@@ -80,7 +80,8 @@ def test_training_changes_every_trainable_weight_and_no_frozen_bit(make_generato
     train_steps(generator, 4)
     frozen = [name for name in before if name not in {*trainable, *generator.fixed}]
     assert bool(frozen) == (conditioning not in TRAINED)
-    assert all(name.startswith("conditioner.llm.language_model.") for name in frozen)
+    parts = ("language_model.", "head.", "eyes.")
+    assert all(name.removeprefix("conditioner.llm.").startswith(parts) for name in frozen)
     after = generator.state_dict()
     unchanged = [*frozen, *generator.fixed_state()]
     assert [name for name in unchanged if not torch.equal(after[name], before[name])] == []
@@ -268,7 +269,7 @@ def test_statistics_of_another_grid_are_refused(make_generator):
         assemble(generator.config, generator.conditioner.llm, other, (2, 2))
 
 
-@pytest.mark.parametrize("conditioning", METHODS)
+@pytest.mark.parametrize("conditioning", [name for name in METHODS if name != "unifusion"])
 def test_a_method_that_reads_no_images_refuses_a_request_with_any(make_generator, conditioning):
     generator = make_generator(conditioning)
     noise = torch.zeros(1, *generator.latent_shape)
