@@ -77,9 +77,16 @@ IMAGE_SIZE, GRID, WIDTH = 32, 2, 16
 
 
 def make_foundation(
-    folder: Path, tower_width: int = WIDTH, text_width: int = 32, text_layers: int = 2, grid: int = GRID
+    folder: Path,
+    tower_width: int = WIDTH,
+    text_width: int = 32,
+    text_layers: int = 2,
+    grid: int = GRID,
+    knows_images: bool = True,
 ) -> Path:
-    """llava/, vision_tower/ and decoder/ under `folder`."""
+    """llava/, vision_tower/ and decoder/ under `folder`; the tokenizer knows the token of images, or reads it
+    as text.
+    """
     torch.manual_seed(0)
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "<image>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -89,7 +96,7 @@ def make_foundation(
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        additional_special_tokens=["<image>"],
+        additional_special_tokens=["<image>"] * knows_images,
         model_max_length=48,
     )
     vision = CLIPVisionConfig(

@@ -44,7 +44,7 @@ class KeyValuesConditioner(TapsConditioner):
     def prepare(self, inputs: Inputs, reuse: bool = False) -> Prepared:
         """Normalised keys and values; `reuse` changes nothing: they are static."""
         prefix = inputs["prefix"]
-        with frozen_reading(prefix):
+        with frozen_reading(prefix.ids.device):
             pairs = self.llm.keys_values(prefix, self.taps)
         kept = padded_after([torch.cat(pair, dim=-1) for pair in pairs], prefix.mask)
         return Prepared(static=tuple(map(self._normalised, self.key_norms, self.value_norms, kept)))

@@ -209,7 +209,8 @@ def test_plain_chats_are_the_foundations_own_dialogues(prompt, small: LanguageMo
 
 
 def test_a_tokenizer_without_the_image_token_is_named(tmp_path):
-    llm = load_language_model(make_foundation(tmp_path) / "llava", with_eyes=True)
+    folder = make_foundation(tmp_path, knows_images=False) / "llava"
+    llm = load_language_model(folder, with_eyes=True)
     with pytest.raises(ValueError, match=r"tokenizer does not read '<image>' as a token of its own"):
         tokenise_chats(llm, [Chat("a", (picture(32, 32),))])
 
