@@ -154,6 +154,9 @@ def trained_side_by_side(
     Raises:
         Exception: what ended a part; those that had begun have kept their states.
     """
+    # other processes import what they are to call, and `__main__` is no name to import it by
+    from repfusion.foundation.__main__ import train_in_process as train_apart
+
     foundation.keep_scenes()
     left, running = list(parts), dict[Future[Report], str]()
     with ProcessPoolExecutor(num_processes, get_context("spawn")) as executor:
@@ -161,7 +164,7 @@ def trained_side_by_side(
             is_early = {"perception"} & {*left, *running.values()}
             for part in [part for part in left if not (is_early and part in ON_THE_TOWER)]:
                 left.remove(part)
-                running[executor.submit(train_in_process, foundation.config, foundation.folder, part)] = part
+                running[executor.submit(train_apart, foundation.config, foundation.folder, part)] = part
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future.result()
 

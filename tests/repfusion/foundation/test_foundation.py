@@ -136,10 +136,15 @@ def test_a_part_does_not_begin_before_what_it_reads(tmp_path):
 
 @pytest.mark.slow
 def test_parts_side_by_side_are_those_of_one_process(trained, tmp_path):
-    """The record lists every part once; the weights are the same to the bit."""
-    torch.set_num_threads(1)
+    """By the command, from whose module other processes have to call. The record lists every part once; the
+    weights are the same to the bit.
+    """
     train_tokenizer(tmp_path / "llava", num_scenes=300)
-    recipe.bring_up_to_date(recipe.Foundation(TINY, tmp_path), recipe.PARTS[:-1], num_processes=2)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(json.dumps(TINY.model_dump(mode="json")))
+    parts = ",".join(recipe.PARTS[:-1])
+    command = sys.executable, "-m", "repfusion.foundation", path, "--out", tmp_path, "--parts", parts
+    subprocess.run(command, check=True)
     records = [json.loads((folder / recipe.RECORD).read_text()) for folder in (trained, tmp_path)]
     assert records[0]["parts"].keys() == records[1]["parts"].keys() == set(recipe.PARTS[:-1])
     for name in recipe.MODELS:
