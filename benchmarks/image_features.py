@@ -30,7 +30,6 @@ from pipelines.runtime.session import RayConfig, ray_session
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit
 from pipelines.shards.tars import tar_shard
-from pipelines.sources.scenes import to_uint8
 from pipelines.stages.image_features import (
     ImageFeaturesConfig,
     ImageFeaturesWorker,
@@ -39,7 +38,7 @@ from pipelines.stages.image_features import (
 )
 from repfusion.latents.load import EncoderConfig
 from repfusion.latents.tower import RepresentationEncoder
-from repfusion.scenes.world import WorldConfig, draw_scene, render
+from repfusion.scenes.world import WorldConfig, draw_scene, render, to_uint8
 
 GEOMETRIES = ("shipped", "vit-b-32")
 """The shipped tower on scenes of 32 px (png), or CLIP ViT-B/32's geometry with random weights on 224 px

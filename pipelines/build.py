@@ -12,6 +12,7 @@ from pipelines.shards.digests import Digests, require_folder
 from pipelines.shards.storage import Folder
 from pipelines.sources.base import Entries
 from pipelines.sources.build import source_of
+from pipelines.stages.caption_arrays import Reading
 from pipelines.stages.captions import CaptionsConfig, captions_stage
 from pipelines.stages.curate import curate_stage
 from pipelines.stages.evaluate import evaluate_stage
@@ -89,19 +90,18 @@ def _column(config: WorkflowConfig, name: str, above: Mapping[str, Stage], place
             mllm, key = _maker(config, name, "mllm", column.mllm)
             mllm_dtype, _ = _maker(config, name, "mllm_dtype", column.mllm_dtype)
             captions = _captions(config, name)
-            reading = (
+            reading = Reading(
                 mllm,
                 key,
                 mllm_dtype,
                 images,
                 None if captions is None else above[captions],
                 () if captions is None else tuple(config.columns[captions].captions),
-                place,
             )
             if isinstance(column, RewritesConfig):
                 _check_system(config, name, column)
-                return rewrites_stage(name, column, *reading)
-            return prompt_features_stage(name, column, *reading)
+                return rewrites_stage(name, column, reading, place)
+            return prompt_features_stage(name, column, reading, place)
 
 
 def _maker(config: WorkflowConfig, column: str, field: str, own: Any) -> tuple[Any, str]:

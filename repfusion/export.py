@@ -31,11 +31,13 @@ from repfusion.evaluation.shown import shown_suites
 from repfusion.files import replace_folder, write_json
 from repfusion.latents.geometry import is_vae, latent_geometry
 from repfusion.lineage.describe import checkpoint_record, read_lineage
+from repfusion.llm.chats.format import TEMPLATE_FILE
+from repfusion.llm.chats.read import GENERATION_CONFIG
 from repfusion.llm.load import LANGUAGE_MODELS, family_of
 from repfusion.llm.words import WORDS
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
-from repfusion.pretrained.config import transformers_config
+from repfusion.pretrained.config import PROCESSOR_FILES, transformers_config
 from repfusion.pretrained.weights import load_transformers
 from repfusion.runs.checkpoint import load_checked, portable, read_weights
 from repfusion.runs.completion import check_complete
@@ -54,6 +56,8 @@ from repfusion.weights import WEIGHTS
 
 INDEX = "model_index.json"
 CARD = "README.md"
+ASKED_BY = (*PROCESSOR_FILES, TEMPLATE_FILE, "chat_template.jinja", GENERATION_CONFIG)
+"""Files of a model that sees which say how it is shown images, asked and answered."""
 """Yours to edit: the one file without a digest."""
 
 
@@ -129,8 +133,8 @@ def projector_fields(model: TextToImage) -> dict[str, Any] | None:
 
 
 def write_language_model(config: ModelConfig, tokenizer: Any, folder: Path) -> str:
-    """The language model alone, in the precision of its folder (or less, where the model holds less);
-    returns its class.
+    """The language model, in the precision of its folder (or less, where the model holds less), alone unless
+    the method reads images; returns its class.
 
     Raises:
         ValueError: a LLaVA over a language model that `MLLM` does not load by itself.
@@ -139,7 +143,8 @@ def write_language_model(config: ModelConfig, tokenizer: Any, folder: Path) -> s
 
     dtype = torch.bfloat16 if config.mllm_dtype == "bfloat16" else "auto"
     source = transformers_config(config.mllm, "MLLM")
-    if source.model_type == "llava":
+    sees = config.conditioning.reads_images
+    if source.model_type == "llava" and not sees:
         text = source.get_text_config()
         if text.model_type not in LANGUAGE_MODELS:
             raise ValueError(
@@ -155,8 +160,9 @@ def write_language_model(config: ModelConfig, tokenizer: Any, folder: Path) -> s
         model = load_transformers(family.model_class(source), config.mllm, "MLLM", dtype, family.beside)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if (config.mllm / WORDS).is_file():
-        shutil.copyfile(config.mllm / WORDS, folder / WORDS)
+    for name in (WORDS, *(ASKED_BY if sees else ())):
+        if (config.mllm / name).is_file():
+            shutil.copyfile(config.mllm / name, folder / name)
     return type(model).__name__
 
 

@@ -133,7 +133,7 @@ def save_image(image: Image.Image, path: Path, record: dict[str, Any] | None) ->
     image.save(path, **options)
 
 
-def main() -> None:
+def parser_of_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m repfusion.generate", description="Draw images from prompts."
     )
@@ -200,7 +200,11 @@ def main() -> None:
         help="euler reads the model once a step, heun twice (but for the last)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = parser_of_options().parse_args()
     try:
         model = load_any(args.checkpoint).to(args.device)
         if said := unread(model.conditioner.llm.folder, [args.prompt]):

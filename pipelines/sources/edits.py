@@ -6,7 +6,7 @@ They are drawn by `ingest` itself: unlike scenes, which show how lists are downl
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -25,7 +25,7 @@ from pipelines.sources.scenes import NO_IMAGE, defect_positions, png_of
 from repfusion.config import Config
 from repfusion.scenes.captions import Wording
 from repfusion.scenes.edits import EVEN, Edit, EditKind, draw_triple
-from repfusion.scenes.world import Scene, WorldConfig
+from repfusion.scenes.world import WorldConfig
 
 
 class EditDefectsConfig(Config):
@@ -153,10 +153,6 @@ def _facts(edit: Edit) -> dict[str, Any]:
     return {
         "kind": edit.kind,
         "described": edit.described,
-        "source": _scene(edit.source),
-        "target": _scene(edit.target),
+        "source": edit.source.facts,
+        "target": edit.target.facts,
     }
-
-
-def _scene(scene: Scene) -> dict[str, Any]:
-    return {"things": [asdict(thing) for thing in scene.things], "relation": scene.relation}

@@ -16,7 +16,6 @@ from threading import Lock, Thread
 from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
-from jaxtyping import Float, UInt8
 from pydantic import Field
 
 from pipelines.dag import Place, ShardStage
@@ -29,7 +28,7 @@ from pipelines.sources.base import Entries, download_stage, list_stage, numbered
 from pipelines.sources.ingest import IngestConfig
 from repfusion.config import Config
 from repfusion.scenes.captions import Wording, caption_scene
-from repfusion.scenes.world import Scene, WorldConfig, draw_scene, render
+from repfusion.scenes.world import Scene, WorldConfig, draw_scene, render, to_uint8
 from repfusion.tars import StreamSource, index_members
 
 CAPTION_STREAM = 7
@@ -100,11 +99,6 @@ class ScenesSource:
 
     def entries(self) -> Entries:
         return numbered_entries(self.config.num_samples, self.config.shard_size)
-
-
-def to_uint8(pixels: Float[np.ndarray, "3 h w"]) -> UInt8[np.ndarray, "h w 3"]:
-    """Pixels in [0, 1] -> bytes, rounded to nearest: truncation would darken every image by half a step."""
-    return np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
 
 
 def png_of(scene: Scene, world: WorldConfig) -> bytes:
@@ -179,13 +173,12 @@ class SceneWorker:
         seed, key = (self.config.seed << 32) + index, sample_key(index)
         scene = draw_scene(seed, self.config.world)
         caption = caption_scene(scene, np.random.default_rng([seed, CAPTION_STREAM]), self.config.wording)
-        facts = {"things": [vars(thing) for thing in scene.things], "relation": scene.relation}
         defect = self.defects.get(index)
         row = {
             "key": key,
             "url": f"images/{shard}/{key}.png",
             "caption": "" if defect == "empty_caption" else caption,
-            "facts": json.dumps(facts, sort_keys=True),
+            "facts": json.dumps(scene.facts, sort_keys=True),
         }
         match defect:
             case "missing":

@@ -6,21 +6,61 @@ name of the member that stores it.
 """
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import IO, ClassVar, Literal
+from typing import IO, Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
+from pipelines.dag import Place, ShardStage, Stage
 from pipelines.runtime.pool import ActorsConfig, ShardJob
 from pipelines.shards.arrays import npy_bytes
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
 from pipelines.shards.tars import read_samples, tar_shard
+from repfusion.config import Config, WeightsFolder, naming
 from repfusion.data.config import CAPTION
 from repfusion.data.readers import CaptionArray
+from repfusion.data.source_images import is_source
+
+
+class CaptionArrayConfig(Config):
+    """What columns of arrays have alike that a language model makes of captions."""
+
+    mllm: WeightsFolder | None = None
+    """Folder of the language model; None takes that of the trainings that read the column."""
+    mllm_dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision in which it computes; None takes that of the trainings that read the column."""
+    batch_size: int = Field(default=64, ge=1)
+    """Captions read at once. Counts as changing no bytes: what it does change is below float16's rounding,
+    almost always, in float32's last digits, and a written token where two are equally likely.
+    """
+    actors: ActorsConfig = ActorsConfig()
+    """The pool that reads. Changes no bytes."""
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether the column can be made though no training reads it."""
+        return self.mllm is not None and self.mllm_dtype is not None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Who reads which captions."""
+
+    mllm: Path
+    key: str
+    """Where the configuration says what the language model is."""
+    mllm_dtype: Literal["float32", "bfloat16"]
+    images: Stage
+    """Has the main captions."""
+    captions: Stage | None = None
+    """Has alternative ones."""
+    names: tuple[str, ...] = ()
+    """Which of these are read."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +78,13 @@ class _Kept:
     offset: int
     size: int
     reason: str | None
+
+
+class _CaptionAndSources:
+    """Extensions of a main caption and of source pictures."""
+
+    def __contains__(self, extension: object) -> bool:
+        return extension == CAPTION or (isinstance(extension, str) and is_source(extension))
 
 
 class CaptionArrayWorker:
@@ -59,6 +106,8 @@ class CaptionArrayWorker:
     """Kind of the column, the name of its members."""
     with_head: ClassVar[bool] = False
     """Whether the language model scores next tokens."""
+    takes_edits: ClassVar[bool] = True
+    """Whether captions that are instructions for source pictures are taken without these."""
 
     def __init__(
         self,
@@ -118,10 +167,14 @@ class CaptionArrayWorker:
 
     def _read(self, name: str) -> dict[str, dict[str, str]]:
         """Captions of each key, by the member that will hold what they become."""
-        captions = {
-            key: {self.member(CAPTION): members[CAPTION].decode().strip()}
-            for key, members in self._samples(self.source, name, [CAPTION])
-        }
+        captions: dict[str, dict[str, str]] = {}
+        for key, members in self._samples(self.source, name, _CaptionAndSources()):
+            if len(members) > 1 and not self.takes_edits:
+                raise ShardError(
+                    f"shard {self.source / name}.tar, key {key}: an editing sample, whose instruction would "
+                    f"be read without its source images; leave the column {self.column!r} out for such data"
+                )
+            captions[key] = {self.member(CAPTION): members[CAPTION].decode().strip()}
         if self.captions is None or not self.names:
             return captions
         for key, members in self._samples(self.captions, name, [f"{name}.{CAPTION}" for name in self.names]):
@@ -134,7 +187,7 @@ class CaptionArrayWorker:
         return captions
 
     def _samples(
-        self, folder: Folder, name: str, wanted: list[str]
+        self, folder: Folder, name: str, wanted: Container[str]
     ) -> Iterable[tuple[str, dict[str, bytes]]]:
         return read_samples(folder, f"{name}.tar", read_sidecar(folder, name), wanted)
 
@@ -185,3 +238,47 @@ class CaptionArrayWorker:
                     scratch.seek(kept[caption].offset)
                     members[member] = scratch.read(kept[caption].size)
                 samples.write(key, members)
+
+
+def caption_array_stage(
+    worker: type[CaptionArrayWorker],
+    name: str,
+    config: CaptionArrayConfig,
+    reading: Reading,
+    fields: Mapping[str, Any],
+    place: Place,
+) -> ShardStage:
+    """The stage of a column. `fields` decide its bytes, beside weights, their precision and the captions'
+    names. Raises ValueError where the language model's folder is missing.
+    """
+
+    def check() -> None:
+        from repfusion.llm.load import load_language_model
+
+        with naming(reading.key):
+            load_language_model(reading.mllm, with_head=worker.with_head, on_meta=True)
+
+    decides = {
+        "mllm": place.digests.folder(reading.mllm, reading.key),
+        "mllm_dtype": reading.mllm_dtype,
+        "captions": sorted(reading.names),
+        **fields,
+    }
+    arguments = {
+        "source": reading.images.folder,
+        "config": config,
+        "mllm": reading.mllm,
+        "mllm_dtype": reading.mllm_dtype,
+        "captions": None if reading.captions is None else reading.captions.folder,
+        "names": reading.names,
+    }
+    return ShardStage(
+        name,
+        {f"columns.{name}.{field}": value for field, value in decides.items()},
+        place.data / name,
+        (reading.images,) if reading.captions is None else (reading.images, reading.captions),
+        worker,
+        arguments,
+        config.actors,
+        check=check,
+    )

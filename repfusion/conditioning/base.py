@@ -34,14 +34,17 @@ class MethodConfig(Config):
     of it before it is built.
     """
 
-    columns: ClassVar[Mapping[str, Reader]] = {}
-    """How the columns are read that the method can use beside captions, by name; their values come in
-    `Request.computed`.
-    """
     reads_images: ClassVar[bool] = False
     """Whether requests may have images, for which the language model is loaded with its eyes."""
     has_dit: ClassVar[bool] = True
     """Whether a DiT denoises; else the method brings a denoiser of its own."""
+
+    @property
+    def columns(self) -> Mapping[str, Reader]:
+        """How the columns are read that the method can use beside captions, by name; their values come in
+        `Request.computed`.
+        """
+        return {}
 
     @property
     def is_in_context(self) -> bool:

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from repfusion.conditioning.base import Conditioner, Context, ContextInterface, MethodConfig, Prepared
-from repfusion.conditioning.fusions.taps import HEAD_WIDTH, TapsConditioner, check_taps
+from repfusion.conditioning.fusions.taps import HEAD_WIDTH, TapsConditioner, TokenRefiner, check_taps
 from repfusion.config import Config
 from repfusion.inputs import Inputs
 from repfusion.layers import EncoderBlock, RMSNorm
@@ -88,8 +88,7 @@ class LayerwisePooling(nn.Module):
         self.tap_norms = nn.ModuleList(RMSNorm(width, eps=1e-6) for _ in range(num_taps))
         self.layer_blocks = nn.ModuleList(EncoderBlock(width, num_heads) for _ in range(layer_depth))
         self.pool = nn.Parameter(torch.full((num_taps,), 1 / num_taps))
-        self.refiner = nn.ModuleList(EncoderBlock(width, num_heads) for _ in range(refiner_depth))
-        self.norm = RMSNorm(width, eps=1e-6)
+        self.refiner = TokenRefiner(width, refiner_depth)
         self.kept: tuple[int, ...] | None = None
         """Places of the taps that are pooled; None is all, as in training. Those left out are not seen and
         add nothing; the weights of the others stay.
@@ -108,9 +107,7 @@ class LayerwisePooling(nn.Module):
             x = block(x)
         x = rearrange(x, "(b m) k c -> b m k c", b=len(states[0]))
         x = torch.einsum("bmkc,k->bmc", x, pool.to(x.dtype))
-        for block in self.refiner:
-            x = block(x, mask)
-        return self.norm(x)
+        return self.refiner(x, mask)
 
 
 class LapConditioner(TapsConditioner):
@@ -135,14 +132,17 @@ def drop_taps(conditioner: Conditioner, dropped: Sequence[int]) -> None:
     Raises:
         ValueError: the method pools no layers, has no such tap, or none would be left.
     """
-    lap, taps = getattr(conditioner, "lap", None), getattr(conditioner, "taps", ())
-    if not isinstance(lap, LayerwisePooling):
+    poolings = [one for one in conditioner.children() if isinstance(one, LayerwisePooling)]
+    if not poolings:
         raise ValueError(
-            "dropped_taps: the checkpoint's method pools no layers; expected lap, or noisy_latents with lap"
+            "dropped_taps: the checkpoint's method pools no layers; expected lap, or noisy_latents with lap, "
+            "or unifusion"
         )
+    taps = getattr(conditioner, "taps", ())
     if unknown := [tap for tap in dropped if tap not in taps]:
         raise ValueError(f"dropped_taps name {unknown}; the checkpoint's LAP has the taps {list(taps)}")
     kept = tuple(place for place, tap in enumerate(taps) if tap not in dropped)
     if not kept:
         raise ValueError(f"dropped_taps name all taps {list(taps)}; leave one")
-    lap.kept = kept
+    for pooling in poolings:
+        pooling.kept = kept

@@ -6,7 +6,7 @@ there, they are computed in the precision of the LLM's weights, never under auto
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -28,11 +28,14 @@ from repfusion.request import Branch, Request
 
 
 class TextEmbedConfig(MethodConfig):
-    columns: ClassVar[Mapping[str, Reader]] = {PROMPT_FEATURES: CaptionArray()}
     method: Literal["text_embed"] = "text_embed"
     """The prompt's last-layer states, the same at every step."""
     interface: ContextInterface = "cross_attention"
     """How the DiT takes them."""
+
+    @property
+    def columns(self) -> Mapping[str, Reader]:
+        return {PROMPT_FEATURES: CaptionArray()}
 
 
 def encode_padded(llm: LanguageModel, prefix: Prefix) -> Float[Tensor, "b m c"]:

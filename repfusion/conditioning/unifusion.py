@@ -6,7 +6,7 @@ image and decoded tokens do, which have attended to them.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -24,6 +24,7 @@ from repfusion.conditioning.base import (
 )
 from repfusion.conditioning.lap import LapSettings
 from repfusion.config import Config
+from repfusion.data.order import fraction
 from repfusion.data.readers import REWRITES, CaptionArray, Reader
 from repfusion.inputs import Inputs
 from repfusion.llm.base import LanguageModel
@@ -41,10 +42,13 @@ class RewritingConfig(Config):
     """System prompt under which the language model rewrites."""
     max_new_tokens: int = Field(default=64, ge=1)
     """A longer rewriting counts as endless, and the prompt itself serves."""
+    share: float = Field(default=1.0, gt=0, le=1)
+    """Share of the training's samples that are shown with their rewriting; the others with the caption as it
+    is, so that a call may leave rewriting out.
+    """
 
 
 class UniFusionConfig(MethodConfig):
-    columns: ClassVar[Mapping[str, Reader]] = {REWRITES: CaptionArray()}
     reads_images: ClassVar[bool] = True
     method: Literal["unifusion"] = "unifusion"
     """Prompt and images in one chat with a model that sees, pooled over layers, the same at every step."""
@@ -56,6 +60,10 @@ class UniFusionConfig(MethodConfig):
     """Whether image tokens are pooled by layers of their own."""
     rewriting: RewritingConfig | None = None
     """How prompts are rewritten; None takes them as they are."""
+
+    @property
+    def columns(self) -> Mapping[str, Reader]:
+        return {} if self.rewriting is None else {REWRITES: CaptionArray(is_required=True)}
 
     @property
     def needs_head(self) -> bool:
@@ -89,9 +97,10 @@ class UniFusionConditioner(Conditioner):
     def collate(
         self, requests: Sequence[Request], branches: Sequence[Branch], seeds: Sequence[int] | None = None
     ) -> Inputs:
-        """Chats, which of their tokens condition, and the prompts that are still to be rewritten. In training
-        only those are rewritten whose rewriting a column holds.
+        """Chats, which of their tokens condition, and the prompts that are still to be rewritten: in training
+        none, there a column holds the rewritings.
         """
+        requests = requests if seeds is None else [*map(self._shown, requests, seeds)]
         asked = [self._asked(*pair, seeds is None) for pair in zip(requests, branches, strict=True)]
         room = self.max_new_tokens if any(one.is_open for one in asked) else 0
         chats = [one.chat for one in asked]
@@ -104,6 +113,11 @@ class UniFusionConditioner(Conditioner):
             "open": [one.is_open for one in asked],
             "prompts": [chat.instruction for chat in chats],
         }
+
+    def _shown(self, request: Request, seed: int) -> Request:
+        """A training's request, as its seed has it shown: with its rewriting, or as it is."""
+        is_plain = self.rewriting is None or fraction("rewriting", seed) >= self.rewriting.share
+        return replace(request, rewrite=False) if is_plain else request
 
     def _asked(self, request: Request, branch: Branch, is_sampling: bool) -> _Asked:
         if branch == "none":

@@ -21,6 +21,11 @@ def hash64(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+def fraction(name: str, seed: int) -> float:
+    """A number in [0, 1) of a seed, apart from those of other names; 53 bits."""
+    return (hash64(name, seed) >> 11) / 2**53
+
+
 def sample_seed(seed: int, dataset: str, epoch: int, key: str) -> int:
     """64 bits that decide the caption, noise level, noise and dropped condition of a sample in an epoch of
     its data set, whatever its position, the batch, the rank and the data sets beside it.

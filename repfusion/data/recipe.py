@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from repfusion.config import Config
 from repfusion.data.dataset import Sample
-from repfusion.data.order import hash64
+from repfusion.data.order import fraction, hash64
 from repfusion.data.readers import Reader
 from repfusion.diffusion.flow import DROPPED, uniforms
 from repfusion.request import Branch, Request
@@ -63,7 +63,7 @@ class Recipe:
         if float(uniforms([seed])[0, DROPPED]) < self.condition_dropout:
             return Request(caption), "none"
         if sample.num_sources:
-            share = _fraction("images", seed)
+            share = fraction("images", seed)
             if share < self.text_dropout:
                 return Request(caption, sample.sources()), "images"
             has_images = share >= self.text_dropout + self.image_dropout
@@ -77,17 +77,12 @@ class Recipe:
 
     def _reconstruction(self, sample: Sample, seed: int) -> Request | None:
         """A request for the very image that it shows; None where the sample is shown with its caption."""
-        if self.reconstruction_share == 0 or _fraction("reconstruction", seed) >= self.reconstruction_share:
+        if self.reconstruction_share == 0 or fraction("reconstruction", seed) >= self.reconstruction_share:
             return None
         if (target := sample.target()) is None:
             return None
         text = RECONSTRUCTIONS[hash64("reconstruct", seed) % len(RECONSTRUCTIONS)]
         return Request(text, (target,))
-
-
-def _fraction(name: str, seed: int) -> float:
-    """A number in [0, 1) of a seed, apart from those of other names; 53 bits."""
-    return (hash64(name, seed) >> 11) / 2**53
 
 
 class RecipeConfig(Config):

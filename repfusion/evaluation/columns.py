@@ -97,6 +97,7 @@ def asked(items: Sequence[Item]) -> list[dict[str, Any]]:
     return [
         {"key": item.key, "prompt": item.request.prompt, "num_outputs": item.num_outputs}
         | ({"images": [_digest(image) for image in item.request.images]} if item.request.images else {})
+        | ({"rewrite": item.request.rewrite} if item.request.rewrite is not None else {})
         for item in items
     ]
 

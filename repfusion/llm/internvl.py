@@ -9,22 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from repfusion.llm.base import LanguageModel
 from repfusion.llm.chats.eyes import Eyes, Look, image_processor
-from repfusion.llm.projector import Projector
+from repfusion.llm.seeing import SeeingByTemplate, check_one_layer
 
 MARKS = {"start_image_token": "<img>", "end_image_token": "</img>"}
 """Tokens around an image, by the tokenizer's name of each, and what they are where it names none."""
 
 
-class InternVL(LanguageModel):
+class InternVL(SeeingByTemplate):
     """The language model of an InternVL."""
-
-    sees = True
-    needs_template = True
-    takes_latents = False
 
     @classmethod
     def model_class(cls, config: Any) -> Any:
@@ -35,16 +30,8 @@ class InternVL(LanguageModel):
         """
         from transformers import InternVLForConditionalGeneration
 
-        if not isinstance(config.vision_feature_layer, int):
-            raise ValueError(
-                f"reads layers {config.vision_feature_layer} of its tower; expected a single layer"
-            )
+        check_one_layer(config)
         return InternVLForConditionalGeneration
-
-    @classmethod
-    def parts(cls, model: Any) -> tuple[nn.Module, nn.Module, Projector | None]:
-        """The language model and its head; what leads into it from the tower takes no latents."""
-        return model.model.language_model, model.lm_head, None
 
     @classmethod
     def open_eyes(cls, model: Any, tokenizer: Any, folder: Path) -> Eyes:

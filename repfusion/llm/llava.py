@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from repfusion.llm.base import LanguageModel
 from repfusion.llm.chats.eyes import Eyes, Look, image_processor
 from repfusion.llm.projector import Projector
+from repfusion.llm.seeing import check_one_layer
 from repfusion.pretrained.config import processor_fields
 
 
@@ -29,10 +30,7 @@ class Llava(LanguageModel):
         """
         from transformers import LlavaForConditionalGeneration
 
-        if not isinstance(config.vision_feature_layer, int):
-            raise ValueError(
-                f"reads layers {config.vision_feature_layer} of its tower; expected a single layer"
-            )
+        check_one_layer(config)
         return LlavaForConditionalGeneration
 
     @classmethod

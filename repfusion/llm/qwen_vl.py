@@ -9,19 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from repfusion.llm.base import LanguageModel
 from repfusion.llm.chats.eyes import Eyes, Look, image_processor
-from repfusion.llm.projector import Projector
+from repfusion.llm.seeing import SeeingByTemplate
 
 
-class QwenVL(LanguageModel):
+class QwenVL(SeeingByTemplate):
     """The language model of a Qwen-VL."""
-
-    sees = True
-    needs_template = True
-    takes_latents = False
 
     @classmethod
     def model_class(cls, config: Any) -> Any:
@@ -31,11 +26,6 @@ class QwenVL(LanguageModel):
         if config.model_type == "qwen3_vl":
             return transformers.Qwen3VLForConditionalGeneration
         return transformers.Qwen2_5_VLForConditionalGeneration
-
-    @classmethod
-    def parts(cls, model: Any) -> tuple[nn.Module, nn.Module, Projector | None]:
-        """The language model and its head; what leads into it from the tower takes no latents."""
-        return model.model.language_model, model.lm_head, None
 
     @classmethod
     def open_eyes(cls, model: Any, tokenizer: Any, folder: Path) -> Eyes:

@@ -86,6 +86,8 @@ class DiT(Denoiser):
                 f"least {latent_dim}"
             )
         self.config = config
+        self.after_grid = max(grid)
+        """Row and column at which tokens along the diagonal begin, which follow the latents' grid."""
         self.embed = nn.Linear(latent_dim, dim)
         signal_width = aligned_width or max(context_widths, default=dim)
         self.time = TimestepEmbedder(signal_width)

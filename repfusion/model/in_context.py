@@ -37,7 +37,6 @@ class InContextDiT(DiT):
     ):
         super().__init__(config, latent_dim, grid, aligned_width, context_widths)
         (width,), dim = context_widths, config.hidden_size
-        self.after_grid = max(grid)
         self.context_embed = nn.Sequential(
             RMSNorm(width, eps=1e-6), nn.Linear(width, dim), nn.GELU(), nn.Linear(dim, dim)
         )

@@ -42,17 +42,6 @@ class JointKeysDiT(DiT):
 
     rotary: Tensor
 
-    def __init__(
-        self,
-        config: DiTConfig,
-        latent_dim: int,
-        grid: tuple[int, int],
-        aligned_width: int | None = None,
-        context_widths: tuple[int, ...] = (),
-    ):
-        super().__init__(config, latent_dim, grid, aligned_width, context_widths)
-        self.after_grid = max(grid)
-
     @staticmethod
     def new_block(
         config: DiTConfig, aligned_width: int | None, context_widths: tuple[int, ...]

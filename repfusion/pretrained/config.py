@@ -23,6 +23,8 @@ ORIGINAL_INTERNVL = (
     "this is the layout of InternVL's own repository; take the folder made for transformers' own class "
     "(published with a name that ends in -HF)"
 )
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+"""Where transformers keeps an image processor, by itself or within a processor of all."""
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -81,12 +83,12 @@ def read_config(folder: str | Path, what: str, writer: str = "save_pretrained") 
 
 def processor_fields(folder: Path, what: str) -> tuple[dict[str, Any], str]:
     """What an image processor's file says, and its name; no fields where there is none."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
+    for name in PROCESSOR_FILES:
         if (folder / name).is_file():
             fields = read_json(folder / name, what)
             own = fields.get("image_processor")
             return (own if isinstance(own, dict) else fields), name
-    return {}, "preprocessor_config.json"
+    return {}, PROCESSOR_FILES[0]
 
 
 def refuse_remote_code(config: Mapping[str, Any], file: Path, what: str) -> None:

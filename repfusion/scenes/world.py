@@ -6,11 +6,12 @@ training image ever shows them.
 """
 
 import hashlib
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from pydantic import Field, field_validator
 
 from repfusion.config import Config
@@ -131,6 +132,16 @@ class Scene:
     @property
     def has_new(self) -> bool:
         return any(thing.is_new for thing in self.things)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The scene as JSON holds it; `scene_of` reads it again."""
+        return {"things": [asdict(thing) for thing in self.things], "relation": self.relation}
+
+
+def scene_of(facts: Mapping[str, Any]) -> Scene:
+    """The scene of its `facts`."""
+    return Scene(tuple(Thing(**thing) for thing in facts["things"]), facts["relation"])
 
 
 def _in_hashed_share(text: str, share: float) -> bool:
@@ -293,3 +304,8 @@ def render(scene: Scene, config: WorldConfig = WorldConfig()) -> Float[np.ndarra
             colour = np.clip(colour * (1 + np.float32(TEXTURE_DEPTH) * brightness), 0, 1)
         pixels += coverage * (colour - pixels)
     return pixels
+
+
+def to_uint8(pixels: Float[np.ndarray, "3 h w"]) -> UInt8[np.ndarray, "h w 3"]:
+    """Pixels in [0, 1] -> bytes, rounded to nearest: truncation would darken every image by half a step."""
+    return np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)

@@ -46,10 +46,21 @@ def checkpoint(generator, tmp_path) -> Path:
     return folder
 
 
-def drawn(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+@pytest.fixture
+def pictures(generator, tmp_path) -> list[Path]:
+    """What a method that reads images is shown."""
+    shown = np.random.default_rng(0).integers(0, 256, (2, 40, 32, 3), np.uint8)
+    paths = [tmp_path / f"shown{i}.png" for i in range(2 * generator.config.conditioning.reads_images)]
+    for path, pixels in zip(paths, shown, strict=False):
+        Image.fromarray(pixels).save(path)
+    return paths
+
+
+def drawn(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, pictures: list[Path]) -> np.ndarray:
     """By the command, which is told the folder and nothing of the method."""
     sampler = ["--num-steps", 3, "--solver", "heun", "--guidance-scale", 3, "--guidance-interval", 0.05, 1]
     arguments = ["--checkpoint", folder, "--prompt", PROMPT, "--out", out, "--seed", 4, "--num-images", 2]
+    arguments += [word for path in pictures for word in ("--image", path)]
     monkeypatch.setattr(
         sys, "argv", ["generate", *map(str, [*arguments, *sampler, "--scale", 1, "--device", "cpu"])]
     )
@@ -57,15 +68,19 @@ def drawn(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarra
     return np.asarray(Image.open(out))
 
 
-def test_every_way_to_an_image_gives_the_same_pixels(generator, checkpoint, tmp_path, monkeypatch):
-    decoder = generator.load_decoder()
-    made = to_uint8(generate(generator, decoder, [Request(PROMPT)] * 2, 4, SAMPLER))
+def test_every_way_to_an_image_gives_the_same_pixels(generator, checkpoint, pictures, tmp_path, monkeypatch):
+    decoder, shown = generator.load_decoder(), [Image.open(path) for path in pictures]
+    request = Request(PROMPT, tuple(map(np.asarray, shown)))
+    made = to_uint8(generate(generator, decoder, [request] * 2, 4, SAMPLER))
+    if pictures:
+        unseen = to_uint8(generate(generator, decoder, [Request(PROMPT)] * 2, 4, SAMPLER))
+        assert (made.astype(int) - unseen).any()  # the pictures count
     assert (made[0].astype(int) - made[1]).any()  # the noise counts
     strip = np.concatenate(list(made), axis=1)
-    np.testing.assert_array_equal(drawn(checkpoint, tmp_path / "x.png", monkeypatch), strip)
+    np.testing.assert_array_equal(drawn(checkpoint, tmp_path / "x.png", monkeypatch, pictures), strip)
 
     exported = export(checkpoint, tmp_path / "exported")
-    np.testing.assert_array_equal(drawn(exported, tmp_path / "y.png", monkeypatch), strip)
+    np.testing.assert_array_equal(drawn(exported, tmp_path / "y.png", monkeypatch, pictures), strip)
     for folder in (checkpoint, exported):
         pipe = RepFusionPipeline.from_pretrained(folder)
         assert pipe.model.config.conditioning == read_config(checkpoint)[0].conditioning
@@ -77,6 +92,7 @@ def test_every_way_to_an_image_gives_the_same_pixels(generator, checkpoint, tmp_
             guidance_interval=(0.05, 1),
             generator=[torch.Generator().manual_seed(4 + i) for i in range(2)],
             num_images_per_prompt=2,
+            image=list(shown),
         ).images
         np.testing.assert_array_equal(np.concatenate([np.asarray(image) for image in images], axis=1), strip)
 

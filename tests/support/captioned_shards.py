@@ -1,10 +1,15 @@
-"""Shards of captions, as the stages `curate` and `captions` write them."""
+"""Shards of captions, as the stages `curate` and `captions` write them, and a stage that reads them."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from pipelines.dag import Place, ShardStage
+from pipelines.shards.digests import Digests
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit
 from pipelines.shards.tars import tar_shard
+from pipelines.stages.caption_arrays import Reading
 
 Captions = dict[str, dict[str, str]]
 
@@ -29,3 +34,13 @@ def write_captions(root: Path, shards: dict[str, Captions]) -> None:
                             key, {member: text.encode() for member, text in own.items() if wanted(member)}
                         )
                 commit.commit(f"{name}.tar")
+
+
+def fields_of(
+    make: Any, config: Any, mllm: Path, root: Path, dtype: Any = "float32", names: Sequence[str] = ()
+):
+    """What decides the bytes of the column `c` that the stage of `make` would write."""
+    place = Place(Folder.at(root), root, Digests(root))
+    images = ShardStage("curate", {}, place.data / "curate", ())
+    captions = ShardStage("captions", {}, place.data / "captions", ())
+    return make("c", config, Reading(mllm, "model.mllm", dtype, images, captions, tuple(names)), place).fields

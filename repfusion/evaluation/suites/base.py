@@ -107,6 +107,12 @@ class Value:
         return self.name.rpartition("/")[2]
 
 
+def check_answered(items: Sequence[Item], answers: Sequence[Answer]) -> None:
+    """Raises ValueError where items and answers differ in number, or there are none."""
+    if len(items) != len(answers) or not items:
+        raise ValueError(f"{len(answers)} answers and {len(items)} items; expected as many, and at least one")
+
+
 @runtime_checkable
 class Suite(Protocol):
     """Items, outputs, answers and scores are columns on disk: a new judge answers anew, a new rule scores

@@ -4,13 +4,13 @@ whether the rest was kept, and what a copy of the source and other targets would
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
 from repfusion.config import Config
-from repfusion.evaluation.suites.base import Answer, Count, Image, Item, Judge, Scores, Value
+from repfusion.evaluation.suites.base import Answer, Count, Image, Item, Judge, Scores, Value, check_answered
 from repfusion.evaluation.suites.intervals import mean_interval, wilson
 from repfusion.evaluation.suites.scenes import count, things_of
 from repfusion.request import Request
@@ -18,7 +18,7 @@ from repfusion.scenes.captions import Wording
 from repfusion.scenes.detector import detect
 from repfusion.scenes.edit_rules import EditFinding, check_edit, kept_error
 from repfusion.scenes.edits import EDIT_KINDS, Edit, draw_triple
-from repfusion.scenes.world import Scene, Split, Thing, WorldConfig, render
+from repfusion.scenes.world import Split, WorldConfig, render, scene_of, to_uint8
 
 PAIRS_SHOWN = 3
 """Edits in a row of the gallery: each is its source and its result."""
@@ -99,10 +99,7 @@ class EditsSuite:
         Raises:
             ValueError: where items and answers differ in number, or there are none.
         """
-        if len(items) != len(answers) or not items:
-            raise ValueError(
-                f"{len(answers)} answers and {len(items)} items; expected as many, and at least one"
-            )
+        check_answered(items, answers)
         edits, world = [edit_of(item) for item in items], self.config.world
         found = [
             check_edit(edit, things_of(answer["things"]), world)
@@ -148,31 +145,19 @@ def _item(number: int, edit: Edit, world: WorldConfig) -> Item:
     truth = {
         "kind": edit.kind,
         "described": edit.described,
-        "source": as_json(edit.source),
-        "target": as_json(edit.target),
+        "source": edit.source.facts,
+        "target": edit.target.facts,
     }
-    return Item(f"{number:05d}", Request(edit.instruction, (image_of(edit.source, world),)), truth=truth)
+    return Item(
+        f"{number:05d}", Request(edit.instruction, (to_uint8(render(edit.source, world)),)), truth=truth
+    )
 
 
 def edit_of(item: Item) -> Edit:
     """The edit that an item was made of."""
     truth = item.truth
-    source, target = (_scene(truth[name]) for name in ("source", "target"))
+    source, target = (scene_of(truth[name]) for name in ("source", "target"))
     return Edit(truth["kind"], source, item.request.prompt, target, truth["described"])
-
-
-def as_json(scene: Scene) -> dict[str, Any]:
-    """A scene as JSON holds it."""
-    return {"things": [asdict(thing) for thing in scene.things], "relation": scene.relation}
-
-
-def _scene(facts: Mapping[str, Any]) -> Scene:
-    return Scene(tuple(Thing(**thing) for thing in facts["things"]), facts["relation"])
-
-
-def image_of(scene: Scene, world: WorldConfig) -> Image:
-    """A scene as an 8-bit image, rounded to nearest."""
-    return np.rint(np.moveaxis(render(scene, world), 0, -1) * 255).astype(np.uint8)
 
 
 def _by_kind(edits: Sequence[Edit], found: Sequence[EditFinding]) -> dict[str, Count]:

@@ -9,8 +9,8 @@ import numpy as np
 from pydantic import Field
 
 from repfusion.config import Config
-from repfusion.evaluation.suites.base import Answer, Item, Judge, Scores, Value
-from repfusion.evaluation.suites.edits import first_seed, image_of
+from repfusion.evaluation.suites.base import Answer, Item, Judge, Scores, Value, check_answered
+from repfusion.evaluation.suites.edits import first_seed
 from repfusion.evaluation.suites.intervals import wilson
 from repfusion.evaluation.suites.scenes import (
     count,
@@ -25,7 +25,7 @@ from repfusion.request import Request
 from repfusion.scenes.captions import Prompt
 from repfusion.scenes.detector import check
 from repfusion.scenes.references import draw_composition
-from repfusion.scenes.world import Split, Thing, WorldConfig
+from repfusion.scenes.world import Split, Thing, WorldConfig, render, to_uint8
 
 SHOWN = 4
 """Compositions in the gallery: each is its two references and its result."""
@@ -70,7 +70,9 @@ class ReferencesSuite:
         config, first = self.config, first_seed(self.seed)
         seeds = range(first, first + config.num_compositions)
         drawn = [draw_composition(seed, config.world, config.split) for seed in seeds]
-        images = [tuple(image_of(one, config.world) for one in (pair.first, pair.second)) for pair in drawn]
+        images = [
+            tuple(to_uint8(render(one, config.world)) for one in (pair.first, pair.second)) for pair in drawn
+        ]
         items = items_of([one.prompt for one in drawn])
         return [
             Item(item.key, Request(item.request.prompt, own), truth=item.truth)
@@ -87,10 +89,7 @@ class ReferencesSuite:
         Raises:
             ValueError: where items and answers differ in number, or there are none.
         """
-        if len(items) != len(answers) or not items:
-            raise ValueError(
-                f"{len(answers)} answers and {len(items)} items; expected as many, and at least one"
-            )
+        check_answered(items, answers)
         prompts, found = [prompt_of(item) for item in items], [things_of(answer) for answer in answers]
         checked = [check(things, one, is_strict=True) for things, one in zip(found, prompts, strict=True)]
         counted = {

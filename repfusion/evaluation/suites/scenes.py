@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from repfusion.config import Config
-from repfusion.evaluation.suites.base import Answer, Count, Image, Item, Judge, Scores, Value
+from repfusion.evaluation.suites.base import Answer, Count, Image, Item, Judge, Scores, Value, check_answered
 from repfusion.evaluation.suites.intervals import mean_interval, wilson
 from repfusion.request import Request
 from repfusion.scenes.arrangements import chance_of
@@ -84,10 +84,7 @@ class ScenesSuite:
         Raises:
             ValueError: where items and answers differ in number, or there are none.
         """
-        if len(items) != len(answers) or not items:
-            raise ValueError(
-                f"{len(answers)} answers and {len(items)} items; expected as many, and at least one"
-            )
+        check_answered(items, answers)
         prompts, found = [prompt_of(item) for item in items], [things_of(answer) for answer in answers]
         checked = [check(things, prompt) for things, prompt in zip(found, prompts, strict=True)]
         right = [finding.correct for finding in checked]

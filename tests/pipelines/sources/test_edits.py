@@ -16,9 +16,8 @@ from pipelines.shards.store import Sidecar
 from pipelines.shards.tars import read_samples
 from pipelines.sources.edits import EditDefectsConfig, EditsConfig, EditsSource, EditWorker, jobs
 from pipelines.sources.ingest import IngestConfig
-from pipelines.sources.scenes import to_uint8
 from repfusion.scenes.edits import EDIT_KINDS
-from repfusion.scenes.world import Scene, Thing, WorldConfig, is_held_out, render
+from repfusion.scenes.world import Scene, Thing, WorldConfig, is_held_out, render, to_uint8
 
 INGEST = IngestConfig(max_drop_fraction=1)
 DEFECTS = EditDefectsConfig(missing_source=2, undecodable_source=1, missing=1, undecodable=1, empty_caption=1)

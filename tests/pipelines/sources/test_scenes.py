@@ -20,8 +20,8 @@ from pipelines.sources.scenes import (
     SceneWorker,
     defect_positions,
     serve,
-    to_uint8,
 )
+from repfusion.scenes.world import to_uint8
 
 DEFECTS = DefectsConfig(missing=1, undecodable=1, empty_caption=1)
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from captioned_shards import FIRST, SECOND, write_captions
+from captioned_shards import FIRST, SECOND, fields_of, write_captions
 
 from pipelines.runtime.pool import ShardJob
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar
 from pipelines.shards.tars import read_samples, tar_shard
-from pipelines.stages.prompt_features import PromptFeaturesConfig, PromptFeaturesWorker, fingerprint_fields
+from pipelines.stages.prompt_features import PromptFeaturesConfig, PromptFeaturesWorker, prompt_features_stage
 from repfusion.data.dataset import ColumnDataset
 from repfusion.data.readers import CaptionArray, SampleArray
 from repfusion.llm.load import load_language_model
@@ -178,20 +178,12 @@ def test_captions_of_other_keys_are_refused(root, models):
         make(make_worker(root, models["llava"]), "00003")
 
 
-def test_what_decides_the_bytes():
-    base = fingerprint_fields(
-        "prompt_features", "digest", "float32", PromptFeaturesConfig(), ["short", "long"]
-    )
-    assert base["columns.prompt_features.captions"] == ["long", "short"]
-    assert (
-        fingerprint_fields(
-            "prompt_features", "digest", "float32", PromptFeaturesConfig(batch_size=1), ["long", "short"]
-        )
-        == base
-    )
-    assert (
-        fingerprint_fields(
-            "prompt_features", "digest", "float32", PromptFeaturesConfig(dtype="float32"), ["long", "short"]
-        )
-        != base
-    )
+def test_what_decides_the_bytes(root, models):
+    def fields(names, **changes):
+        config = PromptFeaturesConfig(**changes)
+        return fields_of(prompt_features_stage, config, models["llava"], root, names=names)
+
+    base = fields(["short", "long"])
+    assert base["columns.c.captions"] == ["long", "short"]
+    assert fields(["long", "short"], batch_size=1) == base
+    assert fields(["long", "short"], dtype="float32") != base

@@ -1,16 +1,17 @@
 """Rewritten captions: what the model wrote, once a caption; what it did not write is counted."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from captioned_shards import FIRST, SECOND, write_captions
+from captioned_shards import FIRST, SECOND, fields_of, write_captions
 
 from pipelines.runtime.pool import ShardJob
 from pipelines.shards.storage import Folder
-from pipelines.shards.store import ShardError
-from pipelines.shards.tars import read_samples
-from pipelines.stages.rewrites import RewritesConfig, RewritesWorker, fingerprint_fields
+from pipelines.shards.store import ShardCommit, ShardError
+from pipelines.shards.tars import read_samples, tar_shard
+from pipelines.stages.rewrites import RewritesConfig, RewritesWorker, rewrites_stage
 from repfusion.llm.chats.batch import tokenise_chats
 from repfusion.llm.chats.format import Chat
 from repfusion.llm.chats.read import Writing, write
@@ -71,14 +72,28 @@ def test_a_caption_without_room_for_its_rewriting_is_an_error(root, models):
         worker_of(root, models["llava"], max_new_tokens=126)(ShardJob("00000", "f", {"curate": "a"}))
 
 
-def test_the_fingerprint_follows_how_captions_are_rewritten():
-    base = fingerprint_fields("r", "d", "float32", RewritesConfig(), ())
+def test_the_fingerprint_follows_how_captions_are_rewritten(root, models):
+    def fields(mllm=models["llava"], dtype="float32", names=(), **changes):
+        return fields_of(rewrites_stage, RewritesConfig(**changes), mllm, root, dtype, names)
+
+    template = shutil.copytree(models["llava"], root / "templated")
+    (template / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    base = fields()
     for changed in (
-        fingerprint_fields("r", "e", "float32", RewritesConfig(), ()),
-        fingerprint_fields("r", "d", "bfloat16", RewritesConfig(), ()),
-        fingerprint_fields("r", "d", "float32", RewritesConfig(system="say it better"), ()),
-        fingerprint_fields("r", "d", "float32", RewritesConfig(max_new_tokens=9), ()),
-        fingerprint_fields("r", "d", "float32", RewritesConfig(), ("long",)),
+        fields(mllm=template),
+        fields(dtype="bfloat16"),
+        fields(system="say it better"),
+        fields(max_new_tokens=9),
+        fields(names=("long",)),
     ):
         assert sum(base[key] != changed[key] for key in base) == 1
-    assert fingerprint_fields("r", "d", "float32", RewritesConfig(batch_size=1), ()) == base
+    assert fields(batch_size=1) == base
+
+
+def test_an_instruction_is_not_rewritten_without_its_source_images(root, models):
+    with ShardCommit(Folder.at(root / "curate"), "00002", "f", {}) as commit:
+        with tar_shard(commit) as samples:
+            samples.write("000000009", {"txt": b"make it blue", "source.png": b"a picture"})
+        commit.commit("00002.tar")
+    with pytest.raises(ShardError, match=r"00002\.tar, key 000000009: an editing sample, whose instruction"):
+        worker_of(root, models["llava"])(ShardJob("00002", "f", {"curate": "a"}))

@@ -21,9 +21,9 @@ def pooled(lap: LayerwisePooling, states: list[Tensor]) -> Tensor:
         for block in lap.layer_blocks:
             taps = attend(block, taps)
         tokens.append(sum(weight * tap for weight, tap in zip(lap.pool, taps, strict=True)))
-    for block in lap.refiner:
+    for block in lap.refiner.blocks:
         tokens = attend(block, tokens)
-    return torch.stack([rms(token, lap.norm.weight) for token in tokens])
+    return torch.stack([rms(token, lap.refiner.norm.weight) for token in tokens])
 
 
 @pytest.mark.parametrize(("layer_depth", "refiner_depth"), [(2, 2), (0, 1), (1, 0)])
@@ -48,7 +48,7 @@ def test_taps_are_averaged_at_first():
     state = torch.randn(1, 3, 64)
     mask = torch.ones(1, 3, dtype=torch.bool)
     same = [state] * 4
-    torch.testing.assert_close(lap(same, mask), lap.norm(lap.tap_norms[0](state)))
+    torch.testing.assert_close(lap(same, mask), lap.refiner.norm(lap.tap_norms[0](state)))
 
 
 def test_states_are_those_of_transformers_own_forward(foundation):

@@ -101,6 +101,22 @@ def test_a_rewriting_is_the_same_known_ahead_or_written_on_the_way(foundation, m
     assert not torch.allclose(elsewhere[0], written[0])  # another system prompt, the same words written
 
 
+def test_a_training_that_rewrites_needs_the_column():
+    assert UniFusionConfig().columns == {}
+    assert UniFusionConfig(rewriting=REWRITING).columns[REWRITES].is_required
+
+
+def test_a_share_of_the_training_is_shown_without_rewriting(foundation):
+    rewriting = REWRITING.model_copy(update={"share": 0.5})
+    made = conditioner(foundation, rewriting=rewriting.model_dump())
+    ids = torch.tensor(made.llm.token_ids(["two blue circle and green"])[0])
+    requests = [Request("a red circle", computed={REWRITES: ids})] * 40
+    lengths = [len(one) for one in contexts(made, requests, seeds=range(40))]
+    assert set(lengths) == {3, len(ids)} and 10 < lengths.count(3) < 30
+    again = [len(one) for one in contexts(made, requests[:7], seeds=range(7))]
+    assert again == lengths[:7]  # by the sample's seed alone
+
+
 def test_in_training_only_rewritings_of_a_column_are_read(foundation, monkeypatch):
     made = conditioner(foundation, rewriting=REWRITING)
     monkeypatch.setattr(unifusion, "rewrite", lambda *args: pytest.fail("written in training"))

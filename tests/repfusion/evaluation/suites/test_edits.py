@@ -11,13 +11,13 @@ from repfusion.evaluation.draw import Drawing
 from repfusion.evaluation.gallery import gallery
 from repfusion.evaluation.record import EvaluationConfig
 from repfusion.evaluation.suites.base import Item, Suite
-from repfusion.evaluation.suites.edits import EditsSuite, EditsSuiteConfig, edit_of, image_of
+from repfusion.evaluation.suites.edits import EditsSuite, EditsSuiteConfig, edit_of
 from repfusion.evaluation.suites.references import ReferencesSuite, ReferencesSuiteConfig
 from repfusion.evaluation.suites.scenes import prompt_of
 from repfusion.scenes.captions import Prompt
 from repfusion.scenes.detector import check
 from repfusion.scenes.edits import EDIT_KINDS
-from repfusion.scenes.world import Scene, Thing, WorldConfig, is_held_out, place
+from repfusion.scenes.world import Scene, Thing, WorldConfig, is_held_out, place, render, to_uint8
 
 WORLD = WorldConfig()
 EDITS = EditsSuite(EditsSuiteConfig(num_edits=60), seed=0)
@@ -30,7 +30,7 @@ def scored(suite: Suite, items: list[Item], images: list[np.ndarray]):
 
 
 def targets() -> list[np.ndarray]:
-    return [image_of(edit_of(item).target, WORLD) for item in ITEMS]
+    return [to_uint8(render(edit_of(item).target, WORLD)) for item in ITEMS]
 
 
 def sources() -> list[np.ndarray]:
@@ -43,7 +43,7 @@ def test_items_are_edits_to_held_out_scenes_every_kind_alike():
         edit = edit_of(item)
         assert is_held_out(edit.target) and item.request.prompt == edit.instruction != ""
         (image,) = item.request.images
-        assert np.array_equal(image, image_of(edit.source, WORLD)) and image.dtype == np.uint8
+        assert np.array_equal(image, to_uint8(render(edit.source, WORLD))) and image.dtype == np.uint8
     again = EditsSuite(EditsSuiteConfig(num_edits=60), seed=0).items()
     assert asked(again) == asked(ITEMS) != asked(EditsSuite(EditsSuiteConfig(num_edits=60), 1).items())
     shown = EditsSuite(EditsSuiteConfig(num_edits=12, split="train"), 0).items()
@@ -99,7 +99,7 @@ def test_what_was_to_stay_is_missed_where_it_moved_changed_or_went():
         (new, stays, place(rng, "cross", "blue", row, col, WORLD)): "3 things, at most 2",
         (stays,): "where it should be",
     }.items():
-        scores = scored(EDITS, [item], [image_of(Scene(things), WORLD)])
+        scores = scored(EDITS, [item], [to_uint8(render(Scene(things), WORLD))])
         assert scores.headline_value == 0.0 and reason in scores.reasons[item.key], things
 
 
@@ -115,13 +115,13 @@ def test_of_several_alike_any_may_go():
         edit = edit_of(item)
         if edit in fewer:
             others = edit.source.things[::-1][: len(edit.target.things)]
-            scores = scored(suite, [item], [image_of(Scene(others), WORLD)])
+            scores = scored(suite, [item], [to_uint8(render(Scene(others), WORLD))])
             assert scores.headline_value == 1.0 and "kept_error" not in scores.values
 
 
 def test_images_of_another_size_are_compared_with_the_source_at_theirs():
     large = WORLD.model_copy(update={"image_size": 64})
-    scores = scored(EDITS, ITEMS, [image_of(edit_of(item).target, large) for item in ITEMS])
+    scores = scored(EDITS, ITEMS, [to_uint8(render(edit_of(item).target, large)) for item in ITEMS])
     assert scores.headline_value == 1.0 and scores.values["kept_error"] < 1 / 255
 
 
@@ -139,7 +139,7 @@ def composed(prompt: Prompt, cells: tuple[tuple[int, int], tuple[int, int]]) -> 
     rng = np.random.default_rng(0)
     pairs = zip(prompt.wanted, cells, strict=True)
     things = [place(rng, want.shape, want.colour, *cell, WORLD) for want, cell in pairs if want.colour]
-    return image_of(Scene(tuple(things)), WORLD)
+    return to_uint8(render(Scene(tuple(things)), WORLD))
 
 
 CELLS = {
