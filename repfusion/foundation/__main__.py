@@ -26,13 +26,24 @@ from repfusion.foundation.measure import measure
 from repfusion.foundation.perception import polish_decoder, train_perception
 from repfusion.foundation.pool import ScenePool
 from repfusion.foundation.vae import train_vae
-from repfusion.foundation.variants import SeenPool, train_language, train_large, train_noise_taught
+from repfusion.foundation.variants import (
+    SeenPool,
+    train_judgement,
+    train_language,
+    train_large,
+    train_noise_taught,
+)
 from repfusion.latents.tower import RepresentationEncoder
 from repfusion.weights import WEIGHTS
 
-PARTS = ("perception", "polish", "noise_taught", "language", "large", "vae", "measure")
-ON_THE_TOWER = ("polish", "noise_taught", "large")
-"""Parts that begin from the perception's models; the others read scenes alone."""
+PARTS = ("perception", "judgement", "polish", "noise_taught", "language", "large", "vae", "measure")
+BEGINS_FROM = {
+    "judgement": "perception",
+    "polish": "perception",
+    "noise_taught": "judgement",
+    "large": "judgement",
+}
+"""Parts that begin from another's models; the rest read scenes alone."""
 DECIDES_NOTHING = {"device", "compile", "save_every_sec"}
 """Fields that a folder may have been made with otherwise."""
 MODELS = ("vision_tower", "decoder", "llava", "llava_noise_taught", "llava_large", "language", "vae")
@@ -82,6 +93,8 @@ class Foundation:
         match part:
             case "perception":
                 return train_perception(self.pool, *common)
+            case "judgement":
+                return train_judgement(self.seen, *common)
             case "polish":
                 encoder = RepresentationEncoder.from_pretrained(self.folder / "vision_tower")
                 return polish_decoder(self.pool, encoder.to(self.pool.device), *common)
@@ -121,8 +134,10 @@ def bring_up_to_date(
     if not (folder / "llava" / "tokenizer.json").is_file():
         train_tokenizer(folder / "llava")
     missing = tuple(part for part in parts if part != "measure" and part not in record["parts"])
-    if "perception" not in (*record["parts"], *missing) and (early := set(missing) & set(ON_THE_TOWER)):
-        raise ValueError(f"{folder}: {', '.join(sorted(early))} begin from perception; train it first")
+    for part in missing:
+        first = BEGINS_FROM.get(part)
+        if first is not None and first not in (*record["parts"], *missing):
+            raise ValueError(f"{folder}: {part} begins from {first}; train it first")
     trained = (
         trained_alone(foundation, missing)
         if min(num_processes, len(missing)) < 2
@@ -161,8 +176,8 @@ def trained_side_by_side(
     left, running = list(parts), dict[Future[Report], str]()
     with ProcessPoolExecutor(num_processes, get_context("spawn")) as executor:
         while left or running:
-            is_early = {"perception"} & {*left, *running.values()}
-            for part in [part for part in left if not (is_early and part in ON_THE_TOWER)]:
+            undone = {*left, *running.values()}
+            for part in [part for part in left if BEGINS_FROM.get(part) not in undone]:
                 left.remove(part)
                 running[executor.submit(train_apart, foundation.config, foundation.folder, part)] = part
             for future in wait(running, return_when=FIRST_COMPLETED).done:

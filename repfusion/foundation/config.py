@@ -27,7 +27,7 @@ class FoundationConfig(Config):
     relation_share: float = Field(default=0.6, ge=0, le=1)
     """Share of the scenes whose two things stand in a relation."""
     texts_per_scene: int = Field(default=8, ge=1)
-    """Dialogues, and captions, written about each scene."""
+    """Dialogues of either course, and captions, written about each scene."""
     image_size: int = 64
     """Pixels a side."""
     patch_size: int = 16
@@ -60,6 +60,8 @@ class FoundationConfig(Config):
     """Weight of the rebuilt pixels' L1 beside the answers' loss."""
     perception: LengthConfig = LengthConfig(num_steps=12_000, batch_size=64)
     """Tower, LLaVA and decoder together."""
+    judgement: LengthConfig = LengthConfig(num_steps=10_000, batch_size=64, lr=6e-4)
+    """The LLaVA going on over the frozen tower with dialogues most of which are claims."""
     polish: LengthConfig = LengthConfig(num_steps=3_000, batch_size=64, lr=5e-4)
     """The decoder alone, on the tower as it then is."""
     noise_taught: LengthConfig = LengthConfig(num_steps=4_000, batch_size=64, lr=3e-4)

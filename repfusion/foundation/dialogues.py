@@ -1,6 +1,9 @@
 """Scenes -> token ids for perception pretraining: descriptions, questions, claims and edits of an image;
 captions and rewritings of prompts alone.
 
+There are two courses: first an image is mostly described and asked about, then mostly judged by. What a thing
+is has to be seen before the colours of two things can be told from each other's.
+
 The image stands before or after the question, as in LLaVA's first stage; after a claim it follows at once,
 without a space, which is the order in which RepFusion lets the language model read: prompt first, visual
 tokens after.
@@ -39,6 +42,13 @@ RELATION_SHARE = 0.7
 """Share of the dialogues about a scene with a relation that are about the relation."""
 RELATION_KINDS: tuple[Kind, ...] = ("direction", "axis", "swap")
 
+LATER_SHARES = {"edit": 0.08, "description": 0.1, "question": 0.1, "relation": 0.1}
+"""Shares of what is not a claim in the second course; a scene without a relation has claims in its place."""
+LATER_KINDS: tuple[Kind, ...] = (*KINDS, "colour", "shape", "swap", "swap", "swap", "swap", "swap")
+"""Kinds of claims in the second course, as often as they stand here; more than half of the pairs have no
+swap, as training does not show what it would give.
+"""
+
 
 def write_dialogue(
     scene: Scene, rng: np.random.Generator, other: Scene, world: WorldConfig
@@ -55,6 +65,25 @@ def write_dialogue(
     if kind < CLAIM_SHARE + DESCRIPTION_SHARE:
         return _ask(DESCRIBE, canonical_caption(scene), rng)
     return _ask(*ask(scene, rng), rng)
+
+
+def write_judgement(
+    scene: Scene, rng: np.random.Generator, other: Scene, world: WorldConfig
+) -> tuple[str, str]:
+    """A dialogue of the second course, in which six of ten are claims; arguments as of `write_dialogue`."""
+    shares = LATER_SHARES.values()
+    chosen = rng.choice([*LATER_SHARES, "claim"], p=[*shares, 1 - sum(shares)])
+    match chosen:
+        case "edit":
+            edit = draw_edit(scene, rng, world)
+            return _ask(edit.instruction, edit.described, rng)
+        case "description":
+            return _ask(DESCRIBE, canonical_caption(scene), rng)
+        case "question":
+            return _ask(*ask(scene, rng), rng)
+        case "relation" if scene.relation:
+            return _ask(*(ask_where if rng.random() < 0.6 else ask_what)(scene, rng), rng)
+    return _claim(scene, rng, other, LATER_KINDS)
 
 
 def _about_the_relation(scene: Scene, rng: np.random.Generator, other: Scene) -> tuple[str, str]:

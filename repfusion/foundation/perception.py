@@ -116,7 +116,7 @@ def perception_objective(both: Seeing, pool: ScenePool, config: FoundationConfig
 
     def draw(step: int) -> tuple[Tensor, ...]:
         generator = pool.generator(0, step)
-        batch = pool.batch(config.perception.batch_size, generator)
+        batch = pool.batch(config.perception.batch_size, generator, pool.dialogues)
         return batch.pixels, *batch.texts, feature_noise(config, len(batch.rows), generator)
 
     def loss(
@@ -154,7 +154,7 @@ def polish_decoder(
 
     def draw(step: int) -> tuple[Tensor, ...]:
         generator = pool.generator(1, step)
-        pixels = pool.batch(config.polish.batch_size, generator).pixels
+        pixels = pool.batch(config.polish.batch_size, generator, pool.dialogues).pixels
         return pixels, encoder(pixels) + feature_noise(config, len(pixels), generator)
 
     def loss(pixels: Tensor, features: Tensor) -> dict[str, Tensor]:

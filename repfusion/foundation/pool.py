@@ -15,12 +15,14 @@ from torch import Tensor
 from repfusion.files import digest_of, file_sha256
 from repfusion.foundation.chunks import Arrays, Kept, in_chunks, joined
 from repfusion.foundation.config import FoundationConfig
-from repfusion.foundation.dialogues import Tokens, text_ids, write_dialogue, write_text
+from repfusion.foundation.dialogues import Tokens, text_ids, write_dialogue, write_judgement, write_text
 from repfusion.llm.tokenizer import load_tokenizer
 from repfusion.scenes.world import draw_scene, render
 
 CHUNK = 500
 """Scenes that one process draws at a time."""
+TEXTS = ("dialogues", "judgements", "captions")
+"""Kinds of texts that are kept with a scene: dialogues of the first course, of the second, and captions."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class SceneBatch:
     pixels: Float[Tensor, "b 3 h w"]
     dialogues: Int[Tensor, "b m"]
     is_answer: Bool[Tensor, "b m"]
-    captions: Int[Tensor, "b k"]
-    is_caption: Bool[Tensor, "b k"]
+    captions: Int[Tensor, "c k"]
+    is_caption: Bool[Tensor, "c k"]
     rows: Int[Tensor, " b"]
     """Places of the scenes in the pool."""
 
@@ -84,12 +86,12 @@ class ScenePool:
         self.pad_id = tokenizer.pad_token_id
         self.image_id = tokenizer.convert_tokens_to_ids("<image>")
         self.pixels = torch.from_numpy(joined(parts, "pixels")).to(self.device)
-        self.dialogues, self.captions = (
+        self.dialogues, self.judgements, self.captions = (
             Texts(
                 torch.from_numpy(joined(parts, name, self.pad_id)).to(self.device),
                 torch.from_numpy(joined(parts, f"{name}_starts")).to(self.device),
             )
-            for name in ("dialogues", "captions")
+            for name in TEXTS
         )
 
     def __len__(self) -> int:
@@ -99,17 +101,20 @@ class ScenePool:
         """Random numbers of one step of one part."""
         return torch.Generator(self.device).manual_seed(seed * 10_000_019 + step)
 
-    def batch(self, size: int, generator: torch.Generator) -> SceneBatch:
-        """Scenes at random, one dialogue and one caption of each."""
+    def batch(
+        self, size: int, generator: torch.Generator, dialogues: Texts, num_captions: int | None = None
+    ) -> SceneBatch:
+        """Scenes at random, one of the dialogues about each, and one caption of each, or of the first few."""
 
         def draw(most: int) -> Tensor:
             return torch.randint(most, (size,), generator=generator, device=self.device)
 
-        rows, which = draw(len(self)), (draw(self.dialogues.ids.shape[1]), draw(self.captions.ids.shape[1]))
-        dialogues, is_answer = self._texts(self.dialogues, rows, which[0])
-        captions, is_caption = self._texts(self.captions, rows, which[1])
+        rows, which = draw(len(self)), (draw(dialogues.ids.shape[1]), draw(self.captions.ids.shape[1]))
+        asked, is_answer = self._texts(dialogues, rows, which[0])
+        first = slice(num_captions)
+        captions, is_caption = self._texts(self.captions, rows[first], which[1][first])
         pixels = self.pixels[rows].float() / 255
-        return SceneBatch(pixels, dialogues, is_answer, captions, is_caption, rows)
+        return SceneBatch(pixels, asked, is_answer, captions, is_caption, rows)
 
     def _texts(self, texts: Texts, rows: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and what is learned of them."""
@@ -122,17 +127,18 @@ def made_from(config: FoundationConfig, tokenizer_folder: Path) -> str:
     """A digest of all that decides the scenes and their texts."""
     fields = {"num_scenes", "relation_share", "texts_per_scene", "image_size", "patch_size"}
     tokenizer = file_sha256(tokenizer_folder / "tokenizer.json")
-    return digest_of([config.model_dump(mode="json", include=fields), tokenizer, CHUNK])
+    return digest_of([config.model_dump(mode="json", include=fields), tokenizer, CHUNK, TEXTS])
 
 
 def draw_chunk(config: FoundationConfig, tokenizer_folder: Path, start: int, num: int) -> Arrays:
-    """Pixels (uint8) of scenes `start` to `start + num`, ids of their dialogues and captions by scene, and
-    the places from which on they are learned.
+    """Pixels (uint8) of scenes `start` to `start + num`, ids of their dialogues of both courses and of their
+    captions by scene, and the places from which on they are learned.
     """
     torch.set_num_threads(1)
     tokenizer, world = load_tokenizer(tokenizer_folder), config.world
     pixels = np.empty((num, 3, config.image_size, config.image_size), np.uint8)
     dialogues: list[tuple[str, str]] = []
+    judgements: list[tuple[str, str]] = []
     captions: list[tuple[str, str]] = []
     for place in range(num):
         seed = start + place
@@ -142,8 +148,10 @@ def draw_chunk(config: FoundationConfig, tokenizer_folder: Path, start: int, num
         pixels[place] = np.round(render(scene, world) * 255)
         dialogues += [write_dialogue(scene, rng, other, world) for _ in range(config.texts_per_scene)]
         captions += [write_text(scene, rng) for _ in range(config.texts_per_scene)]
+        judgements += [write_judgement(scene, rng, other, world) for _ in range(config.texts_per_scene)]
     texts = {
         "dialogues": text_ids(tokenizer, dialogues, config.num_tokens),
+        "judgements": text_ids(tokenizer, judgements, config.num_tokens),
         "captions": text_ids(tokenizer, captions),
     }
     return {

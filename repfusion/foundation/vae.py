@@ -53,7 +53,7 @@ def vae_objective(vae: Any, pool: ScenePool, config: FoundationConfig) -> Object
 
     def draw(step: int) -> tuple[Tensor, ...]:
         generator = pool.generator(5, step)
-        target = pool.batch(config.vae.batch_size, generator).pixels * 2 - 1
+        target = pool.batch(config.vae.batch_size, generator, pool.dialogues).pixels * 2 - 1
         size, device = len(target), generator.device
         sigma = config.vae_noise * torch.rand(size, 1, 1, 1, generator=generator, device=device)
         shape = size, config.vae_channels, *config.grid

@@ -1,7 +1,8 @@
-"""The LLaVA's siblings over the same frozen tower: taught on noise, language alone, and larger.
+"""The LLaVA's second course over the frozen tower, then its siblings: taught on noise, language alone, and
+larger.
 
-Comparisons of what a language model has learned need them: all read the same texts, as many captions alone,
-and the ones that see read the same features.
+Comparisons of what a language model has learned need them: all read the same texts, and the ones that see
+read the same features.
 """
 
 from collections.abc import Callable
@@ -33,6 +34,10 @@ from repfusion.pretrained.weights import load_transformers
 Disturb = Callable[[Float[Tensor, "b n d"], torch.Generator], Float[Tensor, "b n d"]]
 
 
+CAPTION_SHARE = 0.25
+"""Captions read alone, for each dialogue of the second course: a reader is kept, no longer made."""
+
+
 class SeenPool:
     """A pool's images as the frozen tower sees them, computed once."""
 
@@ -47,6 +52,17 @@ class SeenPool:
 
     def of(self, batch: SceneBatch) -> Float[Tensor, "b n d"]:
         return self.features[batch.rows].float()
+
+
+def train_judgement(
+    seen: SeenPool, config: FoundationConfig, folder: Path, state: Path, until: float | None = None
+) -> dict[str, float]:
+    """Writes `llava` anew: it goes on with the dialogues of the second course, its tower frozen."""
+    llava = load_transformers(LlavaForConditionalGeneration, folder / "llava", "LLaVA").to(seen.pool.device)
+    objective = sight_objective(llava, seen, config.judgement, 7, lambda features, generator: features)
+    shown = train_over_the_tower(llava, config, config.judgement, objective, state, until)
+    save_mllm(llava, folder / "llava", folder / "llava")
+    return shown
 
 
 def train_noise_taught(
@@ -108,11 +124,12 @@ def train_over_the_tower(
 def sight_objective(
     llava: LlavaForConditionalGeneration, seen: SeenPool, length: LengthConfig, seed: int, disturb: Disturb
 ) -> Objective:
-    """Answers about images whose features are disturbed, and captions alone."""
+    """Answers of the second course about images whose features are disturbed, and captions alone."""
+    pool, num_captions = seen.pool, max(1, round(length.batch_size * CAPTION_SHARE))
 
     def draw(step: int) -> tuple[Tensor, ...]:
-        generator = seen.pool.generator(seed, step)
-        batch = seen.pool.batch(length.batch_size, generator)
+        generator = pool.generator(seed, step)
+        batch = pool.batch(length.batch_size, generator, pool.judgements, num_captions)
         return disturb(seen.of(batch), generator), *batch.texts
 
     def loss(
@@ -129,15 +146,15 @@ def sight_objective(
 def train_language(
     pool: ScenePool, config: FoundationConfig, folder: Path, state: Path, until: float | None = None
 ) -> dict[str, float]:
-    """Writes `language`: a language model of the LLaVA's geometry, on the same captions and on the dialogues
-    without their image.
+    """Writes `language`: a language model of the LLaVA's geometry, on the same captions and on the second
+    course's dialogues without their image.
     """
     torch.manual_seed(1)
     tokenizer = load_tokenizer(folder / "llava")
     twin = LlamaForCausalLM(llava_config(config, tokenizer).text_config).to(pool.device)
 
     def draw(step: int) -> tuple[Tensor, ...]:
-        batch = pool.batch(config.language.batch_size, pool.generator(3, step))
+        batch = pool.batch(config.language.batch_size, pool.generator(3, step), pool.judgements)
         return *without_images(batch, pool), batch.captions, batch.is_caption
 
     def loss(dialogues: Tensor, is_answer: Tensor, captions: Tensor, is_caption: Tensor) -> dict[str, Tensor]:

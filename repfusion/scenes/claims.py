@@ -65,10 +65,10 @@ def possible_kinds(scene: Scene) -> tuple[Kind, ...]:
 
 
 def claim(scene: Scene, rng: np.random.Generator, other: Scene, kinds: Sequence[Kind] = KINDS) -> SceneClaim:
-    """A claim of one of the kinds that the scene admits. `other` is a scene drawn as this one was: a claim of
-    absence names a thing of it, or of this one.
+    """A claim of one of the kinds that the scene admits; a kind that is named twice is drawn twice as often.
+    `other` is a scene drawn as this one was: a claim of absence names a thing of it, or of this one.
     """
-    possible = [kind for kind in possible_kinds(scene) if kind in kinds]
+    possible = [kind for kind in possible_kinds(scene) for _ in range(kinds.count(kind))]
     if not possible:
         raise ValueError(f"no claim of the kinds {tuple(kinds)} about {scene}")
     for _ in range(MAX_TRIES):

@@ -13,6 +13,7 @@ from repfusion.foundation.dialogues import (
     text_ids,
     train_tokenizer,
     write_dialogue,
+    write_judgement,
     write_text,
 )
 from repfusion.llm.words import WORDS
@@ -142,6 +143,17 @@ def test_dialogues_hold_one_image_and_true_answers():
     assert min(kinds.values()) > 90
     asked = kinds["describe"] + kinds["question"] + kinds["edit"]
     assert image_first == pytest.approx(asked / 2, abs=3 * asked**0.5 / 2)
+
+
+def test_most_dialogues_of_the_second_course_are_claims():
+    rng = np.random.default_rng(0)
+    scenes = [draw_scene(seed) for seed in range(900)]
+    said = [write_judgement(scene, rng, scenes[rng.integers(900)], WorldConfig()) for scene in scenes]
+    assert all(question.count("<image>") == 1 for question, _ in said)
+    claims = [question.removesuffix("<image>") for question, answer in said if answer in ("yes", "no")]
+    assert 0.6 < len(claims) / len(said) < 0.75
+    assert sum(answer == "yes" for _, answer in said) == pytest.approx(len(claims) / 2, abs=50)
+    assert sum(DESCRIBE in question for question, _ in said) == pytest.approx(90, abs=40)
 
 
 def test_texts_without_an_image_are_captions_and_rewritings(tokenizer):

@@ -23,7 +23,7 @@ from repfusion.foundation.large import grow
 from repfusion.foundation.measure import measure
 from repfusion.foundation.optimise import Objective, optimise
 from repfusion.foundation.perception import Seeing, llava_config, new_decoder, perception_objective
-from repfusion.foundation.pool import ScenePool
+from repfusion.foundation.pool import SceneBatch, ScenePool
 from repfusion.foundation.vae import make_vae, vae_objective
 from repfusion.foundation.variants import SeenPool, sight_objective, without_images
 from repfusion.latents.load import EncoderConfig, load_decoder
@@ -53,6 +53,7 @@ TINY = FoundationConfig(
     large_layers=3,
     large_heads=2,
     perception=SHORT,
+    judgement=SHORT,
     polish=SHORT,
     noise_taught=SHORT,
     language=SHORT,
@@ -66,10 +67,11 @@ def pool(trained) -> ScenePool:
     return ScenePool(TINY, trained / "llava", num_processes=1)
 
 
-def test_a_pool_holds_training_scenes_and_what_is_said_of_them(pool, trained):
+@pytest.mark.parametrize("course", ["dialogues", "judgements"])
+def test_a_pool_holds_training_scenes_and_what_is_said_of_them(course, pool, trained):
     tokenizer, world = load_tokenizer(trained / "llava"), TINY.world
     assert world.relation_share == 0.6
-    batch = pool.batch(10, pool.generator(0, 3))
+    batch = pool.batch(10, pool.generator(0, 3), getattr(pool, course))
     for place, row in enumerate(batch.rows.tolist()):
         expected = render(draw_scene(row, world), world)
         np.testing.assert_allclose(batch.pixels[place].numpy(), expected, atol=0.5 / 255 + 1e-6)
@@ -84,10 +86,15 @@ def test_a_pool_holds_training_scenes_and_what_is_said_of_them(pool, trained):
 
 
 def test_what_a_step_sees_follows_from_its_number(pool):
-    first, again, other = (pool.batch(5, pool.generator(0, step)) for step in (7, 7, 8))
+    def batch(seed: int, step: int, *captions: int) -> SceneBatch:
+        return pool.batch(5, pool.generator(seed, step), pool.dialogues, *captions)
+
+    first, again, other = (batch(0, step) for step in (7, 7, 8))
     assert torch.equal(first.dialogues, again.dialogues) and torch.equal(first.pixels, again.pixels)
     assert not torch.equal(first.rows, other.rows)
-    assert not torch.equal(first.rows, pool.batch(5, pool.generator(1, 7)).rows)
+    assert not torch.equal(first.rows, batch(1, 7).rows)
+    fewer = batch(0, 7, 2)
+    assert torch.equal(fewer.captions, first.captions[:2]) and torch.equal(fewer.dialogues, first.dialogues)
 
 
 @pytest.mark.slow
@@ -100,7 +107,7 @@ def test_a_pool_is_the_same_from_several_processes(pool, trained, monkeypatch):
 
 
 def test_dialogues_without_their_images_are_whole(pool):
-    batch = pool.batch(8, pool.generator(0, 0))
+    batch = pool.batch(8, pool.generator(0, 0), pool.judgements)
     ids, is_answer = without_images(batch, pool)
     for before, after, said, kept in zip(batch.dialogues, ids, batch.is_answer, is_answer, strict=True):
         assert torch.equal(before[before != pool.image_id], after)
@@ -130,7 +137,7 @@ def test_a_folder_of_other_sizes_is_refused(trained):
 
 
 def test_a_part_does_not_begin_before_what_it_reads(tmp_path):
-    with pytest.raises(ValueError, match="large, polish begin from perception; train it first"):
+    with pytest.raises(ValueError, match="large begins from judgement; train it first"):
         recipe.bring_up_to_date(recipe.Foundation(TINY, tmp_path), ("large", "polish", "vae"))
 
 
@@ -177,7 +184,7 @@ def test_parts_that_there_are_not_are_named(trained, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         recipe.main()
     assert ended.value.code == 1
-    assert "error: no parts nose; there are perception, polish" in capsys.readouterr().err
+    assert "error: no parts nose; there are perception, judgement, polish" in capsys.readouterr().err
 
 
 def test_only_a_whole_foundation_is_released(trained, tmp_path):
@@ -191,7 +198,7 @@ def test_only_a_whole_foundation_is_released(trained, tmp_path):
         write_json(trained / recipe.RECORD, {**record, "quality": {}})
         recipe.release(trained, weights)
         write_json(trained / recipe.RECORD, {**record, "parts": {}})
-        with pytest.raises(ValueError, match=r"perception, polish, .* not done; train them first"):
+        with pytest.raises(ValueError, match=r"perception, judgement, .* not done; train them first"):
             recipe.release(trained, weights)
     finally:
         (trained / recipe.RECORD).write_text(before)

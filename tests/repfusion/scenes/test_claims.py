@@ -87,6 +87,12 @@ def test_a_wrong_claim_gets_one_fact_of_its_kind_wrong(claims):
                 assert one.colour is None or one.colour in {thing.colour for thing in scene.things}
 
 
+def test_kinds_are_drawn_as_often_as_they_are_named(scenes):
+    rng = np.random.default_rng(6)
+    kinds = [claim(scene, rng, scenes[0], ("colour", "shape", "colour", "colour")).kind for scene in scenes]
+    assert 2.5 < kinds.count("colour") / kinds.count("shape") < 4.5
+
+
 def test_no_claim_names_a_held_out_look(claims):
     for said, _ in claims:
         looks = (

@@ -26,6 +26,7 @@ large_layers: 3
 large_heads: 2
 save_every_sec: 1000
 perception: &short {num_steps: 3, batch_size: 6}
+judgement: *short
 polish: *short
 noise_taught: *short
 language: *short

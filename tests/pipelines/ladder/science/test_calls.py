@@ -183,7 +183,7 @@ def test_a_foundation_part_that_was_cut_off_goes_on(foundation_yaml, tmp_path, a
         assert not run_call(call, said.append)
     assert [line.partition(": ")[2] for line in said] == [
         f"perception: {done} of 3 steps are done; call again to go on" for done in (1, 2)
-    ] + ["polish: 1 of 3 steps are done; call again to go on"]
+    ] + ["judgement: 1 of 3 steps are done; call again to go on"]
     for name in ("vision_tower", "decoder"):
         whole, cut = (
             load_file(str(one / "foundation" / name / "model.safetensors")) for one in (asked.out, out)
