@@ -32,8 +32,8 @@ FIRST_SEED = 10_000_000
 
 
 def base_world(image_size: int) -> WorldConfig:
-    """What the base is trained on. Two of five scenes stand in a relation, which is learned last."""
-    return WorldConfig(image_size=image_size, shapes=BASE_SHAPES, colours=BASE_COLOURS, relation_share=0.4)
+    """What the base is trained on. Half of the scenes stand in a relation, which is learned last."""
+    return WorldConfig(image_size=image_size, shapes=BASE_SHAPES, colours=BASE_COLOURS, relation_share=0.5)
 
 
 def prepare(root: Path, num_scenes: int) -> None:
