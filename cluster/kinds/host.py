@@ -28,7 +28,7 @@ def main(words: list[str]) -> None:
             # its parts end with `ray start`, which gives the work on the node its time
             starters = [pid for pid, command in processes.marked(mark).items() if "--block" in command]
             processes.ask_to_end(starters, mark, DRAIN_SEC)
-            print(json.dumps(processes.end_rest(mark)))
+            print(json.dumps(processes.end_rest(mark, processes.HELPERS_SEC)))
         case ["token", file]:
             write_text(Path(file), sys.stdin.read().strip(), mode=0o600)
         case _:

@@ -238,7 +238,7 @@ class LocalNodes:
         workers = [one.pid for one in record.nodes if one.name != "head"]
         processes.ask_to_end(workers, record.mark, DRAIN_SEC)
         processes.ask_to_end([one.pid for one in record.nodes], record.mark, DRAIN_SEC)
-        killed = processes.end_rest(record.mark)
+        killed = processes.end_rest(record.mark, processes.HELPERS_SEC)
         for log in Path(record.ray_folder).glob("session_*/logs/job-driver-*.log"):
             if not log.parent.parent.is_symlink():
                 shutil.copyfile(log, folder_of(self.name) / "logs" / log.name)

@@ -14,6 +14,10 @@ from cluster.config import ClusterError
 MARK = "REPFUSION_CLUSTER"
 """Environment variable that every process of a cluster inherits."""
 POLL_SEC = 0.2
+EXEC_TRIES = 20
+"""Looks at a process that has no variables."""
+PF_KTHREAD = 0x0020_0000
+"""Flag of the kernel's own threads, which never have any."""
 
 
 def start(words: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
@@ -36,13 +40,25 @@ def marked(mark: str) -> dict[int, str]:
     found, wanted = {}, f"{MARK}={mark}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            # empty where the process is dead and only not yet waited for
-            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+            if wanted in _environment_of(folder).split(b"\0"):
                 words = (folder / "cmdline").read_bytes().split(b"\0")
                 found[int(folder.name)] = b" ".join(words).decode(errors="replace").strip()
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
     return found
+
+
+def _environment_of(folder: Path) -> bytes:
+    """Variables of a process: none where it is dead and only not yet waited for; while it becomes another
+    program, they are none for a moment.
+    """
+    for _ in range(EXEC_TRIES):
+        found = (folder / "environ").read_bytes()
+        state, _, _, _, _, _, flags = (folder / "stat").read_bytes().rpartition(b")")[2].split()[:7]
+        if found or state in b"ZX" or int(flags) & PF_KTHREAD:
+            return found
+        time.sleep(0.005)
+    return b""
 
 
 def is_alive(pid: int, mark: str) -> bool:
@@ -59,9 +75,14 @@ def ask_to_end(pids: Sequence[int], mark: str, patience_sec: float) -> None:
     wait_until(lambda: not set(pids) & marked(mark).keys(), patience_sec)
 
 
-def end_rest(mark: str, patience_sec: float = 10.0) -> dict[int, str]:
-    """SIGKILL to everything that carries the mark; returns what was killed."""
+HELPERS_SEC = 5.0
+"""Patience with helpers of processes that have ended: they see it by a pipe, and end by themselves."""
+
+
+def end_rest(mark: str, helpers_sec: float = 0.0, patience_sec: float = 10.0) -> dict[int, str]:
+    """SIGKILL to everything that carries the mark and does not end by itself; returns what was killed."""
     killed: dict[int, str] = {}
+    wait_until(lambda: not marked(mark), helpers_sec)
     for _ in range(3):
         left = marked(mark)
         killed |= left
