@@ -23,21 +23,22 @@ DEFAULT = CONFIGS / "ladder.yaml"
 
 def print_plan(config: LadderConfig) -> None:
     from pipelines.ladder.results import Result, finished, read
-    from pipelines.ladder.rows import ROWS, image_flops, model_of
+    from pipelines.ladder.rows import ROWS, image_flops, in_order, matched_dits, model_of
 
     common = config.common
     done = {key[:2] for key in finished(read(config.results, Result))}
     for name in config.rows:
         try:
-            model = model_of(ROWS[name], common)
+            model = model_of(ROWS[name], common, matched_dits(common, [name]))
             flops = image_flops(model, common)
         except (ValueError, OSError) as error:
             print(f"{name:<24} cannot be built: {str(error).splitlines()[0]}")
             continue
-        have = sum((name, seed) in done for seed in config.seeds)
+        runs = in_order([name], config.seeds)
+        have = sum(run in done for run in runs)
         print(
             f"{name:<24} DiT {model.dit.depth} x {model.dit.hidden_size}, {flops / 1e9:.2f} GFLOPs an image, "
-            f"results of any budget for {have} of {len(config.seeds)} seeds"
+            f"results of any budget for {have} of {len(runs)} seeds"
         )
 
 

@@ -1,6 +1,6 @@
-"""What a reproduction must show, as comparisons of rows; which of it our scores show, which not."""
+"""What docs/ladder/plan.md tests, as comparisons of rows; which of it scores show, which not."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,102 +14,115 @@ MARGIN = 0.03
 
 @dataclass(frozen=True)
 class Claim:
-    """`greater`: the first row scores above the second. `no_better`: it does not, by more than MARGIN.
-    `flip`: the first exceeds the second by more than the third exceeds the fourth.
+    """The first row scores above the second; of four, by more than the third above the fourth. `margin`
+    turns it around: the first is not above the second by more than that.
     """
 
-    number: str
     text: str
-    kind: Literal["greater", "no_better", "flip"]
     rows: tuple[str, ...]
+    margin: float | None = None
 
 
 CLAIMS = (
+    Claim("a frozen MLLM that reads the noisy latents beats static queries", ("repfusion", "static_queries")),
     Claim(
-        "1",
-        "a frozen MLLM that reads the noisy latents beats static queries",
-        "greater",
-        ("repfusion", "static_queries"),
+        "so does one that perceives noised latents",
+        ("repfusion_noise_taught", "static_queries_noise_taught"),
     ),
     Claim(
-        "1",
-        "a frozen language-only LLM that reads them beats its own static queries",
-        "greater",
-        ("noisy_rae", "static_queries_language"),
+        "perceiving noised latents adds to what reading them gains",
+        ("repfusion_noise_taught", "static_queries_noise_taught", "repfusion", "static_queries"),
     ),
+    Claim("perception pretraining helps a frozen LLM", ("repfusion", "repfusion_language")),
+    Claim("so does perceiving noised latents beside clean ones", ("repfusion_noise_taught", "repfusion")),
     Claim(
-        "1",
-        "queries read again at every step do not help",
-        "no_better",
+        f"queries read again at every step are no better, by {MARGIN:g}",
         ("timestep_queries", "static_queries"),
+        MARGIN,
     ),
-    Claim(
-        "1",
-        "it beats static queries with a larger DiT of the same FLOPs",
-        "greater",
-        ("repfusion", "static_queries_wide"),
-    ),
-    Claim(
-        "1",
-        "it beats TextEmbed with a larger DiT of the same FLOPs",
-        "greater",
-        ("repfusion", "text_embed_rae_wide"),
-    ),
-    Claim("2", "perception pretraining helps a frozen LLM", "greater", ("repfusion", "noisy_rae")),
-    Claim("3", "a language-only LLM prefers to be tuned", "greater", ("noisy_rae_tuned", "noisy_rae")),
-    Claim("3", "an MLLM prefers to stay frozen", "greater", ("repfusion", "tuned")),
-    Claim(
-        "3",
-        "tuning helps a language-only LLM more than an MLLM",
-        "flip",
-        ("noisy_rae_tuned", "noisy_rae", "tuned", "repfusion"),
-    ),
-    Claim("4", "RAE beats VAE for a static text condition", "greater", ("text_embed_rae", "text_embed_vae")),
 )
+"""The six tests of the plan, in its order."""
+
+DESCRIBED = (
+    Claim(
+        "a language-only LLM that reads the noisy latents beats its static queries",
+        ("repfusion_language", "static_queries_language"),
+    ),
+    Claim("RepFusion beats static queries of the same FLOPs", ("repfusion", "static_queries_wide")),
+    Claim("RepFusion beats TextEmbed of the same FLOPs", ("repfusion", "text_embed_wide")),
+    Claim("a language-only LLM prefers to be tuned", ("repfusion_language_tuned", "repfusion_language")),
+    Claim("an MLLM prefers to stay frozen", ("repfusion", "repfusion_tuned")),
+    Claim(
+        "tuning helps a language-only LLM more than an MLLM",
+        ("repfusion_language_tuned", "repfusion_language", "repfusion_tuned", "repfusion"),
+    ),
+    Claim("RAE beats VAE for a static text condition", ("text_embed_language", "text_embed_vae")),
+)
+"""Comparisons that the plan describes and does not test."""
+
+Outcome = Literal["holds", "not shown", "reversed", "missing"]
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """`adjusted` is p after Holm over all claims that are tests; None where there are too few seeds."""
+    """A claim's difference by pairs of seeds, and p, one-sided: by itself, and after Holm over all six; None
+    where there are fewer than two pairs.
+    """
 
     claim: Claim
     difference: Difference | None
+    p: float | None
     adjusted: float | None
-    outcome: Literal["holds", "not shown", "reversed", "missing"]
+    outcome: Outcome
 
 
 def difference_of(claim: Claim, scores: Mapping[str, Seeds]) -> Difference | None:
     """None where a row is missing."""
     if any(row not in scores for row in claim.rows):
         return None
-    if claim.kind != "flip":
+    if len(claim.rows) == 2:
         return compare(scores[claim.rows[0]], scores[claim.rows[1]])
-    shared = sorted(set.intersection(*(set(scores[row]) for row in claim.rows)))
-    a, b, c, d = (scores[row] for row in claim.rows)
-    return of_differences([(a[s] - b[s]) - (c[s] - d[s]) for s in shared]) if shared else None
+    pairs = pairs_of(claim, scores)
+    return of_differences(pairs) if pairs else None
+
+
+def pairs_of(claim: Claim, scores: Mapping[str, Seeds]) -> list[float]:
+    """Differences of two rows, or of two pairs of rows, over the seeds that all have."""
+    own = [scores.get(row, {}) for row in claim.rows]
+    shared = sorted(set.intersection(*(set(one) for one in own)))
+    signs = (1, -1, -1, 1)
+    return [sum(sign * one[seed] for sign, one in zip(signs, own, strict=False)) for seed in shared]
 
 
 def assess(scores: Mapping[str, Seeds]) -> list[Assessment]:
-    """`holds` needs p < 5% after Holm over the claims that can be tested, by the paired t test; `reversed`
-    the same of the opposite. `no_better` holds where a 95% bound lies within MARGIN.
+    """A claim `holds` where p of the paired t test is below 5% after Holm over the claims that can be tested;
+    `reversed`, the same of the opposite.
     """
     found = [difference_of(claim, scores) for claim in CLAIMS]
-    tested = [d if claim.kind != "no_better" else None for claim, d in zip(CLAIMS, found, strict=True)]
-    ahead = holm([d and d.p_paired for d in tested])
-    behind = holm([None if d is None or d.p_paired is None else 1 - d.p_paired for d in tested])
-    assessed = []
-    for claim, difference, p, opposite in zip(CLAIMS, found, ahead, behind, strict=True):
-        if difference is None:
-            outcome = "missing"
-        elif claim.kind == "no_better":
-            is_within = difference.upper is not None and difference.upper < MARGIN
-            outcome = "holds" if is_within else "not shown"
-        elif p is not None and p < LEVEL:
-            outcome = "holds"
-        else:
-            outcome = "reversed" if opposite is not None and opposite < LEVEL else "not shown"
-        assessed.append(Assessment(claim, difference, p, outcome))
-    return assessed
+    ahead, behind = [], []
+    for claim in CLAIMS:
+        above = [one - (claim.margin or 0) for one in pairs_of(claim, scores)]
+        below = [-one for one in above]
+        ahead.append(_p(above if claim.margin is None else below))
+        behind.append(_p(below if claim.margin is None else above))
+    return [
+        Assessment(claim, difference, p, adjusted, _outcome(difference, adjusted, opposite))
+        for claim, difference, p, adjusted, opposite in zip(
+            CLAIMS, found, ahead, holm(ahead), holm(behind), strict=True
+        )
+    ]
+
+
+def _p(differences: Sequence[float]) -> float | None:
+    return of_differences(differences).p_paired if differences else None
+
+
+def _outcome(difference: Difference | None, p: float | None, opposite: float | None) -> Outcome:
+    if difference is None:
+        return "missing"
+    if p is not None and p < LEVEL:
+        return "holds"
+    return "reversed" if opposite is not None and opposite < LEVEL else "not shown"
 
 
 def disagreements(means: Mapping[str, float], least: float = 0.015) -> tuple[int, list[tuple[str, str]]]:

@@ -75,7 +75,6 @@ class ComputeConfig(Config):
         "timestep_queries",
         "repfusion_large",
         "static_queries_large",
-        "timestep_queries_large",
     )
     """Rows whose checkpoints are sampled."""
     num_steps: tuple[int, ...] = (2, 5, 10, 20, 30, 60)
@@ -101,10 +100,12 @@ class LadderConfig(Config):
     """The page that `table` writes; charts and notes lie in the folder of the same name."""
     rows: tuple[str, ...] = tuple(ROWS)
     """Which rows to run now."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of initial weights, order of samples, noise and dropped conditions. Data and prompts stay."""
+    seeds: tuple[int, ...] | None = None
+    """Seeds of initial weights, order of samples, noise and dropped conditions; data and prompts stay. None:
+    as many as the plan has of each row.
+    """
     weights: Path = WEIGHTS
-    """Holds llava_fluent/, llava_large/, language/, vision_tower/, decoder/, vae/."""
+    """Holds llava/, llava_noise_taught/, llava_large/, language/, vision_tower/, decoder/, vae/."""
     dit: DiTConfig = DiTConfig()
     """The denoiser of every row but those matched in FLOPs."""
     flow: FlowConfig = FlowConfig(base_dim=256)

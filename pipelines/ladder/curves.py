@@ -12,7 +12,7 @@ from repfusion.files import write_text
 COLOURS = ("#1f2a44", "#c8553d", "#3a7d44", "#8e6c8a", "#d9a441", "#4a90a4", "#7f7f7f")
 WIDTH, HEIGHT = 900, 320
 OTHERS = "static conditions"
-OTHER_ROWS = ("repfusion", "timestep_queries", "static_queries", "text_embed_rae", "text_embed_vae")
+OTHER_ROWS = ("repfusion", "timestep_queries", "static_queries", "text_embed", "text_embed_vae")
 START = '<svg xmlns="http://www.w3.org/2000/svg" font-family="system-ui, sans-serif" font-size="11.5" '
 
 

@@ -5,12 +5,12 @@ taken over as it is.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipelines.ladder.claims import CLAIMS, LEVEL, MARGIN, Assessment, assess, disagreements
+from pipelines.ladder.claims import CLAIMS, DESCRIBED, LEVEL, assess, difference_of, disagreements
 from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.curves import write_charts
 from pipelines.ladder.results import ComputePoint, Result, Selection, read, select, select_points
 from pipelines.ladder.rows import LADDERS, ROWS
-from pipelines.ladder.statistics import Seeds, compare, mean_and_error
+from pipelines.ladder.statistics import Difference, Seeds, compare, mean_and_error
 from repfusion.evaluation.record import EvaluationConfig
 from repfusion.evaluation.suites.base import Suite
 from repfusion.files import write_text
@@ -150,7 +150,7 @@ def _all_rows(selection: Selection) -> str:
     for name, row in ROWS.items():
         results = found.get(name, [])
         if not results:
-            rows.append([row.label, _paper(name), MISSING, "0", *[""] * (5 + len(floors)), row.note])
+            rows.append([row.label, _paper(name), MISSING, "0", *[""] * (5 + len(floors))])
             continue
         last = results[-1]
         rates = [one.samples_per_sec for one in results if one.samples_per_sec is not None]
@@ -166,11 +166,10 @@ def _all_rows(selection: Selection) -> str:
                 f"{(last.flops_per_image or 0) / 1e9:.2f}",
                 f"{sum(rates) / len(rates):.0f}" if rates else "",
                 "none" if row.conditioning["method"] == "transfusion" else dit_of(last),
-                row.note,
             ]
         )
     head = ["row", "paper", "score", "seeds", *["floor"] * len(floors), "validation loss", "trained"]
-    head += ["GFLOPs an image", "samples/s", "DiT", "note"]
+    head += ["GFLOPs an image", "samples/s", "DiT"]
     return (
         f"## All rows\n\n{table(head, rows)}\n"
         "Floor: the same images against other prompts. Validation loss: velocity on held-out scenes at fixed "
@@ -215,69 +214,55 @@ def _curves(selection: Selection) -> str:
 
 
 def _claims(scores: Mapping[str, Seeds]) -> str:
-    rows, assessed = [], assess(scores)
-    num_tests = sum(one.adjusted is not None for one in assessed)
-    for one in assessed:
-        claim, difference = one.claim, one.difference
-        if difference is None:
-            rows.append([claim.number, claim.text, MISSING, *[""] * 6, MISSING])
-            continue
-        rows.append(
-            [
-                claim.number,
-                claim.text,
-                show_change(difference.mean, difference.error),
-                str(difference.num_pairs),
-                show_p(difference.p_paired),
-                show_p(one.adjusted),
-                show_p(difference.p_welch),
-                show_p(difference.p_exact),
-                show_p(difference.p_labels),
-                _outcome(one),
-            ]
-        )
-    head = ["claim", "", "difference", "seeds", "p paired t", "p Holm", "p Welch", "p signs", "p labels", ""]
+    tested = [
+        [str(number), one.claim.text, *_difference(one.difference), show_p(one.adjusted), one.outcome]
+        for number, one in enumerate(assess(scores), 1)
+    ]
+    described = [[claim.text, *_difference(difference_of(claim, scores))] for claim in DESCRIBED]
+    head = ["difference", "seeds", "p paired t", "p Welch", "p signs", "p labels"]
+    num_tests = sum(row[-2] != "-" for row in tested)
     return (
-        f"## The claims\n\n{table(head, rows)}\n"
+        f"## The claims\n\n{table(['claim', '', *head, 'p Holm', ''], tested)}\n"
         "p are one-sided, of so large a difference if there were none. Runs of one seed share order, "
         "captions, noise levels and prompts and are compared in pairs. *Holds*: p of the paired t test below "
         f"{LEVEL:g} after Holm's correction over the {num_tests} tests that have data; *reversed*: the same "
-        "of the opposite; queries read again are *no better* where a 95% bound of what they gain lies below "
-        f"{MARGIN:g}. The exact tests assume no distribution, and few seeds bound them: n pairs cannot give "
-        "less than 2^-n by signs (0.125 of 3), n against n not less than one in C(2n, n) by labels (0.05 of "
-        "3).\n"
+        "of the opposite. The exact tests assume no distribution, and few seeds bound them: n pairs cannot "
+        "give less than 2^-n by signs (0.031 of 5), n against n not less than one in C(2n, n) by labels.\n\n"
+        f"## Described, not tested\n\n{table(['', *head], described)}"
     )
+
+
+def _difference(difference: Difference | None) -> list[str]:
+    if difference is None:
+        return [MISSING, "0", "-", "-", "-", "-"]
+    ps = difference.p_paired, difference.p_welch, difference.p_exact, difference.p_labels
+    return [
+        show_change(difference.mean, difference.error),
+        str(difference.num_pairs),
+        *map(show_p, ps),
+    ]
 
 
 def _losses(selection: Selection) -> str:
     """The claims that one row beats another, by validation loss, where they share a latent space."""
     losses, rows = selection.losses, []
-    for claim in CLAIMS:
-        if claim.kind != "greater" or len({ROWS[row].space for row in claim.rows}) > 1:
+    for claim in (*CLAIMS, *DESCRIBED):
+        if len(claim.rows) > 2 or claim.margin or len({ROWS[row].space for row in claim.rows}) > 1:
             continue
         first, second = (losses.get(row, {}) for row in claim.rows)
         difference = compare(second, first)
         if difference is None:
             continue
         change = show_change(-difference.mean, difference.error)
-        rows.append(
-            [claim.number, claim.text, change, str(difference.num_pairs), show_p(difference.p_paired)]
-        )
+        rows.append([claim.text, change, str(difference.num_pairs), show_p(difference.p_paired)])
     if not rows:
         return ""
     return (
-        "## The same claims by validation loss\n\n"
-        f"{table(['claim', '', 'difference', 'seeds', 'p paired t'], rows)}\n"
+        "## The same by validation loss\n\n"
+        f"{table(['', 'difference', 'seeds', 'p paired t'], rows)}\n"
         "Below zero the first row predicts the velocity of held-out scenes better, at all noise levels taken "
         "together; p, one-sided and not corrected, are of that. It need not follow prompts better.\n"
     )
-
-
-def _outcome(one: Assessment) -> str:
-    difference = one.difference
-    if one.claim.kind == "no_better" and difference is not None and difference.upper is not None:
-        return f"{one.outcome}: at most {difference.upper:+.3f}"
-    return one.outcome
 
 
 def _order(scores: Mapping[str, Seeds]) -> str:

@@ -1,10 +1,11 @@
-"""The rows of RepFusion's comparisons (arXiv 2606.14700): what each trains, and the paper's GenEval for it.
+"""The rows of docs/ladder/plan.md: what each trains, with how many seeds, and the paper's score of it (arXiv
+2606.14700).
 
 All rows share data, steps, batch, optimizer and, unless a row says otherwise, the DiT.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ from repfusion.model.dit import DiTConfig
 from repfusion.model.meta import meta_from_config
 
 Space = Literal["rae", "vae"]
-LLM = Literal["llava_fluent", "language", "llava_large"]
+LLM = Literal["llava", "llava_noise_taught", "language", "llava_large"]
+"""A folder of weights: perceives clean images, perceives noised latents too, has never seen any, larger."""
 SPACES: dict[Space, tuple[str, str]] = {"rae": ("vision_tower", "decoder"), "vae": ("vae", "vae")}
 """Folders, in that of the weights, of what encodes and what decodes."""
 FLOPS_TOLERANCE = 0.06
@@ -26,17 +28,17 @@ FLOPS_TOLERANCE = 0.06
 
 @dataclass(frozen=True)
 class Row:
-    """One method. `paper` is its GenEval in the paper, None where it has no such figure."""
+    """One method on one language model. `paper` is its GenEval in the paper, None where there is none."""
 
     name: str
     label: str
     llm: LLM
-    space: Space
     conditioning: Mapping[str, Any]
+    num_seeds: int = 3
+    space: Space = "rae"
     paper: float | None = None
     same_flops_as: str | None = None
     """The row whose FLOPs an image a wider and deeper DiT is to reach."""
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,136 +52,102 @@ class Step:
 
 
 NOISY = {"method": "noisy_latents"}
-TUNED = {"method": "noisy_latents", "train_llm": True, "bidirectional": True, "captioning": {}}
+BIDIRECTIONAL = {**NOISY, "bidirectional": True}
+CROSS = {**NOISY, "interface": "cross_attention"}
+TUNED = {**BIDIRECTIONAL, "train_llm": True, "captioning": {}}
 TRANSFUSION = {"method": "transfusion"}
 STATIC = {"method": "queries"}
 TIMED = {"method": "queries", "reads_time": True}
 CONNECTED = {"method": "queries", "connector_depth": 2}
 TEXT = {"method": "text_embed"}
+REREAD = "queries read at every step"
+TRAINED = "LLM trained"
 
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
-        Row("repfusion", "RepFusion", "llava_fluent", "rae", NOISY, 0.70),
-        Row("static_queries", "static queries", "llava_fluent", "rae", STATIC, 0.55),
+        Row("repfusion", "RepFusion", "llava", NOISY, 5, paper=0.70),
+        Row("static_queries", "static queries", "llava", STATIC, 5, paper=0.55),
+        Row("timestep_queries", REREAD, "llava", TIMED, 5, paper=0.54),
+        Row("text_embed", "TextEmbed", "llava", TEXT),
+        Row("repfusion_noise_taught", "RepFusion, noise-taught", "llava_noise_taught", NOISY, 5),
+        Row("static_queries_noise_taught", "static queries, noise-taught", "llava_noise_taught", STATIC, 5),
+        Row("timestep_queries_noise_taught", f"{REREAD}, noise-taught", "llava_noise_taught", TIMED),
+        Row("text_embed_noise_taught", "TextEmbed, noise-taught", "llava_noise_taught", TEXT),
+        Row("repfusion_language", "noisy latents, language-only LLM", "language", NOISY, 5, paper=0.64),
+        Row("static_queries_language", "static queries, language-only LLM", "language", STATIC, 5),
+        Row("timestep_queries_language", f"{REREAD}, language-only LLM", "language", TIMED),
+        Row("text_embed_language", "TextEmbed, language-only LLM", "language", TEXT),
+        Row("repfusion_bidirectional", "RepFusion, bidirectional", "llava", BIDIRECTIONAL),
         Row(
-            "timestep_queries",
-            "timestep queries, read again at every step",
-            "llava_fluent",
-            "rae",
-            TIMED,
-            0.54,
-            note="as many FLOPs an image as RepFusion, the noisy latents unseen",
+            "repfusion_noise_taught_bidirectional",
+            "RepFusion, noise-taught, bidirectional",
+            "llava_noise_taught",
+            BIDIRECTIONAL,
+            5,
         ),
-        Row("text_embed_vae", "TextEmbed, VAE", "language", "vae", TEXT, 0.47),
-        Row("noisy_vae", "noisy latents into the LLM, VAE", "language", "vae", NOISY, 0.54),
-        Row("noisy_rae", "the same in RAE", "language", "rae", NOISY, 0.64),
+        Row("repfusion_tuned", f"RepFusion, {TRAINED}", "llava", TUNED, paper=0.68),
         Row(
-            "noisy_rae_tuned",
-            "the same, LLM trained",
+            "repfusion_language_tuned",
+            f"noisy latents, language-only {TRAINED}",
             "language",
-            "rae",
             TUNED,
-            0.65,
-            note="caption loss added",
+            paper=0.65,
         ),
+        Row("text_embed_vae", "TextEmbed, VAE", "language", TEXT, space="vae", paper=0.47),
+        Row("repfusion_vae", "noisy latents, VAE", "language", NOISY, space="vae", paper=0.54),
+        Row("static_queries_wide", "static queries, larger DiT", "llava", STATIC, same_flops_as="repfusion"),
         Row(
-            "tuned",
-            "perception-pretrained LLM, trained",
-            "llava_fluent",
-            "rae",
-            TUNED,
-            0.68,
-            note="caption loss added; the paper's LLM as conditional encoder",
-        ),
-        Row("transfusion_vae", "Transfusion, VAE", "language", "vae", TRANSFUSION, 0.56),
-        Row("transfusion_rae", "Transfusion, RAE", "language", "rae", TRANSFUSION, 0.54),
-        Row(
-            "transfusion_perception",
-            "Transfusion, perception-pretrained LLM",
-            "llava_fluent",
-            "rae",
-            TRANSFUSION,
-            0.62,
-        ),
-        Row(
-            "transfusion_large",
-            "Transfusion, larger LLM",
-            "llava_large",
-            "rae",
-            TRANSFUSION,
-            0.64,
-            note="the larger LLaVA is perception-pretrained too",
-        ),
-        Row("text_embed_rae", "TextEmbed, RAE", "language", "rae", TEXT),
-        Row(
-            "static_queries_language",
-            "static queries, language-only LLM",
-            "language",
-            "rae",
-            STATIC,
-            note="with the same LLM reading the noisy latents: claim 1 once more",
-        ),
-        Row(
-            "text_embed_rae_wide",
-            "TextEmbed, RAE, larger DiT",
-            "llava_fluent",
-            "rae",
+            "text_embed_wide",
+            "TextEmbed, larger DiT",
+            "llava",
             TEXT,
-            0.66,
+            paper=0.66,
             same_flops_as="repfusion",
-            note="RepFusion's LLM and FLOPs an image; the paper's DiT is 8B",
         ),
-        Row(
-            "static_queries_wide",
-            "static queries, larger DiT",
-            "llava_fluent",
-            "rae",
-            STATIC,
-            same_flops_as="repfusion",
-            note="RepFusion's FLOPs an image",
-        ),
-        Row(
-            "connected_queries",
-            "static queries with a bidirectional connector",
-            "llava_fluent",
-            "rae",
-            CONNECTED,
-            note="MetaQuery's connector, 2 layers",
-        ),
-        Row(
-            "repfusion_cross",
-            "RepFusion, cross-attention",
-            "llava_fluent",
-            "rae",
-            {**NOISY, "interface": "cross_attention"},
-            0.69,
-        ),
-        Row("repfusion_large", "RepFusion, larger MLLM", "llava_large", "rae", NOISY),
-        Row("static_queries_large", "static queries, larger MLLM", "llava_large", "rae", STATIC),
-        Row("timestep_queries_large", "timestep queries, larger MLLM", "llava_large", "rae", TIMED),
+        Row("repfusion_large", "RepFusion, larger MLLM", "llava_large", NOISY),
+        Row("static_queries_large", "static queries, larger MLLM", "llava_large", STATIC),
+        Row("repfusion_cross", "RepFusion, cross-attention", "llava", CROSS, paper=0.69),
+        Row("connected_queries", "static queries, bidirectional connector", "llava", CONNECTED),
+        Row("transfusion_vae", "Transfusion, VAE", "language", TRANSFUSION, space="vae", paper=0.56),
+        Row("transfusion_language", "Transfusion, language-only LLM", "language", TRANSFUSION, paper=0.54),
+        Row("transfusion", "Transfusion", "llava", TRANSFUSION, paper=0.62),
+        Row("transfusion_large", "Transfusion, larger MLLM", "llava_large", TRANSFUSION, paper=0.64),
     )
 }
-"""All rows, in the order in which they run: what the first claim needs comes first."""
+"""All rows, in the order in which they run: what the tested claims need comes first."""
 
 LADDERS: dict[str, tuple[Step, ...]] = {
     "From TextEmbed": (
         Step("text_embed_vae", "TextEmbed, VAE"),
-        Step("noisy_vae", "+ noisy latents into the LLM", "text_embed_vae"),
-        Step("noisy_rae", "+ RAE", "noisy_vae"),
-        Step("noisy_rae_tuned", "+ train the LLM", "noisy_rae"),
-        Step("tuned", "+ perception pretraining", "noisy_rae_tuned"),
-        Step("repfusion", "back to a frozen LLM = RepFusion", "tuned"),
+        Step("repfusion_vae", "+ noisy latents into the LLM", "text_embed_vae"),
+        Step("repfusion_language", "+ RAE", "repfusion_vae"),
+        Step("repfusion_language_tuned", "+ train the LLM", "repfusion_language"),
+        Step("repfusion_tuned", "+ perception pretraining", "repfusion_language_tuned"),
+        Step("repfusion", "back to a frozen LLM = RepFusion", "repfusion_tuned"),
     ),
     "From Transfusion": (
         Step("transfusion_vae", "Transfusion, VAE"),
-        Step("transfusion_rae", "+ RAE", "transfusion_vae"),
-        Step("transfusion_perception", "+ perception pretraining", "transfusion_rae"),
-        Step("transfusion_large", "+ larger LLM", "transfusion_perception", adopted=False),
-        Step("tuned", "+ LLM as conditional encoder", "transfusion_perception"),
-        Step("repfusion", "+ freeze the LLM = RepFusion", "tuned"),
+        Step("transfusion_language", "+ RAE", "transfusion_vae"),
+        Step("transfusion", "+ perception pretraining", "transfusion_language"),
+        Step("transfusion_large", "+ larger LLM", "transfusion", adopted=False),
+        Step("repfusion_tuned", "+ LLM as conditional encoder", "transfusion"),
+        Step("repfusion", "+ freeze the LLM = RepFusion", "repfusion_tuned"),
     ),
 }
+
+
+def in_order(rows: Sequence[str], seeds: Sequence[int] | None = None) -> list[tuple[str, int]]:
+    """Rows and seeds, seed by seed, so that one whole ladder stands before the next is begun; where no seeds
+    are given, as many as the plan has of each row.
+    """
+    listed = range(max(row.num_seeds for row in ROWS.values())) if seeds is None else seeds
+    return [
+        (name, seed)
+        for seed in listed
+        for name in ROWS
+        if name in rows and (seeds is not None or seed < ROWS[name].num_seeds)
+    ]
 
 
 @dataclass(frozen=True)
@@ -192,38 +160,35 @@ class Common:
     sampler: SamplerConfig
     prompt_tokens: int
     image_size: int
-    widened: dict[str, DiTConfig] = field(default_factory=dict, compare=False)
-    """The DiTs matched so far, by row."""
 
 
-def model_of(row: Row, common: Common) -> ModelConfig:
-    """Raises ValueError where a folder of weights is missing, for a row whose DiT is matched to another's."""
-    model = model_with(row.llm, row.space, row.conditioning, common)
-    if row.same_flops_as is None:
-        return model
-    if row.name not in common.widened:
-        target = image_flops(model_of(ROWS[row.same_flops_as], common), common)
-        common.widened[row.name] = matched_dit(model, target, common)
-    return model.model_copy(update={"dit": common.widened[row.name]})
-
-
-def model_with(
-    llm: str, space: Space, conditioning: Mapping[str, Any], common: Common, dit: DiTConfig | None = None
-) -> ModelConfig:
-    """A method on the folders of weights of a language model and of a latent space; `dit` in the place of the
-    common one.
-    """
-    encoder, decoder = SPACES[space]
+def model_of(row: Row, common: Common, dits: Mapping[str, DiTConfig]) -> ModelConfig:
+    """The row's model; `dits` are those matched in FLOPs, by row."""
+    encoder, decoder = SPACES[row.space]
     return ModelConfig.model_validate(
         {
-            "mllm": common.weights / llm,
+            "mllm": common.weights / row.llm,
             "encoder": EncoderConfig(path=common.weights / encoder, image_size=common.image_size),
             "decoder": common.weights / decoder,
-            "conditioning": dict(conditioning),
-            "dit": dit or common.dit,
+            "conditioning": dict(row.conditioning),
+            "dit": dits.get(row.name, common.dit),
             "flow": common.flow,
         }
     )
+
+
+def matched_dits(common: Common, rows: Sequence[str] = tuple(ROWS)) -> dict[str, DiTConfig]:
+    """DiTs of those of the rows that are to take another's FLOPs an image.
+
+    Raises:
+        ValueError: a folder of weights is missing.
+    """
+    found = {}
+    for row in map(ROWS.__getitem__, rows):
+        if row.same_flops_as is not None:
+            target = image_flops(model_of(ROWS[row.same_flops_as], common, {}), common)
+            found[row.name] = matched_dit(model_of(row, common, {}), target, common)
+    return found
 
 
 def image_flops(model: ModelConfig, common: Common) -> float:

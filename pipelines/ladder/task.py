@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.data import Columns
-from pipelines.ladder.rows import LADDERS, ROWS, SPACES, Row, model_of
+from pipelines.ladder.rows import LADDERS, ROWS, SPACES, Row, in_order, matched_dits, model_of
 from pipelines.shards.digests import Digests
 from pipelines.stages.train import ROUNDING
 from repfusion.evaluation.record import EvaluationConfig
@@ -74,41 +74,41 @@ def folders_of(row: Row) -> tuple[str, ...]:
 
 
 def tasks_of(config: LadderConfig, columns: Columns) -> list[Task]:
-    """Seed by seed, so that one whole ladder stands before the next is begun.
+    """The runs of a ladder, in the order in which they are taken.
 
     Raises:
         ValueError: a folder of weights is missing, or parts of a row do not fit.
     """
     settings, digests = budget_of(config, columns.fingerprint), Digests(config.root / config.name)
     budget, common = digest_of(settings), config.common
+    dits = matched_dits(common, config.rows)
     tasks = []
-    for seed in config.seeds:
-        for name in config.rows:
-            row = ROWS[name]
-            weights = {
-                part: digests.folder(config.weights / part, f"weights ({part})") for part in folders_of(row)
-            }
-            model = model_of(row, common)
-            digest = model_digest(row, model, weights)
-            folder = run_folder(config, name, seed, budget, digest)
-            tasks.append(
-                Task(
-                    row=name,
-                    seed=seed,
-                    budget_name=config.name,
-                    budget=budget,
-                    model=digest,
-                    settings=settings,
-                    weights=weights,
-                    train=_train_config(config, row, model, seed, folder, columns, budget),
-                    final=config.scoring.final,
-                    curve=config.scoring.final.model_copy(update={"max_items": config.scoring.curve_prompts}),
-                    num_validation=config.data.num_validation,
-                    world=config.data.scenes.world.model_dump(mode="json"),
-                    prompt_tokens=config.prompt_tokens,
-                    directory=os.getcwd(),
-                )
+    for name, seed in in_order(config.rows, config.seeds):
+        row = ROWS[name]
+        weights = {
+            part: digests.folder(config.weights / part, f"weights ({part})") for part in folders_of(row)
+        }
+        model = model_of(row, common, dits)
+        digest = model_digest(row, model, weights)
+        folder = run_folder(config, name, seed, budget, digest)
+        tasks.append(
+            Task(
+                row=name,
+                seed=seed,
+                budget_name=config.name,
+                budget=budget,
+                model=digest,
+                settings=settings,
+                weights=weights,
+                train=_train_config(config, row, model, seed, folder, columns, budget),
+                final=config.scoring.final,
+                curve=config.scoring.final.model_copy(update={"max_items": config.scoring.curve_prompts}),
+                num_validation=config.data.num_validation,
+                world=config.data.scenes.world.model_dump(mode="json"),
+                prompt_tokens=config.prompt_tokens,
+                directory=os.getcwd(),
             )
+        )
     return tasks
 
 

@@ -32,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=540, help="at most, of one call (default: 540)")
     parser.add_argument("--config", type=Path, default=CONFIG, help=f"the foundation's (default: {CONFIG})")
     parser.add_argument("--rows", help="these alone, with commas between (default: all)")
-    parser.add_argument("--seeds", default="0,1,2,3,4", help="with commas between (default: 0,1,2,3,4)")
+    parser.add_argument("--seeds", help="with commas between (default: as many as the plan has of each row)")
     parser.add_argument("--steps", type=int, help="of every row (default: by --row-seconds)")
     parser.add_argument(
         "--row-seconds", type=float, default=90, help="that the slowest row is to take (default: 90)"
@@ -44,19 +44,19 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def chosen_rows(args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def chosen_rows(args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
     """Rows and seeds that were asked for.
 
     Raises:
         ValueError: there are none of that name or number.
     """
-    from pipelines.ladder.science.rows import ROWS
+    from pipelines.ladder.rows import ROWS
 
     rows = tuple(args.rows.split(",")) if args.rows else tuple(ROWS)
     if unknown := [row for row in rows if row not in ROWS]:
         raise ValueError(f"no rows {', '.join(unknown)}; there are {', '.join(ROWS)}")
     try:
-        return rows, tuple(int(seed) for seed in args.seeds.split(","))
+        return rows, args.seeds and tuple(int(seed) for seed in args.seeds.split(","))
     except ValueError as error:
         raise ValueError(f"--seeds {args.seeds}: expected whole numbers with commas between") from error
 

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 
-from pipelines.ladder.rows import SPACES, Space
+from pipelines.ladder.rows import ROWS, SPACES, Space, model_of
 from pipelines.ladder.science.data import FeatureSpace, Pictures, draw_pictures, encode_pictures
 from pipelines.ladder.science.feed import Feed
 from pipelines.ladder.science.losses import Described, describe, paired_losses
 from pipelines.ladder.science.plan import SciencePlan
 from pipelines.ladder.science.results import RowResult
-from pipelines.ladder.science.rows import ROWS, model_of
 from pipelines.ladder.science.training import Training
 from pipelines.ladder.worker import hardware, now
 from repfusion.evaluation.draw import per_item

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.ladder.results import ResultLine, read
-from pipelines.ladder.science.rows import ROWS
+from pipelines.ladder.rows import ROWS
 from pipelines.ladder.statistics import Seeds
 from repfusion.files import write_text
 

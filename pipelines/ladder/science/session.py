@@ -11,19 +11,11 @@ from typing import Any
 import torch
 
 from pipelines.ladder.results import append
+from pipelines.ladder.rows import ROWS, in_order, matched_dits
 from pipelines.ladder.science.bench import Workbench, run_row
+from pipelines.ladder.science.memory import NotEnoughMemory, check_memory, foundation_bytes, row_bytes
 from pipelines.ladder.science.plan import SciencePlan, asked_plan, check_asked, read_plan, write_plan
 from pipelines.ladder.science.results import FILE, read_results
-from pipelines.ladder.science.rows import (
-    ROWS,
-    SLOWEST,
-    NotEnoughMemory,
-    check_memory,
-    foundation_bytes,
-    in_order,
-    matched_dits,
-    row_bytes,
-)
 from repfusion.config import load_config
 from repfusion.files import digest_of
 from repfusion.foundation.__main__ import PARTS, RECORD, Foundation, bring_up_to_date
@@ -32,6 +24,8 @@ from repfusion.foundation.deadline import OutOfTime, has_come
 from repfusion.foundation.measure import LLAVAS
 from repfusion.locks import locked
 
+SLOWEST = ("static_queries_wide", "repfusion_tuned", "repfusion_large")
+"""Rows of which one is the slowest: the largest DiT, the most trained weights, the largest language model."""
 CLOSING_SEC = 30.0
 """Kept back at the end of a call, for scores of what was trained."""
 MEASURING_SEC = 60.0
@@ -54,7 +48,8 @@ class Asked:
     overrides: Sequence[str]
     """KEY=VALUE of the plan."""
     rows: tuple[str, ...]
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...] | None = None
+    """None: as many as the plan has of each row."""
     row_seconds: float = 90.0
     """That the slowest row is to take, where the plan's steps are not given."""
     num_measured: int = 200

@@ -1,85 +1,21 @@
 """OUT/results.jsonl -> OUT/table.md with a chart of each language model: scores, and the plan's six tests."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from pipelines.ladder.claims import LEVEL, MARGIN
+from pipelines.ladder.claims import LEVEL, assess
 from pipelines.ladder.report import MISSING, show, show_change, show_p, table
+from pipelines.ladder.rows import ROWS
 from pipelines.ladder.science.charts import both_curves, by_llm, whether_it_can_show
 from pipelines.ladder.science.plan import read_plan
 from pipelines.ladder.science.results import FILE, Comparable, RowResult, comparable, read_results
-from pipelines.ladder.science.rows import ROWS
-from pipelines.ladder.statistics import Difference, Seeds, holm, of_differences
+from pipelines.ladder.statistics import Seeds
 from repfusion.evaluation.suites.scenes import VALUES
 from repfusion.files import write_text
 
 FLOORS = ("position_floor", "strict_position_floor", "shuffled_overall")
-
-
-@dataclass(frozen=True)
-class PlannedTest:
-    """The first row scores above the second; of four, by more than the third above the fourth. `margin` turns
-    it around: the first is not above the second by more than that.
-    """
-
-    text: str
-    rows: tuple[str, ...]
-    margin: float | None = None
-
-
-TESTS = (
-    PlannedTest("`repfusion` above `static_queries`", ("repfusion", "static_queries")),
-    PlannedTest(
-        "`repfusion_noise_taught` above `static_queries_noise_taught`",
-        ("repfusion_noise_taught", "static_queries_noise_taught"),
-    ),
-    PlannedTest(
-        "the difference of 2 above that of 1",
-        ("repfusion_noise_taught", "static_queries_noise_taught", "repfusion", "static_queries"),
-    ),
-    PlannedTest("`repfusion` above `repfusion_language`", ("repfusion", "repfusion_language")),
-    PlannedTest("`repfusion_noise_taught` above `repfusion`", ("repfusion_noise_taught", "repfusion")),
-    PlannedTest(
-        f"`timestep_queries` not above `static_queries` by more than {MARGIN:g}",
-        ("timestep_queries", "static_queries"),
-        MARGIN,
-    ),
-)
-"""The six of docs/ladder/plan.md, in its order."""
-
-
-@dataclass(frozen=True)
-class PlannedOutcome:
-    """A test's difference by pairs of seeds, and p, one-sided: by itself, and after Holm over all six."""
-
-    test: PlannedTest
-    difference: Difference | None
-    p: float | None
-    adjusted: float | None
-
-
-def assessed(scores: Mapping[str, Seeds]) -> list[PlannedOutcome]:
-    """The six tests on the scores by row and seed; what has fewer than two pairs has no p."""
-    pairs = [differences_of(test.rows, scores) for test in TESTS]
-    ps = []
-    for test, found in zip(TESTS, pairs, strict=True):
-        asked = found if test.margin is None else [test.margin - one for one in found]
-        ps.append(of_differences(asked).p_paired if asked else None)
-    return [
-        PlannedOutcome(test, of_differences(found) if found else None, p, adjusted)
-        for test, found, p, adjusted in zip(TESTS, pairs, ps, holm(ps), strict=True)
-    ]
-
-
-def differences_of(rows: Sequence[str], scores: Mapping[str, Seeds]) -> list[float]:
-    """Differences of two rows, or of two pairs of rows, over the seeds that all have."""
-    own = [scores.get(row, {}) for row in rows]
-    shared = sorted(set.intersection(*(set(one) for one in own)))
-    signs = (1, -1, -1, 1)
-    return [sum(sign * one[seed] for sign, one in zip(signs, own, strict=False)) for seed in shared]
 
 
 def write_table(out: Path) -> Path:
@@ -189,20 +125,19 @@ def _tasks(found: Comparable) -> str:
 
 def _tests(scores: Mapping[str, Seeds]) -> str:
     lines = []
-    for number, one in enumerate(assessed(scores), 1):
+    for number, one in enumerate(assess(scores), 1):
         difference = one.difference
         if difference is None:
-            lines.append([str(number), one.test.text, MISSING, "0", "-", "-", MISSING])
+            lines.append([str(number), one.claim.text, MISSING, "0", "-", "-", MISSING])
             continue
-        outcome = "holds" if one.adjusted is not None and one.adjusted < LEVEL else "not shown"
         shown = show_change(difference.mean, difference.error)
         pairs, p, adjusted = str(difference.num_pairs), show_p(one.p), show_p(one.adjusted)
-        lines.append([str(number), one.test.text, shown, pairs, p, adjusted, outcome])
+        lines.append([str(number), one.claim.text, shown, pairs, p, adjusted, one.outcome])
     head = ["", "test", "difference", "pairs", "p", "p after Holm", ""]
     return (
         f"## The six tests\n\n{table(head, lines)}\nPaired by seed, one-sided t, Holm over the tests that "
         "have two pairs or more; all six are needed for the plan's own correction. Holds: below "
-        f"{LEVEL:g}.\n"
+        f"{LEVEL:g}; reversed: the same of the opposite.\n"
     )
 
 

@@ -28,7 +28,7 @@ BLOCKS = {
 def make_weights(folder: Path) -> Path:
     """All folders that the rows name; the language model is the LLaVA's, without vision."""
     make_foundation(folder)
-    for name in ("llava_fluent", "llava_large"):
+    for name in ("llava", "llava_large"):
         shutil.copytree(folder / "llava", folder / name)
     llava = LlavaForConditionalGeneration.from_pretrained(folder / "llava")
     language = LlamaForCausalLM(llava.config.text_config)
@@ -78,8 +78,17 @@ def test_the_rows_differ_in_what_they_train_and_cost_as_their_names_say(tasks: d
     results = {name: Result.model_validate_json(run_task(task)) for name, task in tasks.items()}
     trained = {name: result.trainable_parameters or 0 for name, result in results.items()}
     flops = {name: result.flops_per_image or 0 for name, result in results.items()}
-    assert trained["tuned"] > trained["repfusion"] and trained["noisy_rae_tuned"] == trained["tuned"]
-    assert trained["text_embed_rae_wide"] > trained["text_embed_rae"]
+    assert (
+        trained["repfusion_tuned"] > trained["repfusion"]
+        and trained["repfusion_language_tuned"] == trained["repfusion_tuned"]
+    )
+    assert trained["text_embed_wide"] > trained["text_embed_language"]
     assert flops["static_queries"] < flops["timestep_queries"]
-    for name in ("tuned", "noisy_rae", "text_embed_rae_wide", "static_queries_wide", "timestep_queries"):
+    for name in (
+        "repfusion_tuned",
+        "repfusion_language",
+        "text_embed_wide",
+        "static_queries_wide",
+        "timestep_queries",
+    ):
         assert flops[name] == pytest.approx(flops["repfusion"], rel=0.06), name

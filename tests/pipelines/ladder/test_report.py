@@ -33,7 +33,7 @@ def result(row: str, seed: int, score: float, budget: str = "b", name: str = "ba
         "model": row * 4,
         "time": "2026-11-21T00:00:00+00:00",
         "settings": SETTINGS,
-        "weights": {"llava_fluent": "1"},
+        "weights": {"llava": "1"},
         "points": points,
         "samples_per_sec": 100.0 + seed,
         "train_sec": 1800.0,
@@ -75,7 +75,7 @@ def row_of(text: str, start: str, section: str) -> list[str]:
 
 LADDER = [
     *(result("repfusion", seed, 0.60 + 0.02 * seed) for seed in range(3)),
-    *(result("tuned", seed, 0.50 + 0.01 * seed) for seed in range(3)),
+    *(result("repfusion_tuned", seed, 0.50 + 0.01 * seed) for seed in range(3)),
     *(result("static_queries", seed, 0.70 + 0.02 * seed) for seed in range(2)),
 ]
 
@@ -108,18 +108,22 @@ def test_the_table_holds_means_errors_and_differences_by_seed(config: LadderConf
     assert row_of(text, "RepFusion", "Score against step")[1:] == ["0.310 ± 0.006", "0.620 ± 0.012"]
     assert "50: 120, 100: 480" in text and "4.0 hours of runs" in text and "ccccccc" in text
     claim = next(line for line in text.splitlines() if "an MLLM prefers to stay frozen" in line)
-    assert "+0.110 ± 0.006 | 3 |" in claim and "| 0.12 | 0.05 | holds |" in claim
+    assert "+0.110 ± 0.006 | 3 |" in claim and claim.endswith("| 0.12 | 0.05 |")
+    tested = row_of(text, "1", "The claims")
+    # 0.60 and 0.62 against 0.70 and 0.72: no scatter, so no p of the t test
+    assert tested[2:] == ["-0.100 ± 0.000", "2", *tested[4:8], "-", "not shown"]
+    assert row_of(text, "2", "The claims")[2:] == ["missing", "0", *["-"] * 5, "missing"]
 
 
 def test_claims_are_compared_by_validation_loss_within_a_latent_space(config: LadderConfig):
-    lines = [*LADDER, *(result(row, 0, 0.5) for row in ("text_embed_rae", "text_embed_vae"))]
-    part = page(config, lines).split("## The same claims by validation loss\n")[1].split("\n## ")[0]
+    lines = [*LADDER, *(result(row, 0, 0.5) for row in ("text_embed_language", "text_embed_vae"))]
+    part = page(config, lines).split("## The same by validation loss\n")[1].split("\n## ")[0]
     # losses 0.40, 0.38, 0.36 against 0.50, 0.49, 0.48
     tuned = next(line for line in part.splitlines() if "an MLLM prefers to stay frozen" in line)
     assert tuned.endswith("| -0.110 ± 0.006 | 3 | 0.0014 |")
-    queries = next(line for line in part.splitlines() if "beats static queries |" in line)
+    queries = next(line for line in part.splitlines() if "reads the noisy latents beats static queries |" in line)
     assert "| +0.100 ± 0.000 | 2 |" in queries
-    assert "RAE beats VAE" not in part and "larger DiT" not in part
+    assert "RAE beats VAE" not in part and "same FLOPs" not in part
 
 
 def test_rows_without_results_say_so_in_the_papers_order(config: LadderConfig):
@@ -137,7 +141,7 @@ def test_rows_without_results_say_so_in_the_papers_order(config: LadderConfig):
         "",
     ]
     assert row_of(text, "TextEmbed, VAE", "All rows")[2:4] == ["missing", "0"]
-    assert re.search(r"\| 4 \| RAE beats VAE .* \| missing \|$", text, re.M)
+    assert re.search(r"^\| RAE beats VAE .* \| missing \| 0 \| - \| - \| - \| - \|$", text, re.M)
 
 
 def test_pairs_in_another_order_than_the_papers_are_named(config: LadderConfig):
@@ -149,7 +153,7 @@ def test_pairs_in_another_order_than_the_papers_are_named(config: LadderConfig):
 
 
 def test_results_of_another_budget_or_other_weights_stay_out(config: LadderConfig):
-    stale = result("repfusion", 5, 0.99, weights={"llava_fluent": "0"})
+    stale = result("repfusion", 5, 0.99, weights={"llava": "0"})
     other = result("repfusion", 0, 0.11, budget="q", name="quick")
     text = page(config, [stale, other, *LADDER])
     assert row_of(text, "RepFusion", "All rows")[2] == "0.620 ± 0.012"
@@ -161,17 +165,22 @@ def test_results_of_another_budget_or_other_weights_stay_out(config: LadderConfi
 
 
 def test_the_last_result_of_a_seed_counts_and_failures_stay_visible_until_made_good(config: LadderConfig):
-    lines = [result("repfusion", 0, 0.1), failed("tuned", 0), failed("tuned", 1), result("repfusion", 0, 0.3)]
-    text = page(config, [*lines, result("tuned", 1, 0.2)])
+    lines = [
+        result("repfusion", 0, 0.1),
+        failed("repfusion_tuned", 0),
+        failed("repfusion_tuned", 1),
+        result("repfusion", 0, 0.3),
+    ]
+    text = page(config, [*lines, result("repfusion_tuned", 1, 0.2)])
     assert row_of(text, "RepFusion", "All rows")[2] == "0.300"
-    assert "- failed: tuned seed 0: ValueError: no such folder" in text
-    assert "tuned seed 1" not in text
+    assert "- failed: repfusion_tuned seed 0: ValueError: no such folder" in text
+    assert "repfusion_tuned seed 1" not in text
 
 
 def test_of_a_row_whose_model_changed_only_the_present_one_counts():
-    old, new = result("tuned", 0, 0.9, model="old"), result("tuned", 1, 0.2)
+    old, new = result("repfusion_tuned", 0, 0.9, model="old"), result("repfusion_tuned", 1, 0.2)
     found = select([old, new])
-    assert (found.scores, found.other_weights) == ({"tuned": {1: 0.2}}, (old,))
+    assert (found.scores, found.other_weights) == ({"repfusion_tuned": {1: 0.2}}, (old,))
 
 
 def test_notes_are_kept_and_a_page_without_results_says_how_to_get_them(config: LadderConfig):
@@ -198,10 +207,10 @@ def test_a_ladder_of_which_one_row_has_run_has_no_chart(config: LadderConfig):
     folder = config.report.with_suffix("")
     folder.mkdir(parents=True)
     (folder / "from_transfusion.svg").write_text("of an earlier budget")
-    text = page(config, [line for line in LADDER if line.row != "tuned"])
+    text = page(config, [line for line in LADDER if line.row != "repfusion_tuned"])
     assert re.findall(r"!\[(\w+)\]", text) == ["static_conditions"]
     assert [path.name for path in folder.glob("*.svg")] == ["static_conditions.svg"]
-    text = page(config, [result("transfusion_rae", 0, 0.5)])
+    text = page(config, [result("transfusion_language", 0, 0.5)])
     assert "ladder/from_transfusion.svg" in text
 
 

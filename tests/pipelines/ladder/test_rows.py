@@ -1,5 +1,6 @@
 """The rows: every one builds, each rung changes one thing, and a DiT matched in FLOPs is matched."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from pipelines.ladder.rows import (
     Common,
     Row,
     image_flops,
+    in_order,
     matched_dit,
+    matched_dits,
     model_of,
 )
 from pipelines.ladder.task import budget_of, model_digest
@@ -38,7 +41,7 @@ def common(**changes) -> Common:
     "row", [row for row in ROWS.values() if row.same_flops_as is None], ids=lambda r: r.name
 )
 def test_every_row_is_a_valid_model_on_the_common_dit(row: Row):
-    model = model_of(row, common())
+    model = model_of(row, common(), {})
     assert model.mllm == WEIGHTS / row.llm
     assert model.encoder.path == WEIGHTS / ("vae" if row.space == "vae" else "vision_tower")
     assert model.decoder == WEIGHTS / ("vae" if row.space == "vae" else "decoder")
@@ -70,7 +73,7 @@ def test_the_ladders_end_in_repfusion_with_the_papers_figures():
 
 
 def test_a_matched_dit_takes_the_flops_asked_for_and_keeps_its_proportions():
-    base = model_of(ROWS["text_embed_rae"], common())
+    base = model_of(ROWS["text_embed_language"], common(), {})
     start = image_flops(base, common())
     for factor in (2.0, 8.0):
         dit = matched_dit(base, factor * start, common())
@@ -82,17 +85,37 @@ def test_a_matched_dit_takes_the_flops_asked_for_and_keeps_its_proportions():
 
 def test_rows_of_matched_flops_match_repfusion():
     shared = common()
-    target = image_flops(model_of(ROWS["repfusion"], shared), shared)
-    for name in ("text_embed_rae_wide", "static_queries_wide"):
-        model = model_of(ROWS[name], shared)
+    target = image_flops(model_of(ROWS["repfusion"], shared, {}), shared)
+    dits = matched_dits(shared)
+    for name in ("text_embed_wide", "static_queries_wide"):
+        model = model_of(ROWS[name], shared, dits)
         assert image_flops(model, shared) == pytest.approx(target, rel=FLOPS_TOLERANCE)
         assert model.dit.hidden_size > DIT.hidden_size
+
+
+def test_one_whole_ladder_stands_before_the_next_is_begun():
+    runs = in_order(tuple(ROWS))
+    assert [seed for _, seed in runs] == sorted(seed for _, seed in runs)
+    assert [name for name, seed in runs if seed == 0] == list(ROWS)
+    assert all(runs.count((name, row.num_seeds - 1)) == 1 for name, row in ROWS.items())
+    assert len(runs) == sum(row.num_seeds for row in ROWS.values())
+    assert in_order(["text_embed", "repfusion"], [7]) == [("repfusion", 7), ("text_embed", 7)]
+
+
+def test_the_rows_are_those_of_the_plan():
+    plan = (Path(__file__).parents[3] / "docs" / "ladder" / "plan.md").read_text()
+    listed = {}
+    for names, llm, _, number in re.findall(
+        r"^\| ([a-z_, ]+) \| ([a-z_]+) \| ([^|]+) \| (\d) \|$", plan, re.M
+    ):
+        listed |= {name: (llm, int(number)) for name in names.split(", ")}
+    assert listed == {name: (row.llm, row.num_seeds) for name, row in ROWS.items()}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_configs_hold_and_name_a_typo(path: Path, tmp_path: Path):
     config = load_config(LadderConfig, path)
-    assert len(config.seeds) >= 1 and set(config.compute.rows) <= set(ROWS)
+    assert in_order(config.rows, config.seeds) and set(config.compute.rows) <= set(ROWS)
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "num_stepz": 3}))
     with pytest.raises(ConfigError, match="num_stepz"):
@@ -126,12 +149,12 @@ def test_a_budget_is_what_decides_scores_and_nothing_else():
 
 def test_a_models_digest_follows_weights_and_fields_not_folders(tmp_path: Path):
     row = ROWS["repfusion"]
-    weights = {"llava_fluent": "a", "vision_tower": "b", "decoder": "c"}
-    here, there = model_of(row, common()), model_of(row, common(weights=tmp_path))
+    weights = {"llava": "a", "vision_tower": "b", "decoder": "c"}
+    here, there = model_of(row, common(), {}), model_of(row, common(weights=tmp_path), {})
     digest = model_digest(row, here, weights)
     assert model_digest(row, there, weights) == digest
-    assert model_digest(row, here, {**weights, "llava_fluent": "z"}) != digest
-    assert model_digest(row, model_of(row, common(dit=DiTConfig())), weights) != digest
+    assert model_digest(row, here, {**weights, "llava": "z"}) != digest
+    assert model_digest(row, model_of(row, common(dit=DiTConfig()), {}), weights) != digest
 
 
 def test_both_spaces_encode_the_same_images_into_columns_of_their_own(tmp_path: Path):

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray]
 def config(tmp_path: Path) -> LadderConfig:
     docs = tmp_path / "docs"
     make_foundation(tmp_path / "weights")
-    shutil.move(tmp_path / "weights" / "llava", tmp_path / "weights" / "llava_fluent")
+    shutil.move(tmp_path / "weights" / "llava", tmp_path / "weights" / "llava")
     return LadderConfig.model_validate(
         {
             "root": tmp_path / "runs",
@@ -30,7 +30,7 @@ def config(tmp_path: Path) -> LadderConfig:
             "compute_results": docs / "ladder" / "compute.jsonl",
             "report": docs / "ladder.md",
             "tracking_uri": f"sqlite:///{tmp_path / 'mlflow.db'}",
-            "rows": ["noisy_rae", "static_queries"],
+            "rows": ["repfusion_language", "static_queries"],
             "seeds": [0],
             "dit": {"hidden_size": 16, "depth": 1, "num_heads": 2},
             "data": {"scenes": {"num_samples": 24}, "num_validation": 6},
@@ -57,14 +57,14 @@ def test_a_ladder_runs_once_goes_on_after_a_failure_and_is_tracked(
     assert run_ladder(config, said.append) == 1
     first = read(config.results, Result)
     by_row = {one.row: one for one in first}
-    assert by_row["noisy_rae"].status == "failed" and by_row["noisy_rae"].error
-    assert "failed: noisy_rae seed 0" in write_report(config).read_text()
+    assert by_row["repfusion_language"].status == "failed" and by_row["repfusion_language"].error
+    assert "failed: repfusion_language seed 0" in write_report(config).read_text()
 
     good = by_row["static_queries"]
     assert [(point.step, point.num_prompts) for point in good.points] == [(2, 6), (4, 12)]
     assert all(point.validation_loss > 0 for point in good.points)
     assert good.trainable_parameters and good.flops_per_image and good.samples_per_sec and good.hardware
-    assert good.weights.keys() == {"llava_fluent", "vision_tower", "decoder"}
+    assert good.weights.keys() == {"llava", "vision_tower", "decoder"}
     (folder,) = (config.root / config.name / "runs").glob("static_queries-0-*")
     # weights of the last checkpoint alone stay
     assert [path.name for path in (folder / "checkpoints").glob("step_*")] == ["step_00000004"]
@@ -75,7 +75,7 @@ def test_a_ladder_runs_once_goes_on_after_a_failure_and_is_tracked(
     assert len(metric_history(config.tracking_uri, good.run_id, "eval/overall")) == 2
 
     # what a killed attempt last said of itself is not believed, before anything runs
-    (left,) = (config.root / config.name / "runs").glob("noisy_rae-0-*")
+    (left,) = (config.root / config.name / "runs").glob("repfusion_language-0-*")
     RunFolder(left).progress.write_text('{"step": 3, "samples_per_sec": 1.0}')
     with monkeypatch.context() as patched:
         patched.setattr("pipelines.ladder.schedule.run_on_ray", lambda *_: iter(()))
@@ -84,11 +84,11 @@ def test_a_ladder_runs_once_goes_on_after_a_failure_and_is_tracked(
 
     # mended, only what failed runs again
     shutil.rmtree(broken)
-    shutil.copytree(config.weights / "llava_fluent", broken)
+    shutil.copytree(config.weights / "llava", broken)
     assert run_ladder(config, said.append) == 0
     second = read(config.results, Result)
     assert second[: len(first)] == first
-    assert [(one.row, one.status) for one in second[len(first) :]] == [("noisy_rae", "ok")]
+    assert [(one.row, one.status) for one in second[len(first) :]] == [("repfusion_language", "ok")]
     assert "failed" not in write_report(config).read_text()
 
     # and then nothing

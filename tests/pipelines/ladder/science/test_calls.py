@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipelines.ladder.rows import ROWS, in_order
 from pipelines.ladder.science.bench import Workbench
 from pipelines.ladder.science.export import copy_folder, export
 from pipelines.ladder.science.feed import Feed
+from pipelines.ladder.science.memory import NotEnoughMemory, check_memory
 from pipelines.ladder.science.plan import SciencePlan, asked_plan, read_plan
 from pipelines.ladder.science.results import FILE, read_results
-from pipelines.ladder.science.rows import ROWS, NotEnoughMemory, check_memory, in_order
 from pipelines.ladder.science.session import Clock, fix_steps, run_call, shortfalls
 from pipelines.ladder.science.training import Training
 from repfusion.config import load_config
@@ -231,9 +232,9 @@ def test_steps_follow_from_the_slowest_rows_rate(asked, tmp_path):
 
 
 def test_the_plan_is_that_of_the_page():
-    assert sum(row.num_seeds for row in ROWS.values()) == 82
-    order = in_order(tuple(ROWS), range(5))
-    assert order[:2] == [("repfusion", 0), ("static_queries", 0)] and order[22] == ("repfusion", 1)
+    assert sum(row.num_seeds for row in ROWS.values()) == 100
+    order = in_order(tuple(ROWS))
+    assert order[:2] == [("repfusion", 0), ("static_queries", 0)] and order[28] == ("repfusion", 1)
     assert {name for name, seed in order if seed == 4} == {
         *("repfusion", "static_queries", "timestep_queries", "repfusion_noise_taught"),
         *("static_queries_noise_taught", "repfusion_language", "static_queries_language"),

@@ -8,7 +8,7 @@ import pytest
 from pipelines.ladder.results import append
 from pipelines.ladder.science.charts import by_llm, shares, whether_it_can_show
 from pipelines.ladder.science.results import FILE, RowResult, comparable, read_results
-from pipelines.ladder.science.table import TESTS, assessed, write_table
+from pipelines.ladder.science.table import write_table
 from repfusion.scenes.contrasts import DESCRIBED_KINDS
 
 LEVELS = (0.3, 0.9)
@@ -85,37 +85,6 @@ def test_a_broken_line_elsewhere_is_an_error(tmp_path):
     path.write_text(json.dumps({"row": "repfusion"}) + "\n")
     with pytest.raises(ValueError, match="line 1: not a RowResult"):
         read_results(path)
-
-
-def seeds(*values: float) -> dict[int, float]:
-    return dict(enumerate(values))
-
-
-def test_the_six_tests_pair_by_seed():
-    scores = {
-        "repfusion": seeds(0.80, 0.82, 0.81),
-        "static_queries": seeds(0.79, 0.80, 0.80),
-        "repfusion_noise_taught": seeds(0.95, 0.96, 0.94),
-        "static_queries_noise_taught": seeds(0.80, 0.80, 0.79),
-        "timestep_queries": seeds(0.80, 0.80, 0.80, 0.99),
-    }
-    found = assessed(scores)
-    assert [one.difference and round(one.difference.mean, 4) for one in found] == [
-        *(0.0133, 0.1533, 0.14, None, 0.14, 0.0033)
-    ]
-    assert found[3].p is None and found[3].adjusted is None
-    assert found[1].p is not None and found[1].adjusted is not None
-    assert found[1].p < 0.001 < 0.01 > found[1].adjusted >= found[1].p
-    assert found[5].test.margin == 0.03 and found[5].p is not None and found[5].p < 0.02
-    assert found[5].difference is not None and found[5].difference.num_pairs == 3
-    reversed_scores = {**scores, "timestep_queries": seeds(0.89, 0.90, 0.91)}
-    p = assessed(reversed_scores)[5].p
-    assert p is not None and p > 0.95
-
-
-def test_one_seed_is_no_test():
-    found = assessed({"repfusion": seeds(0.9), "static_queries": seeds(0.1)})
-    assert found[0].difference is not None and found[0].p is None and len(found) == len(TESTS) == 6
 
 
 def test_the_page_says_first_whether_the_claim_could_show(tmp_path):
