@@ -46,7 +46,7 @@ once would leave them there.
 class IngestConfig(Config):
     """Downloads and resizes images."""
 
-    image_size: int | None = Field(default=32, ge=1)
+    image_size: int | None = Field(default=64, ge=1)
     """Side in pixels that images are brought to; None keeps their size. Those of tars, folders and parquet
     then stay as they are, byte for byte, if they are JPEG, PNG or WebP that every decoder reads as the same
     upright 8-bit RGB; others are decoded, and stored as `encode` says.

@@ -68,7 +68,7 @@ INVERSE: dict[Relation, Relation] = {
 
 
 class WorldConfig(Config):
-    image_size: int = Field(default=32, ge=16)
+    image_size: int = Field(default=64, ge=16)
     """Side of the square image in pixels."""
     shapes: tuple[Shape, ...] = SHAPES
     """Shapes that may occur."""
