@@ -1,6 +1,5 @@
 """A real cluster of processes on this machine, through the command line: the way of a user."""
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -12,17 +11,11 @@ import yaml
 from killing import LOOPBACK, contents, differences, listening_addresses
 
 from cluster.kinds import processes
-from cluster.kinds.nodes import JOBS_API_NEEDS
 from cluster.record import ClusterRecord, read_record
 from cluster.submission import commit
 
 ROOT = Path(__file__).parents[2]
-MISSING = [name for name in JOBS_API_NEEDS if importlib.util.find_spec(name) is None]
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(MISSING), reason=f"Ray's Jobs API needs ray[default]; there is no {MISSING}"),
-]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 WORKFLOW = {
     "root": "runs/tiny",
     "last_stage": "curate",
