@@ -121,7 +121,9 @@ def test_claims_are_compared_by_validation_loss_within_a_latent_space(config: La
     # losses 0.40, 0.38, 0.36 against 0.50, 0.49, 0.48
     tuned = next(line for line in part.splitlines() if "an MLLM prefers to stay frozen" in line)
     assert tuned.endswith("| -0.110 ± 0.006 | 3 | 0.0014 |")
-    queries = next(line for line in part.splitlines() if "reads the noisy latents beats static queries |" in line)
+    queries = next(
+        line for line in part.splitlines() if "reads the noisy latents beats static queries |" in line
+    )
     assert "| +0.100 ± 0.000 | 2 |" in queries
     assert "RAE beats VAE" not in part and "same FLOPs" not in part
 
