@@ -17,7 +17,8 @@ SET ?=
 # to lapse, a process to end. What takes longest goes first, so that none ends alone with it.
 TEST_PROCESSES ?= 3
 LONGEST := $(addprefix tests/,repfusion/training/test_resume.py pipelines/stages/test_train.py repfusion/training/test_train.py \
-	repfusion/conditioning/test_methods.py pipelines/shards/test_s3.py extending/test_suite.py repfusion/flops/test_flops.py fuzz)
+	repfusion/conditioning/test_methods.py pipelines/workflow/test_data_workflow.py pipelines/shards/test_s3.py extending/test_suite.py \
+	repfusion/flops/test_flops.py pipelines/runtime/test_pool.py pipelines/workflow/test_retry.py pipelines/workflow/test_edits.py fuzz)
 
 # One thread a process: the stages run as many processes as there are cores.
 export OMP_NUM_THREADS ?= 1
@@ -118,6 +119,8 @@ cluster-down: $(STAMP) ## end exactly what cluster-up started, jobs first, and s
 
 # The tests start some hundred processes: what is imported is compiled once, also where the environment forbids to keep it.
 test test-slow: export PYTHONDONTWRITEBYTECODE :=
+# Ray's workers give way to everything else (nice 15): beside busy tests a training of a minute took nine.
+test test-slow: export RAY_worker_niceness := 0
 
 test: $(STAMP) ## the test suite, without the slow and GPU tests
 	$(BIN)/python -m pytest -x -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(LONGEST) tests
