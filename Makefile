@@ -140,7 +140,7 @@ format: $(STAMP) ## let ruff sort the imports and lay out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-foundation: $(STAMP) ## train the shipped small models (repfusion/weights/), about three hours on 2 cores; goes on where it was cut off. DEVICE=gpu: larger ones, into runs/foundation_gpu
+foundation: $(STAMP) ## train the shipped small models (repfusion/weights/), several hours on 2 cores; goes on where it was cut off. DEVICE=gpu: larger ones, into runs/foundation_gpu
 	$(BIN)/python -m repfusion.foundation $(if $(filter gpu,$(DEVICE)),repfusion/foundation/gpu.yaml --out runs/foundation_gpu,repfusion/foundation/cpu.yaml --out runs/foundation --release) $(SET)
 
 base: $(STAMP) ## pre-train the shipped base checkpoint on the foundation (about an hour on 2 cores)
