@@ -14,11 +14,8 @@ W ?= $(DEMO)
 SET ?=
 
 # Processes of `make test`, one more than there are cores to fill, since many a test waits: for a Ray to start, a lease
-# to lapse, a process to end. What takes longest goes first, so that none ends alone with it.
+# to lapse, a process to end. tests/conftest.py says which files go first, so that none ends alone with a long one.
 TEST_PROCESSES ?= 3
-LONGEST := $(addprefix tests/,repfusion/training/test_resume.py pipelines/stages/test_train.py repfusion/training/test_train.py \
-	repfusion/conditioning/test_methods.py pipelines/workflow/test_data_workflow.py pipelines/shards/test_s3.py extending/test_suite.py \
-	repfusion/flops/test_flops.py pipelines/runtime/test_pool.py pipelines/workflow/test_retry.py pipelines/workflow/test_edits.py fuzz)
 
 # One thread a process: the stages run as many processes as there are cores.
 export OMP_NUM_THREADS ?= 1
@@ -123,10 +120,10 @@ test test-slow: export PYTHONDONTWRITEBYTECODE :=
 test test-slow: export RAY_worker_niceness := 0
 
 test: $(STAMP) ## the test suite, without the slow and GPU tests
-	$(BIN)/python -m pytest -x -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(LONGEST) tests
+	$(BIN)/python -m pytest -x -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" tests
 
 test-slow: $(STAMP) ## the slow tests, about an hour, two minutes of fuzzing among them
-	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "slow and not gpu" $(LONGEST) tests
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "slow and not gpu" tests
 
 fuzz: $(STAMP) ## broken inputs into the real readers: make fuzz MINUTES=5 SET="--seed 7 --targets tar image"
 	@$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),5) $(SET)
