@@ -120,10 +120,10 @@ test test-slow: export PYTHONDONTWRITEBYTECODE :=
 test test-slow: export RAY_worker_niceness := 0
 
 test: $(STAMP) ## the test suite, without the slow and GPU tests
-	$(BIN)/python -m pytest -x -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" tests
+	$(BIN)/python -m pytest -x -q -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder -m "not slow and not gpu" tests
 
 test-slow: $(STAMP) ## the slow tests, about an hour, two minutes of fuzzing among them
-	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "slow and not gpu" tests
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder -m "slow and not gpu" tests
 
 fuzz: $(STAMP) ## broken inputs into the real readers: make fuzz MINUTES=5 SET="--seed 7 --targets tar image"
 	@$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),5) $(SET)

@@ -22,26 +22,31 @@ for name, value in {
 LONGEST = (
     "repfusion/training/test_resume.py",
     "pipelines/stages/test_train.py",
+    "pipelines/workflow/test_data_workflow.py",
     "repfusion/training/test_train.py",
     "repfusion/conditioning/test_methods.py",
-    "pipelines/workflow/test_data_workflow.py",
-    "pipelines/shards/test_s3.py",
     "extending/test_suite.py",
     "repfusion/flops/test_flops.py",
-    "pipelines/runtime/test_pool.py",
-    "pipelines/workflow/test_retry.py",
-    "pipelines/workflow/test_edits.py",
     "fuzz/test_fuzz.py",
 )
 """Files that take longest, in the order in which `make test` begins them."""
+MOVING_DATA = {"runtime", "shards", "sources", "workflow"}
+"""Folders of the tests on Ray that move data; the others train and evaluate."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest goes first: pytest drops a file that is named beside its folder, so that the order
-    of its arguments says nothing.
+    of its arguments says nothing. A file's tests go to one process, those on Ray to one of two: each starts a
+    Ray of its own, which takes eight seconds and does not rest when it has nothing to do.
     """
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+    on_ray = {item.path for item in items if item.get_closest_marker("ray")}
+    for item in items:
+        group = str(item.path)
+        if item.path in on_ray:
+            group = "data on Ray" if item.path.parent.name in MOVING_DATA else "trainings on Ray"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)

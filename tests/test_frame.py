@@ -287,3 +287,17 @@ def test_images_are_decoded_in_one_place():
     """Elsewhere orientation, transparency, 16 bits and limits would be forgotten."""
     opening = {str(path.relative_to(ROOT)) for path in SOURCES if DECODING.search(path.read_text())}
     assert opening == {DECODER}
+
+
+UNCHECKED = {"data", "evaluation", "generate.py", "request.py", "scenes"}
+"""What holds shapes that the tests do not check: they would take longer than what they check."""
+
+
+def test_shapes_are_checked_wherever_they_are_written(pytestconfig: pytest.Config):
+    """A new room of tensors has to be named where pytest is set up."""
+    packages = pytestconfig.getoption("--jaxtyping-packages").split(",")
+    checked = {re.sub("^repfusion.", "", name) for name in packages} - {"beartype.beartype"}
+    shaped = [path.relative_to(ROOT) for path in SOURCES if "jaxtyping" in imported(path)]
+    rooms = {path.parts[1] for path in shaped if path.parts[0] == "repfusion"}
+    assert {room.removesuffix(".py") for room in rooms - UNCHECKED} == checked
+    assert rooms >= UNCHECKED and len(shaped) > 40
