@@ -112,7 +112,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def configure(models: dict[str, Path]) -> Callable[..., WorkflowConfig]:
-    """A workflow of 40 scenes in 4 shards, up to the features; keyword arguments replace sections' fields."""
+    """A workflow of 40 scenes of 32 px in 4 shards, up to the features; keyword arguments replace sections'
+    fields.
+    """
 
     def make(root: Path, **sections: Any) -> WorkflowConfig:
         values: dict[str, Any] = {
@@ -122,8 +124,10 @@ def configure(models: dict[str, Path]) -> Callable[..., WorkflowConfig]:
                 "kind": "scenes",
                 "shard_size": 10,
                 "num_samples": 40,
+                "world": {"image_size": 32},
                 "defects": {"missing": 2, "undecodable": 2, "empty_caption": 2},
             },
+            "ingest": {"image_size": 32},
             "trainings": {
                 "train": {
                     "model": {

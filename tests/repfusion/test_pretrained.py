@@ -262,7 +262,7 @@ def test_a_language_model_of_another_family_is_refused_with_those_that_are_read(
 
 
 def test_the_shipped_folders_are_whole():
-    for name in ("llava", "language", "llava_fluent", "llava_large"):
+    for name in ("llava", "language", "llava_noise_taught", "llava_large"):
         load_language_model(WEIGHTS / name, on_meta=True)
 
 

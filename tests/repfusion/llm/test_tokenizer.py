@@ -175,7 +175,7 @@ def test_a_tokenizer_whose_words_are_its_control_tokens_is_refused(llama):
 
 def test_shipped_tokenizers_are_one_file(tmp_path):
     """So that a data set counted for one of the shipped language models serves them all."""
-    names = ("llava", "language", "llava_fluent", "llava_large")
+    names = ("llava", "language", "llava_noise_taught", "llava_large")
     files = {(WEIGHTS / name / file).read_bytes() for name in names for file in ("tokenizer.json",)}
     assert len(files) == 1
     shutil.copytree(WEIGHTS / "llava", tmp_path / "copy")
