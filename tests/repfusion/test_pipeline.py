@@ -98,7 +98,7 @@ def test_the_output_types_show_the_same_images(pipe):
         return pipe(PROMPT, STEPS, generator=seeded(1), output_type=output_type).images
 
     pixels, array, images, latents = made("pt"), made("np"), made("pil"), made("latent")
-    assert pixels.shape == (1, 3, 32, 32) and array.shape == (1, 32, 32, 3) and array.dtype == np.float32
+    assert pixels.shape == (1, 3, 64, 64) and array.shape == (1, 64, 64, 3) and array.dtype == np.float32
     np.testing.assert_array_equal(array, pixels.permute(0, 2, 3, 1).numpy())
     np.testing.assert_array_equal(np.asarray(images[0]), to_uint8(pixels)[0])
     assert latents.shape == (1, *pipe.model.latent_shape)
@@ -174,7 +174,7 @@ def test_to_moves_it_and_returns_it(pipe):
         ({"prompt": []}, "0 prompts"),
         ({"num_images_per_prompt": 0}, "0 images of each"),
         ({"generator": [seeded(0), seeded(1)]}, "2 generators for 1 images"),
-        ({"latents": torch.zeros(2, 16, 64)}, "expected .1, 16, 64. for 1 requests"),
+        ({"latents": torch.zeros(2, 16, 96)}, "expected .1, 16, 96. for 1 requests"),
         ({"output_type": "jpeg"}, "'pil', 'np', 'pt' or 'latent'"),
         ({"num_inference_steps": 0}, "num_steps"),
         ({"guidance_scale": 0.5}, "guidance_scale"),

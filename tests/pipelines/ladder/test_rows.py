@@ -28,13 +28,13 @@ from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.model.dit import DiTConfig
 from repfusion.weights import WEIGHTS
 
-DIT = DiTConfig(hidden_size=64, depth=2, num_heads=2)
+DIT = DiTConfig(hidden_size=96, depth=2, num_heads=3)
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 
 
 def common(**changes) -> Common:
     values = {"weights": WEIGHTS, "dit": DIT, "flow": FlowConfig(base_dim=256), "sampler": SamplerConfig()}
-    return Common(**{**values, "prompt_tokens": 10, "image_size": 32, **changes})
+    return Common(**{**values, "prompt_tokens": 10, "image_size": 64, **changes})
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pipelines.shards.tars import read_samples
 from pipelines.sources.edits import EditDefectsConfig, EditsConfig, EditsSource, EditWorker, jobs
 from pipelines.sources.ingest import IngestConfig
 from repfusion.scenes.edits import EDIT_KINDS
-from repfusion.scenes.world import Scene, Thing, WorldConfig, is_held_out, render, to_uint8
+from repfusion.scenes.world import Scene, Thing, is_held_out, render, to_uint8
 
 INGEST = IngestConfig(max_drop_fraction=1)
 DEFECTS = EditDefectsConfig(missing_source=2, undecodable_source=1, missing=1, undecodable=1, empty_caption=1)
@@ -44,7 +44,7 @@ def scene(facts: dict) -> Scene:
 
 
 def test_a_sample_holds_both_scenes_and_the_instruction_and_no_picture_what_is_held_out(tmp_path):
-    config = EditsConfig(num_samples=60, shard_size=25, world=WorldConfig(image_size=32))
+    config = EditsConfig(num_samples=60, shard_size=25)
     sidecars = run(config, tmp_path)
     assert [one.samples for one in sidecars] == [25, 25, 10]
     found = read(tmp_path, sidecars)

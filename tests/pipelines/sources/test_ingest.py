@@ -150,12 +150,12 @@ def test_each_row_is_a_sample_or_a_counted_drop(tmp_path, server):
     assert json.loads(samples["000000003"]["json"]) == {
         "key": "000000003",
         "url": "large",
-        "width": 32,
-        "height": 32,
+        "width": 64,
+        "height": 64,
         "original_width": 90,
         "original_height": 64,
     }
-    assert Image.open(io.BytesIO(samples["000000003"]["png"])).size == (32, 32)
+    assert Image.open(io.BytesIO(samples["000000003"]["png"])).size == (64, 64)
 
 
 def test_the_internet_is_the_default(tmp_path, server):
@@ -369,7 +369,7 @@ def test_what_decides_the_bytes():
     base = fingerprint_fields(IngestConfig())
     for fields in ({"num_threads": 3}, {"retries": 5}, {"timeout_sec": 3}, {"max_drop_fraction": 0.1}):
         assert fingerprint_fields(IngestConfig(**fields)) == base
-    for fields in ({"image_size": 64}, {"max_pixels": 5}, {"max_download_bytes": 5}, {"encode": "webp"}):
+    for fields in ({"image_size": 32}, {"max_pixels": 5}, {"max_download_bytes": 5}, {"encode": "webp"}):
         assert fingerprint_fields(IngestConfig(**fields)) != base
 
 

@@ -209,7 +209,7 @@ def test_what_decides_the_bytes():
     same = tar_source.fingerprint_fields(
         TarsConfig(path="b", on_truncated="keep", options={"x": 1}), IngestConfig(num_threads=3)
     )
-    assert base == same and base["ingest.image_size"] == 32
+    assert base == same and base["ingest.image_size"] == 64
     assert base != tar_source.fingerprint_fields(TarsConfig(path="a", caption_field="long"), IngestConfig())
 
 

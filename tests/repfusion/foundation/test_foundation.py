@@ -32,7 +32,7 @@ from repfusion.latents.tower import RepresentationEncoder
 from repfusion.llm.load import load_language_model
 from repfusion.llm.tokenizer import load_tokenizer
 from repfusion.scenes.claims import KINDS
-from repfusion.scenes.world import draw_scene, render
+from repfusion.scenes.world import WorldConfig, draw_scene, render
 
 SHORT = LengthConfig(num_steps=3, batch_size=6)
 TINY = FoundationConfig(
@@ -322,7 +322,8 @@ def test_a_loss_that_is_not_finite_stops_a_training(tmp_path):
 def test_the_recipes_folders_load_by_the_code_that_users_run(trained):
     encoder = RepresentationEncoder.from_pretrained(trained / "vision_tower")
     decoder = RAEDecoder.from_pretrained(trained / "decoder")
-    pixels = torch.from_numpy(np.stack([render(draw_scene(seed)) for seed in range(3)]))
+    world = WorldConfig(image_size=32)
+    pixels = torch.from_numpy(np.stack([render(draw_scene(seed), world) for seed in range(3)]))
     assert encoder.mean.flatten().tolist() == encoder.std.flatten().tolist() == [0.5, 0.5, 0.5]
     assert decoder(encoder(pixels)).shape == pixels.shape
     from_llava = RepresentationEncoder.from_pretrained(trained / "llava")

@@ -226,11 +226,11 @@ def test_a_model_without_eyes_has_none_to_open_and_chats_all_the_same(tmp_path):
         tokenise_chats(llm, [CHATS["image"]])
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_large"])
+@pytest.mark.parametrize("name", ["llava", "llava_noise_taught", "llava_large"])
 def test_the_shipped_llava_sees_as_transformers_own_does(name):
     llm = load_language_model(WEIGHTS / name, with_head=True, with_eyes=True)
     whole = class_of("llava").from_pretrained(WEIGHTS / name, dtype=torch.float32).eval()
-    image = picture(32, 32)
+    image = picture(64, 64)
     batch = tokenise_chats(llm, [Chat("describe the image", (image,)), Chat("two circles")])
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
     torch.testing.assert_close(batch.images["pixel_values"], pixels * 2 - 1)

@@ -230,7 +230,7 @@ def test_the_colour_alone_is_not_enough():
     pixels = np.full((3, 32, 32), 0.1, np.float32)
     pixels[:, 6:12, 4:26] = np.reshape((0.90, 0.15, 0.15), (3, 1, 1))
     assert detect(pixels) == []
-    torn = render(Scene((Thing("circle", "red", 0.5, 0.5, 0.4),)))
+    torn = render(Scene((Thing("circle", "red", 0.5, 0.5, 0.4),)), WorldConfig(image_size=32))
     assert [thing.shape for thing in detect(torn)] == ["circle"]
     torn[:, :, 16:] = np.roll(torn[:, :, 16:], 5, axis=1)
     assert detect(torn) == []

@@ -82,7 +82,7 @@ def test_overall_is_the_mean_over_tasks_not_over_prompts():
     prompts, images = prompts_with_images(2)
     counting = [i for i, prompt in enumerate(prompts) if prompt.task == "counting"]
     extra = prompts + [prompts[counting[0]]] * 10
-    blank = np.full((10, 3, 32, 32), 0.1, np.float32)
+    blank = np.full((10, *images.shape[1:]), 0.1, np.float32)
     scores = score(np.concatenate([images, blank]), extra)
     assert scores.values["task/counting"] == pytest.approx(2 / 12)
     assert scores.values["overall"] == pytest.approx((5 + 2 / 12) / 6)
