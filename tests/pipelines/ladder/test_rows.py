@@ -28,7 +28,7 @@ from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.model.dit import DiTConfig
 from repfusion.weights import WEIGHTS
 
-DIT = DiTConfig(hidden_size=96, depth=2, num_heads=3)
+DIT = DiTConfig(hidden_size=96, depth=3, num_heads=6)
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 
 
