@@ -68,10 +68,10 @@ retry: $(STAMP) ## download again the samples that failed for a reason that may 
 gc: $(STAMP) ## list what no workflow refers to; make gc SET=--delete removes it
 	@$(BIN)/python -m pipelines gc $(W) $(SET)
 
-evaluate: $(STAMP) ## score checkpoints now: make evaluate RUN=runs/demo STEP=1100 (or latest, best, all)
+evaluate: $(STAMP) ## score checkpoints now: make evaluate RUN=runs/demo STEP=600 (or latest, best, all)
 	@$(BIN)/python -m pipelines evaluate $(or $(RUN),$(W)) --step $(or $(STEP),latest) $(SET)
 
-export: $(STAMP) ## a folder to generate from anywhere: make export CHECKPOINT=runs/demo/train/checkpoints/step_00002200 OUT=my_model
+export: $(STAMP) ## a folder to generate from anywhere: make export CHECKPOINT=runs/demo/train/checkpoints/step_00001200 OUT=my_model
 	@$(BIN)/python -m repfusion.export --checkpoint $(CHECKPOINT) --out $(OUT)
 
 lineage: $(STAMP) ## what an image, checkpoint or export was made from: make lineage OF=image.png

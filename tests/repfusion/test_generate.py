@@ -173,7 +173,7 @@ def test_a_record_of_shipped_weights_names_no_machine():
     from repfusion.weights import WEIGHTS
 
     record = image_record(WEIGHTS / "base", Request("a"), 0, CONFIG)
-    assert record["checkpoint"]["path"] == "{weights}/base" and record["checkpoint"]["step"] == 20000
+    assert record["checkpoint"]["path"] == "{weights}/base" and record["checkpoint"]["step"] == 14500
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_an_export_stands_for_itself(world, tmp_path, monkeypatch):
 def test_the_shipped_base_tells_what_is_known(tmp_path):
     links = {link.name: link for link in trace(WEIGHTS / "base")}
     assert links["checkpoint"].state == links["encoder"].state == links["mllm"].state == "agrees"
-    assert links["step"].value == "20000" and "DiT 6 x 192" in links["config"].note
+    assert links["step"].value == "14500" and "DiT 6 x 192" in links["config"].note
     assert links["run"].state == links["data"].state == "unknown" and "no lineage.json" in links["run"].note
 
 
