@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from repfusion.data.readers import REWRITES, CaptionArray, Reader
 from repfusion.inputs import Inputs
 from repfusion.llm.base import LanguageModel
 from repfusion.llm.chats.batch import ChatBatch, num_kept, pack, tokenise_chats, with_written
+from repfusion.llm.chats.eyes import text_positions
 from repfusion.llm.chats.format import Chat, ChatPart
 from repfusion.llm.chats.read import read_chats
 from repfusion.llm.chats.rewriting import rewrite
@@ -142,8 +143,11 @@ class UniFusionConditioner(Conditioner):
                 most = num_kept(keep)
             states = read_chats(self.llm, batch, self.taps)
         packed, mask = pack([state.float() for state in states], keep, most)
-        (is_image,), _ = pack([batch.is_any(ChatPart.IMAGE)[..., None].float()], keep, most)
-        return Prepared(static=(Context(self._pooled(packed, mask, is_image[..., 0] > 0), mask),))
+        (is_image, positions), _ = pack(
+            [batch.is_any(ChatPart.IMAGE)[..., None], positions_of(batch, keep)], keep, most
+        )
+        tokens = self._pooled(packed, mask, is_image[..., 0])
+        return Prepared(static=(Context(tokens, mask, positions),))
 
     def _written(self, batch: ChatBatch, is_open: Sequence[bool], prompts: Sequence[str]) -> ChatBatch:
         """The chats with what the language model writes after those that ask for it."""
@@ -167,6 +171,15 @@ class UniFusionConditioner(Conditioner):
     def _never_empty(mask: Bool[Tensor, "b m"]) -> Bool[Tensor, "b m"]:
         first = torch.arange(mask.shape[1], device=mask.device) == 0
         return mask | (first & ~mask.any(1, keepdim=True))
+
+
+def positions_of(batch: ChatBatch, keep: Bool[Tensor, "b n"]) -> Int[Tensor, "b n 2"]:
+    """Rows and columns of tokens for the DiT (`Context.positions`): kept text is numbered without what stands
+    around it, images have the places of their tokens. Each follows from the token's own chat alone.
+    """
+    is_image = batch.is_any(ChatPart.IMAGE)
+    numbers = text_positions(keep & ~is_image)[..., None].expand(-1, -1, 2)
+    return numbers.masked_scatter(is_image[..., None], batch.places) if batch.images else numbers
 
 
 def kept(batch: ChatBatch) -> Bool[Tensor, "b n"]:

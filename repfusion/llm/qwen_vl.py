@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from repfusion.llm.chats.eyes import Eyes, Look, image_processor
+from repfusion.llm.chats.eyes import Eyes, Look, image_processor, in_rows
 from repfusion.llm.seeing import SeeingByTemplate
 
 
@@ -54,8 +54,9 @@ class QwenEyes(Eyes):
 
     def _look(self, image: np.ndarray) -> Look:
         found = self.process(image)
-        num_tokens = int(found["image_grid_thw"].prod()) // self.processor.merge_size**2
-        return Look(num_tokens, {name: found[name] for name in ("pixel_values", "image_grid_thw")})
+        _, rows, columns = (found["image_grid_thw"][0] // self.processor.merge_size).tolist()
+        inputs = {name: found[name] for name in ("pixel_values", "image_grid_thw")}
+        return Look((in_rows(rows, columns),), inputs)
 
     def positions(
         self,

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from repfusion.conditioning.base import Condition, Context
-from repfusion.layers import RMSNorm, rotary_diagonal
+from repfusion.layers import RMSNorm
 from repfusion.model.blocks.in_context import InContextBlock
 from repfusion.model.denoiser import Prefilled
 from repfusion.model.dit import DiT, DiTConfig
@@ -18,9 +18,8 @@ from repfusion.model.dit import DiT, DiTConfig
 class InContextDiT(DiT):
     """A DiT whose one context is part of its sequence.
 
-    Latent tokens stand at their row and column; condition tokens follow along the diagonal after the last of
-    these, which is one-dimensional and collides with none of them (as Qwen-Image places text, arXiv
-    2508.02324).
+    Latent tokens stand at their row and column, text along the diagonal after the last of these, reference
+    images left of them (`DiT.rotary_of`): no two tokens stand at one place.
 
     Raises:
         ValueError: a width does not divide or is below the latent width, or the conditioner gives anything
@@ -41,8 +40,6 @@ class InContextDiT(DiT):
             RMSNorm(width, eps=1e-6), nn.Linear(width, dim), nn.GELU(), nn.Linear(dim, dim)
         )
 
-    rotary: Tensor
-
     @staticmethod
     def new_block(
         config: DiTConfig, aligned_width: int | None, context_widths: tuple[int, ...]
@@ -58,7 +55,8 @@ class InContextDiT(DiT):
     def prefill(self, contexts: tuple[Context, ...], first: int = 0) -> Prefilled:
         """The contexts as the sequence begins with them."""
         tokens = tuple(self.context_embed(context.tokens) for context in contexts)
-        return Prefilled(masks=tuple(context.mask for context in contexts), tokens=tokens)
+        masks = tuple(context.mask for context in contexts)
+        return Prefilled(masks=masks, tokens=tokens, rotary=tuple(map(self.rotary_of, contexts)))
 
     def forward(
         self, z_t: Float[Tensor, "b n d"], t: Float[Tensor, " b"], condition: Condition, static: Prefilled
@@ -71,7 +69,8 @@ class InContextDiT(DiT):
         x = torch.cat([self.embed(z_t) + self.positions, tokens[0]], dim=1)
         if mask is not None:
             mask = torch.cat([mask.new_ones(z_t.shape[:2]), mask], dim=1)
-        rotary = self.rotary_of(tokens[0].shape[1])
+        places = contexts.rotary[0]
+        rotary = torch.cat([self.rotary.expand(len(places), *self.rotary.shape), places], dim=1)
         for number, block in enumerate(self.blocks):
             x = self.enter(x, number, tokens)
             x = block(x, modulation, rotary, ((x, x, mask),))
@@ -84,7 +83,3 @@ class InContextDiT(DiT):
         first.
         """
         return x
-
-    def rotary_of(self, num_condition: int) -> Float[Tensor, "n half 2"]:
-        """Rotary angles of the latent tokens and of condition tokens after them."""
-        return torch.cat([self.rotary, rotary_diagonal(self.after_grid, self.rotary, num_condition)])

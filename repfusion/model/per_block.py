@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from repfusion.conditioning.base import Context
-from repfusion.layers import rotary_diagonal, rotate
+from repfusion.layers import rotate
 from repfusion.model.blocks.in_context import InContextBlock
 from repfusion.model.blocks.joint_keys import JointKeysBlock
 from repfusion.model.denoiser import Prefilled
@@ -40,8 +40,6 @@ class JointKeysDiT(DiT):
             but a context for each block.
     """
 
-    rotary: Tensor
-
     @staticmethod
     def new_block(
         config: DiTConfig, aligned_width: int | None, context_widths: tuple[int, ...]
@@ -54,7 +52,7 @@ class JointKeysDiT(DiT):
         """Keys, at their places, and values of each block's own context."""
         if not contexts:
             return Prefilled()
-        rotary = rotary_diagonal(self.after_grid, self.rotary, contexts[0].tokens.shape[1])
+        rotary = self.rotary_of(contexts[0])
         pairs = zip(self.blocks, contexts, strict=True)
         kept = tuple(block.keys_values(0, context.tokens) for block, context in pairs)
         return Prefilled((tuple((rotate(k, rotary), v) for k, v in kept),), (contexts[0].mask,))
@@ -95,7 +93,8 @@ class InjectedDiT(InContextDiT):
             return Prefilled()
         begins, *others = contexts
         added = (one(context.tokens) for one, context in zip(self.injections, others, strict=True))
-        return Prefilled(masks=(begins.mask,), tokens=(self.context_embed(begins.tokens), *added))
+        tokens = self.context_embed(begins.tokens), *added
+        return Prefilled(masks=(begins.mask,), tokens=tokens, rotary=(self.rotary_of(begins),))
 
     def enter(
         self, x: Float[Tensor, "b n d"], number: int, tokens: tuple[Float[Tensor, "b m d"], ...]

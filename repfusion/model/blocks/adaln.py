@@ -28,7 +28,10 @@ class AdaLNBlock(nn.Module):
         raise NotImplementedError
 
     def mix(
-        self, x: Float[Tensor, "b n d"], rotary: Float[Tensor, "n half 2"], contexts: tuple[Attended, ...]
+        self,
+        x: Float[Tensor, "b n d"],
+        rotary: Float[Tensor, "*r n half 2"],
+        contexts: tuple[Attended, ...],
     ) -> Float[Tensor, "b n d"]:
         """Self-attention."""
         return self.attention(x, rotary)
@@ -41,7 +44,7 @@ class AdaLNBlock(nn.Module):
         self,
         x: Float[Tensor, "b n d"],
         modulation: Float[Tensor, "b k 6 d"],
-        rotary: Float[Tensor, "n half 2"],
+        rotary: Float[Tensor, "*r n half 2"],
         contexts: tuple[Attended, ...] = (),
     ) -> Float[Tensor, "b n d"]:
         """The block's output for modulations of k = n tokens, or of k = 1 for all of them."""
