@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from repfusion.conditioning.base import (
@@ -61,6 +61,19 @@ class UniFusionConfig(MethodConfig):
     """Whether image tokens are pooled by layers of their own."""
     rewriting: RewritingConfig | None = None
     """How prompts are rewritten; None takes them as they are."""
+    kept_references: bool = False
+    """Whether image tokens see each other alone in the DiT, as at noise level 0, so that their keys and
+    values are computed once for all steps (FLUX.2 klein). Only in context: cross-attention keeps all.
+    """
+
+    @model_validator(mode="after")
+    def _kept_in_context(self) -> "UniFusionConfig":
+        if self.kept_references and not self.is_in_context:
+            raise ValueError(
+                f"kept_references with interface {self.interface}, which keeps all keys and values anyway; "
+                "leave kept_references out, or set interface: in_context"
+            )
+        return self
 
     @property
     def columns(self) -> Mapping[str, Reader]:
@@ -91,7 +104,8 @@ class UniFusionConditioner(Conditioner):
         self.rewriting = config.rewriting
         self.max_new_tokens = (config.rewriting or RewritingConfig()).max_new_tokens
         self.taps = config.lap.taps_of(len(llm.layers))
-        self.context_widths = (llm.width,)
+        self.kept_references = config.kept_references
+        self.context_widths = (llm.width,) * (2 if config.kept_references else 1)
         self.lap = config.lap.pooling(llm)
         self.image_lap = config.lap.pooling(llm) if config.image_lap else None
 
@@ -106,11 +120,9 @@ class UniFusionConditioner(Conditioner):
         room = self.max_new_tokens if any(one.is_open for one in asked) else 0
         chats = [one.chat for one in asked]
         batch = tokenise_chats(self.llm, chats, [one.written for one in asked], room)
-        keep = kept(batch)
         return {
             "chats": batch,
-            "keep": keep,
-            "num_kept": num_kept(keep),
+            "kept": _Kept.of(batch),
             "open": [one.is_open for one in asked],
             "prompts": [chat.instruction for chat in chats],
         }
@@ -134,20 +146,24 @@ class UniFusionConditioner(Conditioner):
         return _Asked(Chat(request.prompt, request.images, system), written, known is None)
 
     def prepare(self, inputs: Inputs, reuse: bool = False) -> Prepared:
-        """Pooled states, real tokens first; `reuse` changes nothing: they are static."""
-        batch, keep, most = inputs["chats"], inputs["keep"], inputs["num_kept"]
+        """Pooled states, real tokens first, those of images apart where the DiT keeps them; `reuse` changes
+        nothing: they are static.
+        """
+        batch, which = inputs["chats"], inputs["kept"]
         with frozen_reading(batch.ids.device):
             if any(inputs["open"]):
                 batch = self._written(batch, inputs["open"], inputs["prompts"])
-                keep = kept(batch)
-                most = num_kept(keep)
+                which = _Kept.of(batch)
             states = read_chats(self.llm, batch, self.taps)
-        packed, mask = pack([state.float() for state in states], keep, most)
-        (is_image, positions), _ = pack(
-            [batch.is_any(ChatPart.IMAGE)[..., None], positions_of(batch, keep)], keep, most
-        )
-        tokens = self._pooled(packed, mask, is_image[..., 0])
-        return Prepared(static=(Context(tokens, mask, positions),))
+        packed, mask = pack([state.float() for state in states], which.keep, which.most)
+        beside = batch.is_any(ChatPart.IMAGE)[..., None], positions_of(batch, which.keep)
+        (is_image, positions), _ = pack(beside, which.keep, which.most)
+        is_image = is_image[..., 0]
+        context = Context(self._pooled(packed, mask, is_image), mask, positions)
+        if not self.kept_references:
+            return Prepared(static=(context,))
+        parts = (mask & ~is_image, which.most_text), (mask & is_image, which.most_images)
+        return Prepared(static=tuple(_part(context, *part) for part in parts))
 
     def _written(self, batch: ChatBatch, is_open: Sequence[bool], prompts: Sequence[str]) -> ChatBatch:
         """The chats with what the language model writes after those that ask for it."""
@@ -171,6 +187,30 @@ class UniFusionConditioner(Conditioner):
     def _never_empty(mask: Bool[Tensor, "b m"]) -> Bool[Tensor, "b m"]:
         first = torch.arange(mask.shape[1], device=mask.device) == 0
         return mask | (first & ~mask.any(1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Which tokens of a batch condition, and the most of a row, known on the CPU: of all, of text, of
+    images.
+    """
+
+    keep: Bool[Tensor, "b n"]
+    most: int
+    most_text: int
+    most_images: int
+
+    @classmethod
+    def of(cls, batch: ChatBatch) -> "_Kept":
+        keep, is_image = kept(batch), batch.is_any(ChatPart.IMAGE)
+        return cls(keep, num_kept(keep), num_kept(keep & ~is_image), num_kept(keep & is_image))
+
+
+def _part(context: Context, keep: Bool[Tensor, "b m"], most: int) -> Context:
+    """The tokens of a context that are kept, real ones first."""
+    assert context.positions is not None
+    (tokens, positions), mask = pack([context.tokens, context.positions], keep, most)
+    return Context(tokens, mask, positions)
 
 
 def positions_of(batch: ChatBatch, keep: Bool[Tensor, "b n"]) -> Int[Tensor, "b n 2"]:

@@ -16,10 +16,10 @@ class Prefilled:
     """Contexts as a denoiser's blocks read them: keys and values [b h m e] by context and block."""
 
     keys_values: tuple[tuple[tuple[Tensor, Tensor], ...], ...] = ()
-    masks: tuple[Bool[Tensor, "b m"] | None, ...] = ()
-    tokens: tuple[Float[Tensor, "b m d"], ...] = ()
+    masks: tuple[Bool[Tensor, "b _"] | None, ...] = ()
+    tokens: tuple[Float[Tensor, "b _ d"], ...] = ()
     """Contexts that are part of a denoiser's sequence, as they enter it."""
-    rotary: tuple[Float[Tensor, "rows m half 2"], ...] = ()
+    rotary: tuple[Float[Tensor, "_ _ half 2"], ...] = ()
     """Where their tokens stand: the angles of each row, or one for all."""
 
     def __add__(self, other: "Prefilled") -> "Prefilled":

@@ -5,7 +5,7 @@ sequence.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from repfusion.conditioning.base import Context
@@ -96,11 +96,18 @@ class InjectedDiT(InContextDiT):
         tokens = self.context_embed(begins.tokens), *added
         return Prefilled(masks=(begins.mask,), tokens=tokens, rotary=(self.rotary_of(begins),))
 
-    def enter(
-        self, x: Float[Tensor, "b n d"], number: int, tokens: tuple[Float[Tensor, "b m d"], ...]
+    def passed(
+        self,
+        number: int,
+        x: Float[Tensor, "b n d"],
+        modulation: Float[Tensor, "b k 6 d"],
+        rotary: Float[Tensor, "rows n half 2"],
+        mask: Bool[Tensor, "b m"] | None,
+        contexts: Prefilled,
     ) -> Float[Tensor, "b n d"]:
-        """The sequence, with the block's context added to its condition tokens."""
-        if number == 0:
-            return x
-        num_latents = x.shape[1] - tokens[0].shape[1]
-        return torch.cat([x[:, :num_latents], x[:, num_latents:] + tokens[number]], dim=1)
+        """The sequence after block `number`, whose context was added to its condition tokens before."""
+        if number:
+            added = contexts.tokens[number]
+            num_latents = x.shape[1] - added.shape[1]
+            x = torch.cat([x[:, :num_latents], x[:, num_latents:] + added], dim=1)
+        return super().passed(number, x, modulation, rotary, mask, contexts)

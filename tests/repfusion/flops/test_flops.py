@@ -58,6 +58,7 @@ PROMPTS = ["a red circle", "a green square"]
 PUBLISHED = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 BY_TORCH = (
     "unifusion",
+    "unifusion_references",
     "lap",
     "noisy_latents_lap",
     "text_embed_in_context",
