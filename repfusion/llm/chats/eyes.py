@@ -101,6 +101,12 @@ class Eyes(nn.Module):
         """Position ids of a batch with images, which count real tokens only."""
         return text_positions(mask)
 
+    def flops(self, images: Mapping[str, Tensor]) -> int | None:
+        """FLOPs of seeing images, 2 a multiply-add, where the code cannot be run without memory, so that
+        nobody can count them; None where it can.
+        """
+        return None
+
     @torch.no_grad()
     def see(
         self, images: Mapping[str, Tensor], is_image: Bool[Tensor, "b n"]
