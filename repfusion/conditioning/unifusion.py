@@ -5,6 +5,8 @@ The activations of system prompt, template and, where there is a rewriting, inst
 image and decoded tokens do, which have attended to them.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -34,6 +36,8 @@ from repfusion.llm.chats.format import Chat, ChatPart
 from repfusion.llm.chats.read import read_chats
 from repfusion.llm.chats.rewriting import rewrite
 from repfusion.request import Branch, Request
+
+log = logging.getLogger(__name__)
 
 
 class RewritingConfig(Config):
@@ -166,8 +170,19 @@ class UniFusionConditioner(Conditioner):
         return Prepared(static=tuple(_part(context, *part) for part in parts))
 
     def _written(self, batch: ChatBatch, is_open: Sequence[bool], prompts: Sequence[str]) -> ChatBatch:
-        """The chats with what the language model writes after those that ask for it."""
+        """The chats with what the language model writes after those that ask for it. A warning in the log
+        counts the prompts that it could not rewrite.
+        """
         found = rewrite(self.llm, batch, prompts, self.max_new_tokens)
+        asked = [one for one, wanted in zip(found, is_open, strict=True) if wanted]
+        if lost := Counter(one.reason for one in asked if one.reason is not None):
+            log.warning(
+                "rewritings of %d prompts: %s (endless: no end within %d tokens); those prompts serve "
+                "themselves",
+                len(asked),
+                ", ".join(f"{number} {reason}" for reason, number in sorted(lost.items())),
+                self.max_new_tokens,
+            )
         written = [one.ids if wanted else () for one, wanted in zip(found, is_open, strict=True)]
         return with_written(self.llm, batch, written)
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from repfusion.config import naming
 from repfusion.llm.base import LanguageModel, PromptTooLong, take
 from repfusion.llm.chats.eyes import Look, beside, text_positions
 from repfusion.llm.chats.format import Chat, ChatPart, ChatTokens
@@ -117,7 +118,11 @@ def _row(llm: LanguageModel, chat: Chat, written: Sequence[int], room: int) -> _
     if chat.images and llm.eyes is None:
         how = "has none" if not llm.sees else "was loaded without them (with_eyes)"
         raise ValueError(f"MLLM {llm.folder}: images need eyes, and it {how}; leave the images out")
-    looks = [llm.eyes.look(image) for image in chat.images if llm.eyes is not None]
+    looks = []
+    for number, image in enumerate(chat.images, 1):
+        assert llm.eyes is not None
+        with naming(f"image {number} of {len(chat.images)}"):
+            looks.append(llm.eyes.look(image))
     tokens = llm.chat_format.tokens_of(chat, [look.num_tokens for look in looks])
     _check_length(llm, chat, tokens, looks, len(written) + room)
     return _Row(_followed(tokens, written), looks)

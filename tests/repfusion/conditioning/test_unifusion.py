@@ -138,6 +138,23 @@ def test_where_nothing_or_no_end_is_written_the_prompt_serves(foundation, monkey
     assert (one.ids, one.reason) == ((), "endless" if row else "empty")
 
 
+def test_prompts_that_could_not_be_rewritten_are_counted(foundation, monkeypatch, caplog):
+    """Of those that ask for it: the last one does not."""
+    made = conditioner(foundation, rewriting=REWRITING)
+    good = Writing(made.llm.token_ids(["two blue circle"])[0], True)
+    written = [Writing([], True), good, Writing([20] * 5, False), Writing([], True), Writing([], True)]
+    monkeypatch.setattr("repfusion.llm.chats.rewriting.write", lambda *args: written)
+    requests = [Request("a red circle")] * 4 + [Request("a red circle", rewrite=False)]
+    found = contexts(made, requests)
+    assert [len(one) for one in found] == [3, len(good.ids), 3, 3, 3]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("rewritings of 4 prompts: 2 empty, 1 endless (endless: no end within 5 tokens)")
+    caplog.clear()
+    ended(monkeypatch, good.ids)
+    contexts(made, requests[:1])
+    assert not caplog.records
+
+
 def test_a_request_does_not_depend_on_the_others(foundation):
     made = conditioner(foundation, image_lap=True)
     requests = [
