@@ -193,15 +193,15 @@ class Counter:
             DENOISER: self.model.denoiser,
         }
         self.images, self.seeing = tuple(images), Cost()
-        if llm.eyes is not None:
+        if llm.eyes is not None and (blind := twin_llm.eyes) is not None:
             looks = [llm.eyes.look(image) for image in images]
             for look in looks:
                 self.seeing += eyes_cost(llm.eyes, look.inputs)
-            self.parts[EYES] = twin_llm.eyes
+            self.parts[EYES] = blind
             known = dict(zip(map(id, images), looks, strict=True))
             # every request shows the same, so that what the eyes do is counted, and done, once
-            twin_llm.eyes.look = lambda image: known[id(image)]
-            twin_llm.eyes.see = lambda images, is_image: (torch.empty(is_image.numel(), llm.width), {})
+            blind.look = lambda image: known[id(image)]
+            blind.see = lambda images, is_image: (torch.empty(is_image.numel(), llm.width), {})
 
     def costs(self, work: Callable[[TextToImage], T]) -> tuple[T, Costs]:
         """What some work of the model returns, and its costs but for what its eyes do."""
