@@ -19,7 +19,6 @@ from repfusion.display.redaction import redact_text
 from repfusion.display.terminal import printable_lines
 from repfusion.files import bytes_sha256
 from repfusion.images.decode import read_pixels
-from repfusion.images.limits import BadImage
 from repfusion.latents.load import Decoder
 from repfusion.lineage.describe import (
     checkpoint_record,
@@ -28,6 +27,7 @@ from repfusion.lineage.describe import (
     read_lineage,
     without_places,
 )
+from repfusion.llm.chats.eyes import check_image
 from repfusion.llm.words import unread
 from repfusion.model.text_to_image import TextToImage
 from repfusion.request import Request
@@ -73,12 +73,15 @@ def generate(
 
 
 def read_images(paths: Sequence[Path]) -> tuple[UInt8[np.ndarray, "h w 3"], ...]:
-    """Image files as requests hold them. Raises ValueError, which names the file, where one is none."""
+    """Image files as requests hold them. Raises ValueError, which names the file, where one is none or has
+    but a line of pixels.
+    """
     found = []
     for path in paths:
         try:
             found.append(read_pixels(path.read_bytes()))
-        except (OSError, BadImage) as error:
+            check_image(found[-1])
+        except (OSError, ValueError) as error:
             raise ValueError(f"image {path}: {error}") from error
     return tuple(found)
 

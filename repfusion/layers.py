@@ -44,20 +44,14 @@ def rotary_2d(grid: tuple[int, int], head_dim: int) -> Float[Tensor, "n half 2"]
     return rotary_at(rows.reshape(-1), cols.reshape(-1), head_dim)
 
 
-def rotary_at(rows: Int[Tensor, " n"], cols: Int[Tensor, " n"], head_dim: int) -> Float[Tensor, "n half 2"]:
+def rotary_at(
+    rows: Int[Tensor, "*b n"], cols: Int[Tensor, "*b n"], head_dim: int
+) -> Float[Tensor, "*b n half 2"]:
     """Cosine and sine per token and rotary pair, for tokens at any rows and columns."""
     quarter = head_dim // 4
     frequencies = 1.0 / 100.0 ** (torch.arange(quarter, device=rows.device) / quarter)
-    angles = torch.cat([rows[:, None] * frequencies, cols[:, None] * frequencies], dim=-1)
+    angles = torch.cat([rows[..., None] * frequencies, cols[..., None] * frequencies], dim=-1)
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
-
-
-def rotary_diagonal(first: int, rotary: Float[Tensor, "n half 2"], num: int) -> Float[Tensor, "num half 2"]:
-    """Cosine and sine of `num` tokens along the diagonal from row and column `first` on: text that follows a
-    grid, whose `rotary` says the head width, dtype and device.
-    """
-    places = first + torch.arange(num, device=rotary.device)
-    return rotary_at(places, places, 2 * rotary.shape[1]).to(rotary.dtype)
 
 
 def sin_cos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "n dim"]:
@@ -65,9 +59,10 @@ def sin_cos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "n dim"]
     return rearrange(rotary_2d(grid, dim), "n half two -> n (half two)")
 
 
-def rotate(x: Float[Tensor, "b h n d"], rotary: Float[Tensor, "n half 2"]) -> Float[Tensor, "b h n d"]:
+def rotate(x: Float[Tensor, "b h n d"], rotary: Float[Tensor, "*r n half 2"]) -> Float[Tensor, "b h n d"]:
+    """Keys or queries of every head turned to their tokens' places: those of all rows, or a row's own."""
     first, second = x.chunk(2, dim=-1)
-    cos, sin = rotary.to(x.dtype).unbind(-1)
+    cos, sin = rotary.to(x.dtype).unsqueeze(-4).unbind(-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
@@ -108,7 +103,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n d"],
-        rotary: Float[Tensor, "n half 2"] | None = None,
+        rotary: Float[Tensor, "*r n half 2"] | None = None,
         attended: tuple[Float[Tensor, "b h m e"], Float[Tensor, "b h m e"]] | None = None,
         mask: Bool[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b n d"]:

@@ -5,10 +5,10 @@ RepFusionPipeline.from_pretrained(path)("a red circle", generator=torch.Generato
 
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,10 +16,12 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from repfusion.config import naming
 from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.generate import decode, to_uint8
 from repfusion.images.decode import read_pixels
 from repfusion.latents.load import Decoder
+from repfusion.llm.chats.eyes import check_image
 from repfusion.llm.words import unread
 from repfusion.model.text_to_image import TextToImage
 from repfusion.request import Request
@@ -33,15 +35,44 @@ StepEnd = Callable[["RepFusionPipeline", int, float, dict[str, Tensor]], dict[st
 
 
 Picture = Image.Image | np.ndarray
+UNSAVED = ("CMYK", "YCbCr", "HSV", "LAB")
+"""Modes of pictures in memory that no PNG holds."""
 
 
-def to_pixels(picture: Picture) -> UInt8[np.ndarray, "h w 3"]:
-    """A picture as requests hold it; PIL's of any mode become RGB as files do."""
+def to_pixels(picture: Any) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture as requests hold it; PIL's of any mode become RGB as files do, arrays are that already.
+
+    Raises:
+        ValueError: it is neither, PIL's mode says no colours, or a side has one pixel.
+    """
     if isinstance(picture, np.ndarray):
+        check_image(picture)
         return picture
-    stream = io.BytesIO()
-    picture.save(stream, "PNG", exif=picture.getexif())
-    return read_pixels(stream.getvalue())
+    if not isinstance(picture, Image.Image):
+        raise ValueError(
+            f"a {type(picture).__name__}; expected a PIL image or a uint8 array [h, w, 3], such as "
+            "repfusion.images.decode.read_pixels makes of a file's bytes"
+        )
+    exif, stream = picture.getexif(), io.BytesIO()
+    try:
+        (picture.convert("RGB") if picture.mode in UNSAVED else picture).save(stream, "PNG", exif=exif)
+    except OSError as error:
+        raise ValueError(f"a PIL image of mode {picture.mode!r}: {error}; convert it to RGB") from error
+    pixels = read_pixels(stream.getvalue())
+    check_image(pixels)
+    return pixels
+
+
+def all_pixels(image: Any) -> tuple[UInt8[np.ndarray, "_ _ 3"], ...]:
+    """Pictures, one or several or none, as requests hold them. Raises ValueError, which says which of them is
+    none.
+    """
+    pictures = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
+    found = []
+    for number, picture in enumerate(pictures, 1):
+        with naming(f"image {number} of {len(pictures)}"):
+            found.append(to_pixels(picture))
+    return tuple(found)
 
 
 @dataclass
@@ -105,7 +136,7 @@ class RepFusionPipeline:
         callback_on_step_end: StepEnd | None = None,
         solver: Literal["euler", "heun"] = "euler",
         guidance_interval: tuple[float | int, float | int] = (0.0, 1.0),
-        image: Picture | list[Picture] | None = None,
+        image: Picture | Sequence[Picture] | None = None,
         image_guidance_scale: float | None = None,
         rewrite: str | Literal[False] | None = None,
     ) -> RepFusionPipelineOutput:
@@ -144,8 +175,7 @@ class RepFusionPipeline:
             )
         if said := unread(self.model.conditioner.llm.folder, prompts):
             log.warning("%s", said)
-        pictures = [] if image is None else image if isinstance(image, list) else [image]
-        images = tuple(map(to_pixels, pictures))
+        images = all_pixels(image)
         requests = [Request(one, images, rewrite) for one in prompts for _ in range(num_images_per_prompt)]
         config = SamplerConfig(
             num_steps=num_inference_steps,

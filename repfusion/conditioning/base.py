@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from repfusion.config import Config
@@ -72,10 +72,16 @@ class Context:
 
     tokens: Float[Tensor, "b m c"]
     mask: Bool[Tensor, "b m"] | None = None
+    positions: Int[Tensor, "b m 2"] | None = None
+    """Row and column of each token, for a denoiser whose attention has places. Columns from 0 on count from
+    the place after the latents' grid, where text runs along the diagonal: (0, 0), (1, 1), ...; negative ones
+    are left of the grid, in its rows, where images stand. None is text in order, padding included.
+    """
 
     def first(self, num: int) -> "Context":
         """The context of the first `num` rows."""
-        return Context(self.tokens[:num], None if self.mask is None else self.mask[:num])
+        rows = (None if one is None else one[:num] for one in (self.mask, self.positions))
+        return Context(self.tokens[:num], *rows)
 
 
 @dataclass(frozen=True)

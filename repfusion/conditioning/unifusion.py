@@ -5,13 +5,15 @@ The activations of system prompt, template and, where there is a rewriting, inst
 image and decoded tokens do, which have attended to them.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float
-from pydantic import Field
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from repfusion.conditioning.base import (
@@ -29,10 +31,13 @@ from repfusion.data.readers import REWRITES, CaptionArray, Reader
 from repfusion.inputs import Inputs
 from repfusion.llm.base import LanguageModel
 from repfusion.llm.chats.batch import ChatBatch, num_kept, pack, tokenise_chats, with_written
+from repfusion.llm.chats.eyes import text_positions
 from repfusion.llm.chats.format import Chat, ChatPart
 from repfusion.llm.chats.read import read_chats
 from repfusion.llm.chats.rewriting import rewrite
 from repfusion.request import Branch, Request
+
+log = logging.getLogger(__name__)
 
 
 class RewritingConfig(Config):
@@ -60,6 +65,19 @@ class UniFusionConfig(MethodConfig):
     """Whether image tokens are pooled by layers of their own."""
     rewriting: RewritingConfig | None = None
     """How prompts are rewritten; None takes them as they are."""
+    kept_references: bool = False
+    """Whether image tokens see each other alone in the DiT, as at noise level 0, so that their keys and
+    values are computed once for all steps (FLUX.2 klein). Only in context: cross-attention keeps all.
+    """
+
+    @model_validator(mode="after")
+    def _kept_in_context(self) -> "UniFusionConfig":
+        if self.kept_references and not self.is_in_context:
+            raise ValueError(
+                f"kept_references with interface {self.interface}, which keeps all keys and values anyway; "
+                "leave kept_references out, or set interface: in_context"
+            )
+        return self
 
     @property
     def columns(self) -> Mapping[str, Reader]:
@@ -90,7 +108,8 @@ class UniFusionConditioner(Conditioner):
         self.rewriting = config.rewriting
         self.max_new_tokens = (config.rewriting or RewritingConfig()).max_new_tokens
         self.taps = config.lap.taps_of(len(llm.layers))
-        self.context_widths = (llm.width,)
+        self.kept_references = config.kept_references
+        self.context_widths = (llm.width,) * (2 if config.kept_references else 1)
         self.lap = config.lap.pooling(llm)
         self.image_lap = config.lap.pooling(llm) if config.image_lap else None
 
@@ -105,11 +124,9 @@ class UniFusionConditioner(Conditioner):
         room = self.max_new_tokens if any(one.is_open for one in asked) else 0
         chats = [one.chat for one in asked]
         batch = tokenise_chats(self.llm, chats, [one.written for one in asked], room)
-        keep = kept(batch)
         return {
             "chats": batch,
-            "keep": keep,
-            "num_kept": num_kept(keep),
+            "kept": _Kept.of(batch),
             "open": [one.is_open for one in asked],
             "prompts": [chat.instruction for chat in chats],
         }
@@ -133,21 +150,39 @@ class UniFusionConditioner(Conditioner):
         return _Asked(Chat(request.prompt, request.images, system), written, known is None)
 
     def prepare(self, inputs: Inputs, reuse: bool = False) -> Prepared:
-        """Pooled states, real tokens first; `reuse` changes nothing: they are static."""
-        batch, keep, most = inputs["chats"], inputs["keep"], inputs["num_kept"]
+        """Pooled states, real tokens first, those of images apart where the DiT keeps them; `reuse` changes
+        nothing: they are static.
+        """
+        batch, which = inputs["chats"], inputs["kept"]
         with frozen_reading(batch.ids.device):
             if any(inputs["open"]):
                 batch = self._written(batch, inputs["open"], inputs["prompts"])
-                keep = kept(batch)
-                most = num_kept(keep)
+                which = _Kept.of(batch)
             states = read_chats(self.llm, batch, self.taps)
-        packed, mask = pack([state.float() for state in states], keep, most)
-        (is_image,), _ = pack([batch.is_any(ChatPart.IMAGE)[..., None].float()], keep, most)
-        return Prepared(static=(Context(self._pooled(packed, mask, is_image[..., 0] > 0), mask),))
+        packed, mask = pack([state.float() for state in states], which.keep, which.most)
+        beside = batch.is_any(ChatPart.IMAGE)[..., None], positions_of(batch, which.keep)
+        (is_image, positions), _ = pack(beside, which.keep, which.most)
+        is_image = is_image[..., 0]
+        context = Context(self._pooled(packed, mask, is_image), mask, positions)
+        if not self.kept_references:
+            return Prepared(static=(context,))
+        parts = (mask & ~is_image, which.most_text), (mask & is_image, which.most_images)
+        return Prepared(static=tuple(_part(context, *part) for part in parts))
 
     def _written(self, batch: ChatBatch, is_open: Sequence[bool], prompts: Sequence[str]) -> ChatBatch:
-        """The chats with what the language model writes after those that ask for it."""
+        """The chats with what the language model writes after those that ask for it. A warning in the log
+        counts the prompts that it could not rewrite.
+        """
         found = rewrite(self.llm, batch, prompts, self.max_new_tokens)
+        asked = [one for one, wanted in zip(found, is_open, strict=True) if wanted]
+        if lost := Counter(one.reason for one in asked if one.reason is not None):
+            log.warning(
+                "rewritings of %d prompts: %s (endless: no end within %d tokens); those prompts serve "
+                "themselves",
+                len(asked),
+                ", ".join(f"{number} {reason}" for reason, number in sorted(lost.items())),
+                self.max_new_tokens,
+            )
         written = [one.ids if wanted else () for one, wanted in zip(found, is_open, strict=True)]
         return with_written(self.llm, batch, written)
 
@@ -167,6 +202,39 @@ class UniFusionConditioner(Conditioner):
     def _never_empty(mask: Bool[Tensor, "b m"]) -> Bool[Tensor, "b m"]:
         first = torch.arange(mask.shape[1], device=mask.device) == 0
         return mask | (first & ~mask.any(1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Which tokens of a batch condition, and the most of a row, known on the CPU: of all, of text, of
+    images.
+    """
+
+    keep: Bool[Tensor, "b n"]
+    most: int
+    most_text: int
+    most_images: int
+
+    @classmethod
+    def of(cls, batch: ChatBatch) -> "_Kept":
+        keep, is_image = kept(batch), batch.is_any(ChatPart.IMAGE)
+        return cls(keep, num_kept(keep), num_kept(keep & ~is_image), num_kept(keep & is_image))
+
+
+def _part(context: Context, keep: Bool[Tensor, "b m"], most: int) -> Context:
+    """The tokens of a context that are kept, real ones first."""
+    assert context.positions is not None
+    (tokens, positions), mask = pack([context.tokens, context.positions], keep, most)
+    return Context(tokens, mask, positions)
+
+
+def positions_of(batch: ChatBatch, keep: Bool[Tensor, "b n"]) -> Int[Tensor, "b n 2"]:
+    """Rows and columns of tokens for the DiT (`Context.positions`): kept text is numbered without what stands
+    around it, images have the places of their tokens. Each follows from the token's own chat alone.
+    """
+    is_image = batch.is_any(ChatPart.IMAGE)
+    numbers = text_positions(keep & ~is_image)[..., None].expand(-1, -1, 2)
+    return numbers.masked_scatter(is_image[..., None], batch.places) if batch.images else numbers
 
 
 def kept(batch: ChatBatch) -> Bool[Tensor, "b n"]:

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from repfusion.config import read_values, validate
 from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.display.redaction import redact_text
 from repfusion.display.terminal import printable_lines
-from repfusion.flops.count import Costs, sample_costs, train_costs
+from repfusion.flops.count import Costs, eyes_cost, sample_costs, train_costs
 from repfusion.flops.counter import Cost, Number
 from repfusion.flops.memory import Frozen, column_bytes, rank_memory, sizes
 from repfusion.flops.paper import paper_markdown
@@ -88,13 +90,24 @@ def say(config: ModelConfig, path: Path | None, args: argparse.Namespace) -> Non
         print(f"geometry from {GEOMETRY}, in place of {', '.join(map(str, absent))}")
     print()
     decoder = meta_decoder(config, model.grid)
-    training = train_costs(model, args.text_tokens, has_text_features=False)
-    drawing = sample_costs(model, args.text_tokens, sampler, decoder)
+    image = np.zeros((args.image_px, args.image_px, 3), np.uint8)
+    images = [image] * args.images
+    if images and not config.conditioning.reads_images:
+        raise ValueError(f"--images {args.images}: the method {config.conditioning.method!r} reads no images")
+    training = train_costs(model, args.text_tokens, has_text_features=False, images=images)
+    drawing = sample_costs(model, args.text_tokens, sampler, decoder, images)
     print(parts_table(model, decoder, training, drawing))
     if decoder is None:
         print(f"the decoder {config.decoder} is not counted: a VAE, whose weights are not there")
     guided = "" if sampler.guidance_scale == 1 else ", with guidance"
     print(f"prompts of {args.text_tokens:g} tokens; an image takes {sampler.num_steps} steps{guided}")
+    if (eyes := model.conditioner.llm.eyes) is not None:
+        look = eyes.look(image)
+        seeing = float(eyes_cost(eyes, look.inputs).total) / 1e9
+        print(
+            f"requests of {args.images} images; one of {args.image_px} px a side is {look.num_tokens:,} "
+            f"tokens and takes {seeing:,.2f} GFLOP of the vision tower"
+        )
     if num_samples:
         total = num_samples * float(sum(cost.total for cost in training.values()))
         print(f"training: {num_samples:,} samples, {total:.3g} FLOPs")
@@ -115,6 +128,8 @@ def main() -> None:
     which.add_argument("--config", type=Path, help="YAML of a training (its `model`) or of a model")
     which.add_argument("--paper", action="store_true", help="the published figures against ours, in markdown")
     parser.add_argument("--text-tokens", type=float, default=32.0, help="of a prompt, begin token included")
+    parser.add_argument("--images", type=int, default=0, help="that a request shows the language model")
+    parser.add_argument("--image-px", type=int, default=1024, help="side of each")
     parser.add_argument("--num-steps", type=int, default=SamplerConfig().num_steps)
     parser.add_argument("--guidance-scale", type=float, default=SamplerConfig().guidance_scale)
     parser.add_argument("--ranks", type=int, default=8, help="of the training whose memory is shown")

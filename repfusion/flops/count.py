@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from repfusion.data.config import CAPTION
 from repfusion.data.dataset import Sample
@@ -28,6 +28,7 @@ from repfusion.inputs import Inputs
 from repfusion.latents.load import Decoder
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.llm.base import LanguageModel
+from repfusion.llm.chats.eyes import Eyes
 from repfusion.llm.chats.format import Chat, ChatPart, ChatTokens
 from repfusion.model.text_to_image import TextToImage
 from repfusion.model.trainable import Trainable
@@ -35,8 +36,10 @@ from repfusion.request import Request
 
 T = TypeVar("T")
 LLM, CONDITIONER, DENOISER, DECODER = "language model", "conditioner", "denoiser", "decoder"
-"""The parts. `conditioner` is what a method has beside the language model (projector, queries, connector,
-embedder of the noise level); `denoiser` is the DiT, or Transfusion's velocity head.
+EYES = "vision tower"
+"""The parts. The `vision tower`, with what leads from it into the language model, is there where that sees
+images for the condition. `conditioner` is what a method has beside the language model (projector, queries,
+connector, embedder of the noise level); `denoiser` is the DiT, or Transfusion's velocity head.
 """
 Costs = dict[str, Cost]
 """Costs by part."""
@@ -52,19 +55,26 @@ class WordTokenizer:
 
 
 class WordChats:
-    """Chats whose instruction has a token a word, in the template of a model's folder; of a model without a
-    tokenizer, begin token and cue alone stand around it.
+    """Chats whose instruction has a token a word and stands after its images, in the template of a model's
+    folder; of a model without a tokenizer, begin token and cue stand around it and a mark on either side of
+    each image.
     """
 
     def __init__(self, llm: LanguageModel):
         has_tokenizer = hasattr(llm.tokenizer, "chat_template")
-        self.around = llm.chat_format.tokens_of(Chat(), []) if has_tokenizer else None
+        self.format = llm.chat_format if has_tokenizer else None
 
     def tokens_of(self, chat: Chat, image_lengths: Sequence[int]) -> ChatTokens:
         num_words = len(chat.instruction.split())
-        num_around = 2 if self.around is None else len(self.around.ids)
-        parts = [ChatPart.TEMPLATE] * num_around + [ChatPart.INSTRUCTION] * num_words
-        return ChatTokens([0] * len(parts), parts, [-1] * len(parts))
+        if self.format is None:
+            image_of = [-1, -1]
+            for image, length in enumerate(image_lengths):
+                image_of += [-1, *[image] * length, -1]
+        else:
+            image_of = list(self.format.tokens_of(Chat(), image_lengths).image_of)
+        parts = [ChatPart.TEMPLATE if image < 0 else ChatPart.IMAGE for image in image_of]
+        parts += [ChatPart.INSTRUCTION] * num_words
+        return ChatTokens([0] * len(parts), parts, [*image_of, *[-1] * num_words])
 
 
 def prompt_of(num_tokens: int, number: int = 0) -> str:
@@ -78,10 +88,12 @@ class Example(Sample):
     Args:
         caption: its only one.
         arrays: of columns, by their name.
+        images: its source pictures.
     """
 
-    def __init__(self, caption: str, arrays: Mapping[str, np.ndarray]):
+    def __init__(self, caption: str, arrays: Mapping[str, np.ndarray], images: Sequence[np.ndarray] = ()):
         self.key, self.captions, self.arrays = "example", {CAPTION: (caption,)}, arrays
+        self.images = tuple(images)
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -90,8 +102,12 @@ class Example(Sample):
 
     @property
     def num_sources(self) -> int:
-        """It has no source pictures."""
-        return 0
+        """How many source pictures it has."""
+        return len(self.images)
+
+    def sources(self) -> tuple[np.ndarray, ...]:
+        """The source pictures that it was given."""
+        return self.images
 
     def read(self, column: str, caption: str = CAPTION) -> np.ndarray | None:
         """The array of a column, None where it has none."""
@@ -141,10 +157,25 @@ def batch_flops(model: Trainable, inputs: Inputs) -> Number:
     return costs["model"].total
 
 
-class Counter:
-    """Counts FLOPs of a text-to-image model at whole numbers of text tokens, on its twin."""
+def eyes_cost(eyes: Eyes, images: Mapping[str, Tensor]) -> Cost:
+    """FLOPs of seeing images, which the vision tower takes as `ChatBatch.images`."""
+    if (known := eyes.flops(images)) is not None:
+        return Cost(known)
+    twin = Twin(eyes)
+    bare, none = twin.inputs(images), torch.zeros(1, 0, dtype=torch.bool)
+    with torch.no_grad():
+        return twin.costs(lambda one: one.see(bare, none), {}, EYES)[1][EYES]
 
-    def __init__(self, model: TextToImage):
+
+class Counter:
+    """Counts FLOPs of a text-to-image model at whole numbers of text tokens, on its twin.
+
+    Args:
+        model: on any device, meta included.
+        images: what every request shows, of a method that reads images.
+    """
+
+    def __init__(self, model: TextToImage, images: Sequence[np.ndarray] = ()):
         n, d = model.latent_shape
         statistics = LatentStatistics.empty(0, 0)
         llm = model.conditioner.llm
@@ -161,11 +192,25 @@ class Counter:
             LLM: self.model.conditioner.llm,
             DENOISER: self.model.denoiser,
         }
+        self.images, self.seeing = tuple(images), Cost()
+        if llm.eyes is not None and (blind := twin_llm.eyes) is not None:
+            looks = [llm.eyes.look(image) for image in images]
+            for look in looks:
+                self.seeing += eyes_cost(llm.eyes, look.inputs)
+            self.parts[EYES] = blind
+            known = dict(zip(map(id, images), looks, strict=True))
+            # every request shows the same, so that what the eyes do is counted, and done, once
+            blind.look = lambda image: known[id(image)]
+            blind.see = lambda images, is_image: (torch.empty(is_image.numel(), llm.width), {})
 
     def costs(self, work: Callable[[TextToImage], T]) -> tuple[T, Costs]:
-        """What some work of the model returns, and its costs."""
+        """What some work of the model returns, and its costs but for what its eyes do."""
         result, found = self.twin.costs(work, self.parts, CONDITIONER, self.model.layers())
-        return result, {part: found[part] for part in (LLM, CONDITIONER, DENOISER)}
+        return result, {part: found[part] for part in (EYES, LLM, CONDITIONER, DENOISER) if part in found}
+
+    def seen(self, costs: Costs, times: int) -> Costs:
+        """Costs with those of seeing the images so many times."""
+        return {**costs, EYES: costs[EYES] + times * self.seeing} if EYES in costs else costs
 
     def example(self, num_tokens: int, number: int, has_text_features: bool) -> Example:
         """A sample whose caption has so many tokens and is unlike that of another number."""
@@ -175,24 +220,25 @@ class Counter:
             ids = np.zeros(num_tokens - 1, np.int32)
             names = [name for name in self.model.columns if name != IMAGE_FEATURES]
             arrays |= {name: ids if name == REWRITES else states for name in names}
-        return Example(prompt_of(num_tokens, number), arrays)
+        return Example(prompt_of(num_tokens, number), arrays, self.images)
 
     def batch(self, num_tokens: int, seeds: Sequence[int], has_text_features: bool, dropped: bool) -> Costs:
         """Costs of training on a batch, a sample a seed; `dropped` samples are shown without a condition."""
         samples = [self.example(num_tokens, number, has_text_features) for number in range(len(seeds))]
         inputs = self.model.collate(samples, Recipe(float(dropped)), seeds)
         bare = self.twin.inputs(inputs)
-        return self.costs(lambda model: trained(model, bare))[1]
+        costs = self.costs(lambda model: trained(model, bare))[1]
+        return self.seen(costs, 0 if dropped else len(seeds))
 
     def row(self, num_tokens: int) -> tuple[Costs, Costs]:
         """Costs of reading a prompt for many steps, and of a velocity after it, without gradients."""
-        request = Request(prompt_of(num_tokens))
+        request = Request(prompt_of(num_tokens), self.images)
         z = self.twin.inputs(torch.empty(1, *self.model.latent_shape, device="meta"))
         t = self.twin.inputs(torch.empty(1, device="meta"))
         with torch.no_grad():
             inputs = self.twin.inputs(self.model.conditioner.collate([request], ["full"]))
             prompted, once = self.costs(lambda model: model.prompted(inputs))
-            return once, self.costs(lambda model: model.velocity(z, t, prompted))[1]
+            return self.seen(once, 1), self.costs(lambda model: model.velocity(z, t, prompted))[1]
 
 
 def train_costs(
@@ -200,6 +246,7 @@ def train_costs(
     num_text_tokens: Number,
     has_text_features: bool = True,
     num_caption_tokens: Number | None = None,
+    images: Sequence[np.ndarray] = (),
 ) -> Costs:
     """FLOPs of one training sample by part: what a batch of two takes more than a batch of one, so that what
     is done once a batch does not count. With a caption loss, of the mean sample: it adds the share of the
@@ -211,8 +258,9 @@ def train_costs(
         has_text_features: for a method whose text features can be computed ahead, that they were.
         num_caption_tokens: of a caption to be said, its end token included; None is as many as of a prompt
             (which, on the average, is shorter by the dropped ones).
+        images: source pictures of the sample, of a method that reads images.
     """
-    counter = Counter(model)
+    counter = Counter(model, images)
     batch = cache(partial(counter.batch, has_text_features=has_text_features))
     order = uniforms(range(NUM_SEEDS))[:, CAPTIONED].argsort().tolist()
     captioned, silent = order[:2], [order[0], order[-1]]
@@ -250,16 +298,17 @@ def sample_costs(
     num_text_tokens: Number,
     config: SamplerConfig = SamplerConfig(),
     decoder: Decoder | None = None,
+    images: Sequence[np.ndarray] = (),
 ) -> dict[str, Number]:
-    """FLOPs of one image by part. With guidance the empty prompt is a row of its own, padded to the other's
-    length.
+    """FLOPs of one image by part. With guidance the empty prompt is a row of its own, without what `images`
+    it refers to, padded to the other's length.
     """
     guided, unguided = num_evaluations(config, model.shift)
-    counter = Counter(model)
+    counter = Counter(model, images)
 
     def image(num_tokens: int) -> Costs:
         once, each = counter.row(num_tokens)
-        prompts = {part: (2 if guided else 1) * cost for part, cost in once.items()}
+        prompts = {part: (1 + (guided > 0 and part != EYES)) * cost for part, cost in once.items()}
         return plus(prompts, 2 * guided + unguided, each)
 
     costs = {part: cost.forward for part, cost in at_length(image, num_text_tokens).items()}

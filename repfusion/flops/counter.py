@@ -168,7 +168,8 @@ class Layers:
             self.passed, self.seen = set(), {}
         self.passed.add(id(layer))
         inputs = tensors_in((args, kwargs))
-        key = self.kinds[id(layer)], *map(form, inputs)
+        asked = (value for value in (*args, *kwargs.values()) if isinstance(value, bool))
+        key = self.kinds[id(layer)], *map(form, inputs), *asked
         if (call := self.seen.get(key)) is None:
             call = self.seen[key] = LayerCall(layer)
             outputs = self.book(call, partial(forward, *args, **kwargs))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from repfusion.data.readers import PROMPT_FEATURES
-from repfusion.flops.count import CONDITIONER, DECODER, DENOISER, LLM
+from repfusion.flops.count import CONDITIONER, DECODER, DENOISER, EYES, LLM
 from repfusion.flops.counter import Number
 from repfusion.latents.load import Decoder
 from repfusion.model.text_to_image import TextToImage
@@ -40,10 +40,13 @@ class Size:
 def sizes(model: TextToImage, decoder: Decoder | None = None) -> dict[str, Size]:
     """Parameters and bytes as held, by part."""
     conditioner = model.conditioner
-    mllm = {id(p): p for p in conditioner.llm.parameters()}
+    llm, eyes = conditioner.llm, conditioner.llm.eyes
+    seeing = set() if eyes is None else set(map(id, eyes.parameters()))
+    mllm = {id(p): p for p in llm.parameters()}
     own = [p for p in conditioner.parameters() if id(p) not in mllm]
-    found = {
-        LLM: Size.of(mllm.values()),
+    found = {} if eyes is None else {EYES: Size.of(eyes.parameters())}
+    found |= {
+        LLM: Size.of(p for key, p in mllm.items() if key not in seeing),
         CONDITIONER: Size.of(own),
         DENOISER: Size.of(model.denoiser.parameters()),
     }

@@ -26,7 +26,8 @@ from repfusion.flops.count import (
     train_flops,
 )
 from repfusion.flops.memory import Frozen, rank_memory, sizes
-from repfusion.model.meta import CONFIGS, meta_decoder, meta_from_config
+from repfusion.latents.geometry import is_vae
+from repfusion.model.meta import CONFIGS, geometry_folder, meta_decoder, meta_from_config
 from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import load_model_config
 from repfusion.tables import markdown
@@ -230,6 +231,7 @@ def sizes_markdown() -> str:
         model, fields = generator_of(path.stem), read_values(path)
         flops = train_flops(model, TEXT, has_text_features=False)
         found = sizes(model)
+        decoded = 0 if is_vae(geometry_folder(model.config.decoder)) else decoder_flops()
         trained = sum(size.num_trainable for size in found.values())
         row = [
             path.stem,
@@ -237,7 +239,7 @@ def sizes_markdown() -> str:
             f"{found[DENOISER].num_parameters / 1e9:.2f}B",
             f"{flops / TERA:.1f}",
             f"{flops * fields['num_steps'] * fields['global_batch_size'] / 1e21:.2f}",
-            f"{(sample_flops(model, TEXT) + decoder_flops()) / TERA:.1f}",
+            f"{(sample_flops(model, TEXT) + decoded) / TERA:.1f}",
         ]
         for stage in (2, 3):
             engine = EngineConfig(zero_stage=stage)
@@ -251,7 +253,7 @@ def paper_markdown() -> str:
     """What docs/flops.md holds of this."""
     about = (
         f"The configurations with {TEXT} text tokens: a training sample, the whole training, an image of "
-        f"{SamplerConfig().num_steps} guided Euler steps with its decoder, and what one of {NUM_RANKS} ranks "
-        "holds without activations, the frozen language model whole on each:"
+        f"{SamplerConfig().num_steps} guided Euler steps with its decoder, unless that is a VAE, and "
+        f"what one of {NUM_RANKS} ranks holds without activations, the frozen language model whole on each:"
     )
     return "\n\n".join((fit_markdown(), about, sizes_markdown()))

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from repfusion.llm.chats.eyes import Eyes, Look, image_processor
+from repfusion.llm.chats.eyes import Eyes, Look, image_processor, in_rows
 from repfusion.llm.seeing import SeeingByTemplate, check_one_layer
 
 MARKS = {"start_image_token": "<img>", "end_image_token": "</img>"}
@@ -63,15 +63,28 @@ class InternEyes(Eyes):
     around: tuple[str, ...] = tuple(MARKS.values())
 
     @property
-    def tile_tokens(self) -> int:
-        """Tokens of a tile."""
+    def tile_grid(self) -> tuple[int, int]:
+        """Rows and columns of a tile's tokens."""
         config = self.model.config
         sides = zip(config.vision_config.image_size, config.vision_config.patch_size, strict=True)
-        return int(np.prod([int(side // patch * config.downsample_ratio) for side, patch in sides]))
+        rows, columns = (int(side // patch * config.downsample_ratio) for side, patch in sides)
+        return rows, columns
 
     def _look(self, image: np.ndarray) -> Look:
         tiles = self.process(image, crop_to_patches=True)["pixel_values"]
-        return Look(len(tiles) * self.tile_tokens, {"pixel_values": tiles})
+        return Look(self._views(image, len(tiles)), {"pixel_values": tiles})
+
+    def _views(self, image: np.ndarray, num_tiles: int) -> tuple[Int[Tensor, "_ 2"], ...]:
+        """The tiles in their grid, which the processor lets nobody know, and the thumbnail."""
+        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+        size, least, most = self.processor.size, self.processor.min_patches, self.processor.max_patches
+        columns, rows = get_optimal_tiled_canvas(image.shape[:2], (size.height, size.width), least, most)
+        assert num_tiles == rows * columns + (rows * columns > 1)
+        tile = in_rows(*self.tile_grid)
+        corners = in_rows(rows, columns) * torch.tensor(self.tile_grid)
+        tiled = torch.cat([tile + corner for corner in corners])
+        return (tiled,) if rows * columns == 1 else (tiled, tile)
 
     def expanded(self, num_tokens: int) -> str:
         """The image's tokens between its marks."""

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from repfusion.llm.base import LanguageModel
-from repfusion.llm.chats.eyes import Eyes, Look, image_processor
+from repfusion.llm.chats.eyes import Eyes, Look, image_processor, in_rows
 from repfusion.llm.projector import Projector
 from repfusion.llm.seeing import check_one_layer
 from repfusion.pretrained.config import processor_fields
@@ -57,15 +57,19 @@ class LlavaEyes(Eyes):
     """A tower of images of one size, each of the same number of tokens."""
 
     @property
-    def image_tokens(self) -> int:
-        """Tokens of an image. A CLIP tower has a class token, and the default strategy drops the first."""
+    def places(self) -> Int[Tensor, "n 2"]:
+        """Row and column of each token of an image. A CLIP tower's begin with a class token, which has a row
+        of its own below, and the default strategy drops the first token.
+        """
         config = self.model.config
-        num_patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-        has_class = config.vision_config.model_type == "clip_vision_model"
-        return num_patches + has_class - (config.vision_feature_select_strategy == "default")
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        places = in_rows(side, side)
+        if config.vision_config.model_type == "clip_vision_model":
+            places = torch.cat([torch.tensor([[side, 0]]), places])
+        return places[config.vision_feature_select_strategy == "default" :]
 
     def _look(self, image: np.ndarray) -> Look:
-        return Look(self.image_tokens, {"pixel_values": self.process(image)["pixel_values"]})
+        return Look((self.places,), {"pixel_values": self.process(image)["pixel_values"]})
 
     @torch.no_grad()
     def see(

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from repfusion.llm.chats.eyes import Eyes, Look, image_processor
+from repfusion.llm.chats.eyes import Eyes, Look, image_processor, in_rows
 from repfusion.llm.seeing import SeeingByTemplate
 
 
@@ -54,8 +54,9 @@ class QwenEyes(Eyes):
 
     def _look(self, image: np.ndarray) -> Look:
         found = self.process(image)
-        num_tokens = int(found["image_grid_thw"].prod()) // self.processor.merge_size**2
-        return Look(num_tokens, {name: found[name] for name in ("pixel_values", "image_grid_thw")})
+        _, rows, columns = (found["image_grid_thw"][0] // self.processor.merge_size).tolist()
+        inputs = {name: found[name] for name in ("pixel_values", "image_grid_thw")}
+        return Look((in_rows(rows, columns),), inputs)
 
     def positions(
         self,
@@ -68,6 +69,35 @@ class QwenEyes(Eyes):
         return self.model.get_rope_index(
             ids, is_image.int(), image_grid_thw=images["image_grid_thw"], attention_mask=mask
         )[0]
+
+    def flops(self, images: Mapping[str, Tensor]) -> int:
+        """FLOPs of every matrix product: the tower asks for the values of its grids, so that it is not run
+        without memory. Patches pass its blocks and squares of patches its mergers; patches see each other
+        within an image, or, in Qwen2.5-VL's windowed blocks, within a window.
+        """
+        visual, grid = self.model.visual, images["image_grid_thw"]
+        num_patches = int(grid.prod(1).sum())
+        per_patch, per_token = visual.patch_embed.proj.weight.numel(), 0
+        for name, module in visual.named_modules():
+            if isinstance(module, nn.Linear) and name.startswith("blocks."):
+                per_patch += module.weight.numel()
+            elif isinstance(module, nn.Linear):
+                per_token += module.weight.numel()
+        products = num_patches * per_patch + num_patches // self.processor.merge_size**2 * per_token
+        width = visual.config.hidden_size
+        pairs = sum(self._num_pairs(number, grid) for number in range(len(visual.blocks)))
+        return 2 * products + 4 * width * pairs
+
+    def _num_pairs(self, number: int, grid: Int[Tensor, "i 3"]) -> int:
+        """Pairs of patches of which one sees the other in block `number`."""
+        from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
+
+        visual = self.model.visual
+        edges = get_vision_cu_seqlens(grid)
+        if number not in getattr(visual, "fullatt_block_indexes", range(len(visual.blocks))):
+            sizes = visual.spatial_merge_size, visual.window_size, visual.patch_size
+            edges = get_vision_window_index(grid, *sizes)[1]
+        return int(edges.diff().long().square().sum())
 
     @torch.no_grad()
     def see(

@@ -16,13 +16,15 @@ class Prefilled:
     """Contexts as a denoiser's blocks read them: keys and values [b h m e] by context and block."""
 
     keys_values: tuple[tuple[tuple[Tensor, Tensor], ...], ...] = ()
-    masks: tuple[Bool[Tensor, "b m"] | None, ...] = ()
-    tokens: tuple[Float[Tensor, "b m d"], ...] = ()
+    masks: tuple[Bool[Tensor, "b _"] | None, ...] = ()
+    tokens: tuple[Float[Tensor, "b _ d"], ...] = ()
     """Contexts that are part of a denoiser's sequence, as they enter it."""
+    rotary: tuple[Float[Tensor, "_ _ half 2"], ...] = ()
+    """Where their tokens stand: the angles of each row, or one for all."""
 
     def __add__(self, other: "Prefilled") -> "Prefilled":
         keys_values, masks = self.keys_values + other.keys_values, self.masks + other.masks
-        return Prefilled(keys_values, masks, self.tokens + other.tokens)
+        return Prefilled(keys_values, masks, self.tokens + other.tokens, self.rotary + other.rotary)
 
     def of_block(self, number: int) -> tuple[Attended, ...]:
         """Keys, values and mask of every context in one block."""
@@ -33,7 +35,8 @@ class Prefilled:
         """Keys and values of the first `num` rows, as views."""
         rows = tuple(tuple((k[:num], v[:num]) for k, v in blocks) for blocks in self.keys_values)
         masks = tuple(None if mask is None else mask[:num] for mask in self.masks)
-        return Prefilled(rows, masks, tuple(one[:num] for one in self.tokens))
+        tokens, rotary = (tuple(one[:num] for one in part) for part in (self.tokens, self.rotary))
+        return Prefilled(rows, masks, tokens, rotary)
 
 
 class Denoiser(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from repfusion.conditioning.base import Condition, Context
 from repfusion.config import Config
-from repfusion.layers import TimestepEmbedder, rotary_2d, sin_cos_positions
+from repfusion.layers import TimestepEmbedder, rotary_2d, rotary_at, sin_cos_positions
 from repfusion.model.blocks.adaln import AdaLNBlock
 from repfusion.model.blocks.cross_attention import CrossAttentionBlock
 from repfusion.model.denoiser import Denoiser, Prefilled
@@ -68,6 +68,8 @@ class DiT(Denoiser):
         ValueError: a width does not divide or is below the latent width, or no block takes such a condition.
     """
 
+    rotary: Tensor
+
     def __init__(
         self,
         config: DiTConfig,
@@ -87,7 +89,7 @@ class DiT(Denoiser):
             )
         self.config = config
         self.after_grid = max(grid)
-        """Row and column at which tokens along the diagonal begin, which follow the latents' grid."""
+        """Row and column after the latents' grid, from which positions of contexts count."""
         self.embed = nn.Linear(latent_dim, dim)
         signal_width = aligned_width or max(context_widths, default=dim)
         self.time = TimestepEmbedder(signal_width)
@@ -133,6 +135,20 @@ class DiT(Denoiser):
         for number, block in enumerate(self.blocks):
             x = block(x, modulation, self.rotary, contexts.of_block(number))
         return self.velocity_of(x, signal)
+
+    def rotary_of(self, context: Context) -> Float[Tensor, "rows m half 2"]:
+        """Rotary angles of a context's tokens, in the plane of the latents, which stand at their row and
+        column: text follows along the diagonal after the last of these (as Qwen-Image places it, arXiv
+        2508.02324), images stand left of them. Of a context that says no positions, one row for all.
+        """
+        if context.positions is None:
+            numbers = torch.arange(context.tokens.shape[1], device=self.rotary.device)
+            rows = cols = self.after_grid + numbers[None]
+        else:
+            rows, cols = context.positions.unbind(-1)
+            after = self.after_grid * (cols >= 0)
+            rows, cols = rows + after, cols + after
+        return rotary_at(rows, cols, 2 * self.rotary.shape[1]).to(self.rotary.dtype)
 
     def velocity_of(
         self, x: Float[Tensor, "b n d"], signal: Float[Tensor, "b k c"]

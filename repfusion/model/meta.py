@@ -18,6 +18,7 @@ from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.latents.vae import VAEDecoder
 from repfusion.llm.base import LanguageModel
+from repfusion.llm.load import family_of
 from repfusion.llm.projector import Projector
 from repfusion.llm.t5 import T5Encoder
 from repfusion.llm.tokenizer import context_length
@@ -39,6 +40,10 @@ class BareTokenizer:
 
     def __init__(self, model_max_length: int):
         self.model_max_length = model_max_length
+
+    def convert_ids_to_tokens(self, id: int) -> str:
+        """A token that nobody will look for in a text."""
+        return f"<{id}>"
 
 
 def geometry_folder(folder: Path) -> Path:
@@ -94,9 +99,33 @@ def meta_model(
         return assemble(config, llm, LatentStatistics.empty(grid[0] * grid[1], latent_dim), grid)
 
 
+def seeing_model(folder: Path, dtype: torch.dtype) -> LanguageModel:
+    """A language model with its head and its eyes, of any size without memory, by the configurations of a
+    folder: model and image processor.
+
+    Raises:
+        ValueError: the folder is of no family, or of one that sees nothing.
+    """
+    family = family_of(folder)
+    config = transformers_config(folder, "MLLM")
+    with torch.device("meta"):
+        model = family.model_class(config)(config).to(dtype)
+        model.tie_weights()
+        language_model, head, projector = family.parts(model)
+        tokenizer = BareTokenizer(context_length(config.get_text_config()))
+        eyes = family.open_eyes(model, tokenizer, folder)
+        return family(language_model, projector, tokenizer, folder, "none", head, eyes)
+
+
 def meta_from_config(config: ModelConfig) -> TextToImage:
     """A model of any size from the config.json of the folders that a config names; no weights are read."""
     geometry = latent_geometry(geometry_folder(config.encoder.path), config.encoder.image_size)
+    if config.conditioning.reads_images:
+        llm = seeing_model(geometry_folder(config.mllm), getattr(torch, config.mllm_dtype))
+        with torch.device("meta"):
+            rows, columns = geometry.grid
+            statistics = LatentStatistics.empty(rows * columns, geometry.feature_dim)
+            return assemble(config, llm, statistics, geometry.grid)
     source = transformers_config(geometry_folder(config.mllm), "MLLM")
     projector = {
         "activation": getattr(source, "projector_hidden_act", "gelu"),

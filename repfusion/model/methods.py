@@ -19,7 +19,7 @@ from repfusion.conditioning.unifusion import UniFusionConditioner, UniFusionConf
 from repfusion.llm.base import LanguageModel
 from repfusion.model.denoiser import Denoiser
 from repfusion.model.dit import DiT, DiTConfig
-from repfusion.model.in_context import InContextDiT
+from repfusion.model.in_context import InContextDiT, ReferencesDiT
 from repfusion.model.per_block import InjectedDiT, JointKeysDiT
 from repfusion.model.velocity_head import VelocityHead
 
@@ -83,4 +83,5 @@ def conditioner_and_denoiser(
             conditioner, kind = KeyValuesConditioner(llm, dit.depth, method), JointKeysDiT
         case UniFusionConfig():
             conditioner = UniFusionConditioner(llm, method)
+            kind = ReferencesDiT if method.kept_references else kind
     return conditioner, kind(dit, latent_dim, grid, conditioner.aligned_width, conditioner.context_widths)

@@ -5,11 +5,11 @@ sequence.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from repfusion.conditioning.base import Context
-from repfusion.layers import rotary_diagonal, rotate
+from repfusion.layers import rotate
 from repfusion.model.blocks.in_context import InContextBlock
 from repfusion.model.blocks.joint_keys import JointKeysBlock
 from repfusion.model.denoiser import Prefilled
@@ -40,8 +40,6 @@ class JointKeysDiT(DiT):
             but a context for each block.
     """
 
-    rotary: Tensor
-
     @staticmethod
     def new_block(
         config: DiTConfig, aligned_width: int | None, context_widths: tuple[int, ...]
@@ -54,7 +52,7 @@ class JointKeysDiT(DiT):
         """Keys, at their places, and values of each block's own context."""
         if not contexts:
             return Prefilled()
-        rotary = rotary_diagonal(self.after_grid, self.rotary, contexts[0].tokens.shape[1])
+        rotary = self.rotary_of(contexts[0])
         pairs = zip(self.blocks, contexts, strict=True)
         kept = tuple(block.keys_values(0, context.tokens) for block, context in pairs)
         return Prefilled((tuple((rotate(k, rotary), v) for k, v in kept),), (contexts[0].mask,))
@@ -95,13 +93,21 @@ class InjectedDiT(InContextDiT):
             return Prefilled()
         begins, *others = contexts
         added = (one(context.tokens) for one, context in zip(self.injections, others, strict=True))
-        return Prefilled(masks=(begins.mask,), tokens=(self.context_embed(begins.tokens), *added))
+        tokens = self.context_embed(begins.tokens), *added
+        return Prefilled(masks=(begins.mask,), tokens=tokens, rotary=(self.rotary_of(begins),))
 
-    def enter(
-        self, x: Float[Tensor, "b n d"], number: int, tokens: tuple[Float[Tensor, "b m d"], ...]
+    def passed(
+        self,
+        number: int,
+        x: Float[Tensor, "b n d"],
+        modulation: Float[Tensor, "b k 6 d"],
+        rotary: Float[Tensor, "rows n half 2"],
+        mask: Bool[Tensor, "b m"] | None,
+        contexts: Prefilled,
     ) -> Float[Tensor, "b n d"]:
-        """The sequence, with the block's context added to its condition tokens."""
-        if number == 0:
-            return x
-        num_latents = x.shape[1] - tokens[0].shape[1]
-        return torch.cat([x[:, :num_latents], x[:, num_latents:] + tokens[number]], dim=1)
+        """The sequence after block `number`, whose context was added to its condition tokens before."""
+        if number:
+            added = contexts.tokens[number]
+            num_latents = x.shape[1] - added.shape[1]
+            x = torch.cat([x[:, :num_latents], x[:, num_latents:] + added], dim=1)
+        return super().passed(number, x, modulation, rotary, mask, contexts)

@@ -25,15 +25,17 @@ def condition_tokens(
     conditioner: Conditioner, prepared: Prepared, z_t: torch.Tensor, t: torch.Tensor
 ) -> Context:
     """The tokens that condition a denoiser, aligned or as contexts, whether they are static or not; several
-    contexts beside each other in the channels.
+    contexts of the same tokens beside each other in the channels, those of others behind each other.
     """
     condition = conditioner.condition(prepared, z_t, t)
     contexts = prepared.static + condition.contexts
     assert (condition.aligned is not None) != bool(contexts)
     if condition.aligned is not None:
         return Context(condition.aligned)
-    assert all(one.mask is contexts[0].mask for one in contexts)
-    return Context(torch.cat([one.tokens for one in contexts], dim=-1), contexts[0].mask)
+    tokens, masks = [one.tokens for one in contexts], [one.mask for one in contexts]
+    if all(mask is masks[0] for mask in masks):
+        return Context(torch.cat(tokens, dim=-1), masks[0])
+    return Context(torch.cat(tokens, dim=1), torch.cat([mask for mask in masks if mask is not None], dim=1))
 
 
 def read_prompts(model: TextToImage, prompts: Sequence[str], reuse: bool = False) -> Prompted:

@@ -61,9 +61,14 @@ METHODS = {
     "layer_per_block": {"method": "layer_per_block"},
     "key_values": {"method": "key_values"},
     "unifusion": {"method": "unifusion", "lap": {"taps": [0, -1], "refiner_depth": 1}},
+    "unifusion_references": {
+        "method": "unifusion",
+        "lap": {"taps": [0, -1], "refiner_depth": 1},
+        "kept_references": True,
+    },
 }
 """`model.conditioning` of every method and of its variants, by a name for tests."""
-ALIKE = ("one_layer", "channel_concat", "layer_per_block")
+ALIKE = ("one_layer", "channel_concat", "layer_per_block", "unifusion_references")
 """Methods that are put together of what others in METHODS have too, but for a conditioner of a few lines."""
 
 

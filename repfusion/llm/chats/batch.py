@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from repfusion.config import naming
 from repfusion.llm.base import LanguageModel, PromptTooLong, take
-from repfusion.llm.chats.eyes import Look, text_positions
+from repfusion.llm.chats.eyes import Look, beside, text_positions
 from repfusion.llm.chats.format import Chat, ChatPart, ChatTokens
 
 
@@ -30,6 +31,10 @@ class ChatBatch:
     """
     images: dict[str, Tensor]
     """What the vision tower takes; empty without images."""
+    places: Int[Tensor, "k 2"]
+    """Row and column of all image tokens, in order: the views of a chat's images stand beside each other, the
+    first one's last column is -1 (`eyes.beside`).
+    """
 
     @property
     def mask(self) -> Bool[Tensor, "b n"]:
@@ -64,7 +69,9 @@ def tokenise_chats(
     """
     written = [()] * len(chats) if written is None else written
     rows = [_row(llm, chat, ids, room) for chat, ids in zip(chats, written, strict=True)]
-    return _pad(llm, [row.tokens for row in rows], _joined([look for row in rows for look in row.looks]))
+    looks = [look for row in rows for look in row.looks]
+    places = torch.cat([beside([view for look in row.looks for view in look.views]) for row in rows])
+    return _pad(llm, [row.tokens for row in rows], _joined(looks), places)
 
 
 def with_written(llm: LanguageModel, batch: ChatBatch, written: Sequence[Sequence[int]]) -> ChatBatch:
@@ -75,26 +82,28 @@ def with_written(llm: LanguageModel, batch: ChatBatch, written: Sequence[Sequenc
         start = row[1].count(ChatPart.PADDING)
         ids, parts, image_of = (column[start:] for column in row)
         chats.append(_followed(ChatTokens(ids, parts, image_of), new))
-    return _pad(llm, chats, batch.images, batch.ids.device)
+    return _pad(llm, chats, batch.images, batch.places)
 
 
 def _pad(
     llm: LanguageModel,
     chats: Sequence[ChatTokens],
     images: dict[str, Tensor],
-    device: torch.device | None = None,
+    places: Int[Tensor, "k 2"],
 ) -> ChatBatch:
     width = max(len(chat.ids) for chat in chats)
     fill = (llm.pad_id, ChatPart.PADDING, -1)
     ids, parts, image_of = (
-        torch.tensor([[pad] * (width - len(chat.ids)) + list(chat[column]) for chat in chats], device=device)
+        torch.tensor(
+            [[pad] * (width - len(chat.ids)) + list(chat[column]) for chat in chats], device=places.device
+        )
         for column, pad in enumerate(fill)
     )
     mask = parts != ChatPart.PADDING
     positions = text_positions(mask)
     if llm.eyes is not None and images:
         positions = llm.eyes.positions(ids, mask, parts == ChatPart.IMAGE, images)
-    return ChatBatch(ids, parts, image_of, positions, images)
+    return ChatBatch(ids, parts, image_of, positions, images, places)
 
 
 def _followed(chat: ChatTokens, written: Sequence[int]) -> ChatTokens:
@@ -109,7 +118,11 @@ def _row(llm: LanguageModel, chat: Chat, written: Sequence[int], room: int) -> _
     if chat.images and llm.eyes is None:
         how = "has none" if not llm.sees else "was loaded without them (with_eyes)"
         raise ValueError(f"MLLM {llm.folder}: images need eyes, and it {how}; leave the images out")
-    looks = [llm.eyes.look(image) for image in chat.images if llm.eyes is not None]
+    looks = []
+    for number, image in enumerate(chat.images, 1):
+        assert llm.eyes is not None
+        with naming(f"image {number} of {len(chat.images)}"):
+            looks.append(llm.eyes.look(image))
     tokens = llm.chat_format.tokens_of(chat, [look.num_tokens for look in looks])
     _check_length(llm, chat, tokens, looks, len(written) + room)
     return _Row(_followed(tokens, written), looks)
@@ -144,11 +157,11 @@ def num_kept(keep: Bool[Tensor, "b n"]) -> int:
 
 
 def pack(
-    states: Sequence[Float[Tensor, "b n c"]], keep: Bool[Tensor, "b n"], most: int | None = None
-) -> tuple[list[Float[Tensor, "b k c"]], Bool[Tensor, "b k"]]:
-    """The kept tokens of each row, in order and from its start on, zeros after them; the mask tells them
-    apart. At least one place a row remains. Whoever knows `num_kept` on the CPU gives it as `most`, so that
-    nothing waits for a GPU to tell.
+    states: Sequence[Shaped[Tensor, "b n _"]], keep: Bool[Tensor, "b n"], most: int | None = None
+) -> tuple[list[Shaped[Tensor, "b k _"]], Bool[Tensor, "b k"]]:
+    """What there is of the kept tokens of each row, in order and from its start on, zeros after them; the
+    mask tells them apart. At least one place a row remains. Whoever knows `num_kept` on the CPU gives it as
+    `most`, so that nothing waits for a GPU to tell.
     """
     most = num_kept(keep) if most is None else most
     order = keep.long().argsort(dim=1, descending=True, stable=True)[:, :most]

@@ -1,6 +1,6 @@
 """The part of a model that sees: images -> tokens of the language model, each family in its own file."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,35 @@ MIN_SIDE = 2
 
 @dataclass(frozen=True)
 class Look:
-    """An image as a vision tower takes it, on the CPU and float32, and how many tokens it becomes."""
+    """An image as a vision tower takes it, on the CPU and float32, and the tokens that it becomes."""
 
-    num_tokens: int
+    views: tuple[Int[Tensor, "_ 2"], ...]
+    """Row and column of each token in the view that it is of: the image, or its tiles together and then its
+    thumbnail.
+    """
     inputs: dict[str, Tensor]
     """Tensors by name; those of several images are joined along the first axis."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all views."""
+        return sum(map(len, self.views))
+
+
+def in_rows(num_rows: int, num_columns: int) -> Int[Tensor, "n 2"]:
+    """Row and column of the tokens of a grid, row by row."""
+    return torch.cartesian_prod(torch.arange(num_rows), torch.arange(num_columns))
+
+
+def beside(views: Sequence[Int[Tensor, "_ 2"]]) -> Int[Tensor, "n 2"]:
+    """Rows and columns of views that stand beside each other, from column -1 to the left, in their order: no
+    two tokens at one place, and none of them elsewhere for the views after its own.
+    """
+    placed, edge = [torch.empty(0, 2, dtype=torch.long)], 0
+    for view in views:
+        edge -= int(view[:, 1].max()) + 1
+        placed.append(view + torch.tensor([0, edge]))
+    return torch.cat(placed)
 
 
 class Eyes(nn.Module):
@@ -76,6 +100,12 @@ class Eyes(nn.Module):
     ) -> Int[Tensor, "*axes b n"]:
         """Position ids of a batch with images, which count real tokens only."""
         return text_positions(mask)
+
+    def flops(self, images: Mapping[str, Tensor]) -> int | None:
+        """FLOPs of seeing images, 2 a multiply-add, where the code cannot be run without memory, so that
+        nobody can count them; None where it can.
+        """
+        return None
 
     @torch.no_grad()
     def see(

@@ -28,7 +28,10 @@ class AdaLNBlock(nn.Module):
         raise NotImplementedError
 
     def mix(
-        self, x: Float[Tensor, "b n d"], rotary: Float[Tensor, "n half 2"], contexts: tuple[Attended, ...]
+        self,
+        x: Float[Tensor, "b n d"],
+        rotary: Float[Tensor, "*r n half 2"],
+        contexts: tuple[Attended, ...],
     ) -> Float[Tensor, "b n d"]:
         """Self-attention."""
         return self.attention(x, rotary)
@@ -37,17 +40,20 @@ class AdaLNBlock(nn.Module):
         """What comes between self-attention and MLP: nothing, since the condition is in the modulation."""
         return x
 
+    def modulated(self, modulation: Float[Tensor, "b k 6 d"]) -> list[Float[Tensor, "b k d"]]:
+        """Shift, scale and gate of attention, then of the MLP: shared ones and the block's table."""
+        # One sum for each part: as views of one tensor all six would be kept for the backward pass.
+        return [part + row for part, row in zip(modulation.unbind(2), self.table, strict=True)]
+
     def forward(
         self,
         x: Float[Tensor, "b n d"],
         modulation: Float[Tensor, "b k 6 d"],
-        rotary: Float[Tensor, "n half 2"],
+        rotary: Float[Tensor, "*r n half 2"],
         contexts: tuple[Attended, ...] = (),
     ) -> Float[Tensor, "b n d"]:
         """The block's output for modulations of k = n tokens, or of k = 1 for all of them."""
-        # One sum for each part: as views of one tensor all six would be kept for the backward pass.
-        parts = zip(modulation.unbind(2), self.table, strict=True)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (part + row for part, row in parts)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulated(modulation)
         x = x + gate_a * self.mix(self.attention_norm(x) * (1 + scale_a) + shift_a, rotary, contexts)
         x = self.attend(x, contexts)
         return x + gate_m * self.mlp(self.mlp_norm(x) * (1 + scale_m) + shift_m)

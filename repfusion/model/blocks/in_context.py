@@ -12,7 +12,10 @@ class InContextBlock(AdaLNBlock):
     """Joint self-attention, in which padding is not seen."""
 
     def mix(
-        self, x: Float[Tensor, "b n d"], rotary: Float[Tensor, "n half 2"], contexts: tuple[Attended, ...]
+        self,
+        x: Float[Tensor, "b n d"],
+        rotary: Float[Tensor, "*r n half 2"],
+        contexts: tuple[Attended, ...],
     ) -> Float[Tensor, "b n d"]:
         """Self-attention over the whole sequence; the one context holds the mask of its real tokens."""
         ((_, _, mask),) = contexts

@@ -26,7 +26,10 @@ class JointKeysBlock(AdaLNBlock):
         return self.context_key_norm(k), v
 
     def mix(
-        self, x: Float[Tensor, "b n d"], rotary: Float[Tensor, "n half 2"], contexts: tuple[Attended, ...]
+        self,
+        x: Float[Tensor, "b n d"],
+        rotary: Float[Tensor, "*r n half 2"],
+        contexts: tuple[Attended, ...],
     ) -> Float[Tensor, "b n d"]:
         """Attention of latent tokens to themselves and to the context, whose keys are at their places."""
         ((keys, values, mask),) = contexts

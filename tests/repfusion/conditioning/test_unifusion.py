@@ -138,6 +138,23 @@ def test_where_nothing_or_no_end_is_written_the_prompt_serves(foundation, monkey
     assert (one.ids, one.reason) == ((), "endless" if row else "empty")
 
 
+def test_prompts_that_could_not_be_rewritten_are_counted(foundation, monkeypatch, caplog):
+    """Of those that ask for it: the last one does not."""
+    made = conditioner(foundation, rewriting=REWRITING)
+    good = Writing(made.llm.token_ids(["two blue circle"])[0], True)
+    written = [Writing([], True), good, Writing([20] * 5, False), Writing([], True), Writing([], True)]
+    monkeypatch.setattr("repfusion.llm.chats.rewriting.write", lambda *args: written)
+    requests = [Request("a red circle")] * 4 + [Request("a red circle", rewrite=False)]
+    found = contexts(made, requests)
+    assert [len(one) for one in found] == [3, len(good.ids), 3, 3, 3]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("rewritings of 4 prompts: 2 empty, 1 endless (endless: no end within 5 tokens)")
+    caplog.clear()
+    ended(monkeypatch, good.ids)
+    contexts(made, requests[:1])
+    assert not caplog.records
+
+
 def test_a_request_does_not_depend_on_the_others(foundation):
     made = conditioner(foundation, image_lap=True)
     requests = [
@@ -149,6 +166,32 @@ def test_a_request_does_not_depend_on_the_others(foundation):
     together = contexts(made, requests, branches)
     for request, branch, tokens in zip(requests, branches, together, strict=True):
         torch.testing.assert_close(contexts(made, [request], [branch])[0], tokens)
+
+
+def test_images_stand_in_rows_and_columns_and_text_in_a_line(foundation):
+    """Whatever stands around them in the chat, in the batch, or before them in the context."""
+    made = conditioner(foundation, rewriting=REWRITING)
+    ids = torch.tensor(made.llm.token_ids(["two blue circle and green"])[0])
+    requests = [
+        Request("a red circle", (picture(0), picture(1)), rewrite=False),
+        Request("a circle", (picture(2),), computed={REWRITES: ids}),
+        Request("two blue circle left of a green square", rewrite=False),
+        Request(),
+    ]
+    branches = ["full", "full", "full", "none"]
+    with torch.no_grad():
+        (context,) = made.prepare(made.collate(requests, branches)).static
+    assert context.mask is not None and context.positions is not None
+    places = [one[mask].tolist() for one, mask in zip(context.positions, context.mask, strict=True)]
+    one = [[0, -2], [0, -1], [1, -2], [1, -1]]
+    two = [[row, column - 2] for row, column in one]
+    assert places[0] == [*one, *two, [0, 0], [1, 1], [2, 2]]
+    assert places[1] == [*one, *[[k, k] for k in range(len(ids))]]
+    assert places[2] == [[k, k] for k in range(len(places[2]))] and len(places[2]) == 8
+    assert places[3] == [[k, k] for k in range(len(places[3]))]
+    for request, branch, expected in zip(requests, branches, places, strict=True):
+        (alone,) = made.prepare(made.collate([request], [branch])).static
+        assert alone.positions is not None and alone.positions[0].tolist() == expected
 
 
 def test_branches_read_what_they_say(foundation):

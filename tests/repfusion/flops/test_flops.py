@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import flop_formulas as formulas
+import numpy as np
 import pytest
 import torch
 from prompting import asked, seeds_where, training_inputs
@@ -28,11 +29,13 @@ from repfusion.flops.__main__ import main
 from repfusion.flops.count import (
     CONDITIONER,
     DENOISER,
+    EYES,
     LLM,
     Costs,
     Counter,
     batch_flops,
     decoder_cost,
+    eyes_cost,
     sample_costs,
     sample_flops,
     train_costs,
@@ -45,6 +48,7 @@ from repfusion.flops.peaks import peak_flops, peak_of
 from repfusion.inputs import Inputs
 from repfusion.latents.load import load_decoder
 from repfusion.layers import SwiGLU
+from repfusion.llm.load import load_language_model
 from repfusion.model.build import build_model
 from repfusion.model.meta import CONFIGS, meta_from_config, meta_model
 from repfusion.model.text_to_image import TextToImage
@@ -55,9 +59,13 @@ from repfusion.weights import WEIGHTS
 
 PROMPTS = ["a red circle", "a green square"]
 """As many tokens each."""
-PUBLISHED = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+PUBLISHED = sorted(
+    path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith(("unifusion", "channel_concat"))
+)
+"""Configurations whose methods' FLOPs are also written down as formulas."""
 BY_TORCH = (
     "unifusion",
+    "unifusion_references",
     "lap",
     "noisy_latents_lap",
     "text_embed_in_context",
@@ -347,6 +355,40 @@ def test_counting_takes_moments(base):
     assert time.process_time() - started < 4
 
 
+@pytest.mark.parametrize("method", all_but_one_slow(("unifusion", "unifusion_references"), "unifusion"))
+def test_requests_with_images_are_counted_exactly(make_generator, method):
+    """In training, and in sampling, where the empty prompt has none of them."""
+    generator = make_generator(method).requires_grad_(False)
+    generator.denoiser.requires_grad_(True)
+    images = (np.zeros((32, 32, 3), np.uint8), np.ones((40, 20, 3), np.uint8))
+    inputs = drawn(generator)
+    requests = [Request(prompt, images) for prompt in PROMPTS]
+    inputs["request"] = generator.conditioner.collate(requests, ["full"] * 2, [1, 2])
+    text, num = num_tokens(generator), len(PROMPTS)
+    costs = train_costs(generator, text, images=images)
+    assert training(generator, inputs) == num * sum(cost.total for cost in costs.values())
+    assert costs[EYES].forward > train_costs(generator, text)[EYES].forward == 0 == costs[EYES].backward
+
+    generator.requires_grad_(False)
+    config = SamplerConfig(num_steps=2, guidance_scale=3.0, precision="fp32")
+    noise = torch.randn(num, *generator.latent_shape)
+    got = counted(lambda: sample(generator, requests, noise, config))
+    drawing = sample_costs(generator, text, config, images=images)
+    assert drawing[EYES] == costs[EYES].forward
+    assert got == num * sum(drawing.values())
+
+
+def test_the_sizes_tell_eyes_from_the_language_model(make_generator):
+    generator = make_generator("unifusion")
+    found = sizes(generator)
+    llm = generator.conditioner.llm
+    assert llm.eyes is not None
+    assert found[EYES].num_parameters == sum(p.numel() for p in llm.eyes.parameters()) > 0
+    both = found[EYES].num_parameters + found[LLM].num_parameters
+    assert both == sum(p.numel() for p in llm.parameters())
+    assert EYES not in sizes(make_generator("lap"))
+
+
 def test_static_queries_cost_the_language_model_once_and_timestep_queries_at_every_step(make_generator):
     config = {steps: SamplerConfig(num_steps=steps) for steps in (1, 9)}
     static, timestep, repfusion = (
@@ -491,6 +533,27 @@ def test_the_command_reads_a_config(monkeypatch, capsys, tmp_path: Path):
     path.write_text("init_from: runs/nowhere\nnum_steps: 5\n")
     with pytest.raises(SystemExit, match="runs/nowhere is not there"):
         run_main(monkeypatch, capsys, "--config", path)
+    with pytest.raises(SystemExit, match=r"--images 1: the method 'noisy_latents' reads no images"):
+        run_main(monkeypatch, capsys, "--images", 1)
     path.write_text("model: {mllm: models/nowhere-7b}\n")
     with pytest.raises(SystemExit, match=r"nowhere-7b.*llava-1\.5-7b"):
         run_main(monkeypatch, capsys, "--config", path)
+
+
+def test_the_command_counts_images(monkeypatch, capsys, tmp_path: Path):
+    """Of the shipped LLaVA, whose tower is 5 x 64: 16 patches of 8 px and a class token."""
+    path = tmp_path / "train.yaml"
+    path.write_text("model: {conditioning: unifusion, dit: {hidden_size: 96, depth: 2}}\n")
+    rows, said = run_main(monkeypatch, capsys, "--config", path, "--images", 2, "--image-px", 40)
+    _, _, _, train, image = rows["vision tower"]
+    once = eyes_cost_of_shipped_llava() / 1e9
+    assert float(train) == pytest.approx(2 * once, abs=1e-3) and float(image) == pytest.approx(
+        2 * once, abs=1e-2
+    )
+    assert f"requests of 2 images; one of 40 px a side is 16 tokens and takes {once:.2f} GFLOP" in said
+
+
+def eyes_cost_of_shipped_llava() -> float:
+    llm = load_language_model(WEIGHTS / "llava", with_eyes=True)
+    assert llm.eyes is not None
+    return float(eyes_cost(llm.eyes, llm.eyes.look(np.zeros((40, 40, 3), np.uint8)).inputs).total)

@@ -73,6 +73,53 @@ def test_rows_are_padded_on_the_left_and_say_the_same_as_alone(seeing: Seeing):
     assert (batch.ids[~batch.mask] == seeing.llm.pad_id).all()
 
 
+GRIDS = {
+    "qwen2_5_vl": [(3, 4)],
+    "qwen3_vl": [(3, 4)],
+    "internvl": [(4, 4), (2, 2)],
+    "llava": [(2, 2)],
+}
+"""Rows and columns of the views of an image of 24 x 32 px (LLaVA's is square): InternVL's are 4 tiles and
+the thumbnail.
+"""
+
+
+def test_a_token_stands_where_it_sees(seeing: Seeing):
+    """The token that changes most with a patch of pixels is the one at its row and column."""
+    eyes, sides = eyes_of(seeing.llm), (32, 32) if seeing.family == "llava" else (24, 32)
+    grids = GRIDS[seeing.family]
+    image = np.full((*sides, 3), 128, np.uint8)
+    plain = eyes.look(image)
+    assert [tuple((view.max(0).values + 1).tolist()) for view in plain.views] == grids
+
+    def tokens(image: np.ndarray) -> torch.Tensor:
+        look = eyes.look(image)
+        return eyes.see(look.inputs, torch.ones(1, look.num_tokens, dtype=torch.bool))[0]
+
+    (rows, columns), before = grids[0], tokens(image)
+    tall, wide = sides[0] // rows, sides[1] // columns
+    for row, column in np.ndindex(rows, columns):
+        change = torch.zeros(rows * columns)
+        for seed in range(4):
+            changed = image.copy()
+            changed[row * tall :, column * wide :][:tall, :wide] = picture(tall, wide, seed)
+            change += (tokens(changed) - before).norm(dim=1)[: rows * columns]
+        assert plain.views[0][change.argmax()].tolist() == [row, column]
+
+
+def test_places_of_a_chat_do_not_depend_on_the_others(seeing: Seeing):
+    chats = list(CHATS.values())
+    batch = tokenise_chats(seeing.llm, chats, written=[[7, 8], [], [9], [7], []])
+    alone = [tokenise_chats(seeing.llm, [chat]) for chat in chats]
+    assert torch.equal(batch.places, torch.cat([one.places for one in alone]))
+    counts = IMAGE_TOKENS[seeing.family]
+    first, second = alone[-1].places.split(counts)
+    single = tokenise_chats(seeing.llm, [Chat("a", CHATS["images"].images[:1])]).places
+    assert torch.equal(first, single) and second[:, 1].max() == first[:, 1].min() - 1
+    assert first[:, 1].max() == -1
+    assert len(alone[-1].places.unique(dim=0)) == sum(counts)
+
+
 def test_parts_are_selected_together(seeing: Seeing):
     batch = tokenise_chats(seeing.llm, [CHATS["images"]], written=[[7, 8]])
     kept = batch.is_any(ChatPart.IMAGE, ChatPart.WRITTEN)

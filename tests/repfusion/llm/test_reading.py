@@ -12,11 +12,15 @@ import torch
 from tiny_models import save_causal
 from tiny_vlms import CHATS, CONTEXT, Seeing, class_of, picture
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from repfusion.conditioning.lap import LapConditioner, LapConfig, LapSettings
 from repfusion.conditioning.noisy_latents import NoisyLatentConditioner
 from repfusion.conditioning.queries import QueriesConditioner
 from repfusion.conditioning.text_embed import TextEmbedConditioner
+from repfusion.flops.count import eyes_cost
+from repfusion.flops.counter import Cost
 from repfusion.inputs import map_tensors
 from repfusion.llm.base import LanguageModel
 from repfusion.llm.chats.batch import tokenise_chats
@@ -275,3 +279,17 @@ def test_noisy_latents_are_read_by_a_llava_alone(seeing: Seeing):
 def test_the_classes_are_transformers_own(seeing: Seeing):
     config = seeing.whole.config
     assert type(seeing.llm).model_class(config) is class_of(seeing.family)
+
+
+def test_what_eyes_cost_is_what_torch_counts(seeing: Seeing):
+    """Two images of several sizes, on transformers' own tower; by a formula where that cannot be run without
+    memory.
+    """
+    eyes = seeing.llm.eyes
+    assert eyes is not None
+    for image in (picture(30, 50), picture(20, 20)):
+        look = eyes.look(image)
+        is_image = torch.ones(1, look.num_tokens, dtype=torch.bool)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            eyes.see(look.inputs, is_image)
+        assert eyes_cost(eyes, look.inputs) == Cost(counter.get_total_flops()) != Cost()

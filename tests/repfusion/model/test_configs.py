@@ -4,8 +4,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from repfusion.conditioning.fusions.channel_concat import ChannelConcatConditioner
+from repfusion.conditioning.unifusion import UniFusionConditioner
 from repfusion.config import load_config
 from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.flops.__main__ import main
@@ -21,7 +25,7 @@ from repfusion.flops.paper import (
     paper_markdown,
 )
 from repfusion.model.config import ModelConfig
-from repfusion.model.meta import CONFIGS, GEOMETRY, absent_folders, geometry_folder, published
+from repfusion.model.meta import CONFIGS, GEOMETRY, absent_folders, geometry_folder, published, seeing_model
 from repfusion.train import TrainConfig
 from repfusion.training.engine import learning_rate
 
@@ -39,8 +43,19 @@ PUBLISHED = {
     "text_embed_7b_8b": (8.0e9, 8.0e9),
     "transfusion_7b": (None, 6.8e9),
     "repfusion_7b_1.3b_trained_llm": (1.3e9, None),
+    "unifusion_8b_8b": (8.0e9, None),
+    "unifusion_8b_8b_edit": (8.0e9, None),
 }
-"""The paper's parameters, as the denoiser's and as all that is trained; None where it does not say."""
+"""The papers' parameters, as the denoiser's and as all that is trained; None where they do not say."""
+OURS = {"unifusion_4b_1.3b", "channel_concat_4b_1.3b"}
+"""Configurations of no paper."""
+REPFUSION = [name for name in PUBLISHED if not name.startswith("unifusion")]
+SEEING = {
+    "internvl-2.5-8b": (8.08e9, None),
+    "qwen3-vl-4b": (4.438e9, 415.3e6),
+    "internvl-3-8b": (None, None),
+}
+"""Parameters as the models' pages give them, of all and of the vision tower."""
 
 
 def config_of(name: str) -> TrainConfig:
@@ -48,10 +63,57 @@ def config_of(name: str) -> TrainConfig:
 
 
 def test_every_configuration_has_its_published_size():
-    assert set(NAMES) == set(PUBLISHED)
+    assert set(NAMES) == PUBLISHED.keys() | OURS
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("folder", SEEING)
+def test_models_that_see_have_their_published_sizes(folder):
+    llm = seeing_model(GEOMETRY / folder, torch.bfloat16)
+    every, tower = SEEING[folder]
+    assert llm.eyes is not None and {p.device.type for p in llm.parameters()} == {"meta"}
+    if every is not None:
+        assert sum(p.numel() for p in llm.parameters()) == pytest.approx(every, rel=1e-3)
+    if tower is not None:
+        assert sum(p.numel() for p in llm.eyes.parameters()) == pytest.approx(tower, rel=1e-3)
+    if folder == "internvl-3-8b":  # Qwen2.5-7B with fewer rows of embedding and head
+        parts = llm.language_model, llm.head
+        found = sum(p.numel() for part in parts if part is not None for p in part.parameters())
+        assert found == 7_615_616_512 - 2 * (152_064 - 151_674) * 3584
+
+
+def test_an_image_of_1024_px_is_ten_tiles_of_internvl_and_a_grid_of_qwen():
+    image = np.zeros((1024, 1024, 3), np.uint8)
+    views = {}
+    for folder in SEEING:
+        eyes = seeing_model(GEOMETRY / folder, torch.bfloat16).eyes
+        assert eyes is not None
+        views[folder] = [tuple((view.max(0).values + 1).tolist()) for view in eyes.look(image).views]
+    assert views["internvl-2.5-8b"] == views["internvl-3-8b"] == [(48, 48), (16, 16)]
+    assert views["qwen3-vl-4b"] == [(32, 32)]
+
+
+def test_unifusions_recipe_is_the_papers():
+    base, edit = config_of("unifusion_8b_8b"), config_of("unifusion_8b_8b_edit")
+    conditioner = generator_of("unifusion_8b_8b").conditioner
+    assert isinstance(conditioner, UniFusionConditioner)
+    assert conditioner.taps == (4, 7, 10, 13, 16, 19, 22, 25, 28, 31)
+    assert base.reconstruction_share == 0.03 and edit.num_steps == 11_000
+    assert edit.model == base.model
+    assert edit.init_from == base.output_dir / f"checkpoints/step_{base.num_steps:08d}"
+
+
+def test_the_configurations_of_no_paper_are_what_their_names_say():
+    for name in OURS:
+        generator = generator_of(name)
+        assert round(sum(p.numel() for p in generator.denoiser.parameters()) / 1e9, 1) == 1.3
+        llm = sum(p.numel() for p in generator.conditioner.llm.language_model.parameters())
+        assert llm == pytest.approx(4.022e9, rel=1e-3)
+    concat = generator_of("channel_concat_4b_1.3b").conditioner
+    assert isinstance(concat, ChannelConcatConditioner)
+    assert concat.taps == (9, 18, 27) and concat.join.in_features == 7680  # FLUX.2 klein's
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_sizes_are_within_two_percent_of_the_papers(name):
     generator = generator_of(name)
     denoiser, trained = PUBLISHED[name]
@@ -64,7 +126,7 @@ def test_sizes_are_within_two_percent_of_the_papers(name):
         )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", REPFUSION)
 def test_the_recipes_are_the_papers(name):
     config = config_of(name)
     engine = config.engine

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from repfusion.conditioning.base import Condition, Context
+from repfusion.layers import rotary_at
+from repfusion.llm.chats.eyes import beside, in_rows
 from repfusion.model.dit import DiTConfig
 from repfusion.model.in_context import InContextDiT
 
@@ -20,11 +22,19 @@ def dit() -> InContextDiT:
     return dit.eval()
 
 
-def velocity(dit: InContextDiT, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def velocity(
+    dit: InContextDiT,
+    tokens: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    row: int = 0,
+) -> torch.Tensor:
+    """Of the noisy latents from `row` on."""
     generator = torch.Generator().manual_seed(1)
-    z_t = torch.randn(len(tokens), 6, 16, generator=generator)
+    z_t = torch.randn(3, 6, 16, generator=generator)[row : row + len(tokens)]
+    static = dit.prefill((Context(tokens, mask, positions),))
     with torch.no_grad():
-        return dit(z_t, torch.full((len(tokens),), 0.6), Condition(), dit.prefill((Context(tokens, mask),)))
+        return dit(z_t, torch.full((len(tokens),), 0.6), Condition(), static)
 
 
 def test_padding_is_not_seen(dit):
@@ -57,10 +67,63 @@ def test_condition_tokens_change_with_the_latents(dit):
     assert (seen[0] - seen[1]).abs().max() > 1e-3
 
 
-def test_no_two_tokens_stand_at_one_place(dit):
-    rotary = dit.rotary_of(5).flatten(1)
+TEXT = torch.arange(5)[:, None].expand(-1, 2)
+IMAGES = beside([in_rows(3, 2), in_rows(2, 4)])
+
+
+@pytest.mark.parametrize("positions", [None, torch.cat([TEXT, IMAGES])[None]])
+def test_no_two_tokens_stand_at_one_place(dit, positions):
+    num = 5 if positions is None else positions.shape[1]
+    (rotary,) = dit.rotary_of(Context(torch.zeros(1, num, 24), positions=positions))
+    rotary = torch.cat([dit.rotary, rotary]).flatten(1)
     distances = torch.cdist(rotary, rotary) + torch.eye(len(rotary))
-    assert rotary.shape[0] == 11 and distances.min() > 1e-3
+    assert rotary.shape[0] == 6 + num and distances.min() > 1e-2
+
+
+def test_images_lie_beside_each_other_left_of_the_latents_and_text_after_them(dit):
+    """Image 1's last column is the latents' first but one, image 2 ends where it begins; rows are the
+    latents' own.
+    """
+    first, second = IMAGES.split([6, 8])
+    assert first.tolist() == [[0, -2], [0, -1], [1, -2], [1, -1], [2, -2], [2, -1]]
+    assert second[:, 0].tolist() == [0] * 4 + [1] * 4
+    assert second[:, 1].tolist() == [-6, -5, -4, -3] * 2
+    (rotary,) = dit.rotary_of(Context(torch.zeros(1, 19, 24), positions=torch.cat([TEXT, IMAGES])[None]))
+    places = [[3 + k, 3 + k] for k in range(5)] + IMAGES.tolist()  # the grid's longer side is 3
+    rows, columns = torch.tensor(places).unbind(1)
+    torch.testing.assert_close(rotary, rotary_at(rows, columns, 16))
+
+
+def test_text_without_positions_stands_where_text_with_them_does(dit):
+    tokens = torch.randn(2, 5, 24)
+    assert torch.equal(velocity(dit, tokens), velocity(dit, tokens, positions=TEXT.expand(2, -1, -1)))
+
+
+def test_a_condition_is_a_set_of_tokens_at_places(dit):
+    """Images that change their order in the sequence with their places change nothing; without, they do."""
+    tokens, positions = torch.randn(1, 19, 24), torch.cat([TEXT, IMAGES])[None]
+    swapped = [*range(5), *range(11, 19), *range(5, 11)]
+    found = velocity(dit, tokens, positions=positions)
+    same = velocity(dit, tokens[:, swapped], positions=positions[:, swapped])
+    torch.testing.assert_close(same, found, rtol=1e-4, atol=1e-5)
+    assert (velocity(dit, tokens[:, swapped], positions=positions) - found).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_moves_no_position(dit, side):
+    """Rows of 5, 11 and 19 tokens, padded on either side with garbage at any place."""
+    tokens, positions = torch.randn(3, 19, 24), torch.cat([TEXT, IMAGES]).expand(3, -1, -1)
+    lengths = (5, 11, 19)
+    rows = [
+        velocity(dit, tokens[i : i + 1, :n], None, positions[i : i + 1, :n], row=i)
+        for i, n in enumerate(lengths)
+    ]
+    padded, places, mask = torch.full((3, 19, 24), 50.0), torch.full((3, 19, 2), -7), torch.zeros(3, 19) > 0
+    for i, n in enumerate(lengths):
+        where = slice(0, n) if side == "right" else slice(19 - n, 19)
+        padded[i, where], places[i, where], mask[i, where] = tokens[i, :n], positions[i, :n], True
+    found = velocity(dit, padded, mask, places)
+    torch.testing.assert_close(found, torch.cat(rows), rtol=1e-4, atol=1e-5)
 
 
 def test_a_context_of_each_step_serves_as_well(dit):
