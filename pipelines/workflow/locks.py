@@ -1,13 +1,15 @@
 """What keeps two runs out of each other's way: a lock for each place that is written, however it is spelled.
 
 ROOT/.lock              whoever is at work in a root, alone
-DATA/.STAGE.lock        beside the folder of a data stage: who makes its shards, alone; who reads them, shared
-DATA/.STAGE.lock.json   the same behind a URL, of who makes shards (lease.py). Reading needs none there:
+DATA/.STAGE.lock        beside the folder of a data stage on local disk: who makes its shards, alone; who
+                        reads them, shared; the kernel's, which frees it with its process
+DATA/.STAGE.7.lock      the same on local disk and behind a URL, of who makes shards, on whatever machine: it
+                        is renewed while its holder lives (lease.py). Reading needs none behind a URL:
                         training reads copies of its own, which are compared with their sha256
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -30,12 +32,17 @@ def locked_roots(*roots: Path) -> Iterator[None]:
         yield
 
 
-def stage_lock(folder: Folder, is_shared: bool = False) -> AbstractContextManager[object]:
+@contextmanager
+def stage_lock(folder: Folder, is_shared: bool = False) -> Iterator[None]:
     """Keeps others from writing a data stage's folder, and, unless it is shared, from reading it."""
-    if folder.is_local:
-        place = Path(folder.identity)
-        return locked(lock_file(folder), "give another data_url", is_shared, place=place)
-    return nullcontext() if is_shared else Lease(folder)
+    with ExitStack() as held:
+        if folder.is_local:
+            place = Path(folder.identity)
+            remedy = "end it, and its lock goes with it, or give another data_url"
+            held.enter_context(locked(lock_file(folder), remedy, is_shared, place=place))
+        if not is_shared:
+            held.enter_context(Lease(folder))
+        yield
 
 
 def lock_file(folder: Folder) -> Path:
