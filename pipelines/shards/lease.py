@@ -83,7 +83,7 @@ class Lease:
         return f".{self.folder.name}.{number}.lock"
 
     def _numbers(self) -> list[int]:
-        """Those that there are files of, lowest first."""
+        """The numbers that there are files of, lowest first."""
         pattern = re.compile(re.escape(f".{self.folder.name}.") + r"([0-9]+)\.lock")
         found = (pattern.fullmatch(name) for name in self.place.names())
         return sorted(int(one[1]) for one in found if one)
