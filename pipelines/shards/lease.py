@@ -56,9 +56,18 @@ class Lease:
         self.place = Folder(folder.identity, folder.options).parent
         self.token, self.number, self.beat = uuid.uuid4().hex, 0, 0
         self.holder = Holder.here()
+        self._seen: _Held | None = None
+        self._seen_at: float | None = None
         self.lost: str | None = None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+
+    def look(self) -> None:
+        """Remembers who holds it now: of several leases that are looked at before the first is taken, those
+        of one dead holder lapse together and not one after the other.
+        """
+        _, self._seen = self._read()
+        self._seen_at = time.monotonic()
 
     def __enter__(self) -> Self:
         while not self._take():
@@ -141,8 +150,11 @@ class Lease:
         """Returns when the holder is dead, or has let go. Raises ValueError where it or another is alive."""
         if not found.holder.is_gone:
             self.say(f"{self.folder}: {found.holder} holds it; looking whether that is alive")
-            end = time.monotonic() + DEAD_BEATS * self.beat_sec
-            while time.monotonic() < end:
+            if self._seen_at is None:
+                self._seen, self._seen_at = found, time.monotonic()
+            if self._seen != found:
+                raise ValueError(self._refusal(found.holder))
+            while time.monotonic() < self._seen_at + DEAD_BEATS * self.beat_sec:
                 time.sleep(self.beat_sec / 4)
                 now_number, now = self._read()
                 if now is None or now.is_free:

@@ -9,7 +9,7 @@ DATA/.STAGE.7.lock      the same on local disk and behind a URL, of who makes sh
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Self
 
@@ -33,16 +33,20 @@ def locked_roots(*roots: Path) -> Iterator[None]:
 
 
 @contextmanager
-def stage_lock(folder: Folder, is_shared: bool = False) -> Iterator[None]:
-    """Keeps others from writing a data stage's folder, and, unless it is shared, from reading it."""
-    with ExitStack() as held:
-        if folder.is_local:
-            place = Path(folder.identity)
-            remedy = "end it, and its lock goes with it, or give another data_url"
-            held.enter_context(locked(lock_file(folder), remedy, is_shared, place=place))
-        if not is_shared:
-            held.enter_context(Lease(folder))
+def stage_lock(folder: Folder) -> Iterator[None]:
+    """Keeps others from writing and reading a data stage's folder."""
+    with kernel_lock(folder), Lease(folder):
         yield
+
+
+def kernel_lock(folder: Folder, is_shared: bool = False) -> AbstractContextManager[None]:
+    """Keeps others of this machine from writing a data stage's folder, and, unless it is shared, from reading
+    it. Behind a URL it does nothing.
+    """
+    if not folder.is_local:
+        return nullcontext()
+    remedy = "end it, and its lock goes with it, or give another data_url"
+    return locked(lock_file(folder), remedy, is_shared, place=Path(folder.identity))
 
 
 def lock_file(folder: Folder) -> Path:
@@ -83,7 +87,12 @@ class DataLocks:
         wanted = frozenset(every if names is None else every & {*names})
         self._held.close()
         self.written = frozenset()
-        for identity in sorted(self.stages):
-            stage = self.stages[identity]
-            self._held.enter_context(stage_lock(stage.folder, is_shared=stage.name not in wanted))
+        stages = [self.stages[identity] for identity in sorted(self.stages)]
+        for stage in stages:
+            self._held.enter_context(kernel_lock(stage.folder, is_shared=stage.name not in wanted))
+        leases = [Lease(stage.folder) for stage in stages if stage.name in wanted]
+        for lease in leases:
+            lease.look()
+        for lease in leases:
+            self._held.enter_context(lease)
         self.written = wanted

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from holding import held_by
 from pipelines.shards import lease
 from pipelines.shards.lease import Lease, _Held
 from pipelines.shards.storage import Folder
-from pipelines.workflow.locks import stage_lock
+from pipelines.workflow.locks import kernel_lock, stage_lock
 from repfusion.locks import JOB, Holder
 
 HOLD = """
@@ -76,7 +76,7 @@ def files(folder: Folder) -> dict[str, Any]:
 def leave(folder: Folder, number: int = 1, holder: Holder = ABROAD, beat: int = 3) -> str:
     """Writes what a holder that was killed on another machine leaves; returns the name of the file."""
     name = f".{folder.name}.{number}.lock"
-    held = _Held(token=f"{number}-{beat}", beat=beat, holder=holder)
+    held = _Held(token=str(number), beat=beat, holder=holder)
     folder.parent.write(name, held.model_dump_json().encode())
     return name
 
@@ -140,6 +140,29 @@ def test_one_of_another_machine_is_dead_when_it_renews_no_more_whatever_its_cloc
         assert time.monotonic() - started >= 5 * BEAT_SEC
         assert list(files(folder)) == ["2"]
     assert ["looking" in said[0], "is dead" in said[1]] == [True, True]
+
+
+def test_the_leases_of_a_dead_holder_lapse_together(folder: Folder):
+    places = [folder / name for name in ("a", "b", "c", "d")]
+    for place in places:
+        leave(place)
+    started = time.monotonic()
+    leases = [Lease(place, lambda text: None, 4 * BEAT_SEC) for place in places]
+    for one in leases:
+        one.look()
+    with ExitStack() as held:
+        for one in leases:
+            held.enter_context(one)
+        assert 5 * 4 * BEAT_SEC <= time.monotonic() - started < 2 * 5 * 4 * BEAT_SEC
+
+
+def test_who_renewed_since_it_was_looked_at_is_alive(folder: Folder):
+    leave(folder)
+    late = Lease(folder, lambda text: None, beat_sec=60.0)
+    late.look()
+    leave(folder, beat=4)
+    with pytest.raises(ValueError, match="process 7 on elsewhere"), late:
+        pass
 
 
 @pytest.mark.parametrize("hours", [-1, 1], ids=["behind", "ahead"])
@@ -248,7 +271,7 @@ def test_whoever_lost_it_stops(folder: Folder):
     finally:
         signal.signal(signal.SIGINT, before)
     (last,) = (one for number, one in files(folder).items() if number == "2")
-    assert last["token"] == "2-3" and not last["is_free"], "nobody frees what another has"
+    assert last["token"] == "2" and not last["is_free"], "nobody frees what another has"
 
 
 def _lose_while_asleep(folder: Folder, take: Callable[[], object]) -> None:
@@ -281,7 +304,7 @@ def test_a_file_that_is_no_lease_is_named_and_not_waited_for(folder: Folder, dat
 def test_a_local_folder_has_both_locks_and_readers_hold_the_kernels_alone(tmp_path: Path):
     """A file system may keep the kernel's locks to one machine; the lease is seen from all."""
     folder = Folder(str(tmp_path / "stage"))
-    with stage_lock(folder, is_shared=True), stage_lock(folder, is_shared=True):
+    with kernel_lock(folder, is_shared=True), kernel_lock(folder, is_shared=True):
         assert {path.name for path in tmp_path.iterdir()} == {".stage.lock"}
     (tmp_path / "link").symlink_to(tmp_path)
     with stage_lock(Folder(str(tmp_path / "link" / "stage"))):
