@@ -42,13 +42,15 @@ folder.parent.names()
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    with lease.Lease(folder, lambda text: None, beat_sec=0.3):
+    with lease.Lease(folder, lambda text: None, beat_sec=1.0):
         print("won", flush=True)
         sys.stdin.readline()
 except ValueError as error:
     print("lost:", error, flush=True)
 """
 BEAT_SEC = 0.1
+PATIENT_SEC = 1.0
+"""Of whoever comes second: a holder that starves beside other work is not taken for dead."""
 ABROAD = Holder(
     host="elsewhere", pid=7, since="2026-11-27T10:00:00+00:00", command="pipelines run w.yaml", job="w-1"
 )
@@ -62,9 +64,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
     )
 
 
-def held(folder: Folder, beat_sec: float = BEAT_SEC) -> AbstractContextManager["subprocess.Popen[str]"]:
+def held(folder: Folder) -> AbstractContextManager["subprocess.Popen[str]"]:
     """Another process has the folder for the length of the block."""
-    return held_by(HOLD, folder.url, json.dumps(dict(folder.options)), str(beat_sec))
+    return held_by(HOLD, folder.url, json.dumps(dict(folder.options)), str(BEAT_SEC))
 
 
 def files(folder: Folder) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def test_a_second_writer_ends_with_who_is_at_work_and_how_to_take_over(folder: F
             rf"\(kill {process.pid} on .*\) and run this again, which takes over what a dead one left after"
         )
         with pytest.raises(ValueError, match=message):
-            with Lease(folder, said.append, BEAT_SEC):
+            with Lease(folder, said.append, PATIENT_SEC):
                 pass
         assert [one["holder"]["pid"] for one in files(folder).values()] == [process.pid]
     assert len(said) == 1 and "looking whether that is alive" in said[0]
@@ -100,7 +102,7 @@ def test_a_job_is_named_and_how_it_is_cancelled(folder: Folder, monkeypatch: pyt
     with Lease(folder, beat_sec=BEAT_SEC):
         monkeypatch.delenv(JOB)
         with pytest.raises(ValueError, match=r"job demo-1\); .*\(make cancel JOB=demo-1\)"):
-            with Lease(folder, lambda text: None, BEAT_SEC):
+            with Lease(folder, lambda text: None, PATIENT_SEC):
                 pass
 
 
@@ -147,13 +149,14 @@ def test_the_leases_of_a_dead_holder_lapse_together(folder: Folder):
     for place in places:
         leave(place)
     started = time.monotonic()
-    leases = [Lease(place, lambda text: None, 4 * BEAT_SEC) for place in places]
+    leases = [Lease(place, lambda text: None, 6 * BEAT_SEC) for place in places]
     for one in leases:
         one.look()
     with ExitStack() as held:
         for one in leases:
             held.enter_context(one)
-        assert 5 * 4 * BEAT_SEC <= time.monotonic() - started < 2 * 5 * 4 * BEAT_SEC
+        lapse_sec = 5 * 6 * BEAT_SEC
+        assert lapse_sec <= time.monotonic() - started < 3 * lapse_sec
 
 
 def test_who_renewed_since_it_was_looked_at_is_alive(folder: Folder):
@@ -173,7 +176,7 @@ def test_one_of_another_machine_that_renews_is_alive_whatever_its_clock_says(fol
     timer = threading.Timer(2.5 * BEAT_SEC, leave, (folder, 1, holder, 4))
     timer.start()
     with pytest.raises(ValueError, match=r"process 7 on elsewhere .*job w-1"):
-        with Lease(folder, lambda text: None, BEAT_SEC):
+        with Lease(folder, lambda text: None, PATIENT_SEC):
             pass
     timer.join()
     assert list(files(folder)) == ["1"]
@@ -210,7 +213,7 @@ def test_of_several_who_come_at_once_exactly_one_has_it(
 
     def come() -> None:
         try:
-            with Lease(folder, lambda text: None, 2 * BEAT_SEC):
+            with Lease(folder, lambda text: None, 4 * BEAT_SEC):
                 ends.put("won")
                 is_over.wait(30)
         except ValueError as error:
@@ -287,7 +290,7 @@ def test_a_store_without_conditional_writes_has_one_holder_too():
     folder = Folder("memory://place/lease")
     with Lease(folder, beat_sec=BEAT_SEC):
         with pytest.raises(ValueError, match="another run is at work here"):
-            with Lease(folder, lambda text: None, BEAT_SEC):
+            with Lease(folder, lambda text: None, PATIENT_SEC):
                 pass
     assert [one["is_free"] for one in files(folder).values()] == [True]
 
