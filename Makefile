@@ -30,7 +30,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run status plan verify retry gc evaluate export lineage flops ladder ladder-table gpu-science cluster-up cluster-status submit jobs logs cancel cluster-down test test-slow fuzz lint format foundation base mlflow clean
+.PHONY: help setup demo run status plan verify retry gc evaluate export lineage flops ladder ladder-table gpu-science cluster-up cluster-status submit jobs logs cancel cluster-down test test-slow test-cluster fuzz lint format foundation base mlflow clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -115,15 +115,18 @@ cluster-down: $(STAMP) ## end exactly what cluster-up started, jobs first, and s
 	@$(BIN)/python -m cluster down --cluster $(CLUSTER)
 
 # The tests start some hundred processes: what is imported is compiled once, also where the environment forbids to keep it.
-test test-slow: export PYTHONDONTWRITEBYTECODE :=
+test test-slow test-cluster: export PYTHONDONTWRITEBYTECODE :=
 # Ray's workers give way to everything else (nice 15): beside busy tests a training of a minute took nine.
-test test-slow: export RAY_worker_niceness := 0
+test test-slow test-cluster: export RAY_worker_niceness := 0
 
 test: $(STAMP) ## the test suite, without the slow and GPU tests
 	$(BIN)/python -m pytest -x -q -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder -m "not slow and not gpu" tests
 
 test-slow: $(STAMP) ## the slow tests, about an hour, two minutes of fuzzing among them
 	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder -m "slow and not gpu" tests
+
+test-cluster: $(STAMP) ## a whole deployment here: 4 nodes with a token, S3, PostgreSQL, MLflow with passwords; two workers are killed; about 10 minutes
+	$(BIN)/python -m pytest -v tests/cluster/test_deployment.py
 
 fuzz: $(STAMP) ## broken inputs into the real readers: make fuzz MINUTES=5 SET="--seed 7 --targets tar image"
 	@$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),5) $(SET)

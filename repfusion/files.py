@@ -1,5 +1,6 @@
 """Files written whole or not at all, their sha256, and JSON whose bytes are always the same."""
 
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,8 @@ from typing import Any
 
 TEMPORARY = ".tmp"
 """Ends the names of files and folders that are being written."""
+NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
+"""Numbers of an OSError by which file systems say that they have no hard links."""
 
 
 @contextmanager
@@ -30,6 +33,31 @@ def atomic_path(path: Path, mode: int = 0o644) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def create_file(path: Path, data: bytes) -> bool:
+    """Writes a small file, whole, unless there is one of that name; whether it did. Of several processes one
+    does, also over NFS. Where a file system has no hard links, a reader may see it before it is whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+        try:
+            temporary.chmod(0o644)
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            with path.open("xb") as stream:
+                stream.write(data)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
 
 
 def flush(path: Path) -> None:

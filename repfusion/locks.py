@@ -24,6 +24,8 @@ from repfusion.config import Strict
 log = logging.getLogger(__name__)
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 RETRY_SEC = 0.5
+JOB = "REPFUSION_JOB"
+"""Environment variable of a cluster's job: its name."""
 
 
 class Holder(Strict):
@@ -36,6 +38,8 @@ class Holder(Strict):
     command: str
     numbering: str = ""
     """Whose process numbers these are: of this start of the machine, of this container."""
+    job: str = ""
+    """Name of the cluster's job that the process is; empty where it is none."""
 
     @classmethod
     def here(cls) -> "Holder":
@@ -46,10 +50,18 @@ class Holder(Strict):
         # a setting may hold a password
         command = " ".join([name, *(word for word in sys.argv[1:3] if "=" not in word and ":" not in word)])
         host, numbering = socket.gethostname(), _numbering()
-        return cls(host=host, pid=os.getpid(), since=since, command=command, numbering=numbering)
+        return cls(
+            host=host,
+            pid=os.getpid(),
+            since=since,
+            command=command,
+            numbering=numbering,
+            job=os.environ.get(JOB, ""),
+        )
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host} since {self.since} ({self.command})"
+        job = f", job {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host} since {self.since} ({self.command}{job})"
 
     @property
     def is_gone(self) -> bool:
@@ -61,7 +73,14 @@ class Holder(Strict):
                 os.kill(self.pid, 0)
             except ProcessLookupError:
                 return True
-        return False
+        return _has_ended(self.pid)
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a process is over and only not yet waited for by its parent."""
+    with suppress(OSError):  # other systems than Linux
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    return False
 
 
 def _numbering() -> str:

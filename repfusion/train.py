@@ -262,7 +262,7 @@ def flops_per_sample(model: Trainable, dataset: Mixture, condition_dropout: floa
 
 def train(
     config: TrainConfig,
-    on_checkpoint: Callable[[Path, int], None] | None = None,
+    on_checkpoint: Callable[[Path, int, float], None] | None = None,
     on_report: Callable[[Report], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     warn: Warn = log.warning,
@@ -270,9 +270,9 @@ def train(
     """Trains to `num_steps`, resuming from the last whole checkpoint of `output_dir`; returns what train.json
     says.
 
-    The callbacks are called on every rank: after a checkpoint is complete (folder, step), after each log
-    line, and `should_stop` in each step: where one rank says so, all write a checkpoint and stop. `warn` is
-    told on rank 0 of checkpoints that are damaged.
+    The callbacks are called on every rank: after a checkpoint is complete (folder, step, seconds it took),
+    after each log line, and `should_stop` in each step: where one rank says so, all write a checkpoint and
+    stop. `warn` is told on rank 0 of checkpoints that are damaged.
 
     Raises:
         ValueError: data, model or resume state do not fit, or all checkpoints are damaged.
@@ -289,7 +289,7 @@ def train(
 
 def _train(
     config: TrainConfig,
-    on_checkpoint: Callable[[Path, int], None] | None,
+    on_checkpoint: Callable[[Path, int, float], None] | None,
     on_report: Callable[[Report], None] | None,
     should_stop: Callable[[], bool] | None,
     warn: Warn,
@@ -325,13 +325,14 @@ def _train(
     status = "FAILED"
 
     def save(step: int) -> None:
+        begun = time.perf_counter()
         folder = snapshot(checkpoints, step, model, ema, engine, digests, state, lineage)
         if is_main:
             tracker.log_checkpoint(folder, step)
             for gone in prune(checkpoints, config.keep_resume, config.keep_last, config.keep_every_steps):
                 tracker.forget_checkpoint(gone)
         if on_checkpoint is not None:
-            on_checkpoint(folder, step)
+            on_checkpoint(folder, step, time.perf_counter() - begun)
 
     stream = batches(
         dataset,

@@ -14,6 +14,7 @@ from cluster.record import folder_of, token_file
 from cluster.submission import Submission, prepare
 from repfusion.config import Strict
 from repfusion.files import write_json, write_text
+from repfusion.locks import JOB
 
 FINISHED = ("SUCCEEDED", "FAILED", "STOPPED")
 
@@ -218,6 +219,7 @@ def batch_script(config: SlurmCluster, submission: Submission, folder: Path, tok
     inner = f"echo $$ > {shlex.quote(str(started))}; exec {driver}"
     variables = {
         **config.environment,
+        JOB: job,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT": "300",

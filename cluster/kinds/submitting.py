@@ -9,6 +9,7 @@ from pathlib import Path
 from cluster.config import BaseCluster
 from cluster.jobs import Job, RayJobs, job_environment
 from cluster.submission import Submission, prepare, shell_line
+from repfusion.locks import JOB
 
 
 class JobsLauncher(ABC):
@@ -43,6 +44,7 @@ class JobsLauncher(ABC):
             print(f"{submission.workflow} is at work already: job {at_work.name}, {at_work.status}")
             return at_work.name
         folder, python, variables = self.command()
+        variables = {**variables, JOB: submission.job}
         line = self.guard(submission) + shell_line(folder, submission.words(python), variables)
         environment = job_environment(self.base.environment, self.base.stop_sec)
         job = jobs.submit(submission, line, {"env_vars": environment})

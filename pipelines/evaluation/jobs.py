@@ -15,6 +15,7 @@ from typing import IO, Any, Literal
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.process import RUN_FILE, Evaluator, report_failure, report_missed
 from pipelines.evaluation.records import Record, finished, hold, read_record, write_record
+from pipelines.runtime.metrics import TrainingMetrics, to_ray
 from pipelines.runtime.session import PATIENCE_SEC, StageError, brief, check_ray_lives
 from pipelines.runtime.tasks import AtWork
 from repfusion.display.redaction import redact_text
@@ -73,6 +74,8 @@ class EvaluationJobs:
         self._at_work: AtWork[_Job] = AtWork()
         self._reports: list[Any] = []
         self._no_room_since: float | None = None
+        self._metrics = TrainingMetrics(to_ray(), train.output_dir)
+        self._failed_in_a_row = 0
 
     def place(self, checkpoint: Path) -> Path:
         """Where the evaluation of a checkpoint lies."""
@@ -190,6 +193,8 @@ class EvaluationJobs:
         del self.running[job.checkpoint.name]
         write_record(job.out, job.record.end(status, error or None))
         job.lock.close()
+        self._failed_in_a_row = 0 if status == "finished" else self._failed_in_a_row + 1
+        self._metrics.evaluation(status == "finished", self._failed_in_a_row)
         if status == "finished":
             self.errors.pop(job.checkpoint.name, None)
             self._say(job)

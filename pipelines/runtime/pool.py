@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from pydantic import Field
 from tqdm import tqdm
 
+from pipelines.runtime.metrics import StageMetrics, to_ray
 from pipelines.runtime.session import PATIENCE_SEC, StageError, brief, check_ray_lives
 from repfusion.config import Config
 
@@ -232,6 +233,16 @@ class _ShardRun:
         self.in_flight[ref] = (slot, None, time.monotonic())
 
     @property
+    def actor_states(self) -> Counter[str]:
+        """How many actors are busy, idle and starting."""
+        return Counter("busy" if one.jobs else "idle" if one.is_ready else "starting" for one in self.slots)
+
+    @property
+    def num_waiting(self) -> int:
+        """Shards that no actor has."""
+        return len(self.waiting) + len(self.delayed)
+
+    @property
     def is_busy(self) -> bool:
         return bool(self.waiting or self.delayed or any(job for _, job, _ in self.in_flight.values()))
 
@@ -270,8 +281,8 @@ class _ShardRun:
             return []
         return ray.wait(list(self.in_flight), num_returns=1, timeout=timeout)[0]
 
-    def collect(self, ref: Any) -> bool:
-        """Takes one result; True where a shard was completed."""
+    def collect(self, ref: Any) -> str | None:
+        """Takes one result; the name of the shard where one was completed."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
@@ -289,12 +300,12 @@ class _ShardRun:
         else:
             if job is None:
                 slot.is_ready, slot.failed_starts = True, 0
-                return False
+                return None
             del slot.jobs[job.name]
             self.suspects.discard(job.name)
             self.finished[job.name] = result
-            return True
-        return False
+            return job.name
+        return None
 
     def _failed(self, job: ShardJob, message: str, again: bool) -> None:
         self.attempts[job.name] += 1
@@ -391,11 +402,13 @@ def run_shards(
     jobs: Iterable[ShardJob],
     actors: ActorsConfig,
     done: int = 0,
+    workflow: str = "",
 ) -> dict[str, Any]:
     """Runs the jobs on a pool of actors, in a Ray session, and returns what the worker made of each, by
     shard.
 
-    `done` shards were complete before; the progress bar counts them.
+    `done` shards were complete before; the progress bar counts them. Prometheus is told of the stage under
+    the name of the `workflow`.
 
     Raises:
         StageError: after all other shards are done, where some failed; at once, where no worker can start.
@@ -403,16 +416,22 @@ def run_shards(
     run = _ShardRun(pool, stage, worker_class, arguments, actors)
     run.waiting.extend(jobs)
     total = done + len(run.waiting)
+    bar = tqdm(
+        total=total, initial=done, desc=stage, unit="shard", leave=False, disable=not sys.stderr.isatty()
+    )
     try:
-        with tqdm(
-            total=total, initial=done, desc=stage, unit="shard", leave=False, disable=not sys.stderr.isatty()
-        ) as bar:
+        with bar, StageMetrics(to_ray(), workflow, stage) as metrics:
             for _ in range(min(num_actors_that_fit(stage, actors), len(run.waiting))):
                 run.start_actor()
             while run.is_busy:
                 run.assign()
+                unfinished = total - done - len(run.finished) - len(run.failures)
+                metrics.look(run.actor_states, run.num_waiting, unfinished)
                 for ref in run.wait():
-                    bar.update(run.collect(ref))
+                    if name := run.collect(ref):
+                        bar.update()
+                        metrics.completed(run.finished[name])
+                metrics.failed(len(run.failures))
                 run.kill_overdue()
                 run.check_progress()
     finally:

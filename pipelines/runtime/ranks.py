@@ -43,6 +43,7 @@ def train_rank(launch: dict[str, Any]) -> None:
     """What each rank runs. Ray Train has said who the ranks are and changed the working directory."""
     from ray import train as ray_train
 
+    from pipelines.runtime.metrics import TrainingMetrics, to_ray
     from repfusion.train import train
     from repfusion.training.distributed import init_process_group, prepare_environment
 
@@ -50,12 +51,16 @@ def train_rank(launch: dict[str, Any]) -> None:
     config: TrainConfig = launch["config"]
     rank = ray_train.get_context().get_world_rank()
     stop, asked = RunFolder(config.output_dir).stop, [0.0]
+    metrics = TrainingMetrics(to_ray(), config.output_dir)
 
     def on_report(report: Report) -> None:
         if rank == 0:
             write_json(RunFolder(config.output_dir).progress, vars(report))
+            metrics.report(report)
 
-    def on_checkpoint(folder: Path, step: int) -> None:
+    def on_checkpoint(folder: Path, step: int, seconds: float) -> None:
+        if rank == 0:
+            metrics.checkpoint(seconds)
         # A barrier: every rank reports, every time.
         ray_train.report({"step": step, "checkpoint": str(folder)})
 
@@ -85,13 +90,17 @@ def train_rank(launch: dict[str, Any]) -> None:
 @contextmanager
 def progress_bar(config: TrainConfig) -> Iterator[None]:
     """Shows on the driver what rank 0 last reported: a bar on a terminal, a line now and then elsewhere; and
-    its warnings.
+    its warnings. Within a session of Ray: Prometheus is told how many steps are left.
     """
+    from pipelines.runtime.metrics import TrainingMetrics, to_ray
+
+    metrics = TrainingMetrics(to_ray(), config.output_dir)
     path, stopped, warnings = RunFolder(config.output_dir).progress, Event(), Warnings(config.output_dir)
     path.unlink(missing_ok=True)
     last = latest_checkpoint(RunFolder(config.output_dir).checkpoints)
     first_step = 0 if last is None else step_of(last)
     is_terminal = sys.stderr.isatty()
+    metrics.left(config.num_steps - first_step)
 
     def watch() -> None:
         shown, printed = first_step, time.monotonic()
@@ -106,6 +115,7 @@ def progress_bar(config: TrainConfig) -> Iterator[None]:
                 if report["step"] == shown:
                     continue
                 bar.update(report["step"] - shown)
+                metrics.left(config.num_steps - report["step"])
                 bar.set_postfix(
                     loss=f"{report['loss']:.4f}", samples_per_sec=f"{report['samples_per_sec']:.0f}"
                 )
@@ -126,6 +136,7 @@ def progress_bar(config: TrainConfig) -> Iterator[None]:
         stopped.set()
         thread.join()
         warnings.show()
+        metrics.left(0)
 
 
 class Warnings:

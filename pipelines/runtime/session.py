@@ -52,6 +52,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
+    from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
         yield
@@ -86,11 +87,11 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     with _environment(inherited), _signal_kept(), _loopback_kept():
         try:
             ray.init(**settings)
-        except ConnectionError as error:
+        except (ConnectionError, AuthenticationError) as error:
             raise StageError(
-                f"cannot join the Ray cluster at {address}: {brief(error)}. Does it ask for a token? "
-                "`ray start` does where a token lies in ~/.ray, as any local run leaves one: set "
-                "RAY_AUTH_MODE=token here too"
+                f"cannot join the Ray cluster at {address}: {brief(error)}. Does it ask for a token, or for "
+                "another one? `ray start` does where a token lies in ~/.ray, as any local run leaves one: "
+                "set RAY_AUTH_MODE=token here too, and RAY_AUTH_TOKEN_PATH to the file of its token"
             ) from error
     try:
         yield

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from repfusion.files import TEMPORARY, atomic_path, flush
+from repfusion.files import TEMPORARY, atomic_path, create_file, flush
 
 READ_AT_ONCE = 1000
 """Files in flight, where many are read over a network."""
@@ -172,9 +172,11 @@ class Folder:
             temporary.write_bytes(data)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Writes a small file of a remote folder unless there is one of that name; whether it did. On S3 and
-        some others only one of several writers does, elsewhere several may.
+        """Writes a small file unless there is one of that name; whether it did. On local disk, S3 and some
+        others only one of several writers does, elsewhere several may.
         """
+        if self.is_local:
+            return create_file(self.path / name, data)
         try:
             self._files.pipe_file(self._at(name), data, mode="create")
         except OSError as error:

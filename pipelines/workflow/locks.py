@@ -1,8 +1,10 @@
 """What keeps two runs out of each other's way: a lock for each place that is written, however it is spelled.
 
 ROOT/.lock              whoever is at work in a root, alone
-DATA/.STAGE.lock        beside the folder of a data stage: who makes its shards, alone; who reads them, shared
-DATA/.STAGE.lock.json   the same behind a URL, of who makes shards (lease.py). Reading needs none there:
+DATA/.STAGE.lock        beside the folder of a data stage on local disk: who makes its shards, alone; who
+                        reads them, shared; the kernel's, which frees it with its process
+DATA/.STAGE.7.lock      the same on local disk and behind a URL, of who makes shards, on whatever machine: it
+                        is renewed while its holder lives (lease.py). Reading needs none behind a URL:
                         training reads copies of its own, which are compared with their sha256
 """
 
@@ -30,12 +32,21 @@ def locked_roots(*roots: Path) -> Iterator[None]:
         yield
 
 
-def stage_lock(folder: Folder, is_shared: bool = False) -> AbstractContextManager[object]:
-    """Keeps others from writing a data stage's folder, and, unless it is shared, from reading it."""
-    if folder.is_local:
-        place = Path(folder.identity)
-        return locked(lock_file(folder), "give another data_url", is_shared, place=place)
-    return nullcontext() if is_shared else Lease(folder)
+@contextmanager
+def stage_lock(folder: Folder) -> Iterator[None]:
+    """Keeps others from writing and reading a data stage's folder."""
+    with kernel_lock(folder), Lease(folder):
+        yield
+
+
+def kernel_lock(folder: Folder, is_shared: bool = False) -> AbstractContextManager[None]:
+    """Keeps others of this machine from writing a data stage's folder, and, unless it is shared, from reading
+    it. Behind a URL it does nothing.
+    """
+    if not folder.is_local:
+        return nullcontext()
+    remedy = "end it, and its lock goes with it, or give another data_url"
+    return locked(lock_file(folder), remedy, is_shared, place=Path(folder.identity))
 
 
 def lock_file(folder: Folder) -> Path:
@@ -76,7 +87,12 @@ class DataLocks:
         wanted = frozenset(every if names is None else every & {*names})
         self._held.close()
         self.written = frozenset()
-        for identity in sorted(self.stages):
-            stage = self.stages[identity]
-            self._held.enter_context(stage_lock(stage.folder, is_shared=stage.name not in wanted))
+        stages = [self.stages[identity] for identity in sorted(self.stages)]
+        for stage in stages:
+            self._held.enter_context(kernel_lock(stage.folder, is_shared=stage.name not in wanted))
+        leases = [Lease(stage.folder) for stage in stages if stage.name in wanted]
+        for lease in leases:
+            lease.look()
+        for lease in leases:
+            self._held.enter_context(lease)
         self.written = wanted

@@ -113,7 +113,7 @@ def run(
                 if isinstance(stage, WholeStage):
                     # its own workers need the CPUs
                     pool.close()
-                output = _bring_up_to_date(stage, state, above, pool, again)
+                output = _bring_up_to_date(stage, state, above, pool, again, root.resolve().name)
                 say(f"{stage.name}: {contents(output.manifest)} in {output.manifest.seconds:.1f} s")
             above[stage.name] = output
             results.append(StageResult(stage.name, state.status == "fresh" and not again, output))
@@ -131,7 +131,12 @@ def to_make(stages: Sequence[Stage], found: Mapping[str, State], redo: Redo) -> 
 
 
 def _bring_up_to_date(
-    stage: Stage, state: State, above: Upstream, pool: ActorPool, redo: Mapping[str, dict[str, Any]]
+    stage: Stage,
+    state: State,
+    above: Upstream,
+    pool: ActorPool,
+    redo: Mapping[str, dict[str, Any]],
+    workflow: str,
 ) -> StageOutput:
     start = time.perf_counter()
     # read before its manifest goes; without one nobody downstream mistakes a stage at work for a complete one
@@ -146,7 +151,7 @@ def _bring_up_to_date(
     extra: dict[str, Any] = {}
     match stage:
         case ShardStage():
-            shards = _run_shards(stage, state, kept, above, pool, redo)
+            shards = _run_shards(stage, state, kept, above, pool, redo, workflow)
             names = stage.finish(stage.folder, shards)
         case WholeStage():
             extra = stage.execute(above)
@@ -209,6 +214,7 @@ def _run_shards(
     above: Upstream,
     pool: ActorPool,
     redo: Mapping[str, dict[str, Any]],
+    workflow: str,
 ) -> ShardTable:
     names = stage.shard_names(above)
     todo = set(names) if state.todo is None else set(state.todo) | set(redo)
@@ -220,7 +226,7 @@ def _run_shards(
             arguments = {"folder": stage.folder, **stage.arguments, **more}
             jobs = stage.jobs(above, todo, redo)
             complete |= run_shards(
-                pool, stage.name, stage.worker, arguments, jobs, stage.actors, len(complete)
+                pool, stage.name, stage.worker, arguments, jobs, stage.actors, len(complete), workflow
             )
         # an actor of a driver that was killed may live on for a moment and commit after ours did
         sizes = stage.folder.sizes()

@@ -34,7 +34,7 @@ SCANCEL = '#!/bin/bash\n[ "$1" = --batch ] && kill "-${2#--signal=}" "$3"\n'
 SRUN = '#!/bin/bash\nwhile [ "${1#--}" != "$1" ]; do shift; done\n"$@"\n'
 RAY = '#!/bin/bash\n[ -e no_ray ] && exit 0\nwhile [ "$1" != -- ]; do shift; done; shift\n"$@"\n'
 DRIVER = r"""#!/bin/bash
-echo "driver $* at $RAY_ADDRESS in mode $RAY_AUTH_MODE"
+echo "driver $* at $RAY_ADDRESS in mode $RAY_AUTH_MODE for $REPFUSION_JOB"
 [ -e fails ] && exit 3
 [ -e quick ] || [ -e checkpoint ] && echo "goes on to the end" && exit 0
 trap 'echo "writes its checkpoint"; touch checkpoint; exit 143' TERM
@@ -79,7 +79,7 @@ def test_a_job_that_ends_well_is_followed_to_its_end(capsys):
     assert "unknown key 'seed'" in said
     said = run(capsys, "submit", "small.yaml", "curate.max_caption_chars=60", "--follow")
     assert "driver -m pipelines run small.yaml curate.max_caption_chars=60 at localhost:6379" in said
-    assert "in mode token" in said and said.rstrip().endswith(": SUCCEEDED")
+    assert "in mode token for small-" in said and said.rstrip().endswith(": SUCCEEDED")
     assert "SUCCEEDED" in run(capsys, "jobs")
 
 

@@ -94,3 +94,10 @@ def test_a_process_of_another_machine_is_not_taken_for_dead():
     gone.wait()
     assert here.model_copy(update={"pid": gone.pid}).is_gone
     assert not here.model_copy(update={"pid": gone.pid, "host": "elsewhere"}).is_gone
+
+
+def test_a_process_that_nobody_waited_for_is_dead():
+    ended = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    assert Holder.here().model_copy(update={"pid": ended.pid}).is_gone
+    ended.wait()

@@ -78,8 +78,8 @@ def data_files(folder: Folder) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for stage in DATA_STAGES:
         place = folder / stage
-        for name in place.names() - {SHARDS}:
-            data: Any = place.read(name)
+        data: Any
+        for name, data in place.read_many(sorted(place.names() - {SHARDS})):
             if name.endswith(".json"):
                 data = {key: value for key, value in json.loads(data).items() if key not in TIMES}
             files[f"{stage}/{name}"] = data

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from ray.exceptions import AuthenticationError
 
 from pipelines.runtime.session import RayConfig, StageError, _answering, ray_session
 
@@ -67,11 +68,14 @@ def test_no_head_is_said_at_once(
         pass
 
 
-def test_a_head_that_lets_nobody_in_is_said(outside, head: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("kind", [ConnectionError, AuthenticationError])
+def test_a_head_that_lets_nobody_in_is_said(
+    outside, head: str, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+):
     import ray
 
     def refuse(**settings: object) -> None:
-        raise ConnectionError(f"Failed to connect to Ray cluster at {settings['address']}")
+        raise kind(f"Failed to connect to Ray cluster at {settings['address']}")
 
     monkeypatch.setattr(ray, "init", refuse)
     with (

@@ -3,6 +3,8 @@ surprises.
 """
 
 import copy
+import errno
+import os
 import pickle
 import threading
 from pathlib import Path
@@ -54,6 +56,23 @@ def test_what_is_written_is_listed_and_read(folder):
         assert path.read_bytes() == b"1"
     folder.write("a", b"longer")
     assert folder.read("a") == b"longer" and folder.size("a") == 6
+
+
+def test_a_file_is_created_whole_by_one_alone(folder):
+    assert folder.create("a", b"1") and not folder.create("a", b"2")
+    assert folder.read("a") == b"1" and folder.names() == {"a"}
+    folder.remove("a")
+    assert folder.create("a", b"3") and folder.read("a") == b"3"
+
+
+def test_a_file_is_created_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def refuse(*paths: object) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    folder = Folder.at(tmp_path / "place")
+    assert folder.create("a", b"1") and not folder.create("a", b"2")
+    assert folder.read("a") == b"1" and {path.name for path in folder.path.iterdir()} == {"a"}
 
 
 def test_files_are_moved_and_removed(folder):

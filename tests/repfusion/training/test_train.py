@@ -67,7 +67,7 @@ def test_four_steps_equal_two_and_two_bit_for_bit(world, tmp_path: Path, zero_st
     whole = tiny_train(*world, tmp_path / "whole", {"zero_stage": zero_stage, "micro_batch_size": 4})
     train(whole, on_report=reports["whole"].append)
 
-    def interrupt(folder: Path, step: int) -> None:
+    def interrupt(folder: Path, step: int, seconds: float) -> None:
         raise Interrupted
 
     parts = whole.model_copy(update={"output_dir": tmp_path / "parts"})
@@ -246,7 +246,7 @@ def test_it_continues_from_a_base_with_the_base_s_statistics(world, tmp_path: Pa
     config = TrainConfig.model_validate({**given, "engine": base.engine, "model": {"mllm_dtype": "float32"}})
     assert config.model == base.model  # not given: the checkpoint's
     seen: list[int] = []
-    train(config, on_checkpoint=lambda path, step: seen.append(step))
+    train(config, on_checkpoint=lambda path, step, seconds: seen.append(step))
     assert seen == [0, 2]
     start = config.output_dir / "checkpoints/step_00000000"
     assert_same(load_file(folder / "ema.safetensors"), load_file(start / "model.safetensors"))
@@ -309,7 +309,7 @@ def test_checkpoints_that_nobody_needs_are_removed(world, tmp_path: Path):
         *world, tmp_path, checkpoint_every_steps=1, num_steps=9, keep_last=2, keep_every_steps=4
     )
 
-    def pin(folder: Path, step: int) -> None:
+    def pin(folder: Path, step: int, seconds: float) -> None:
         (folder / "pins").mkdir()
         match step:
             case 1:  # an evaluation at work
