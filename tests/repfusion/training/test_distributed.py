@@ -44,7 +44,7 @@ def test_nothing_listens_beyond_loopback(address, free_port):
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=120)[0].split() for process in started]
+    said = [process.communicate(timeout=400)[0].split() for process in started]
     assert [process.returncode for process in started] == [0, 0]
     listening = {word for words in said for word in words if word != "listens"}
     assert listening and listening <= LOOPBACK

@@ -119,7 +119,7 @@ def torchrun(config: TrainConfig, path: Path, num_ranks: int) -> dict:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=400,
     )
     assert found.returncode == 0, found.stderr[-3000:]
     return json.loads((config.output_dir / "train.json").read_text())
