@@ -67,14 +67,18 @@ class InContextDiT(DiT):
     ) -> Float[Tensor, "b n d"]:
         """Velocity (noise - latents) at noise level t, [b, n, d]."""
         contexts = static + self.prefill(condition.contexts)
-        signal = F.silu(self.time(t)[:, None, :])
-        modulation = rearrange(self.modulation(signal), "b k (s d) -> b k s d", s=6)
+        signal, modulation = self.modulated(t)
         x = torch.cat([self.embed(z_t) + self.positions, contexts.tokens[0]], dim=1)
         places, mask = contexts.rotary[0], self.mask_of(z_t, contexts)
         rotary = torch.cat([self.rotary.expand(len(places), *self.rotary.shape), places], dim=1)
         for number in range(len(self.blocks)):
             x = self.passed(number, x, modulation, rotary, mask, contexts)
         return self.velocity_of(x[:, : z_t.shape[1]], signal)
+
+    def modulated(self, t: Float[Tensor, " b"]) -> tuple[Float[Tensor, "b 1 c"], Float[Tensor, "b 1 6 d"]]:
+        """The signal of noise level t, and scales, shifts and gates of all blocks from it."""
+        signal = F.silu(self.time(t)[:, None, :])
+        return signal, rearrange(self.modulation(signal), "b k (s d) -> b k s d", s=6)
 
     def mask_of(self, z_t: Float[Tensor, "b n d"], contexts: Prefilled) -> Bool[Tensor, "b m"] | None:
         """Which of the tokens that the sequence sees are real; None is all."""
@@ -128,8 +132,7 @@ class ReferencesDiT(InContextDiT):
 
     def kept(self, references: Context) -> tuple[Kept, ...]:
         """Keys, at their places, and values of the references in every block."""
-        signal = F.silu(self.time(references.tokens.new_zeros(len(references.tokens)))[:, None, :])
-        modulation = rearrange(self.modulation(signal), "b k (s d) -> b k s d", s=6)
+        _, modulation = self.modulated(references.tokens.new_zeros(len(references.tokens)))
         x, rotary = self.context_embed(references.tokens), self.rotary_of(references)
         mask = references.mask
         assert mask is not None

@@ -28,28 +28,9 @@ from pipelines.runtime.metrics import (
     SAMPLES,
     STEPS_LEFT,
     UNFINISHED,
-    TrainingMetrics,
     to_ray,
 )
 from pipelines.runtime.pool import ActorPool
-from repfusion.training.meters import Report
-
-REPORT = Report(
-    step=3,
-    loss=0.5,
-    other_losses={},
-    grad_norm=1.0,
-    lr=1e-4,
-    samples_per_sec=20.0,
-    step_sec=0.4,
-    data_wait=0.25,
-    memory_gib=1.0,
-    samples_seen=24,
-    epochs=1.0,
-    tflops=0.1,
-    mfu=0.4,
-    loss_by_noise={},
-)
 
 
 @contextmanager
@@ -103,7 +84,7 @@ def test_a_workflow_s_metrics_come_out_of_ray_s_exporter(
     (node,) = ray.nodes()
     with watched(node["MetricsExportPort"]) as seen, asked_of_prometheus(node["MetricsExportPort"], tmp_path):
         results, _ = run_all(config, pool)
-        TrainingMetrics(to_ray(), tmp_path / "by_hand" / "train").report(REPORT)
+        to_ray()(MFU, 0.4, {"workflow": "by_hand", "training": "train"})
         assert wait_until(lambda: bool(seen[MFU.exported]), 40)
     silent = {
         metric.name

@@ -18,6 +18,7 @@ import mlflow
 import pytest
 from PIL import Image
 from postgres import Postgres
+from programs import outputs
 
 from repfusion.tracking import StoreError, Tracker, TrackingConfig, metric_history
 from repfusion.tracking.store import client_of, with_driver
@@ -185,7 +186,7 @@ def test_processes_that_start_at_once_make_one_schema(postgres: Postgres):
     )
     command = [sys.executable, "-c", code, uri]
     started = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    said = [process.communicate(timeout=400)[0] for process in started]
+    said = outputs(started)
     assert [process.returncode for process in started] == [0, 0, 0]
     assert set(said) == {f"{client_of(uri).get_experiment_by_name('test').experiment_id}\n"}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from killing import LOOPBACK
+from programs import outputs
 
 ROOT = Path(__file__).resolve().parents[3]
 RANK = """
@@ -44,7 +45,7 @@ def test_nothing_listens_beyond_loopback(address, free_port):
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=400)[0].split() for process in started]
+    said = [output.split() for output in outputs(started)]
     assert [process.returncode for process in started] == [0, 0]
     listening = {word for words in said for word in words if word != "listens"}
     assert listening and listening <= LOOPBACK

@@ -2,15 +2,13 @@
 
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import torchrun
 
 from repfusion.flops.memory import Frozen, column_bytes, rank_memory, sizes
 from repfusion.model.meta import meta_from_config
@@ -22,23 +20,8 @@ NUM_TRAINED, NUM_FROZEN = 21 * (64 * 64 + 64), 300 * 64
 
 def held(world_size: int, changes: dict) -> list[int]:
     """Most bytes of tensors that `held_bytes.py` found at a moment of a training, on each rank."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={world_size}",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(HOLDER), json.dumps(changes)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [int(one) for one in re.findall(r"held (\d+)", done.stdout)]
+    said = torchrun(world_size, HOLDER, json.dumps(changes))
+    found = [int(one) for one in re.findall(r"held (\d+)", said)]
     assert len(found) == world_size
     return found
 

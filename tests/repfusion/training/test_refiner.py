@@ -5,14 +5,13 @@ As a script, this file is one rank of such a training: `test_refiner.py FOUNDATI
 """
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from programs import torchrun
 from safetensors.torch import load_file, save_file
 from tiny_training import GRID, WIDTH, tiny_model
 from torch import nn
@@ -133,16 +132,7 @@ def trained(
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The losses and the weights after a training on so many ranks."""
     out.mkdir()
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-    done = subprocess.run(
-        [sys.executable, *launch, __file__, str(foundation), str(out), json.dumps(settings)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    torchrun(world_size, __file__, foundation, out, json.dumps(settings))
     return json.loads((out / "losses.json").read_text()), load_file(out / "weights.safetensors")
 
 

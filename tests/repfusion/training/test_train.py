@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from programs import torchrun
 from safetensors.torch import load_file
 from tiny_training import (
     GRID,
@@ -103,25 +104,9 @@ def test_micro_batches_equal_one_full_batch(world, tmp_path: Path):
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=5e-4, msg=name)
 
 
-def torchrun(config: TrainConfig, path: Path, num_ranks: int) -> dict:
+def trained_on_ranks(config: TrainConfig, path: Path, num_ranks: int) -> dict:
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(num_ranks),
-    ]
-    found = subprocess.run(
-        [*command, "-m", "repfusion.train", str(path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert found.returncode == 0, found.stderr[-3000:]
+    torchrun(num_ranks, "-m", "repfusion.train", path)
     return json.loads((config.output_dir / "train.json").read_text())
 
 
@@ -129,7 +114,7 @@ def test_torchrun_starts_two_ranks_that_equal_one(world, tmp_path: Path):
     one = tiny_train(*world, tmp_path / "one")
     train(one)
     two = tiny_train(*world, tmp_path / "two", {"micro_batch_size": 4})
-    summary = torchrun(two, tmp_path / "two.yaml", 2)
+    summary = trained_on_ranks(two, tmp_path / "two.yaml", 2)
     assert summary["world_size"] == 2
     a, b = weights(one), weights(two)
     for name in a:
