@@ -30,10 +30,8 @@ def write_report(config: LadderConfig, budget: str | None = None) -> Path:
     charts = config.report.with_suffix("")
     charts.mkdir(parents=True, exist_ok=True)
     names = write_charts(selection, points, charts)
-    notes, doubts = charts / "notes.md", charts / "doubts.md"
+    notes = charts / "notes.md"
     text = render(selection, points, [f"{charts.name}/{name}" for name in names])
-    if doubts.exists():  # before any figure
-        text = text.replace("\n", f"\n\n{doubts.read_text().strip()}\n", 1)
     if notes.exists():
         text += f"\n## Notes\n\n{notes.read_text().strip()}\n"
     write_text(config.report, text)
@@ -45,8 +43,8 @@ def render(selection: Selection, points: Sequence[ComputePoint], charts: Sequenc
     parts = [
         "# The ladder\n",
         "RepFusion's comparisons (arXiv 2606.14700) on the embedded world: matched data, steps and DiT. "
-        "Made by `python -m pipelines.ladder table` from the result files; do not edit: `doubts.md` and "
-        "`notes.md` beside the charts are taken over.\n",
+        "Made by `python -m pipelines.ladder table` from the result files; do not edit: `notes.md` beside the "
+        "charts is taken over.\n",
     ]
     if not selection.results:
         parts.append("No results yet: `make ladder` makes them.\n")
