@@ -30,7 +30,7 @@ LONGEST = (
     "fuzz/test_fuzz.py",
 )
 """Files that take longest, in the order in which `make test` begins them."""
-MOVING_DATA = {"runtime", "shards", "sources", "workflow"}
+MOVING_DATA = {"pipelines", "runtime", "shards", "sources", "workflow"}
 """Folders of the tests on Ray that move data; the others train and evaluate."""
 
 

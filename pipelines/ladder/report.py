@@ -43,8 +43,8 @@ def render(selection: Selection, points: Sequence[ComputePoint], charts: Sequenc
     parts = [
         "# The ladder\n",
         "RepFusion's comparisons (arXiv 2606.14700) on the embedded world: matched data, steps and DiT. "
-        "Made by `python -m pipelines.ladder table` from the result files; do not edit: `notes.md` beside the "
-        "charts is taken over.\n",
+        "Made by `python -m pipelines.ladder table` from the result files; do not edit: `notes.md` beside "
+        "the charts is taken over.\n",
     ]
     if not selection.results:
         parts.append("No results yet: `make ladder` makes them.\n")
