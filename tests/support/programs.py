@@ -12,7 +12,7 @@ ENDING_SEC = 60
 """In which torchrun ends its ranks: half a minute passes before it kills those that do not listen."""
 
 
-def torchrun(num_ranks: int, *arguments: str | Path, limit_sec: float = LIMIT_SEC) -> str:
+def torchrun(num_ranks: int, *arguments: str | Path) -> str:
     """What a program says on standard output that ran on so many ranks, one thread each.
 
     Raises:
@@ -30,7 +30,7 @@ def torchrun(num_ranks: int, *arguments: str | Path, limit_sec: float = LIMIT_SE
         text=True,
     )
     try:
-        said, complained = process.communicate(timeout=limit_sec)
+        said, complained = process.communicate(timeout=LIMIT_SEC)
     finally:
         if process.poll() is None:
             process.terminate()

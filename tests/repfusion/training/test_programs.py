@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from signal import SIGINT, pthread_kill
+from threading import Thread, main_thread
 
 import pytest
 from programs import outputs, torchrun
@@ -20,15 +22,20 @@ def is_alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
-def test_ranks_that_take_too_long_are_ended(tmp_path: Path):
+def test_ranks_that_are_no_longer_waited_for_are_ended(tmp_path: Path):
     script, seen = tmp_path / "sleeper.py", tmp_path / "seen"
     script.write_text(SLEEPER)
     seen.mkdir()
-    with pytest.raises(subprocess.TimeoutExpired):
-        torchrun(2, script, f"{seen}{os.sep}", limit_sec=12)
-    pids = [int(path.name) for path in seen.iterdir()]
-    assert len(pids) == 2
-    assert not any(map(is_alive, pids))
+
+    def interrupt_when_both_sleep() -> None:
+        while len(list(seen.iterdir())) < 2:
+            time.sleep(0.1)
+        pthread_kill(main_thread().ident, SIGINT)
+
+    Thread(target=interrupt_when_both_sleep, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        torchrun(2, script, f"{seen}{os.sep}")
+    assert not any(is_alive(int(path.name)) for path in seen.iterdir())
 
 
 def test_a_failure_ends_those_that_are_still_waited_for(monkeypatch: pytest.MonkeyPatch):
