@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pipelines.ladder.config import LadderConfig, ResourcesConfig
 from pipelines.ladder.data import prepare
 from pipelines.ladder.results import Result, append, finished, read
-from pipelines.ladder.rows import ROWS
 from pipelines.ladder.task import Task, tasks_of
 from pipelines.ladder.worker import now, run_task
 from pipelines.runtime.session import brief, ray_session
@@ -28,10 +27,10 @@ def run_ladder(config: LadderConfig, say: Callable[[str], None] = print) -> int:
         ValueError: weights are missing, or another run is at work under this root.
         StageError: the data could not be made, or Ray died.
     """
-    spaces = [ROWS[name].space for name in config.rows]
+    rows = [config.compared.rows[name] for name in config.chosen]
     with ExitStack() as session:
         session.enter_context(locked_roots(config.root / config.name))
-        columns = prepare(config, spaces, lambda line: say(f"data: {line}"))
+        columns = prepare(config, rows, lambda line: say(f"data: {line}"))
         tasks = tasks_of(config, columns)
         done = finished(read(config.results, Result))
         todo = [task for task in tasks if task.key not in done]

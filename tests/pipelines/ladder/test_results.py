@@ -82,6 +82,8 @@ def task(folder: Path) -> Task:
         curve=EvaluationConfig(),
         num_validation=1,
         world={},
+        wording="plain",
+        ladders=(),
         prompt_tokens=10,
         directory=str(folder),
     )
