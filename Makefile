@@ -30,7 +30,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run status plan verify retry gc evaluate export lineage flops ladder ladder-table unifusion gpu-science cluster-up cluster-status submit jobs logs cancel cluster-down test test-slow test-cluster fuzz lint format foundation base mlflow clean
+.PHONY: help setup demo demo-edit run status plan verify retry gc evaluate export lineage flops ladder ladder-table unifusion gpu-science cluster-up cluster-status submit jobs logs cancel cluster-down test test-slow test-cluster fuzz lint format foundation base mlflow clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,11 @@ setup: $(STAMP) ## create .venv with the locked versions (the other targets do t
 
 demo: $(STAMP) ## the whole pipeline on the embedded world: data -> training -> images, 7 to 14 minutes on 2 cores
 	@$(BIN)/python -m pipelines run $(DEMO)
+
+# BASE=folder of a UniFusion checkpoint stands in for the training of the first half, whose data are made all the same.
+demo-edit: $(STAMP) ## UniFusion edits: scenes and rewritings -> a text-to-image base -> fine-tune on edits -> scores; make demo-edit BASE=folder
+	@$(BIN)/python -m pipelines run pipelines/configs/demo_edit_base.yaml $(if $(BASE),last_stage=rewrites)
+	@$(BIN)/python -m pipelines run pipelines/configs/demo_edit.yaml $(if $(BASE),trainings.edit.init_from=$(BASE))
 
 run: $(STAMP) ## bring a workflow up to date: make run W=workflow.yaml SET="key.path=value ..."; so do the next five
 	@$(BIN)/python -m pipelines run $(W) $(SET)

@@ -74,10 +74,10 @@ def run_compute(config: LadderConfig, say: Callable[[str], None] = print) -> int
         ValueError: weights are missing, or another run is at work under this root.
         StageError: the data could not be made, or Ray died.
     """
-    if not config.compute.rows:
-        say("compute.rows names no rows")
+    if not config.sampled_again:
+        say(f"the plan {config.plan} samples no rows again; compute.rows names some")
         return 0
-    wanted = config.model_copy(update={"rows": config.compute.rows})
+    wanted = config.model_copy(update={"rows": config.sampled_again})
     rows = [config.compared.rows[name] for name in wanted.rows]
     with ExitStack() as session:
         session.enter_context(locked_roots(config.root / config.name))

@@ -72,7 +72,7 @@ class ComputeConfig(Config):
     """Test-time compute: the final checkpoints of some rows, sampled with more or fewer steps."""
 
     rows: tuple[str, ...] = ()
-    """Rows whose checkpoints are sampled."""
+    """Rows whose checkpoints are sampled; none stands for those of the plan."""
     num_steps: tuple[int, ...] = (2, 5, 10, 20, 30, 60)
     """Sampling steps."""
     num_prompts: int = Field(default=240, ge=6)
@@ -140,6 +140,11 @@ class LadderConfig(Config):
     def chosen(self) -> tuple[str, ...]:
         """Names of the rows to run now."""
         return self.rows or tuple(self.compared.rows)
+
+    @property
+    def sampled_again(self) -> tuple[str, ...]:
+        """Names of the rows whose final checkpoints are sampled with more and with fewer steps."""
+        return self.compute.rows or self.compared.sampled_again
 
     @property
     def common(self) -> Common:

@@ -8,7 +8,7 @@ from pathlib import Path
 from pipelines.ladder.claims import LEVEL, assess, difference_of, disagreements
 from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.curves import write_charts
-from pipelines.ladder.plans.base import Row
+from pipelines.ladder.plans.base import Plan, Row
 from pipelines.ladder.results import ComputePoint, Result, Selection, read, select, select_points
 from pipelines.ladder.statistics import Difference, compare, mean_and_error
 from repfusion.evaluation.record import EvaluationConfig
@@ -48,7 +48,7 @@ def render(selection: Selection, points: Sequence[ComputePoint], charts: Sequenc
         "over.\n",
     ]
     if not selection.results:
-        parts.append("No results yet.\n")
+        parts += [f"No results yet: `{selection.plan.command}` makes them.\n", _planned(selection.plan)]
     else:
         parts += [_setting(selection), _ladders(selection)]
         parts += [_all_rows(selection), _tasks(selection), _curves(selection)]
@@ -56,6 +56,12 @@ def render(selection: Selection, points: Sequence[ComputePoint], charts: Sequenc
     parts += [_compute(selection, points), _open(selection)]
     parts += [f"![{Path(chart).stem}]({chart})\n" for chart in charts]
     return "\n".join(part for part in parts if part)
+
+
+def _planned(plan: Plan) -> str:
+    """The rows that are to run."""
+    rows = [[row.label, _paper(row), str(row.num_seeds), MISSING] for row in plan.listed]
+    return f"## All rows\n\n{table(['row', 'paper', 'seeds planned', 'score'], rows)}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -295,6 +301,8 @@ def _order(selection: Selection) -> str:
 
 
 def _compute(selection: Selection, points: Sequence[ComputePoint]) -> str:
+    if not points and not selection.plan.sampled_again:
+        return ""
     if not points:
         return "## Test-time compute\n\nNot run yet: `python -m pipelines.ladder compute`.\n"
     steps = sorted({point.num_steps for point in points})

@@ -60,6 +60,8 @@ class Plan:
     title: str
     about: str
     """What is compared, and of which paper, in the page's first sentence."""
+    command: str
+    """What makes results and page."""
     listed: tuple[Row, ...]
     """All rows, in the order in which they run: what the tested claims need comes first."""
     ladders: Mapping[str, tuple[Step, ...]]
@@ -69,6 +71,8 @@ class Plan:
     """What is compared and not tested."""
     charts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Rows that share a chart beside the ladders' own, by its title."""
+    sampled_again: tuple[str, ...] = ()
+    """Rows whose final checkpoints are sampled with more and with fewer steps."""
 
     @cached_property
     def rows(self) -> dict[str, Row]:

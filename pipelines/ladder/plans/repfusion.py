@@ -130,6 +130,7 @@ REPFUSION = Plan(
         "RepFusion's comparisons (arXiv 2606.14700) on the embedded world: matched data, steps and DiT. "
         "Made by `python -m pipelines.ladder table` from the result files"
     ),
+    command="make ladder",
     listed=LISTED,
     ladders=LADDERS,
     claims=CLAIMS,
@@ -143,4 +144,11 @@ REPFUSION = Plan(
             "text_embed_vae",
         )
     },
+    sampled_again=(
+        "repfusion",
+        "static_queries",
+        "timestep_queries",
+        "repfusion_large",
+        "static_queries_large",
+    ),
 )

@@ -101,8 +101,10 @@ UNIFUSION = Plan(
     about=(
         "How layers of a frozen language model join into a condition, and VERIFI (arXiv 2510.12789), on the "
         "embedded world: terse prompts, matched data, steps and DiT; the paper's figures are VQAScores, ours "
-        "shares of prompts followed. Made by `make unifusion` from the result files"
+        "shares of prompts followed. [The plan](unifusion/plan.md) was written before any run. Made by `make "
+        "unifusion` from the result files"
     ),
+    command="make unifusion",
     listed=LISTED,
     ladders=LADDERS,
     claims=CLAIMS,
