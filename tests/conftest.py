@@ -30,10 +30,11 @@ LONGEST = (
     "fuzz/test_fuzz.py",
 )
 """Files that take longest, in the order in which `make test` begins them."""
-MOVING_DATA = {"runtime", "shards", "sources", "workflow"}
+MOVING_DATA = {"pipelines", "runtime", "shards", "sources", "workflow"}
 """Folders of the tests on Ray that move data; the others train and evaluate."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist looks for the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest goes first: pytest drops a file that is named beside its folder, so that the order
     of its arguments says nothing. A file's tests go to one process, those on Ray to one of two: each starts a
@@ -43,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
     on_ray = {item.path for item in items if item.get_closest_marker("ray")}
     for item in items:
-        group = str(item.path)
+        group = str(item.path.relative_to(Path(__file__).parent))
         if item.path in on_ray:
             group = "data on Ray" if item.path.parent.name in MOVING_DATA else "trainings on Ray"
         item.add_marker(pytest.mark.xdist_group(group))

@@ -30,10 +30,8 @@ def write_report(config: LadderConfig, budget: str | None = None) -> Path:
     charts = config.report.with_suffix("")
     charts.mkdir(parents=True, exist_ok=True)
     names = write_charts(selection, points, charts)
-    notes, doubts = charts / "notes.md", charts / "doubts.md"
+    notes = charts / "notes.md"
     text = render(selection, points, [f"{charts.name}/{name}" for name in names])
-    if doubts.exists():  # before any figure
-        text = text.replace("\n", f"\n\n{doubts.read_text().strip()}\n", 1)
     if notes.exists():
         text += f"\n## Notes\n\n{notes.read_text().strip()}\n"
     write_text(config.report, text)
@@ -44,8 +42,7 @@ def render(selection: Selection, points: Sequence[ComputePoint], charts: Sequenc
     """The report without its notes."""
     parts = [
         f"# {selection.plan.title}\n",
-        f"{selection.plan.about}; do not edit: `doubts.md` and `notes.md` beside the charts are taken "
-        "over.\n",
+        f"{selection.plan.about}; do not edit: `notes.md` beside the charts is taken over.\n",
     ]
     if not selection.results:
         parts += [f"No results yet: `{selection.plan.command}` makes them.\n", _planned(selection.plan)]

@@ -190,9 +190,7 @@ def test_notes_are_kept_and_a_page_without_results_says_how_to_get_them(config: 
     assert "No results yet" in page(config, [])
     notes = config.report.with_suffix("") / "notes.md"
     notes.write_text("Written by hand.\n\n- and kept\n")
-    (notes.parent / "doubts.md").write_text("> Read this first.\n")
     once = page(config, LADDER)
-    assert once.startswith("# The ladder\n\n> Read this first.\n\n")
     assert once.endswith("## Notes\n\nWritten by hand.\n\n- and kept\n")
     assert write_report(config).read_text() == once
 

@@ -82,6 +82,14 @@ def all_but_one_slow(names: Iterable[str], fast: str) -> list[Any]:
     return [name if name == fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+def with_sampler(methods: Iterable[Any], sampler: str) -> list[Any]:
+    """A parameter's pair of each method and the sampler, as slow as the method."""
+    return [
+        (one, sampler) if isinstance(one, str) else pytest.param(*one.values, sampler, marks=one.marks)
+        for one in methods
+    ]
+
+
 @pytest.fixture(scope="module")
 def base() -> TextToImage:
     return load_checkpoint(WEIGHTS / "base")
@@ -192,21 +200,26 @@ def test_captioned_samples_are_counted_exactly(make_generator, method):
     assert training(generator, inputs) == len(PROMPTS) * train_flops(generator, num_tokens(generator))
 
 
-@pytest.mark.parametrize("method", sparing(METHODS))
+SAMPLERS = {
+    "plain": {"guidance_scale": 1.0},
+    "guided": {"guidance_scale": 3.0},
+    "heun": {"guidance_scale": 3.0, "solver": "heun", "guidance_interval": (0.2, 0.9)},
+}
+
+
 @pytest.mark.parametrize(
-    "sampler",
+    ("method", "sampler"),
     [
-        {"guidance_scale": 1.0},
-        {"guidance_scale": 3.0},
-        {"guidance_scale": 3.0, "solver": "heun", "guidance_interval": (0.2, 0.9)},
+        *with_sampler(sparing(METHODS), "guided"),
+        *with_sampler(all_but_one_slow(METHODS, "noisy_latents"), "plain"),
+        *with_sampler(all_but_one_slow(METHODS, "noisy_latents"), "heun"),
     ],
-    ids=["plain", "guided", "heun"],
 )
 def test_sampling_is_counted_exactly(make_generator, method, sampler):
     generator = make_generator(method).requires_grad_(
         False
     )  # torch's counter stumbles over a view of queries
-    config = SamplerConfig(num_steps=3, precision="fp32", **sampler)
+    config = SamplerConfig(num_steps=3, precision="fp32", **SAMPLERS[sampler])
     text, num = num_tokens(generator), len(PROMPTS)
     noise = torch.randn(num, *generator.latent_shape)
     got = counted(lambda: sample(generator, asked(PROMPTS)[0], noise, config))
@@ -286,7 +299,7 @@ def costs_of_all(model: TextToImage, inputs: Inputs) -> int:
     return twin.costs(work, {}, "all")[1]["all"].total
 
 
-@pytest.mark.parametrize("method", sparing(METHODS))
+@pytest.mark.parametrize("method", all_but_one_slow(METHODS, "noisy_latents"))
 def test_a_layer_stands_for_those_that_are_alike(make_generator, method):
     model = make_generator(method)
     assert all(len(layers) > 1 for layers in (model.conditioner.llm.layers, model.layers()))

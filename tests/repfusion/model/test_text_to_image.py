@@ -107,7 +107,13 @@ def test_what_trains_is_projector_time_embedding_and_dit(make_generator):
     assert {g for g in groups if not g.startswith("denoiser.")} == {"conditioner.norm"}
 
 
-@pytest.mark.parametrize("conditioning", ["noisy_latents", "text_embed", "queries", "transfusion"])
+@pytest.mark.parametrize(
+    "conditioning",
+    [
+        "noisy_latents",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("text_embed", "queries", "transfusion")),
+    ],
+)
 def test_overfits_one_batch(make_generator, conditioning):
     generator = make_generator(conditioning, awake=False, dit=DiTConfig(hidden_size=64, depth=2, num_heads=2))
     losses = train_steps(generator, 150, learning_rate=5e-3)

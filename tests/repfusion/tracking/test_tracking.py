@@ -376,6 +376,7 @@ def in_processes(code: str, count: int, *arguments: str) -> None:
         assert process.wait(120) == 0
 
 
+@pytest.mark.slow
 def test_processes_log_into_one_run_at_the_same_time(store: str):
     tracker = Tracker(tracking(store))
     code = (

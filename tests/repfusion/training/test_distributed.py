@@ -30,7 +30,10 @@ shut_down()
 """
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "localhost", "192.0.2.1"])
+@pytest.mark.parametrize(
+    "address",
+    [*(pytest.param(one, marks=pytest.mark.slow) for one in ("127.0.0.1", "localhost")), "192.0.2.1"],
+)
 def test_nothing_listens_beyond_loopback(address, free_port):
     environment = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": address, "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **environment, "MASTER_PORT": str(free_port)}

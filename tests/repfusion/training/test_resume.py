@@ -56,7 +56,7 @@ STAGES = [
     pytest.param({"zero_stage": 0}, id="0", marks=SLOW),
     pytest.param({"zero_stage": 1}, id="1", marks=SLOW),
     pytest.param({"zero_stage": 2}, id="2", marks=SLOW),
-    pytest.param({"zero_stage": 3}, id="3"),
+    pytest.param({"zero_stage": 3}, id="3", marks=SLOW),
     pytest.param({"zero_stage": 3, "frozen": "sharded"}, id="3-sharded", marks=SLOW),
     pytest.param({"zero_stage": 2, "offload_optimizer": True}, id="2-offloaded", marks=SLOW),
     pytest.param({"zero_stage": 3, "offload_optimizer": True}, id="3-offloaded", marks=SLOW),

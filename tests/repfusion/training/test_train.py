@@ -197,6 +197,7 @@ def test_what_trains_and_what_is_frozen(world, tmp_path: Path, conditioning: str
         assert any("projector" in name for name in trained)
 
 
+@pytest.mark.slow
 def test_one_batch_is_learned_by_heart(world, tmp_path: Path):
     """Of Gaussian latents, with t uniform, no model that knows the distribution alone gets below pi / 2."""
     root = make_columns(tmp_path / "data", num_samples=8)
