@@ -62,6 +62,11 @@ class ScoringConfig(Config):
 class ResourcesConfig(Config):
     """What each run takes. Changes no result but its speed."""
 
+    one_by_one: bool = False
+    """One run after the other, each in a process of its own, without Ray, which does not get to start on a
+    busy machine at a low priority. The data, where they are still to be made, need Ray all the same.
+    """
+
     num_cpus: float = Field(default=1, gt=0)
     """Cores; each run computes on one thread unless `training.engine.num_threads` says otherwise."""
     num_gpus: float | None = Field(default=None, ge=0, le=1)
