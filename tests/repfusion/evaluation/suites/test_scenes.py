@@ -187,3 +187,14 @@ def test_refuses_unequal_numbers():
         SUITE.score(items, [[]] * 5)
     with pytest.raises(ValueError, match="5 images; 6 items ask for 6"):
         per_item(np.zeros((5, 32, 32, 3), np.uint8), items)
+
+
+def test_terse_prompts_ask_for_what_the_plain_ones_do():
+    plain, terse = (
+        ScenesSuite(ScenesSuiteConfig(num_prompts=24, wording=wording), 3) for wording in ("plain", "terse")
+    )
+    before, after = plain.items(), terse.items()
+    assert [one.truth for one in before] == [one.truth for one in after]
+    assert [one.request.prompt for one in after] == [one.request.prompt for one in terse.items()]
+    assert sum(a.request.prompt != b.request.prompt for a, b in zip(before, after, strict=True)) > 20
+    assert terse.subject == f"terse {plain.subject}"
