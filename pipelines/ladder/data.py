@@ -27,7 +27,7 @@ class Columns:
     images: Path
     features: dict[Space, Path]
     rewrites: dict[str, Path]
-    """By the name of the column (`rewrites_of`)."""
+    """A folder of each column, which `rewrites_of` names."""
     fingerprint: str
 
     def of(self, row: Row) -> dict[str, Path]:

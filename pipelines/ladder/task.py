@@ -14,7 +14,6 @@ from pipelines.stages.train import ROUNDING
 from repfusion.evaluation.record import EvaluationConfig
 from repfusion.files import digest_of
 from repfusion.model.config import ModelConfig
-from repfusion.scenes.rewriting import CaptionWording
 from repfusion.tracking import TrackingConfig
 from repfusion.train import TrainConfig
 
@@ -37,7 +36,7 @@ class Task:
     curve: EvaluationConfig
     num_validation: int
     world: dict[str, Any]
-    wording: CaptionWording
+    wording: str
     ladders: tuple[str, ...]
     prompt_tokens: int
     directory: str

@@ -7,7 +7,7 @@ import platform
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pipelines.ladder.results import CheckpointScores, Result
 from pipelines.ladder.task import Task
@@ -99,14 +99,13 @@ def validation_loss(checkpoint: Path, task: Task) -> float:
     from repfusion.diffusion.flow import draw, interpolate, velocity
     from repfusion.request import Request
     from repfusion.runs.checkpoint import load_checkpoint
-    from repfusion.scenes.rewriting import caption_in
+    from repfusion.scenes.rewriting import CaptionWording, caption_in
     from repfusion.scenes.world import WorldConfig, draw_scene, render
 
     drawn, num_scenes = WorldConfig.model_validate(task.world), task.num_validation
     scenes = [draw_scene(seed, drawn, "held_out") for seed in range(num_scenes)]
-    captions = [
-        caption_in(scene, np.random.default_rng([i, 1]), task.wording) for i, scene in enumerate(scenes)
-    ]
+    wording = cast(CaptionWording, task.wording)
+    captions = [caption_in(scene, np.random.default_rng([i, 1]), wording) for i, scene in enumerate(scenes)]
     model = load_checkpoint(checkpoint)
     encoder = model.config.encoder.load()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
