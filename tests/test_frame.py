@@ -1,6 +1,7 @@
 """The project's own rules: who may import what, what is explained, what is shipped."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -301,3 +302,9 @@ def test_shapes_are_checked_wherever_they_are_written(pytestconfig: pytest.Confi
     rooms = {path.parts[1] for path in shaped if path.parts[0] == "repfusion"}
     assert {room.removesuffix(".py") for room in rooms - UNCHECKED} == checked
     assert rooms >= UNCHECKED and len(shaped) > 40
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="one process")
+def test_a_files_tests_go_to_one_process(request: pytest.FixtureRequest):
+    """xdist knows a group by the end of the test's name."""
+    assert request.node.nodeid.endswith("@test_frame.py")
