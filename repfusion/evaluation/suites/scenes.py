@@ -3,7 +3,7 @@ accuracy per task, overall, and against shuffled prompts; position by a stricter
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -50,6 +50,10 @@ class ScenesSuiteConfig(Config):
     """Whether prompts may name the new shape and colour."""
     wording: Literal["plain", "terse"] = "plain"
     """How prompts are put: in the plain words of captions, or as people in a hurry write them."""
+    rewrite: str | Literal[False] | None = None
+    """System prompt under which a model that rewrites prompts is to do so; False: it leaves them as they are;
+    None: its own habit.
+    """
     cells: int = Field(default=2, ge=2, le=8)
     """Cells along a side of the world's placement grid: where the floors of position put things."""
 
@@ -80,7 +84,9 @@ class ScenesSuite:
         if config.wording == "terse":
             rng = np.random.default_rng([self.seed, TERSE_STREAM])
             prompts = [put_tersely(one, rng) for one in prompts]
-        return items_of(prompts)
+        return [
+            replace(one, request=replace(one.request, rewrite=config.rewrite)) for one in items_of(prompts)
+        ]
 
     def judge(self, device: str) -> Judge:
         return find_things

@@ -43,10 +43,13 @@ def small(name: str, training: str, **more: Any) -> list[str]:
 def test_the_demo_edits_from_a_base_of_its_own(pool, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[3])
     first = tmp_path / "demo_edit_base"
-    overrides = small("demo_edit_base", "train", root=first)
+    shorter = {"evaluate.suites.as_they_are.num_prompts": 6}
+    overrides = small("demo_edit_base", "train", root=first, **shorter)
     base = load_config(WorkflowConfig, CONFIGS / "demo_edit_base.yaml", overrides)
     made = manifests(run_all(base, pool)[0])
     assert made["rewrites"].samples == made["curate"].samples == 48
+    evaluated = read_evaluation(first / "evaluate" / f"step_{STEPS:08d}")
+    assert evaluated is not None and set(evaluated.suites) == {"scenes", "as_they_are"}
     checkpoint = first / "train" / "checkpoints" / f"step_{STEPS:08d}"
 
     mix = {
