@@ -32,6 +32,7 @@ def small(name: str, training: str, **more: Any) -> list[str]:
         f"trainings.{training}.engine.warmup_steps": 1,
         f"trainings.{training}.engine.decay_steps": 1,
         "evaluate.sampler.num_steps": 2,
+        "evaluate.beside_training": False,  # it would wait for time that a busy machine never has to spare
         "evaluate.suites.scenes.num_prompts": 6,
         "ray.num_cpus": 2,
         "ray.object_store_mib": 80,
