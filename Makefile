@@ -30,7 +30,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run status plan verify retry gc evaluate export lineage flops ladder ladder-table gpu-science cluster-up cluster-status submit jobs logs cancel cluster-down test test-slow test-cluster fuzz lint format foundation base mlflow clean
+.PHONY: help setup demo demo-edit run status plan verify retry gc evaluate export lineage flops ladder ladder-table unifusion gpu-science cluster-up cluster-status submit jobs logs cancel cluster-down test test-slow test-cluster fuzz lint format foundation base mlflow clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,11 @@ setup: $(STAMP) ## create .venv with the locked versions (the other targets do t
 
 demo: $(STAMP) ## the whole pipeline on the embedded world: data -> training -> images, 7 to 14 minutes on 2 cores
 	@$(BIN)/python -m pipelines run $(DEMO)
+
+# BASE=folder of a UniFusion checkpoint stands in for the training of the first half, whose data are made all the same.
+demo-edit: $(STAMP) ## UniFusion edits: scenes and rewritings -> a text-to-image base -> fine-tune on edits -> scores; make demo-edit BASE=folder
+	@$(BIN)/python -m pipelines run pipelines/configs/demo_edit_base.yaml $(if $(BASE),last_stage=rewrites)
+	@$(BIN)/python -m pipelines run pipelines/configs/demo_edit.yaml $(if $(BASE),trainings.edit.init_from=$(BASE))
 
 run: $(STAMP) ## bring a workflow up to date: make run W=workflow.yaml SET="key.path=value ..."; so do the next five
 	@$(BIN)/python -m pipelines run $(W) $(SET)
@@ -88,6 +93,10 @@ ladder: $(STAMP) ## compare the conditioning methods, rows x seeds, then write d
 
 ladder-table: $(STAMP) ## docs/ladder.md again, from the result files alone
 	@$(BIN)/python -m pipelines.ladder table $(or $(LADDER),pipelines/ladder/configs/ladder.yaml)
+
+unifusion: $(STAMP) ## compare UniFusion's fusions and VERIFI (docs/unifusion/plan.md), going on where it stood, then write docs/unifusion.md: make unifusion SET="seeds=[0]"
+	@$(BIN)/python -m pipelines.ladder run pipelines/ladder/configs/unifusion.yaml $(SET)
+	@$(BIN)/python -m pipelines.ladder table pipelines/ladder/configs/unifusion.yaml
 
 # Foundation, rows seed by seed, table: what is done is kept, so call it until it says that all rows are done.
 gpu-science: $(STAMP) ## docs/ladder/plan.md on one GPU, 9 minutes a call, each going on: make gpu-science SET="--rows repfusion,static_queries --seeds 0"

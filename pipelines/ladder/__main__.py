@@ -1,8 +1,9 @@
-"""`python -m pipelines.ladder COMMAND [CONFIG.yaml] [key.path=value ...]`: RepFusion's comparisons.
+"""`python -m pipelines.ladder COMMAND [CONFIG.yaml] [key.path=value ...]`: the papers'
+comparisons, RepFusion's or UniFusion's as the configuration says.
 
 run      data, then every (row, seed) that has no result yet: training and scores; `rows=[...] seeds=[...]`
 compute  the final checkpoints sampled with more or fewer steps
-table    docs/ladder.md and its charts, from the result files alone
+table    the page (docs/ladder.md) and its charts, from the result files alone
 plan     what `run` would do, with the DiT and the FLOPs of every row; nothing is trained
 """
 
@@ -23,18 +24,18 @@ DEFAULT = CONFIGS / "ladder.yaml"
 
 def print_plan(config: LadderConfig) -> None:
     from pipelines.ladder.results import Result, finished, read
-    from pipelines.ladder.rows import ROWS, image_flops, in_order, matched_dits, model_of
+    from pipelines.ladder.rows import image_flops, matched_dits, model_of
 
-    common = config.common
+    common, plan = config.common, config.compared
     done = {key[:2] for key in finished(read(config.results, Result))}
-    for name in config.rows:
+    for name in config.chosen:
         try:
-            model = model_of(ROWS[name], common, matched_dits(common, [name]))
+            model = model_of(plan.rows[name], common, matched_dits(plan, common, [name]))
             flops = image_flops(model, common)
         except (ValueError, OSError) as error:
             print(f"{name:<24} cannot be built: {str(error).splitlines()[0]}")
             continue
-        runs = in_order([name], config.seeds)
+        runs = plan.in_order([name], config.seeds)
         have = sum(run in done for run in runs)
         print(
             f"{name:<24} DiT {model.dit.depth} x {model.dit.hidden_size}, {flops / 1e9:.2f} GFLOPs an image, "

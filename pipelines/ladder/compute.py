@@ -8,7 +8,6 @@ from pathlib import Path
 from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.data import prepare
 from pipelines.ladder.results import ComputePoint, append, finished, read
-from pipelines.ladder.rows import ROWS
 from pipelines.ladder.schedule import resources_of
 from pipelines.ladder.task import Task, tasks_of
 from pipelines.ladder.worker import hardware, now
@@ -75,12 +74,14 @@ def run_compute(config: LadderConfig, say: Callable[[str], None] = print) -> int
         ValueError: weights are missing, or another run is at work under this root.
         StageError: the data could not be made, or Ray died.
     """
-    wanted = config.model_copy(update={"rows": config.compute.rows})
+    if not config.sampled_again:
+        say(f"the plan {config.plan} samples no rows again; compute.rows names some")
+        return 0
+    wanted = config.model_copy(update={"rows": config.sampled_again})
+    rows = [config.compared.rows[name] for name in wanted.rows]
     with ExitStack() as session:
         session.enter_context(locked_roots(config.root / config.name))
-        columns = prepare(
-            config, [ROWS[name].space for name in wanted.rows], lambda line: say(f"data: {line}")
-        )
+        columns = prepare(config, rows, lambda line: say(f"data: {line}"))
         samplings = [
             Sampling(task, _evaluation(config, num_steps))
             for task in tasks_of(wanted, columns)

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 
-from pipelines.ladder.rows import ROWS, Common
+from pipelines.ladder.plans.base import Plan
+from pipelines.ladder.plans.choice import PlanName, plan_of
+from pipelines.ladder.rows import Common
 from pipelines.runtime.session import RayConfig
 from pipelines.sources.scenes import ScenesConfig
 from repfusion.config import Config
@@ -60,6 +62,11 @@ class ScoringConfig(Config):
 class ResourcesConfig(Config):
     """What each run takes. Changes no result but its speed."""
 
+    one_by_one: bool = False
+    """One run after the other, each in a process of its own, without Ray, which does not get to start on a
+    busy machine at a low priority. The data, where they are still to be made, need Ray all the same.
+    """
+
     num_cpus: float = Field(default=1, gt=0)
     """Cores; each run computes on one thread unless `training.engine.num_threads` says otherwise."""
     num_gpus: float | None = Field(default=None, ge=0, le=1)
@@ -69,14 +76,8 @@ class ResourcesConfig(Config):
 class ComputeConfig(Config):
     """Test-time compute: the final checkpoints of some rows, sampled with more or fewer steps."""
 
-    rows: tuple[str, ...] = (
-        "repfusion",
-        "static_queries",
-        "timestep_queries",
-        "repfusion_large",
-        "static_queries_large",
-    )
-    """Rows whose checkpoints are sampled."""
+    rows: tuple[str, ...] = ()
+    """Rows whose checkpoints are sampled; none stands for those of the plan."""
     num_steps: tuple[int, ...] = (2, 5, 10, 20, 30, 60)
     """Sampling steps."""
     num_prompts: int = Field(default=240, ge=6)
@@ -90,6 +91,8 @@ class LadderConfig(Config):
 
     name: str = Field(default="base", pattern=r"^[\w-]+$")
     """Name of the ladder in tables, in MLflow, and of the folder under `root`."""
+    plan: PlanName = "repfusion"
+    """What is compared: the rows and claims of docs/ladder/plan.md, or of docs/unifusion/plan.md."""
     root: Path = Path("runs/ladder")
     """Data, checkpoints and evaluations."""
     results: Path = Path("docs/ladder/results.jsonl")
@@ -98,8 +101,8 @@ class LadderConfig(Config):
     """One JSON line for each (row, seed, number of sampling steps)."""
     report: Path = Path("docs/ladder.md")
     """The page that `table` writes; charts and notes lie in the folder of the same name."""
-    rows: tuple[str, ...] = tuple(ROWS)
-    """Which rows to run now."""
+    rows: tuple[str, ...] = ()
+    """Which rows to run now; none stands for all of the plan."""
     seeds: tuple[int, ...] | None = None
     """Seeds of initial weights, order of samples, noise and dropped conditions; data and prompts stay. None:
     as many as the plan has of each row.
@@ -128,12 +131,25 @@ class LadderConfig(Config):
     ray: RayConfig = RayConfig()
     """The cluster. Changes no results."""
 
-    @field_validator("rows")
-    @classmethod
-    def _rows_exist(cls, rows: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := [row for row in rows if row not in ROWS]:
-            raise ValueError(f"no rows {', '.join(unknown)}; there are {', '.join(ROWS)}")
-        return rows
+    @model_validator(mode="after")
+    def _rows_exist(self) -> "LadderConfig":
+        self.compared.check_rows((*self.rows, *self.compute.rows))
+        return self
+
+    @property
+    def compared(self) -> Plan:
+        """The plan, as data."""
+        return plan_of(self.plan)
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """Names of the rows to run now."""
+        return self.rows or tuple(self.compared.rows)
+
+    @property
+    def sampled_again(self) -> tuple[str, ...]:
+        """Names of the rows whose final checkpoints are sampled with more and with fewer steps."""
+        return self.compute.rows or self.compared.sampled_again
 
     @property
     def common(self) -> Common:

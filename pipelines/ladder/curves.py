@@ -1,18 +1,15 @@
 """Results -> SVG files: score against training step, and against the compute of an image."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pipelines.ladder.results import ComputePoint, Selection
-from pipelines.ladder.rows import LADDERS, ROWS
 from pipelines.reporting.charts import Line, chart
 from repfusion.files import write_text
 
 COLOURS = ("#1f2a44", "#c8553d", "#3a7d44", "#8e6c8a", "#d9a441", "#4a90a4", "#7f7f7f")
 WIDTH, HEIGHT = 900, 320
-OTHERS = "static conditions"
-OTHER_ROWS = ("repfusion", "timestep_queries", "static_queries", "text_embed", "text_embed_vae")
 START = '<svg xmlns="http://www.w3.org/2000/svg" font-family="system-ui, sans-serif" font-size="11.5" '
 
 
@@ -20,12 +17,12 @@ def write_charts(selection: Selection, points: Sequence[ComputePoint], folder: P
     """Names of the files written; a chart without points, or of a ladder of which one row has run, is removed
     where it lies.
     """
-    rows_of = {name: [step.row for step in steps] for name, steps in LADDERS.items()}
+    rows_of = {name: [step.row for step in steps] for name, steps in selection.plan.ladders.items()}
     charts = {
         f"{name.lower().replace(' ', '_')}.svg": _against_step(selection, rows, name)
-        for name, rows in {**rows_of, OTHERS.capitalize(): list(OTHER_ROWS)}.items()
+        for name, rows in {**rows_of, **selection.plan.charts}.items()
     }
-    charts["compute.svg"] = _against_compute(points)
+    charts["compute.svg"] = _against_compute(points, selection.plan.rows)
     for name, svg in charts.items():
         if svg:
             write_text(folder / name, svg.replace("<svg ", START, 1) + "\n")
@@ -55,10 +52,10 @@ def _against_step(selection: Selection, rows: Sequence[str], title: str) -> str:
     return chart(_lines(curves), WIDTH, HEIGHT, "training step", title) if len(curves) > 1 else ""
 
 
-def _against_compute(points: Sequence[ComputePoint]) -> str:
+def _against_compute(points: Sequence[ComputePoint], rows: Iterable[str]) -> str:
     """Means over seeds at each number of steps; the x axis is the FLOPs of an image."""
     curves: dict[str, dict[float, list[float]]] = {}
-    for row in ROWS:
+    for row in rows:
         curve: dict[float, list[float]] = defaultdict(list)
         for point in points:
             if point.row == row and point.score is not None and point.flops_per_image:

@@ -5,12 +5,12 @@ taken over as it is.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipelines.ladder.claims import CLAIMS, DESCRIBED, LEVEL, assess, difference_of, disagreements
+from pipelines.ladder.claims import LEVEL, assess, difference_of, disagreements
 from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.curves import write_charts
+from pipelines.ladder.plans.base import Plan, Row
 from pipelines.ladder.results import ComputePoint, Result, Selection, read, select, select_points
-from pipelines.ladder.rows import LADDERS, ROWS
-from pipelines.ladder.statistics import Difference, Seeds, compare, mean_and_error
+from pipelines.ladder.statistics import Difference, compare, mean_and_error
 from repfusion.evaluation.record import EvaluationConfig
 from repfusion.evaluation.suites.base import Suite
 from repfusion.files import write_text
@@ -25,7 +25,7 @@ def write_report(config: LadderConfig, budget: str | None = None) -> Path:
     Raises:
         ValueError: a result file is damaged, or there is no such budget.
     """
-    selection = select(read(config.results, Result), budget)
+    selection = select(config.compared, read(config.results, Result), budget)
     points = select_points(read(config.compute_results, ComputePoint), selection)
     charts = config.report.with_suffix("")
     charts.mkdir(parents=True, exist_ok=True)
@@ -41,20 +41,24 @@ def write_report(config: LadderConfig, budget: str | None = None) -> Path:
 def render(selection: Selection, points: Sequence[ComputePoint], charts: Sequence[str]) -> str:
     """The report without its notes."""
     parts = [
-        "# The ladder\n",
-        "RepFusion's comparisons (arXiv 2606.14700) on the embedded world: matched data, steps and DiT. "
-        "Made by `python -m pipelines.ladder table` from the result files; do not edit: `notes.md` beside "
-        "the charts is taken over.\n",
+        f"# {selection.plan.title}\n",
+        f"{selection.plan.about}; do not edit: `notes.md` beside the charts is taken over.\n",
     ]
     if not selection.results:
-        parts.append("No results yet: `make ladder` makes them.\n")
+        parts += [f"No results yet: `{selection.plan.command}` makes them.\n", _planned(selection.plan)]
     else:
         parts += [_setting(selection), _ladders(selection)]
         parts += [_all_rows(selection), _tasks(selection), _curves(selection)]
-        parts += [_claims(selection.scores), _losses(selection), _order(selection.scores)]
-    parts += [_compute(points), _open(selection)]
+        parts += [_claims(selection), _losses(selection), _order(selection)]
+    parts += [_compute(selection, points), _open(selection)]
     parts += [f"![{Path(chart).stem}]({chart})\n" for chart in charts]
     return "\n".join(part for part in parts if part)
+
+
+def _planned(plan: Plan) -> str:
+    """The rows that are to run."""
+    rows = [[row.label, _paper(row), str(row.num_seeds), MISSING] for row in plan.listed]
+    return f"## All rows\n\n{table(['row', 'paper', 'seeds planned', 'score'], rows)}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -108,15 +112,15 @@ def _setting(selection: Selection) -> str:
 
 
 def _ladders(selection: Selection) -> str:
-    scores, parts = selection.scores, []
-    for name, steps in LADDERS.items():
+    scores, planned, parts = selection.scores, selection.plan.rows, []
+    for name, steps in selection.plan.ladders.items():
         rows = []
         for step in steps:
-            paper = ROWS[step.row].paper
+            paper = planned[step.row].paper
             own = scores.get(step.row, {})
             adopted = "" if step.adopted else " (not adopted)"
-            before = None if step.before is None else ROWS[step.before].paper
-            change = "" if paper is None or before is None else f"{paper - before:+.2f}"
+            before = None if step.before is None else planned[step.before].paper
+            change = "" if paper is None or before is None else shown_paper(paper - before, "+")
             difference = None if step.before is None else compare(own, scores.get(step.before, {}))
             if step.before is None:
                 shown, agrees = "", ""
@@ -129,7 +133,7 @@ def _ladders(selection: Selection) -> str:
             rows.append(
                 [
                     f"{step.change}{adopted}",
-                    "" if paper is None else f"{paper:.2f}",
+                    "" if paper is None else shown_paper(paper),
                     change,
                     show(list(own.values())),
                     str(len(own)),
@@ -145,17 +149,17 @@ def _ladders(selection: Selection) -> str:
 def _all_rows(selection: Selection) -> str:
     found, rows = selection.rows, []
     floors = [value.name for value in suite_of(selection).values if value.role == "floor" and not value.of]
-    for name, row in ROWS.items():
+    for name, row in selection.plan.rows.items():
         results = found.get(name, [])
         if not results:
-            rows.append([row.label, _paper(name), MISSING, "0", *[""] * (5 + len(floors))])
+            rows.append([row.label, _paper(row), MISSING, "0", *[""] * (5 + len(floors))])
             continue
         last = results[-1]
         rates = [one.samples_per_sec for one in results if one.samples_per_sec is not None]
         rows.append(
             [
                 row.label,
-                _paper(name),
+                _paper(row),
                 show([one.score for one in results]),
                 str(len(results)),
                 *(show([one.points[-1].values[floor] for one in results]) for floor in floors),
@@ -180,15 +184,22 @@ def dit_of(result: Result) -> str:
     return f"{result.dit['depth']} x {result.dit['hidden_size']}"
 
 
-def _paper(name: str) -> str:
-    paper = ROWS[name].paper
-    return "" if paper is None else f"{paper:.2f}"
+def shown_paper(value: float, sign: str = "") -> str:
+    """A figure of a paper, with the two or three decimals that it gives."""
+    return f"{value:{sign}.3f}".removesuffix("0")
+
+
+def _paper(row: Row) -> str:
+    return "" if row.paper is None else shown_paper(row.paper)
 
 
 def _tasks(selection: Selection) -> str:
     parts = [value for value in suite_of(selection).values if value.role == "part"]
     rows = [
-        [ROWS[row].label, *(show([one.points[-1].values[part.name] for one in results]) for part in parts)]
+        [
+            selection.plan.rows[row].label,
+            *(show([one.points[-1].values[part.name] for one in results]) for part in parts),
+        ]
         for row, results in selection.rows.items()
     ]
     return f"## By task\n\n{table(['row', *(part.title for part in parts)], rows)}"
@@ -202,7 +213,7 @@ def _curves(selection: Selection) -> str:
             step: [point.score for one in results for point in one.points if point.step == step]
             for step in steps
         }
-        rows.append([ROWS[name].label, *(show(at[step]) for step in steps)])
+        rows.append([selection.plan.rows[name].label, *(show(at[step]) for step in steps)])
     sizes = {point.step: point.num_prompts for one in selection.results for point in one.points}
     shown = ", ".join(f"{step:,}: {sizes[step]}" for step in steps)
     return (
@@ -211,12 +222,13 @@ def _curves(selection: Selection) -> str:
     )
 
 
-def _claims(scores: Mapping[str, Seeds]) -> str:
+def _claims(selection: Selection) -> str:
+    scores, plan = selection.scores, selection.plan
     tested = [
         [str(number), one.claim.text, *_difference(one.difference), show_p(one.adjusted), one.outcome]
-        for number, one in enumerate(assess(scores), 1)
+        for number, one in enumerate(assess(plan, scores), 1)
     ]
-    described = [[claim.text, *_difference(difference_of(claim, scores))] for claim in DESCRIBED]
+    described = [[claim.text, *_difference(difference_of(claim, scores))] for claim in plan.described]
     head = ["difference", "seeds", "p paired t", "p Welch", "p signs", "p labels"]
     num_tests = sum(row[-2] != "-" for row in tested)
     return (
@@ -243,9 +255,9 @@ def _difference(difference: Difference | None) -> list[str]:
 
 def _losses(selection: Selection) -> str:
     """The claims that one row beats another, by validation loss, where they share a latent space."""
-    losses, rows = selection.losses, []
-    for claim in (*CLAIMS, *DESCRIBED):
-        if len(claim.rows) > 2 or claim.margin or len({ROWS[row].space for row in claim.rows}) > 1:
+    losses, plan, rows = selection.losses, selection.plan, []
+    for claim in (*plan.claims, *plan.described):
+        if len(claim.rows) > 2 or claim.margin or len({plan.rows[row].space for row in claim.rows}) > 1:
             continue
         first, second = (losses.get(row, {}) for row in claim.rows)
         difference = compare(second, first)
@@ -263,9 +275,10 @@ def _losses(selection: Selection) -> str:
     )
 
 
-def _order(scores: Mapping[str, Seeds]) -> str:
+def _order(selection: Selection) -> str:
+    scores, planned = selection.scores, selection.plan.rows
     means = {row: mean_and_error(list(own.values()))[0] for row, own in scores.items()}
-    total, wrong = disagreements(means)
+    total, wrong = disagreements(selection.plan, means)
     if not total:
         return ""
     lines = []
@@ -273,9 +286,9 @@ def _order(scores: Mapping[str, Seeds]) -> str:
         difference = compare(scores[below], scores[above])
         shown = "" if difference is None or difference.error is None else f" ± {difference.error:.3f}"
         lines.append(
-            f"- {ROWS[above].label} ({ROWS[above].paper:.2f}, here {means[above]:.3f}) above "
-            f"{ROWS[below].label} ({ROWS[below].paper:.2f}, here {means[below]:.3f}): here the other way by "
-            f"{means[below] - means[above]:.3f}{shown}"
+            f"- {planned[above].label} ({_paper(planned[above])}, here {means[above]:.3f}) above "
+            f"{planned[below].label} ({_paper(planned[below])}, here {means[below]:.3f}): here the other way "
+            f"by {means[below] - means[above]:.3f}{shown}"
         )
     listed = "\n".join(lines) + "\n" if lines else "None.\n"
     return (
@@ -284,17 +297,19 @@ def _order(scores: Mapping[str, Seeds]) -> str:
     )
 
 
-def _compute(points: Sequence[ComputePoint]) -> str:
+def _compute(selection: Selection, points: Sequence[ComputePoint]) -> str:
+    if not points and not selection.plan.sampled_again:
+        return ""
     if not points:
         return "## Test-time compute\n\nNot run yet: `python -m pipelines.ladder compute`.\n"
     steps = sorted({point.num_steps for point in points})
     rows = []
-    for name in [row for row in ROWS if any(point.row == row for point in points)]:
+    for name in [row for row in selection.plan.rows if any(point.row == row for point in points)]:
         own = [point for point in points if point.row == name]
         flops = {point.num_steps: point.flops_per_image or 0.0 for point in own}
         at = {step: [p.score for p in own if p.num_steps == step and p.score is not None] for step in steps}
         cells = [f"{show(at[n])} ({flops[n] / 1e9:.2f})" if at[n] else MISSING for n in steps]
-        rows.append([ROWS[name].label, *cells])
+        rows.append([selection.plan.rows[name].label, *cells])
     prompts = ", ".join(str(number) for number in sorted({point.num_prompts for point in points}))
     return (
         f"## Test-time compute\n\n{table(['sampling steps', *map(str, steps)], rows)}\n"

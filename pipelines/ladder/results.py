@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from pipelines.ladder.rows import ROWS
+from pipelines.ladder.plans.base import Plan
 from pipelines.ladder.statistics import Seeds
 from repfusion.config import Strict
 from repfusion.files import atomic_path
@@ -158,6 +158,7 @@ def finished(lines: Sequence[ResultLine]) -> set[tuple[Any, ...]]:
 class Selection:
     """Results of one budget, the last of each row and seed, and what was left out of the file."""
 
+    plan: Plan
     budget: str | None
     results: tuple[Result, ...] = ()
     failed: tuple[Result, ...] = ()
@@ -169,8 +170,8 @@ class Selection:
 
     @property
     def rows(self) -> dict[str, list[Result]]:
-        """Results by row, in the order of ROWS; only rows that have results."""
-        by_row = {name: [one for one in self.results if one.row == name] for name in ROWS}
+        """Results by row, in the order of the plan; only rows that have results."""
+        by_row = {name: [one for one in self.results if one.row == name] for name in self.plan.rows}
         return {name: sorted(found, key=lambda one: one.seed) for name, found in by_row.items() if found}
 
     @property
@@ -191,7 +192,7 @@ def label(line: ResultLine) -> str:
     return f"{line.budget_name} {line.budget[:8]}"
 
 
-def select(results: Sequence[Result], budget: str | None = None) -> Selection:
+def select(plan: Plan, results: Sequence[Result], budget: str | None = None) -> Selection:
     """`budget` is a name or the start of a digest; None takes the one with the most finished results, of
     equals the latest.
 
@@ -219,6 +220,7 @@ def select(results: Sequence[Result], budget: str | None = None) -> Selection:
     latest = {(one.row, one.seed): one for one, good in zip(mine, fits, strict=True) if good}
     failed = {(one.row, one.seed): one for one in results if one.status == "failed" and one.budget == chosen}
     return Selection(
+        plan=plan,
         budget=chosen,
         results=tuple(latest.values()),
         failed=tuple(one for key, one in failed.items() if key not in latest),

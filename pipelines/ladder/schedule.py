@@ -1,14 +1,17 @@
-"""Tasks -> Ray: as many at once as there are CPUs or GPUs; results are appended as they come."""
+"""Tasks -> Ray: as many at once as there are CPUs or GPUs; or one by one without it. Results are appended as
+they come.
+"""
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 
 from pipelines.ladder.config import LadderConfig, ResourcesConfig
 from pipelines.ladder.data import prepare
 from pipelines.ladder.results import Result, append, finished, read
-from pipelines.ladder.rows import ROWS
 from pipelines.ladder.task import Task, tasks_of
 from pipelines.ladder.worker import now, run_task
 from pipelines.runtime.session import brief, ray_session
@@ -28,26 +31,25 @@ def run_ladder(config: LadderConfig, say: Callable[[str], None] = print) -> int:
         ValueError: weights are missing, or another run is at work under this root.
         StageError: the data could not be made, or Ray died.
     """
-    spaces = [ROWS[name].space for name in config.rows]
+    rows = [config.compared.rows[name] for name in config.chosen]
     with ExitStack() as session:
         session.enter_context(locked_roots(config.root / config.name))
-        columns = prepare(config, spaces, lambda line: say(f"data: {line}"))
+        columns = prepare(config, rows, lambda line: say(f"data: {line}"))
         tasks = tasks_of(config, columns)
         done = finished(read(config.results, Result))
         todo = [task for task in tasks if task.key not in done]
         say(f"{len(tasks)} runs, {len(tasks) - len(todo)} of them done before")
         if not todo:
             return 0
-        session.enter_context(ray_session(config.ray))
+        if not config.resources.one_by_one:
+            session.enter_context(ray_session(config.ray))
         if config.tracking_uri is not None:
             prepare_store(config.tracking_uri, todo[0].train.tracking.experiment)
         for task in todo:  # what a killed run said of itself is not so any more
             RunFolder(task.train.output_dir).progress.unlink(missing_ok=True)
         failed, started = 0, time.perf_counter()
         by_key = {task.key: task for task in todo}
-        outcomes = run_on_ray(
-            run_task, todo, resources_of(config.resources), lambda left: say_progress(left, say)
-        )
+        outcomes = _outcomes(config.resources, todo, say)
         for number, (task, outcome) in enumerate(outcomes, 1):
             result = _result(by_key[task.key], outcome)
             append(config.results, result)
@@ -56,6 +58,38 @@ def run_ladder(config: LadderConfig, say: Callable[[str], None] = print) -> int:
             minutes = (time.perf_counter() - started) / 60
             say(f"{task.row} seed {task.seed}: {what} ({number} of {len(todo)}, {minutes:.1f} minutes)")
     return failed
+
+
+def _outcomes(
+    config: ResourcesConfig, todo: Sequence[Task], say: Callable[[str], None]
+) -> Iterator[tuple[Task, str | Exception]]:
+    if config.one_by_one:
+        return run_one_by_one(todo)
+    return iter(run_on_ray(run_task, todo, resources_of(config), lambda left: say_progress(left, say)))
+
+
+def run_one_by_one(tasks: Sequence[Task]) -> Iterator[tuple[Task, str | Exception]]:
+    """Each task with its result as JSON, or what went wrong. The processes end with this one."""
+    context = get_context("spawn")
+    for task in tasks:
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_answer, args=(theirs, task), daemon=True)
+        process.start()
+        theirs.close()
+        try:
+            outcome = ours.recv()
+        except EOFError:
+            process.join()
+            outcome = RuntimeError(f"the run's process died with exit code {process.exitcode}")
+        process.join()
+        yield task, outcome
+
+
+def _answer(pipe: Connection, task: Task) -> None:
+    try:
+        pipe.send(run_task(task))
+    except Exception as error:  # noqa: BLE001  a run that fails is a line of the results and stops no other
+        pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 def _result(task: Task, outcome: str | Exception) -> Result:

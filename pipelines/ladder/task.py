@@ -7,7 +7,8 @@ from typing import Any
 
 from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.data import Columns
-from pipelines.ladder.rows import LADDERS, ROWS, SPACES, Row, in_order, matched_dits, model_of
+from pipelines.ladder.plans.base import Row
+from pipelines.ladder.rows import SPACES, matched_dits, model_of
 from pipelines.shards.digests import Digests
 from pipelines.stages.train import ROUNDING
 from repfusion.evaluation.record import EvaluationConfig
@@ -35,6 +36,8 @@ class Task:
     curve: EvaluationConfig
     num_validation: int
     world: dict[str, Any]
+    wording: str
+    ladders: tuple[str, ...]
     prompt_tokens: int
     directory: str
 
@@ -80,11 +83,11 @@ def tasks_of(config: LadderConfig, columns: Columns) -> list[Task]:
         ValueError: a folder of weights is missing, or parts of a row do not fit.
     """
     settings, digests = budget_of(config, columns.fingerprint), Digests(config.root / config.name)
-    budget, common = digest_of(settings), config.common
-    dits = matched_dits(common, config.rows)
+    budget, common, plan = digest_of(settings), config.common, config.compared
+    dits = matched_dits(plan, common, config.chosen)
     tasks = []
-    for name, seed in in_order(config.rows, config.seeds):
-        row = ROWS[name]
+    for name, seed in plan.in_order(config.chosen, config.seeds):
+        row = plan.rows[name]
         weights = {
             part: digests.folder(config.weights / part, f"weights ({part})") for part in folders_of(row)
         }
@@ -105,6 +108,8 @@ def tasks_of(config: LadderConfig, columns: Columns) -> list[Task]:
                 curve=config.scoring.final.model_copy(update={"max_items": config.scoring.curve_prompts}),
                 num_validation=config.data.num_validation,
                 world=config.data.scenes.world.model_dump(mode="json"),
+                wording=config.data.scenes.wording,
+                ladders=tuple(plan.ladders_of(name)),
                 prompt_tokens=config.prompt_tokens,
                 directory=os.getcwd(),
             )
@@ -132,7 +137,7 @@ def _train_config(
     return TrainConfig.model_validate(
         {
             "output_dir": folder,
-            "data": {"images": columns.images, "columns": {"image_features": columns.features[row.space]}},
+            "data": {"images": columns.images, "columns": columns.of(row)},
             "model": model,
             "engine": training.engine,
             "tracking": TrackingConfig(
@@ -151,7 +156,3 @@ def _train_config(
             "log_every_steps": max(1, training.num_steps // 40),
         }
     )
-
-
-def ladders_of(row: str) -> list[str]:
-    return [name for name, steps in LADDERS.items() if row in {step.row for step in steps}]

@@ -7,10 +7,10 @@ import platform
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pipelines.ladder.results import CheckpointScores, Result
-from pipelines.ladder.task import Task, ladders_of
+from pipelines.ladder.task import Task
 from repfusion.files import write_json
 from repfusion.runs.folder import RunFolder
 
@@ -83,13 +83,13 @@ def _score(task: Task) -> list[CheckpointScores]:
                 headline=found.scores.headline,
                 values=found.scores.values,
                 num_prompts=found.num_items,
-                validation_loss=validation_loss(folder, task.num_validation, task.world),
+                validation_loss=validation_loss(folder, task),
             )
         )
     return points
 
 
-def validation_loss(checkpoint: Path, num_scenes: int, world: dict[str, Any]) -> float:
+def validation_loss(checkpoint: Path, task: Task) -> float:
     """Mean squared error of the velocity on held-out scenes. Scene i has the same caption, noise level and
     noise for every checkpoint whose latents have this shape.
     """
@@ -99,14 +99,13 @@ def validation_loss(checkpoint: Path, num_scenes: int, world: dict[str, Any]) ->
     from repfusion.diffusion.flow import draw, interpolate, velocity
     from repfusion.request import Request
     from repfusion.runs.checkpoint import load_checkpoint
-    from repfusion.scenes.captions import caption_scene
+    from repfusion.scenes.rewriting import CaptionWording, caption_in
     from repfusion.scenes.world import WorldConfig, draw_scene, render
 
-    drawn = WorldConfig.model_validate(world)
+    drawn, num_scenes = WorldConfig.model_validate(task.world), task.num_validation
     scenes = [draw_scene(seed, drawn, "held_out") for seed in range(num_scenes)]
-    captions = [
-        caption_scene(scene, np.random.default_rng([i, 1]), "plain") for i, scene in enumerate(scenes)
-    ]
+    wording = cast(CaptionWording, task.wording)
+    captions = [caption_in(scene, np.random.default_rng([i, 1]), wording) for i, scene in enumerate(scenes)]
     model = load_checkpoint(checkpoint)
     encoder = model.config.encoder.load()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -181,7 +180,7 @@ def _track(task: Task, result: Result) -> None:
             tracker.forget_checkpoint(point.step)
     for name, value in {
         "ladder.row": result.row,
-        "ladder.in": ", ".join(ladders_of(result.row)) or "none",
+        "ladder.in": ", ".join(task.ladders) or "none",
         "ladder.budget": f"{result.budget_name} {result.budget[:8]}",
     }.items():
         tracker.set_tag(name, value)

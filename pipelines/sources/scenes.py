@@ -27,7 +27,7 @@ from pipelines.shards.tars import TarSamples
 from pipelines.sources.base import Entries, download_stage, list_stage, numbered_entries
 from pipelines.sources.ingest import IngestConfig
 from repfusion.config import Config
-from repfusion.scenes.captions import Wording, caption_scene
+from repfusion.scenes.rewriting import CaptionWording, caption_in
 from repfusion.scenes.world import Scene, WorldConfig, draw_scene, render, to_uint8
 from repfusion.tars import StreamSource, index_members
 
@@ -62,7 +62,7 @@ class ScenesConfig(Config):
     """Entry i shows the scene of seed `seed * 2**32 + i`."""
     world: WorldConfig = WorldConfig()
     """Image size, and which shapes and colours occur how often."""
-    wording: Wording = "varied"
+    wording: CaptionWording = "varied"
     """How captions put what they state."""
     defects: DefectsConfig = DefectsConfig()
     """Entries spoilt on purpose."""
@@ -172,7 +172,7 @@ class SceneWorker:
         """A row of the list and the file that its url leads to, if any."""
         seed, key = (self.config.seed << 32) + index, sample_key(index)
         scene = draw_scene(seed, self.config.world)
-        caption = caption_scene(scene, np.random.default_rng([seed, CAPTION_STREAM]), self.config.wording)
+        caption = caption_in(scene, np.random.default_rng([seed, CAPTION_STREAM]), self.config.wording)
         defect = self.defects.get(index)
         row = {
             "key": key,

@@ -231,13 +231,18 @@ class Counter:
         return self.seen(costs, 0 if dropped else len(seeds))
 
     def row(self, num_tokens: int) -> tuple[Costs, Costs]:
-        """Costs of reading a prompt for many steps, and of a velocity after it, without gradients."""
-        request = Request(prompt_of(num_tokens), self.images)
+        """Costs of reading a prompt for many steps, and of a velocity after it, without gradients. A method
+        that rewrites writes as many tokens as the prompt has, which takes what reading the chat does.
+        """
+        rewrites = REWRITES in self.model.columns
+        written = {REWRITES: torch.zeros(num_tokens - 1, dtype=torch.int32)} if rewrites else {}
+        request = Request(prompt_of(num_tokens), self.images, computed=written)
         z = self.twin.inputs(torch.empty(1, *self.model.latent_shape, device="meta"))
         t = self.twin.inputs(torch.empty(1, device="meta"))
         with torch.no_grad():
             inputs = self.twin.inputs(self.model.conditioner.collate([request], ["full"]))
             prompted, once = self.costs(lambda model: model.prompted(inputs))
+            once = {**once, LLM: (1 + rewrites) * once[LLM]}
             return self.seen(once, 1), self.costs(lambda model: model.velocity(z, t, prompted))[1]
 
 

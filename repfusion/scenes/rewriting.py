@@ -5,7 +5,8 @@ has ("crimson wedge"): a generator that was trained on captions needs the rewrit
 then a prompt of one thing asks for a word in quotes, which a rewriting keeps to the letter.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -14,7 +15,10 @@ from repfusion.scenes.captions import (
     NOUNS,
     NUMBERS,
     RELATION_ENDINGS,
+    Prompt,
     Wanted,
+    Wording,
+    caption_scene,
     facts_of,
     plural,
     possible_tasks,
@@ -44,6 +48,8 @@ TERSE_RELATIONS: dict[Relation, tuple[str, ...]] = {
     "above": ("above", "over", "^"),
     "below": ("below", "under", "v"),
 }
+CaptionWording = Wording | Literal["terse"]
+"""How captions put what they state: in a wording of captions, or as terse prompts do, none with quotes."""
 LISTINGS = (" ", ", ", " + ", " & ")
 QUOTED_SHARE = 0.2
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -58,15 +64,29 @@ class Rewriting:
     quoted: str | None = None
 
 
-def draw_rewriting(scene: Scene, rng: np.random.Generator) -> Rewriting:
-    """A terse prompt about the scene with its rewriting, things in the same order."""
+def caption_in(scene: Scene, rng: np.random.Generator, wording: CaptionWording) -> str:
+    """A caption of the scene in a wording."""
+    if wording == "terse":
+        return draw_rewriting(scene, rng, quoted_share=0.0).terse
+    return caption_scene(scene, rng, wording)
+
+
+def put_tersely(prompt: Prompt, rng: np.random.Generator) -> Prompt:
+    """A prompt that states the same in few words."""
+    return replace(prompt, text=say_tersely(prompt.wanted, prompt.relation, rng))
+
+
+def draw_rewriting(scene: Scene, rng: np.random.Generator, quoted_share: float = QUOTED_SHARE) -> Rewriting:
+    """A terse prompt about the scene with its rewriting, things in the same order; of prompts of one thing
+    `quoted_share` ask for a word in quotes.
+    """
     tasks = possible_tasks(scene)
     task = tasks[rng.integers(len(tasks))]
     wanted, relation = facts_of(scene, task, bool(rng.random() < 0.85))
     if len(wanted) == 2 and rng.random() < 0.5:
         wanted, relation = turned(wanted, relation)
     terse, plain = say_tersely(wanted, relation, rng), say(wanted, relation)
-    if len(wanted) > 1 or rng.random() >= QUOTED_SHARE:
+    if len(wanted) > 1 or rng.random() >= quoted_share:
         return Rewriting(terse, plain)
     quoted = "".join(rng.choice(list(LETTERS), int(rng.integers(3, 7))))
     return Rewriting(f'{terse}, "{quoted}"', f'{plain} with the word "{quoted}"', quoted)

@@ -50,11 +50,10 @@ def chosen_rows(args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[int, .
     Raises:
         ValueError: there are none of that name or number.
     """
-    from pipelines.ladder.rows import ROWS
+    from pipelines.ladder.plans.repfusion import REPFUSION
 
-    rows = tuple(args.rows.split(",")) if args.rows else tuple(ROWS)
-    if unknown := [row for row in rows if row not in ROWS]:
-        raise ValueError(f"no rows {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    rows = tuple(args.rows.split(",")) if args.rows else tuple(REPFUSION.rows)
+    REPFUSION.check_rows(rows)
     try:
         return rows, args.seeds and tuple(int(seed) for seed in args.seeds.split(","))
     except ValueError as error:

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from pipelines.ladder.rows import ROWS, SPACES, Space, model_of
+from pipelines.ladder.plans.base import Space
+from pipelines.ladder.plans.repfusion import REPFUSION
+from pipelines.ladder.rows import SPACES, model_of
 from pipelines.ladder.science.data import FeatureSpace, Pictures, draw_pictures, encode_pictures
 from pipelines.ladder.science.feed import Feed
 from pipelines.ladder.science.losses import Described, describe, paired_losses
@@ -82,7 +84,7 @@ class Workbench:
         them.
         """
         torch.manual_seed(seed)
-        row = ROWS[name]
+        row = REPFUSION.rows[name]
         config = model_of(row, self.plan.common(self.foundation), self.plan.dits)
         model = build_model(config, self.space(row.space).statistics).to(self.device)
         if self.device.type == "cuda":
@@ -98,7 +100,7 @@ class Workbench:
     def training(self, name: str, seed: int, state: Path) -> Training:
         """A row's training, from its state if it was cut off."""
         model = self.model(name, seed)
-        feed = Feed(model, self.space(ROWS[name].space), self.pictures.captions, self.plan)
+        feed = Feed(model, self.space(REPFUSION.rows[name].space), self.pictures.captions, self.plan)
         return Training(model, feed, self.plan, seed, state)
 
 
@@ -140,7 +142,7 @@ def run_row(
     training.keep()  # scoring may be cut off
     with training.averaged():
         scores = score(model, decoder, plan)
-        paired = paired_losses(model, bench.described(ROWS[name].space))
+        paired = paired_losses(model, bench.described(REPFUSION.rows[name].space))
     save_averages(bench.out / "rows" / f"{name}-{seed}", training)
     return RowResult(
         **fields,

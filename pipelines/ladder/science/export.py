@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipelines.ladder.rows import in_order
+from pipelines.ladder.plans.repfusion import REPFUSION
 from pipelines.ladder.science.bench import FOLDERS
 from pipelines.ladder.science.plan import FILE as PLAN
 from pipelines.ladder.science.results import FILE as RESULTS
@@ -38,7 +38,7 @@ def export(
     if (out / "foundation" / RECORD).is_file():
         copy_file(out / "foundation" / RECORD, to / "foundation" / RECORD, most_bytes)
     folders = [Path("foundation") / name for name in FOLDERS]
-    folders += [Path("rows") / f"{row}-{seed}" for row, seed in in_order(rows, seeds)]
+    folders += [Path("rows") / f"{row}-{seed}" for row, seed in REPFUSION.in_order(rows, seeds)]
     for folder in folders:
         if (out / folder).is_dir():
             copy_folder(out / folder, to / folder, most_bytes)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.ladder.plans.repfusion import REPFUSION
 from pipelines.ladder.results import ResultLine, read
-from pipelines.ladder.rows import ROWS
 from pipelines.ladder.statistics import Seeds
 from repfusion.files import write_text
 
@@ -88,7 +88,7 @@ class Comparable:
     def rows(self) -> dict[str, list[RowResult]]:
         """Finished results by row, in the plan's order; only rows that have some."""
         done = [one for one in self.results if one.status == "ok"]
-        by_row = {name: [one for one in done if one.row == name] for name in ROWS}
+        by_row = {name: [one for one in done if one.row == name] for name in REPFUSION.rows}
         return {name: sorted(found, key=lambda one: one.seed) for name, found in by_row.items() if found}
 
     @property

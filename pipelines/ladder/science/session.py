@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from pipelines.ladder.plans.repfusion import REPFUSION
 from pipelines.ladder.results import append
-from pipelines.ladder.rows import ROWS, in_order, matched_dits
+from pipelines.ladder.rows import matched_dits
 from pipelines.ladder.science.bench import Workbench, run_row
 from pipelines.ladder.science.memory import NotEnoughMemory, check_memory, foundation_bytes, row_bytes
 from pipelines.ladder.science.plan import SciencePlan, asked_plan, check_asked, read_plan, write_plan
@@ -80,7 +81,7 @@ def run_call(asked: Asked, say: Say = print) -> bool:
             if fixed is None:
                 bench.plan = fix_steps(bench, asked.row_seconds, say)
                 write_plan(asked.out, bench.plan)
-            run_rows(bench, in_order(asked.rows, asked.seeds), quality, clock, say)
+            run_rows(bench, REPFUSION.in_order(asked.rows, asked.seeds), quality, clock, say)
         except OutOfTime as left:
             say(f"time is over after {clock.spent:.0f} s: {left}; call again to go on")
             return False
@@ -106,7 +107,7 @@ def run_rows(
             continue
         if has_come(clock.until):
             raise OutOfTime(f"{name}, seed {seed}, is not begun")
-        llm = ROWS[name].llm
+        llm = REPFUSION.rows[name].llm
         try:
             found = run_row(bench, name, seed, quality[llm], lacking[llm])
         except torch.OutOfMemoryError as error:
@@ -195,7 +196,7 @@ def fix_steps(bench: Workbench, row_seconds: float, say: Say) -> SciencePlan:
     in FLOPs.
     """
     bench.plan = plan = bench.plan.model_copy(
-        update={"dits": matched_dits(bench.plan.common(bench.foundation))}
+        update={"dits": matched_dits(REPFUSION, bench.plan.common(bench.foundation))}
     )
     if plan.num_steps:
         return plan

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.ladder.claims import LEVEL, assess
+from pipelines.ladder.plans.repfusion import REPFUSION
 from pipelines.ladder.report import MISSING, show, show_change, show_p, table
-from pipelines.ladder.rows import ROWS
 from pipelines.ladder.science.charts import both_curves, by_llm, whether_it_can_show
 from pipelines.ladder.science.plan import read_plan
 from pipelines.ladder.science.results import FILE, Comparable, RowResult, comparable, read_results
@@ -29,7 +29,7 @@ def write_table(out: Path) -> Path:
         raise ValueError(f"{out / FILE}: no results; `python -m pipelines.ladder.science` makes them")
     is_known = plan is not None and any(one.budget == plan.digest for one in results)
     found = comparable(results, plan.digest if plan is not None and is_known else None)
-    llms = by_llm(found.rows, {name: row.llm for name, row in ROWS.items()})
+    llms = by_llm(found.rows, {name: row.llm for name, row in REPFUSION.rows.items()})
     charts = {f"{llm}.svg": both_curves(llm, own) for llm, own in llms.items()}
     for name, svg in charts.items():
         if svg:
@@ -78,7 +78,7 @@ def _rows(found: Comparable) -> str:
         lines.append(
             [
                 f"`{name}`",
-                ROWS[name].llm,
+                REPFUSION.rows[name].llm,
                 str(len(results)),
                 show([one["overall"] for one in values]),
                 limits(results, "overall"),
@@ -125,7 +125,7 @@ def _tasks(found: Comparable) -> str:
 
 def _tests(scores: Mapping[str, Seeds]) -> str:
     lines = []
-    for number, one in enumerate(assess(scores), 1):
+    for number, one in enumerate(assess(REPFUSION, scores), 1):
         difference = one.difference
         if difference is None:
             lines.append([str(number), one.claim.text, MISSING, "0", "-", "-", MISSING])

@@ -3,7 +3,7 @@ accuracy per task, overall, and against shuffled prompts; position by a stricter
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,9 +16,12 @@ from repfusion.request import Request
 from repfusion.scenes.arrangements import chance_of
 from repfusion.scenes.captions import TASKS, Prompt, Task, Wanted, draw_prompts
 from repfusion.scenes.detector import check, detect
+from repfusion.scenes.rewriting import put_tersely
 from repfusion.scenes.world import INVERSE, Split, Thing
 
 GALLERY_COLUMNS = 6
+TERSE_STREAM = 17
+"""Keeps the random numbers of terse prompts apart from the scenes'."""
 TITLES = {task: task.replace("_", " ") for task in TASKS}
 VALUES = (
     Value("overall", "overall", "headline", meaning="prompts followed (mean over tasks)"),
@@ -45,6 +48,12 @@ class ScenesSuiteConfig(Config):
     """Prompts that each state a fact that no training image shows, or such as training shows."""
     include_new: bool = True
     """Whether prompts may name the new shape and colour."""
+    wording: Literal["plain", "terse"] = "plain"
+    """How prompts are put: in the plain words of captions, or as people in a hurry write them."""
+    rewrite: str | Literal[False] | None = None
+    """System prompt under which a model that rewrites prompts is to do so; False: it leaves them as they are;
+    None: its own habit.
+    """
     cells: int = Field(default=2, ge=2, le=8)
     """Cells along a side of the world's placement grid: where the floors of position put things."""
 
@@ -63,14 +72,21 @@ class ScenesSuite:
 
     def __init__(self, config: ScenesSuiteConfig, seed: int):
         self.config, self.seed = config, seed
-        self.subject = {
+        subject = {
             "held_out": "held-out prompts",
             "train": "prompts of combinations that training shows",
         }[config.split]
+        self.subject = f"terse {subject}" if config.wording == "terse" else subject
 
     def items(self) -> list[Item]:
         config = self.config
-        return items_of(draw_prompts(config.num_prompts, self.seed, config.include_new, config.split))
+        prompts = draw_prompts(config.num_prompts, self.seed, config.include_new, config.split)
+        if config.wording == "terse":
+            rng = np.random.default_rng([self.seed, TERSE_STREAM])
+            prompts = [put_tersely(one, rng) for one in prompts]
+        return [
+            replace(one, request=replace(one.request, rewrite=config.rewrite)) for one in items_of(prompts)
+        ]
 
     def judge(self, device: str) -> Judge:
         return find_things

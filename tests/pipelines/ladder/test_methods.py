@@ -1,4 +1,6 @@
-"""Every row trains, is scored and leaves a result, on small models of the real classes, in both spaces."""
+"""Every row of every plan trains, is scored and leaves a result, on small models of the real classes, in both
+spaces.
+"""
 
 import shutil
 from pathlib import Path
@@ -10,12 +12,14 @@ from transformers import AutoTokenizer, LlamaForCausalLM, LlavaForConditionalGen
 
 from pipelines.ladder.config import LadderConfig
 from pipelines.ladder.data import prepare
+from pipelines.ladder.plans.base import Row
+from pipelines.ladder.plans.choice import PlanName, plan_of
 from pipelines.ladder.results import Result
-from pipelines.ladder.rows import ROWS
 from pipelines.ladder.task import Task, tasks_of
 from pipelines.ladder.worker import run_task
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
+REPFUSION, UNIFUSION = plan_of("repfusion"), plan_of("unifusion")
 BLOCKS = {
     "block_types": ("ResBlock",) * 4,
     "block_out_channels": (8, 8, 8, 16),
@@ -27,7 +31,7 @@ BLOCKS = {
 
 def make_weights(folder: Path) -> Path:
     """All folders that the rows name; the language model is the LLaVA's, without vision."""
-    make_foundation(folder)
+    make_foundation(folder, text_layers=4)
     for name in ("llava", "llava_large"):
         shutil.copytree(folder / "llava", folder / name)
     llava = LlavaForConditionalGeneration.from_pretrained(folder / "llava")
@@ -41,16 +45,30 @@ def make_weights(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Task]:
-    root = tmp_path_factory.mktemp("ladder")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_weights(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def tasks(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Task]:
+    return make_tasks("repfusion", weights, tmp_path_factory.mktemp("ladder"))
+
+
+@pytest.fixture(scope="module")
+def unifusion_tasks(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Task]:
+    return make_tasks("unifusion", weights, tmp_path_factory.mktemp("unifusion"))
+
+
+def make_tasks(plan: PlanName, weights: Path, root: Path) -> dict[str, Task]:
     config = LadderConfig.model_validate(
         {
+            "plan": plan,
             "root": root / "runs",
-            "weights": make_weights(root / "weights"),
+            "weights": weights,
             "tracking_uri": None,
             "seeds": [0],
             "dit": {"hidden_size": 16, "depth": 1, "num_heads": 2},
-            "data": {"scenes": {"num_samples": 24}, "num_validation": 6},
+            "data": {"scenes": {"num_samples": 24, "wording": "terse"}, "num_validation": 6},
             "training": {"num_steps": 3, "global_batch_size": 4, "engine": {"micro_batch_size": 4}},
             "scoring": {
                 "final": {"suites": {"scenes": {"num_prompts": 12}}, "sampler": {"num_steps": 2}},
@@ -60,12 +78,24 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Task]:
             "ray": {"num_cpus": 2, "object_store_mib": 80},
         }
     )
-    return {task.row: task for task in tasks_of(config, prepare(config, ["rae", "vae"]))}
+    columns = prepare(config, config.compared.listed)
+    return {task.row: task for task in tasks_of(config, columns)}
 
 
-@pytest.mark.parametrize("name", list(ROWS))
-def test_a_row_leaves_a_result(tasks: dict[str, Task], name: str):
-    row, result = ROWS[name], Result.model_validate_json(run_task(tasks[name]))
+@pytest.mark.parametrize("row", REPFUSION.listed, ids=lambda row: row.name)
+def test_a_row_leaves_a_result(tasks: dict[str, Task], row: Row):
+    check_row(row, tasks[row.name])
+
+
+@pytest.mark.parametrize("row", UNIFUSION.listed, ids=lambda row: row.name)
+def test_a_row_of_unifusions_plan_leaves_a_result(unifusion_tasks: dict[str, Task], row: Row):
+    task = unifusion_tasks[row.name]
+    assert (row.rewriting is not None) == ("rewrites" in task.train.data.columns)
+    check_row(row, task)
+
+
+def check_row(row: Row, task: Task) -> None:
+    result = Result.model_validate_json(run_task(task))
     (point,) = result.points
     assert (point.step, point.num_prompts) == (3, 12)
     assert 0 < point.validation_loss < 10

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.ladder.config import LadderConfig
+from pipelines.ladder.plans.repfusion import REPFUSION
 from pipelines.ladder.report import write_report
 from pipelines.ladder.results import CheckpointScores, ComputePoint, Result, append, select
 from pipelines.ladder.task import budget_of
@@ -181,7 +182,7 @@ def test_the_last_result_of_a_seed_counts_and_failures_stay_visible_until_made_g
 
 def test_of_a_row_whose_model_changed_only_the_present_one_counts():
     old, new = result("repfusion_tuned", 0, 0.9, model="old"), result("repfusion_tuned", 1, 0.2)
-    found = select([old, new])
+    found = select(REPFUSION, [old, new])
     assert (found.scores, found.other_weights) == ({"repfusion_tuned": {1: 0.2}}, (old,))
 
 

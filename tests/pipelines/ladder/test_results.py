@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.ladder.results import CheckpointScores, Result, append, finished, read
+from pipelines.ladder.schedule import run_one_by_one
 from pipelines.ladder.task import Task
 from pipelines.ladder.worker import RECORD, run_task
 from repfusion.data.config import DataConfig
@@ -82,6 +83,8 @@ def task(folder: Path) -> Task:
         curve=EvaluationConfig(),
         num_validation=1,
         world={},
+        wording="plain",
+        ladders=(),
         prompt_tokens=10,
         directory=str(folder),
     )
@@ -91,6 +94,18 @@ def test_a_run_whose_driver_was_gone_when_it_ended_is_not_run_again(tmp_path: Pa
     done = result(score=0.25)
     (tmp_path / RECORD).write_text(json.dumps(done.model_dump(mode="json")))
     assert Result.model_validate_json(run_task(task(tmp_path))) == done
+
+
+@pytest.mark.slow
+def test_runs_one_by_one_answer_or_say_what_went_wrong(tmp_path: Path):
+    done = result(score=0.25)
+    (tmp_path / RECORD).write_text(json.dumps(done.model_dump(mode="json")))
+    other = tmp_path / "other"
+    other.mkdir()
+    (first, found), (second, error) = run_one_by_one([task(tmp_path), task(other)])
+    assert (first.train.output_dir, second.train.output_dir) == (tmp_path, other)
+    assert isinstance(found, str) and Result.model_validate_json(found) == done
+    assert isinstance(error, RuntimeError) and "ValueError" in str(error) and "no" in str(error)
 
 
 def test_a_record_of_other_weights_is_not_taken_over(tmp_path: Path):

@@ -9,14 +9,12 @@ from pydantic import ValidationError
 
 from pipelines.ladder.config import CONFIGS, LadderConfig
 from pipelines.ladder.data import stages_of
+from pipelines.ladder.plans.base import Plan, Row
+from pipelines.ladder.plans.choice import plan_of
 from pipelines.ladder.rows import (
     FLOPS_TOLERANCE,
-    LADDERS,
-    ROWS,
     Common,
-    Row,
     image_flops,
-    in_order,
     matched_dit,
     matched_dits,
     model_of,
@@ -29,6 +27,10 @@ from repfusion.model.dit import DiTConfig
 from repfusion.weights import WEIGHTS
 
 DIT = DiTConfig(hidden_size=96, depth=3, num_heads=6)
+REPFUSION, UNIFUSION = plan_of("repfusion"), plan_of("unifusion")
+PLANS = {"ladder": REPFUSION, "unifusion": UNIFUSION}
+"""By the folder of docs/ that holds what was written down of it."""
+ROWS = REPFUSION.rows
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 
 
@@ -38,7 +40,9 @@ def common(**changes) -> Common:
 
 
 @pytest.mark.parametrize(
-    "row", [row for row in ROWS.values() if row.same_flops_as is None], ids=lambda r: r.name
+    "row",
+    [row for plan in PLANS.values() for row in plan.listed if row.same_flops_as is None],
+    ids=lambda row: row.name,
 )
 def test_every_row_is_a_valid_model_on_the_common_dit(row: Row):
     model = model_of(row, common(), {})
@@ -50,11 +54,12 @@ def test_every_row_is_a_valid_model_on_the_common_dit(row: Row):
 
 
 def test_each_rung_changes_one_thing_of_the_row_it_names():
-    for steps in LADDERS.values():
+    ladders = [(plan, steps) for plan in PLANS.values() for steps in plan.ladders.values()]
+    for plan, steps in ladders:
         names = [step.row for step in steps]
         for step in steps[1:]:
             assert step.before in names[: names.index(step.row)]
-            row, before = ROWS[step.row], ROWS[step.before]
+            row, before = plan.rows[step.row], plan.rows[step.before]
             changed = [
                 field
                 for field in ("llm", "space", "conditioning")
@@ -64,12 +69,12 @@ def test_each_rung_changes_one_thing_of_the_row_it_names():
 
 
 def test_the_ladders_end_in_repfusion_with_the_papers_figures():
-    figures = {name: [ROWS[step.row].paper for step in steps] for name, steps in LADDERS.items()}
+    figures = {name: [ROWS[step.row].paper for step in steps] for name, steps in REPFUSION.ladders.items()}
     assert figures == {
         "From TextEmbed": [0.47, 0.54, 0.64, 0.65, 0.68, 0.70],
         "From Transfusion": [0.56, 0.54, 0.62, 0.64, 0.68, 0.70],
     }
-    assert {steps[-1].row for steps in LADDERS.values()} == {"repfusion"}
+    assert {steps[-1].row for steps in REPFUSION.ladders.values()} == {"repfusion"}
 
 
 def test_a_matched_dit_takes_the_flops_asked_for_and_keeps_its_proportions():
@@ -86,7 +91,7 @@ def test_a_matched_dit_takes_the_flops_asked_for_and_keeps_its_proportions():
 def test_rows_of_matched_flops_match_repfusion():
     shared = common()
     target = image_flops(model_of(ROWS["repfusion"], shared, {}), shared)
-    dits = matched_dits(shared)
+    dits = matched_dits(REPFUSION, shared)
     for name in ("text_embed_wide", "static_queries_wide"):
         model = model_of(ROWS[name], shared, dits)
         assert image_flops(model, shared) == pytest.approx(target, rel=FLOPS_TOLERANCE)
@@ -94,28 +99,29 @@ def test_rows_of_matched_flops_match_repfusion():
 
 
 def test_one_whole_ladder_stands_before_the_next_is_begun():
-    runs = in_order(tuple(ROWS))
+    runs = REPFUSION.in_order(tuple(ROWS))
     assert [seed for _, seed in runs] == sorted(seed for _, seed in runs)
     assert [name for name, seed in runs if seed == 0] == list(ROWS)
     assert all(runs.count((name, row.num_seeds - 1)) == 1 for name, row in ROWS.items())
     assert len(runs) == sum(row.num_seeds for row in ROWS.values())
-    assert in_order(["text_embed", "repfusion"], [7]) == [("repfusion", 7), ("text_embed", 7)]
+    assert REPFUSION.in_order(["text_embed", "repfusion"], [7]) == [("repfusion", 7), ("text_embed", 7)]
 
 
-def test_the_rows_are_those_of_the_plan():
-    plan = (Path(__file__).parents[3] / "docs" / "ladder" / "plan.md").read_text()
+@pytest.mark.parametrize(("folder", "plan"), PLANS.items(), ids=list(PLANS))
+def test_the_rows_are_those_that_were_written_down(folder: str, plan: Plan):
+    text = (Path(__file__).parents[3] / "docs" / folder / "plan.md").read_text()
     listed = {}
     for names, llm, _, number in re.findall(
-        r"^\| ([a-z_, ]+) \| ([a-z_]+) \| ([^|]+) \| (\d) \|$", plan, re.M
+        r"^\| ([a-z_, ]+) \| ([a-z_]+) \| ([^|]+) \| (\d) \|$", text, re.M
     ):
         listed |= {name: (llm, int(number)) for name in names.split(", ")}
-    assert listed == {name: (row.llm, row.num_seeds) for name, row in ROWS.items()}
+    assert listed == {name: (row.llm, row.num_seeds) for name, row in plan.rows.items()}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_configs_hold_and_name_a_typo(path: Path, tmp_path: Path):
     config = load_config(LadderConfig, path)
-    assert in_order(config.rows, config.seeds) and set(config.compute.rows) <= set(ROWS)
+    assert config.compared.in_order(config.chosen, config.seeds)
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "num_stepz": 3}))
     with pytest.raises(ConfigError, match="num_stepz"):
@@ -164,7 +170,7 @@ def test_both_spaces_encode_the_same_images_into_columns_of_their_own(tmp_path: 
     for name, source in {"vision_tower": "vision_tower", "vae": "vision_tower"}.items():
         shutil.copytree(WEIGHTS / source, tmp_path / name)
     config = LadderConfig(root=tmp_path / "root", weights=tmp_path, tracking_uri=None)
-    stages = stages_of(config, ["rae", "vae", "rae"])
+    stages = stages_of(config, [ROWS[name] for name in ("text_embed", "text_embed_vae", "repfusion")])
     names = [stage.name for stage in stages]
     assert names == ["source", "ingest", "judge", "curate", "image_features", "image_features_vae"]
     assert len({stage.folder.url for stage in stages}) == 6

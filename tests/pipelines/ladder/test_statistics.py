@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipelines.ladder.claims import CLAIMS, DESCRIBED, assess, disagreements
-from pipelines.ladder.rows import ROWS
+from pipelines.ladder.claims import assess, disagreements
+from pipelines.ladder.plans.repfusion import CLAIMS, DESCRIBED, REPFUSION
 from pipelines.ladder.statistics import compare, holm, mean_and_error, relabellings, sign_flips
 
 A = {0: 0.62, 1: 0.66, 2: 0.61, 3: 0.70}
@@ -65,7 +65,7 @@ def test_holm_by_hand():
 
 def scores(**means: float) -> dict[str, dict[int, float]]:
     """Eight seeds, the same scatter of 0.01 in a different order for each row."""
-    scatter, order = 0.01 * np.linspace(-1, 1, 8), list(ROWS)
+    scatter, order = 0.01 * np.linspace(-1, 1, 8), list(REPFUSION.rows)
     shuffled = {row: np.random.default_rng(order.index(row)).permutation(scatter) for row in means}
     return {row: dict(enumerate(mean + shuffled[row])) for row, mean in means.items()}
 
@@ -91,7 +91,7 @@ NAMED = {
 
 
 def test_scores_can_bear_out_every_claim():
-    assert {one.outcome for one in assess(PAPER)} == {"holds"}
+    assert {one.outcome for one in assess(REPFUSION, PAPER)} == {"holds"}
     assert [claim.rows for claim in CLAIMS] == list(NAMED.values())
 
 
@@ -106,15 +106,15 @@ def test_scores_can_bear_out_every_claim():
     ],
 )
 def test_what_is_otherwise_is_said(changed: dict[str, float], expected: dict[str, str]):
-    outcomes = {one.claim.rows: one.outcome for one in assess(PAPER | scores(**changed))}
+    outcomes = {one.claim.rows: one.outcome for one in assess(REPFUSION, PAPER | scores(**changed))}
     assert {name: outcomes[NAMED[name]] for name in expected} == expected
 
 
 def test_a_missing_row_leaves_its_claims_open_and_the_others_their_correction():
     without = {row: own for row, own in PAPER.items() if row != "repfusion_noise_taught"}
-    missing = {one.claim.rows for one in assess(without) if one.outcome == "missing"}
+    missing = {one.claim.rows for one in assess(REPFUSION, without) if one.outcome == "missing"}
     assert missing == {NAMED["reads, noise-taught"], NAMED["adds"], NAMED["perceives noise"]}
-    assert {row for claim in (*CLAIMS, *DESCRIBED) for row in claim.rows} <= set(ROWS)
+    assert {row for claim in (*CLAIMS, *DESCRIBED) for row in claim.rows} <= set(REPFUSION.rows)
 
 
 def seeds(*values: float) -> dict[int, float]:
@@ -129,7 +129,7 @@ def test_the_six_tests_pair_by_seed():
         "static_queries_noise_taught": seeds(0.80, 0.80, 0.79),
         "timestep_queries": seeds(0.80, 0.80, 0.80, 0.99),
     }
-    found = assess(scores)
+    found = assess(REPFUSION, scores)
     assert [one.difference and round(one.difference.mean, 4) for one in found] == [
         *(0.0133, 0.1533, 0.14, None, 0.14, 0.0033)
     ]
@@ -139,17 +139,17 @@ def test_the_six_tests_pair_by_seed():
     assert found[5].claim.margin == 0.03 and found[5].p is not None and found[5].p < 0.02
     assert found[5].difference is not None and found[5].difference.num_pairs == 3
     reversed_scores = {**scores, "timestep_queries": seeds(0.89, 0.90, 0.91)}
-    p = assess(reversed_scores)[5].p
+    p = assess(REPFUSION, reversed_scores)[5].p
     assert p is not None and p > 0.95
 
 
 def test_one_seed_is_no_test():
-    found = assess({"repfusion": seeds(0.9), "static_queries": seeds(0.1)})
+    found = assess(REPFUSION, {"repfusion": seeds(0.9), "static_queries": seeds(0.1)})
     assert found[0].difference is not None and found[0].p is None and len(found) == len(CLAIMS) == 6
 
 
 def test_the_papers_order_is_compared_pair_by_pair():
     means = {"repfusion": 0.5, "static_queries": 0.6, "timestep_queries": 0.4, "text_embed_language": 0.9}
     # 0.70 > 0.55 and 0.54 by enough to count, 0.55 > 0.54 not; text_embed_language has no figure
-    assert disagreements(means) == (2, [("repfusion", "static_queries")])
-    assert disagreements({"repfusion_language": 0.5}) == (0, [])
+    assert disagreements(REPFUSION, means) == (2, [("repfusion", "static_queries")])
+    assert disagreements(REPFUSION, {"repfusion_language": 0.5}) == (0, [])

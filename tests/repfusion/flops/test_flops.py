@@ -22,6 +22,7 @@ from repfusion.conditioning.base import Losses
 from repfusion.conditioning.captioning import CaptioningConfig
 from repfusion.conditioning.text_embed import encode_text
 from repfusion.conditioning.transfusion import TransfusionConfig
+from repfusion.conditioning.unifusion import RewritingConfig
 from repfusion.data.readers import PROMPT_FEATURES
 from repfusion.diffusion.flow import CAPTIONED, FlowConfig
 from repfusion.diffusion.sampler import SamplerConfig, sample
@@ -389,6 +390,15 @@ def test_requests_with_images_are_counted_exactly(make_generator, method):
     drawing = sample_costs(generator, text, config, images=images)
     assert drawing[EYES] == costs[EYES].forward
     assert got == num * sum(drawing.values())
+
+
+def test_a_prompt_that_is_rewritten_is_read_and_written(foundation):
+    """As many tokens are written as the prompt has, and all are read with it once more."""
+    plain = tiny_model(foundation, "unifusion")
+    habit = plain.conditioning.model_copy(update={"rewriting": RewritingConfig()})
+    rewriting = meta_from_config(plain.model_copy(update={"conditioning": habit}))
+    both = sample_costs(meta_from_config(plain), 11)  # begin token and ten words
+    assert sample_costs(rewriting, 6)[LLM] == 2 * both[LLM] > 0
 
 
 def test_the_sizes_tell_eyes_from_the_language_model(make_generator):

@@ -6,12 +6,14 @@ from collections import Counter
 import numpy as np
 from scene_texts import read
 
-from repfusion.scenes.captions import ADJECTIVES, NOUNS, plural
+from repfusion.scenes.captions import ADJECTIVES, NOUNS, caption_scene, draw_prompts, plural
 from repfusion.scenes.rewriting import (
     TERSE_ADJECTIVES,
     TERSE_NOUNS,
     Rewriting,
+    caption_in,
     draw_rewriting,
+    put_tersely,
 )
 from repfusion.scenes.world import COLOURS, SHAPES, draw_scene
 
@@ -74,3 +76,21 @@ def test_many_terse_prompts_use_words_that_no_caption_has():
     prompts = drawn(600)
     assert sum(any(word in one.terse for word in rare) for one in prompts) > 300
     assert not any(any(f" {word}" in one.plain for word in rare) for one in prompts)
+
+
+def test_terse_captions_are_terse_prompts_without_quotes_and_others_are_captions():
+    for seed in range(300):
+        scene = draw_scene(seed)
+        draws = [np.random.default_rng(seed) for _ in range(3)]
+        terse = caption_in(scene, draws[0], "terse")
+        assert '"' not in terse and terse == draw_rewriting(scene, draws[1], quoted_share=0.0).terse
+        assert caption_in(scene, draws[2], "varied") == caption_scene(scene, np.random.default_rng(seed))
+
+
+def test_a_prompt_put_tersely_asks_for_the_same_in_other_words():
+    rng = np.random.default_rng(0)
+    prompts = draw_prompts(60, include_new=False, split="train")
+    terse = [put_tersely(prompt, rng) for prompt in prompts]
+    for before, after in zip(prompts, terse, strict=True):
+        assert (after.task, after.wanted, after.relation) == (before.task, before.wanted, before.relation)
+    assert sum(before.text != after.text for before, after in zip(prompts, terse, strict=True)) > 55

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.ladder.rows import ROWS, in_order
+from pipelines.ladder.plans.repfusion import REPFUSION
 from pipelines.ladder.science.bench import Workbench
 from pipelines.ladder.science.export import copy_folder, export
 from pipelines.ladder.science.feed import Feed
@@ -232,8 +232,8 @@ def test_steps_follow_from_the_slowest_rows_rate(asked, tmp_path):
 
 
 def test_the_plan_is_that_of_the_page():
-    assert sum(row.num_seeds for row in ROWS.values()) == 100
-    order = in_order(tuple(ROWS))
+    assert sum(row.num_seeds for row in REPFUSION.listed) == 100
+    order = REPFUSION.in_order(tuple(REPFUSION.rows))
     assert order[:2] == [("repfusion", 0), ("static_queries", 0)] and order[28] == ("repfusion", 1)
     assert {name for name, seed in order if seed == 4} == {
         *("repfusion", "static_queries", "timestep_queries", "repfusion_noise_taught"),

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from repfusion.evaluation.columns import asked
 from repfusion.evaluation.draw import per_item
 from repfusion.evaluation.suites.base import Count, Scores
 from repfusion.evaluation.suites.scenes import (
@@ -187,3 +188,22 @@ def test_refuses_unequal_numbers():
         SUITE.score(items, [[]] * 5)
     with pytest.raises(ValueError, match="5 images; 6 items ask for 6"):
         per_item(np.zeros((5, 32, 32, 3), np.uint8), items)
+
+
+def test_terse_prompts_ask_for_what_the_plain_ones_do():
+    plain, terse = (
+        ScenesSuite(ScenesSuiteConfig(num_prompts=24, wording=wording), 3) for wording in ("plain", "terse")
+    )
+    before, after = plain.items(), terse.items()
+    assert [one.truth for one in before] == [one.truth for one in after]
+    assert [one.request.prompt for one in after] == [one.request.prompt for one in terse.items()]
+    assert sum(a.request.prompt != b.request.prompt for a, b in zip(before, after, strict=True)) > 20
+    assert terse.subject == f"terse {plain.subject}"
+
+
+@pytest.mark.parametrize("rewrite", [None, False, "in full"])
+def test_whether_prompts_are_rewritten_is_asked_for(rewrite):
+    config = ScenesSuiteConfig.model_validate({"num_prompts": 6, "rewrite": rewrite})
+    items = ScenesSuite(config, 0).items()
+    assert [one.request.rewrite for one in items] == [rewrite] * 6
+    assert ("rewrite" in asked(items)[0]) == (rewrite is not None)
