@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
+from repfusion.compiling import Compilation
 from repfusion.conditioning.base import Losses
 from repfusion.conditioning.captioning import CaptioningConfig
 from repfusion.conditioning.text_embed import encode_text
@@ -305,8 +306,8 @@ def test_layers_that_differ_are_all_run(make_generator):
 def test_activations_that_are_computed_again_do_not_count(make_generator):
     expected = train_costs(make_generator(), 5)
     model = make_generator()
-    model.checkpoint_activations()
-    model.compile_blocks()
+    model.checkpoint_activations("selective")
+    model.compile_blocks(Compilation("the layers", ""))
     assert train_costs(model, 5) == expected
 
 
