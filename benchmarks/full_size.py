@@ -155,7 +155,7 @@ def train(args: argparse.Namespace, model: TextToImage, micro_batch: int) -> dic
 
 def draw_images(args: argparse.Namespace, model: TextToImage, micro_batch: int) -> dict[str, Any]:
     if args.graphs:
-        model.speed_up_sampling(args.compile)
+        model.speed_up_sampling(compiles=args.compile)
     elif args.compile:
         model.compile_blocks(Compilation("the model's layers", ""))
     device, config = model.device, SamplerConfig(num_steps=args.num_steps)

@@ -22,8 +22,6 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
-PART_SEC = 540
-"""What a part may take."""
 LIBRARIES = ("torch", "transformers", "triton", "deepspeed", "numpy", "pillow", "opencv-python-headless")
 TRAIN = ("full_size.py", "train", "--steps", "6", "--micro-batch")
 SAMPLE = ("full_size.py", "sample", "--warmup", "2", "--steps", "3", "--micro-batch")
@@ -131,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     default = "published" if torch.cuda.is_available() else "small"
     parser.add_argument("--geometry", choices=("published", "small"), default=default)
     parser.add_argument("--minutes", type=float, default=9.0, help="after which no further part is begun")
+    parser.add_argument("--part-minutes", type=float, default=9.0, help="that a part may take")
     parser.add_argument("--parts", nargs="*", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--out", type=Path, default=Path("runs/bench_gpu"))
     parser.add_argument("--again", action="store_true", help="do what failed once more")
@@ -148,8 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if left <= 0:
             break
         print(f"{part} ...", flush=True)
-        found = run_part(part, args.geometry, args.out, min(left, PART_SEC))
-        if "error" in found and left < PART_SEC and found["error"].startswith("took longer"):
+        limit_sec = 60 * args.part_minutes
+        found = run_part(part, args.geometry, args.out, min(left, limit_sec))
+        if left < limit_sec and found.get("error", "").startswith("took longer"):
             print(f"{part}: cut off, begins anew in the next call")
             break
         parts[part] = found

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -157,16 +158,21 @@ class TextToImage(Trainable):
             compilation.module(layer)
         self.conditioner.llm.compile_layers(compilation)
 
-    def speed_up_sampling(self, compiles: bool = True) -> None:
+    def speed_up_sampling(self, precision: Literal["fp32", "bf16"] = "bf16", compiles: bool = True) -> None:
         """Makes sampling fast from now on, on the device where the model lies: layers compiled, prompts
         padded to lengths that come again, a step one CUDA graph for each size, the weights of trained
         products in bfloat16, to which autocast would cast them in every pass. What is drawn changes by
         rounding; training and saving are over for this model.
+
+        Args:
+            precision: of the sampler, which has to be the same then; fp32 leaves the weights as they are.
+            compiles: whether layers are compiled.
         """
         if compiles:
             self.compile_blocks(compilation_for(self.device.type, "the model's layers", COST_OF_EAGER))
         for module in self.modules():
-            if isinstance(module, nn.Linear) and module.weight.requires_grad:
+            is_cast = precision == "bf16" and isinstance(module, nn.Linear)
+            if is_cast and module.weight.requires_grad:
                 module.to(torch.bfloat16)
         self.conditioner.llm.bucket = PROMPT_BUCKET
         self.graphs = StepGraphs(self._step)
