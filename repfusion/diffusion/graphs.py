@@ -112,5 +112,6 @@ class CapturedStep:
                 self._run()
         torch.cuda.current_stream(device).wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # what other threads do meanwhile, such as copying a batch, is no part of it
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             return self._run()

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from repfusion.flops.count import Counter, prompt_of
-from repfusion.inputs import Inputs
+from repfusion.inputs import Inputs, map_tensors
 from repfusion.model.text_to_image import TextToImage
 from repfusion.model.trainable import PRODUCTS
 from repfusion.request import Request
@@ -65,10 +65,11 @@ class _Kept:
         self.saved: dict[int, Tensor] = {}
         self.entering = 0
         model, products = counter.model, _Products()
+        some = inputs_of(model, num, num_tokens)
         with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
             without_memory(model)
             self.weights = {one.untyped_storage()._cdata for one in model.parameters()}
-            inputs = inputs_of(model, num, num_tokens)
+            inputs = map_tensors(some, lambda one: torch.empty(one.shape, dtype=one.dtype))
             hooks = [layer.register_forward_pre_hook(self._enter) for layer in model.layers()]
             kept = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
             with torch.autocast("cpu", torch.bfloat16), kept, products:

@@ -63,9 +63,9 @@ def step_time(
 ) -> StepTime:
     """The expected time of a step.
 
-    Stage 1 and 2 average float32 gradients beside the last backward pass and gather the updated weights after
-    it. Stage 3 gathers the weights in every forward and every backward pass and scatters gradients in each,
-    all of it beside the computation.
+    Stage 1 averages float32 gradients beside the last backward pass, stage 2, which keeps a share of them,
+    beside every one; both gather the updated weights after it. Stage 3 gathers the weights in every forward
+    and every backward pass and scatters gradients in each, all of it beside the computation.
 
     Args:
         flops_per_sample: forward and backward (`train_flops`).
@@ -82,7 +82,9 @@ def step_time(
     match zero_stage:
         case 0:
             return StepTime(compute, 2 * once, 0.0)
-        case 1 | 2:
+        case 1:
             return StepTime(compute, once, once)
+        case 2:
+            return StepTime(compute, micro_batches * once, once)
         case _:
             return StepTime(compute, 3 * micro_batches * once, 0.0)

@@ -169,7 +169,8 @@ class TextToImage(Trainable):
             compiles: whether layers are compiled.
         """
         if compiles:
-            self.compile_blocks(compilation_for(self.device.type, "the model's layers", COST_OF_EAGER))
+            what = "the model's layers"
+            self.compile_blocks(compilation_for(self.device.type, what, COST_OF_EAGER, dynamic=False))
         for module in self.modules():
             is_cast = precision == "bf16" and isinstance(module, nn.Linear)
             if is_cast and module.weight.requires_grad:

@@ -22,6 +22,9 @@ def test_a_step_by_hand():
     assert step_time(**given, num_gpus=4, links=links).total == 30.0
     assert step_time(**given, num_gpus=2, links=links).efficiency == pytest.approx(10 / 11)
     assert step_time(**given, num_gpus=2, zero_stage=0, links=links) == StepTime(10.0, 2.0, 0.0)
+    for stage, hidden in ((1, 1.0), (2, 3.0)):
+        passes = step_time(**given, num_gpus=2, zero_stage=stage, micro_batches=3, links=links)
+        assert passes == StepTime(10.0, hidden, 1.0)
     three = step_time(**given, num_gpus=2, zero_stage=3, micro_batches=2, links=links)
     assert three == StepTime(10.0, 6.0, 0.0)
 
