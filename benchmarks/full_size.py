@@ -154,10 +154,6 @@ def train(args: argparse.Namespace, model: TextToImage, micro_batch: int) -> dic
 
 
 def draw_images(args: argparse.Namespace, model: TextToImage, micro_batch: int) -> dict[str, Any]:
-    if args.graphs:
-        model.speed_up_sampling(compiles=args.compile)
-    elif args.compile:
-        model.compile_blocks(Compilation("the model's layers", ""))
     device, config = model.device, SamplerConfig(num_steps=args.num_steps)
     language_model = model.conditioner.llm.language_model
     rng = np.random.default_rng(0)
@@ -165,6 +161,10 @@ def draw_images(args: argparse.Namespace, model: TextToImage, micro_batch: int) 
     requests = [Request(text) for text in texts]
     noise = initial_noise(range(micro_batch), model.latent_shape)
     flops = sample_flops(model, args.text_tokens, config)
+    if args.graphs:
+        model.speed_up_sampling(compiles=args.compile)
+    elif args.compile:
+        model.compile_blocks(Compilation("the model's layers", ""))
     matrix = matrix_rate(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -87,7 +87,7 @@ class Compilation:
             shown = reason if len(reason) < 600 else f"{reason[:600]}..."
             log.warning("%s cannot be compiled and runs as it is: %s. %s", self.what, shown, self.cost)
 
-    def _compile_graph(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    def _compile_graph(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         from torch._inductor.compile_fx import compile_fx
 
         self.num_graphs += 1

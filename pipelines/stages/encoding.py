@@ -22,9 +22,9 @@ from repfusion.inputs import map_tensors
 from repfusion.latents.encoder import Encoding, PixelEncoder
 from repfusion.latents.statistics import LatentStatistics
 
-Launched = tuple[Tensor, LatentStatistics | None, Any, "torch.cuda.Event | None"]
-"""Features, their statistics where they were summed up already, what of tokens a LayerNorm took, and when all
-of that is there.
+Launched = tuple[Tensor, LatentStatistics | None, Any, Any]
+"""Features, their statistics where they were summed up already, what of tokens a LayerNorm took, and the
+event (of CUDA) at which all of that is there; None where it is there already.
 """
 COST_OF_EAGER = "Encoding takes 1.2 times as long so: measured with CLIP-L/14 at 336 px on an H200"
 

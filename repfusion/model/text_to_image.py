@@ -162,7 +162,7 @@ class TextToImage(Trainable):
         """Makes sampling fast from now on, on the device where the model lies: layers compiled, prompts
         padded to lengths that come again, a step one CUDA graph for each size, the weights of trained
         products in bfloat16, to which autocast would cast them in every pass. What is drawn changes by
-        rounding; training and saving are over for this model.
+        rounding; training, counting FLOPs and saving are over for this model.
 
         Args:
             precision: of the sampler, which has to be the same then; fp32 leaves the weights as they are.
