@@ -29,7 +29,7 @@ from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit
 from pipelines.shards.tars import tar_shard
 from pipelines.stages.image_features import ImageFeaturesConfig, ImageFeaturesWorker
-from repfusion.compiling import Compilation
+from repfusion.devices.compiling import Compilation
 from repfusion.images.decode import read_image, read_pixels
 from repfusion.latents.encoder import Encoding, PixelEncoder
 from repfusion.latents.load import EncoderConfig

@@ -24,7 +24,7 @@ import torch
 from kernel_shares import kernel_shares
 from random_model import CONDITION_DROPOUT, captions, fill, make_batches, small
 
-from repfusion.compiling import Compilation
+from repfusion.devices.compiling import Compilation
 from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.flops import peak_flops, sample_flops, train_flops
 from repfusion.generate import initial_noise

@@ -24,7 +24,7 @@ from pipelines.stages.rewrites import RewritesConfig, rewrites_stage
 from pipelines.stages.train import Reference, train_stage
 from repfusion.config import naming
 from repfusion.data.config import CAPTION, CAPTIONS
-from repfusion.devices import precision_of
+from repfusion.devices.placing import precision_of
 
 
 def build_stages(

@@ -22,13 +22,13 @@ import torch.distributed as dist
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from repfusion.compiling import Compilation, RecompilationWatch, compilation_for
 from repfusion.config import WeightsFolder, load_config
 from repfusion.data.batches import batches
 from repfusion.data.config import DataConfig
 from repfusion.data.mixture import Mixture
 from repfusion.data.readers import IMAGE_FEATURES
 from repfusion.data.recipe import Recipe, RecipeConfig
+from repfusion.devices.compiling import Compilation, RecompilationWatch, compilation_for
 from repfusion.display.redaction import RedactingFormatter, redact_text, redact_tracebacks
 from repfusion.display.terminal import printable_lines
 from repfusion.files import write_json

@@ -94,7 +94,7 @@ def test_no_module_and_no_room_imports_in_a_circle():
 
 
 LAYERS = [
-    {"compiling", "config", "devices", "display", "files", "images", "inputs", "layers", "locks"}
+    {"config", "devices", "display", "files", "images", "inputs", "layers", "locks"}
     | {"pretrained", "request", "scenes", "tables", "tars", "weights"},
     {"latents", "data", "diffusion", "llm"},
     {"conditioning"},

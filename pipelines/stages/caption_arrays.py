@@ -127,7 +127,7 @@ class CaptionArrayWorker:
     ):
         import torch
 
-        from repfusion.devices import BatchRoom, find_device
+        from repfusion.devices.placing import BatchRoom, find_device
         from repfusion.llm.load import load_language_model
 
         if names and captions is None:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float16, UInt8
 from torch import Tensor
 
-from repfusion.compiling import compilation_for
-from repfusion.devices import BatchRoom
+from repfusion.devices.compiling import compilation_for
+from repfusion.devices.placing import BatchRoom
 from repfusion.inputs import map_tensors
 from repfusion.latents.encoder import Encoding, PixelEncoder
 from repfusion.latents.statistics import LatentStatistics

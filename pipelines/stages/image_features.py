@@ -26,7 +26,7 @@ from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sideca
 from pipelines.shards.tars import read_samples, tar_shard
 from repfusion.config import Config, naming
 from repfusion.data.source_images import IMAGE_EXTENSIONS
-from repfusion.devices import Precision, find_device, precision_of
+from repfusion.devices.placing import Precision, find_device, precision_of
 from repfusion.images.decode import read_pixels
 from repfusion.images.limits import BadImage
 from repfusion.latents.load import EncoderConfig

@@ -53,7 +53,7 @@ class PromptFeaturesWorker(CaptionArrayWorker):
         super().__init__(folder, source, config.batch_size, config.actors, **reading)
         self.is_static = config.compiles
         if config.compiles:
-            from repfusion.compiling import compilation_for
+            from repfusion.devices.compiling import compilation_for
 
             self.mllm.bucket = BUCKET
             what = "the language model's layers"

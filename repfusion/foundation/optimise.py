@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from repfusion.compiling import compilation_for
+from repfusion.devices.compiling import compilation_for
 from repfusion.foundation.config import FoundationConfig, LengthConfig
 from repfusion.foundation.deadline import OutOfTime, has_come
 

@@ -13,7 +13,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from repfusion.compiling import Compilation
+from repfusion.devices.compiling import Compilation
 from repfusion.inputs import map_tensors
 from repfusion.llm.chats.eyes import Eyes, text_positions
 from repfusion.llm.chats.format import ChatFormat

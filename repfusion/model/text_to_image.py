@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from repfusion.compiling import Compilation, compilation_for
 from repfusion.conditioning.base import Conditioner, Losses, Prepared
 from repfusion.data.dataset import Sample
 from repfusion.data.readers import IMAGE_FEATURES, SampleArray
 from repfusion.data.recipe import Recipe
+from repfusion.devices.compiling import Compilation, compilation_for
 from repfusion.diffusion.flow import draw, interpolate, shift_factor, velocity
 from repfusion.diffusion.graphs import StepGraphs
 from repfusion.inputs import Inputs, empty, to_device

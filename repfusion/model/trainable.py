@@ -13,12 +13,12 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
-from repfusion.compiling import Compilation
 from repfusion.conditioning.base import Losses
 from repfusion.config import Config
 from repfusion.data.dataset import Sample
 from repfusion.data.readers import Reader
 from repfusion.data.recipe import Recipe
+from repfusion.devices.compiling import Compilation
 from repfusion.inputs import Inputs
 
 _aten = torch.ops.aten

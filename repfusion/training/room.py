@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from repfusion.data.batches import Batch
-from repfusion.devices import free_cached, is_out_of_memory
+from repfusion.devices.placing import free_cached, is_out_of_memory
 from repfusion.inputs import Inputs, to_device
 from repfusion.training.engine import Engine
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from prompting import training_inputs
 
-from repfusion.compiling import Compilation
-from repfusion.devices import BatchRoom, find_device
+from repfusion.devices.compiling import Compilation
+from repfusion.devices.placing import BatchRoom, find_device
 from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.inputs import to_device
 from repfusion.latents.load import EncoderConfig

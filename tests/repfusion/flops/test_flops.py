@@ -18,12 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from repfusion.compiling import Compilation
 from repfusion.conditioning.base import Losses
 from repfusion.conditioning.captioning import CaptioningConfig
 from repfusion.conditioning.text_embed import encode_text
 from repfusion.conditioning.transfusion import TransfusionConfig
 from repfusion.data.readers import PROMPT_FEATURES
+from repfusion.devices.compiling import Compilation
 from repfusion.diffusion.flow import CAPTIONED, FlowConfig
 from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.flops.__main__ import main

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from repfusion.compiling import Compilation, RecompilationWatch, missing_for
+from repfusion.devices.compiling import Compilation, RecompilationWatch, missing_for
 
 CODE = """
 import logging, torch
 logging.basicConfig(level=logging.WARNING)
-from repfusion.compiling import compilation_for
+from repfusion.devices.compiling import compilation_for
 made = compilation_for("cpu", "the layers", "It is slower so")
 function = made(lambda x: (x.sin() + 1).sum())
 x = torch.linspace(0, 1, 7, requires_grad=True)
@@ -56,12 +56,12 @@ def test_a_header_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_a_failure_to_compile_is_said_once_and_ends_compiling(caplog: pytest.LogCaptureFixture):
     made = Compilation("the layers", "It is slower so", options={"no such option": 1})
     first, second = made(lambda x: x + 1), made(lambda x: x * 2)
-    with caplog.at_level(logging.WARNING, "repfusion.compiling"):
+    with caplog.at_level(logging.WARNING, "repfusion.devices.compiling"):
         x = torch.ones(3)
         assert first(x).tolist() == second(x).tolist() == [2.0] * 3
         assert first(x).tolist() == [2.0] * 3
     assert made.failure is not None
-    (record,) = (one for one in caplog.records if one.name == "repfusion.compiling")
+    (record,) = (one for one in caplog.records if one.name == "repfusion.devices.compiling")
     assert "no such option" in record.getMessage() and "It is slower so" in record.getMessage()
 
 
@@ -81,7 +81,7 @@ def test_what_is_compiled_after_the_warm_up_is_counted_and_warned_of(caplog: pyt
     for new in (2, 1, 0, 0, 1, 0, 2):
         compilation.num_graphs += new
         watch.step()
-        with caplog.at_level(logging.WARNING, "repfusion.compiling"):
+        with caplog.at_level(logging.WARNING, "repfusion.devices.compiling"):
             watch.report()
         told.append(watch.num_recompilations)
     assert told == [0, 0, 0, 0, 1, 1, 3]

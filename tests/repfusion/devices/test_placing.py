@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from repfusion.devices import BatchRoom, find_device, is_out_of_memory, precision_of
+from repfusion.devices.placing import BatchRoom, find_device, is_out_of_memory, precision_of
 
 CPU = torch.device("cpu")
 
