@@ -30,7 +30,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-edit run status plan verify retry gc evaluate export lineage flops ladder ladder-table unifusion gpu-science cluster-up cluster-status submit jobs logs cancel cluster-down test test-slow test-cluster fuzz lint format foundation base mlflow clean
+.PHONY: help setup demo demo-edit run status plan verify retry gc evaluate export lineage flops ladder ladder-table unifusion gpu-science bench-gpu cluster-up cluster-status submit jobs logs cancel cluster-down test test-slow test-gpu test-cluster fuzz lint format foundation base mlflow clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -102,6 +102,10 @@ unifusion: $(STAMP) ## compare UniFusion's fusions and VERIFI (docs/unifusion/pl
 gpu-science: $(STAMP) ## docs/ladder/plan.md on one GPU, 9 minutes a call, each going on: make gpu-science SET="--rows repfusion,static_queries --seeds 0"
 	@$(BIN)/python -m pipelines.ladder.science $(SET)
 
+# Without a GPU a rehearsal at a small size. A machine without this environment: PYTHONPATH=. python benchmarks/gpu.py
+bench-gpu: $(STAMP) ## measure encoding, training and sampling on one GPU, 9 minutes a call, each going on: make bench-gpu SET="--parts encoding sample_8"
+	@PYTHONPATH=. $(BIN)/python benchmarks/gpu.py $(SET)
+
 cluster-up: $(STAMP) ## start a cluster, cluster/configs/NAME.yaml: make cluster-up CLUSTER=local2; cluster/README.md has the kinds
 	@$(BIN)/python -m cluster up --cluster $(CLUSTER)
 
@@ -133,6 +137,11 @@ test: $(STAMP) ## the test suite, without the slow and GPU tests
 
 test-slow: $(STAMP) ## the slow tests, about an hour, two minutes of fuzzing among them
 	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder -m "slow and not gpu" tests
+
+test-gpu: export RAY_worker_niceness := 0
+test-gpu: $(STAMP) ## the tests that need a CUDA device: its numbers against the CPU's, stages on GPU actors; then what is compiled
+	$(BIN)/python -m pytest -q -m gpu tests
+	JAXTYPING_DISABLE=1 $(BIN)/python -m pytest -q -o addopts="--import-mode=importlib" -m gpu -k "compiled" tests/repfusion/test_on_gpu.py
 
 test-cluster: $(STAMP) ## a whole deployment here: 4 nodes with a token, S3, PostgreSQL, MLflow with passwords; two workers are killed; about 10 minutes
 	$(BIN)/python -m pytest -v tests/cluster/test_deployment.py

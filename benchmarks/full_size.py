@@ -24,6 +24,7 @@ import torch
 from kernel_shares import kernel_shares
 from random_model import CONDITION_DROPOUT, captions, fill, make_batches, small
 
+from repfusion.devices.compiling import Compilation
 from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.flops import peak_flops, sample_flops, train_flops
 from repfusion.generate import initial_noise
@@ -79,18 +80,38 @@ def rates(flops: float, seconds: float, matrix: float, device: torch.device) -> 
     }
 
 
-def train_step(args: argparse.Namespace, model: TextToImage, micro_batch: int) -> Callable[[], None]:
-    """One step of the project's loop: inputs, micro-batches, update, average."""
-    if args.activation_checkpointing:
-        model.checkpoint_activations()
-    if args.compile:
-        model.compile_blocks()
+def compiled(args: argparse.Namespace, compile_blocks: Callable[[Compilation], None]) -> Compilation | None:
+    """Compiles where that is asked for; a failure is in the result."""
+    if not args.compile:
+        return None
+    made = Compilation("the model's layers", "")
+    compile_blocks(made)
+    return made
+
+
+def graphs_of(compilation: Compilation | None, settled: int) -> dict[str, Any]:
+    """What was compiled, of it since the warm-up, and why not all."""
+    if compilation is None:
+        return {"num_graphs": 0, "recompilations": 0, "compile_failure": None}
+    found = compilation.num_graphs
+    return {"num_graphs": found, "recompilations": found - settled, "compile_failure": compilation.failure}
+
+
+def train_step(
+    args: argparse.Namespace, model: TextToImage, micro_batch: int
+) -> tuple[Callable[[], None], Compilation | None]:
+    """One step of the project's loop: inputs, micro-batches, update, average; and what is compiled."""
+    if args.activation_checkpointing != "none":
+        model.checkpoint_activations(args.activation_checkpointing)
+    model.conditioner.llm.reads_apart = args.reads_prompts_apart
+    compilation = compiled(args, model.compile_blocks)
     global_batch = micro_batch * args.grad_accum_steps
     config = EngineConfig(
         micro_batch_size=micro_batch, zero_stage=args.zero_stage, num_threads=torch.get_num_threads()
     )
     stream, steps = make_batches(model, micro_batch, args.text_tokens), count()
-    engine = Engine(model, config, global_batch, 10**6, model.frozen_parts())
+    layers = () if compilation is None else model.layers()
+    engine = Engine(model, config, global_batch, 10**6, model.frozen_parts(), layers)
     ema = EMA(engine.partition.masters, decay=0.999)
 
     def step() -> None:
@@ -101,7 +122,7 @@ def train_step(args: argparse.Namespace, model: TextToImage, micro_batch: int) -
         engine.update(number)
         ema.update(number)
 
-    return step
+    return step, compilation
 
 
 def train(args: argparse.Namespace, model: TextToImage, micro_batch: int) -> dict[str, Any]:
@@ -111,9 +132,10 @@ def train(args: argparse.Namespace, model: TextToImage, micro_batch: int) -> dic
     matrix = matrix_rate(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    step = train_step(args, model, micro_batch)
+    step, compilation = train_step(args, model, micro_batch)
     for _ in range(args.warmup):
         step()
+    settled = 0 if compilation is None else compilation.num_graphs
     seconds = median(seconds_of(step) for _ in range(args.steps))
     samples = micro_batch * args.grad_accum_steps
     result = {
@@ -121,6 +143,8 @@ def train(args: argparse.Namespace, model: TextToImage, micro_batch: int) -> dic
         "grad_accum_steps": args.grad_accum_steps,
         "zero_stage": args.zero_stage,
         "activation_checkpointing": args.activation_checkpointing,
+        "reads_prompts_apart": args.reads_prompts_apart,
+        **graphs_of(compilation, settled),
         "step_sec": seconds,
         "samples_per_sec": samples / seconds,
         "flops_per_sample": flops,
@@ -129,20 +153,7 @@ def train(args: argparse.Namespace, model: TextToImage, micro_batch: int) -> dic
     return result | shares(args, step)
 
 
-def compile_for_sampling(model: TextToImage) -> None:
-    """The DiT's blocks, and of the language model's layers what does not touch the cache: a layer that does
-    would be compiled once for each layer and state of the cache.
-    """
-    for block in model.denoiser.layers:
-        block.compile()
-    for layer in model.conditioner.llm.layers:
-        for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
-            part.compile()
-
-
 def draw_images(args: argparse.Namespace, model: TextToImage, micro_batch: int) -> dict[str, Any]:
-    if args.compile:
-        compile_for_sampling(model)
     device, config = model.device, SamplerConfig(num_steps=args.num_steps)
     language_model = model.conditioner.llm.language_model
     rng = np.random.default_rng(0)
@@ -150,6 +161,10 @@ def draw_images(args: argparse.Namespace, model: TextToImage, micro_batch: int) 
     requests = [Request(text) for text in texts]
     noise = initial_noise(range(micro_batch), model.latent_shape)
     flops = sample_flops(model, args.text_tokens, config)
+    if args.graphs:
+        model.speed_up_sampling(compiles=args.compile)
+    elif args.compile:
+        model.compile_blocks(Compilation("the model's layers", ""))
     matrix = matrix_rate(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -164,6 +179,8 @@ def draw_images(args: argparse.Namespace, model: TextToImage, micro_batch: int) 
         "batch": micro_batch,
         "num_steps": config.num_steps,
         "guidance_scale": config.guidance_scale,
+        "graphs": args.graphs,
+        "captured": model.graphs is not None and not model.graphs.is_plain,
         "batch_sec": seconds,
         "images_per_sec": micro_batch / seconds,
         "flops_per_image": flops,
@@ -209,8 +226,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--first", type=int, default=4, help="what auto tries first")
     parser.add_argument("--limit", type=int, default=256, help="what auto tries at most")
     parser.add_argument("--grad-accum-steps", type=int, default=1)
-    parser.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--activation-checkpointing", choices=("none", "selective", "full"), default="none")
+    parser.add_argument("--reads-prompts-apart", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--graphs", action="store_true", help="sample: a CUDA graph a step, weights held ready"
+    )
     parser.add_argument("--zero-stage", type=int, default=2)
     parser.add_argument("--text-tokens", type=int, default=32, help="of a prompt, on the average")
     parser.add_argument("--num-steps", type=int, default=30, help="of the sampler")

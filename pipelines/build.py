@@ -24,6 +24,7 @@ from pipelines.stages.rewrites import RewritesConfig, rewrites_stage
 from pipelines.stages.train import Reference, train_stage
 from repfusion.config import naming
 from repfusion.data.config import CAPTION, CAPTIONS
+from repfusion.devices.placing import precision_of
 
 
 def build_stages(
@@ -88,7 +89,10 @@ def _column(config: WorkflowConfig, name: str, above: Mapping[str, Stage], place
             return image_features_stage(name, column, encoder, key, images, place)
         case PromptFeaturesConfig() | RewritesConfig():
             mllm, key = _maker(config, name, "mllm", column.mllm)
-            mllm_dtype, _ = _maker(config, name, "mllm_dtype", column.mllm_dtype)
+            if column.mllm_dtype == "auto":
+                mllm_dtype = precision_of("auto", column.actors.num_gpus > 0)
+            else:
+                mllm_dtype, _ = _maker(config, name, "mllm_dtype", column.mllm_dtype)
             captions = _captions(config, name)
             reading = Reading(
                 mllm,

@@ -20,11 +20,13 @@ def map_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
             found = change(value)
         case Mapping():
             found = {key: map_tensors(part, change) for key, part in value.items()}
+        case tuple() if hasattr(value, "_fields"):  # a NamedTuple
+            found = type(value)(*(map_tensors(part, change) for part in value))
         case list() | tuple():
             found = type(value)(map_tensors(part, change) for part in value)
         case _ if is_dataclass(value) and not isinstance(value, type):
-            parts = {field.name: map_tensors(getattr(value, field.name), change) for field in fields(value)}
-            found = type(value)(**parts)
+            names = [field.name for field in fields(value) if field.init]
+            found = type(value)(**{name: map_tensors(getattr(value, name), change) for name in names})
     return found
 
 

@@ -123,3 +123,48 @@ def test_time_is_busy_once_where_kernels_overlap():
 
     assert busy([(5, 7), (0, 2), (1, 3), (1, 2), (7, 8)]) == 6
     assert busy([]) == 0
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_every_part_for_a_gpu_names_a_program_and_arguments_that_it_takes(tmp_path: Path):
+    """Each program's own parser reads what the parts give it, at either size."""
+    import encoding
+    import gpu
+    from full_size import parse
+
+    for part in gpu.PARTS:
+        for geometry in ("published", "small"):
+            _, program, *arguments = gpu.command_of(part, geometry, tmp_path)
+            if program.endswith("full_size.py"):
+                args = parse(arguments)
+                assert args.geometry == geometry and int(args.micro_batch) > 0
+            else:
+                assert Path(program).is_file()
+    assert set(encoding.GEOMETRIES) == {"published", "small"}
+    assert {part for _, part, _, _ in gpu.RATIOS} <= gpu.PARTS.keys()
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_parts_are_done_once_and_failures_are_told(tmp_path: Path, monkeypatch, capsys):
+    """With programs of the test's own in the place of those that take minutes."""
+    import gpu
+
+    (tmp_path / "good.py").write_text("print('{\"mfu\": 0.61}')")
+    (tmp_path / "bad.py").write_text("raise SystemExit('no such kernel')")
+    monkeypatch.setattr(gpu, "HERE", tmp_path)
+    monkeypatch.setattr(gpu, "SMALL", {"good.py": (), "bad.py": ()})
+    monkeypatch.setattr(gpu, "PARTS", {"train_compiled_32": ("good.py",), "sample_8": ("bad.py",)})
+    arguments = ["--geometry", "small", "--out", str(tmp_path / "out"), "--parts"]
+    gpu.main([*arguments, "train_compiled_32"])
+    assert "| training, MFU | 0.610 | 0.6 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        gpu.main([*arguments, "train_compiled_32", "sample_8"])
+    said = capsys.readouterr().out
+    assert "train_compiled_32 ..." not in said and "sample_8: no such kernel" in said
+    assert "| sampling, batch 8, of the matrix rate | failed | 0.75 |" in said
+    kept = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert kept["parts"]["train_compiled_32"]["mfu"] == 0.61 and "error" in kept["parts"]["sample_8"]
+    assert kept["device"] and kept["versions"]["torch"]
+    (tmp_path / "bad.py").write_text("print('{}')")
+    gpu.main([*arguments, "train_compiled_32", "sample_8", "--again"])
+    assert "all parts are done" in capsys.readouterr().out

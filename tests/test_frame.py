@@ -95,8 +95,8 @@ def test_no_module_and_no_room_imports_in_a_circle():
 
 
 LAYERS = [
-    {"config", "display", "files", "images", "inputs", "layers", "locks", "pretrained", "request"}
-    | {"scenes", "tables", "tars", "weights"},
+    {"config", "devices", "display", "files", "images", "inputs", "layers", "locks"}
+    | {"pretrained", "request", "scenes", "tables", "tars", "weights"},
     {"latents", "data", "diffusion", "llm"},
     {"conditioning"},
     {"model"},

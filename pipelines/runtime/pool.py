@@ -43,6 +43,8 @@ a moment.
 """
 MAX_CONCURRENCY = 2
 """Threads of an actor: the most that a worker's `concurrency` can ask for."""
+MAX_SHARDS_OF_A_GPU = 16
+"""Shards in flight on an actor with a GPU, at most: each holds two batches in page-locked memory."""
 MAX_FAILED_STARTS = 3
 """How often in a row the actor in one place of a pool may die before it is ready."""
 CAREFUL_SEC = 60.0
@@ -100,6 +102,16 @@ class ShardWorker(Protocol):
         ...
 
 
+def shards_in_flight(worker_class: type, actors: ActorsConfig) -> int:
+    """How many shards an actor has at a time: as many as its worker's `concurrency` says; where it keeps a
+    GPU busy with it, one for each of its CPUs, which read, decode, hash and write while the GPU computes.
+    """
+    least = min(getattr(worker_class, "concurrency", 1), MAX_CONCURRENCY)
+    if least == 1 or not actors.num_gpus:
+        return least
+    return max(least, min(int(actors.num_cpus), MAX_SHARDS_OF_A_GPU))
+
+
 class _ShardActor:
     """A process that serves one stage after the other: the imports, which take longer than small models,
     happen once.
@@ -138,7 +150,7 @@ class ActorPool:
             "num_cpus": size[0],
             "num_gpus": size[1],
             "max_restarts": 0,
-            "max_concurrency": MAX_CONCURRENCY,
+            "max_concurrency": MAX_SHARDS_OF_A_GPU if size[1] else MAX_CONCURRENCY,
         }
         return ray.remote(**options)(_ShardActor).remote()
 
@@ -212,7 +224,7 @@ class _ShardRun:
     ):
         self.pool, self.stage, self.actors = pool, stage, actors
         self.worker_class, self.arguments = worker_class, arguments
-        self.concurrency = min(getattr(worker_class, "concurrency", 1), MAX_CONCURRENCY)
+        self.concurrency = shards_in_flight(worker_class, actors)
         self.waiting: deque[ShardJob] = deque()
         self.delayed: list[tuple[float, ShardJob]] = []
         self.finished: dict[str, Any] = {}

@@ -15,6 +15,12 @@ def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     return stream.getvalue()
 
 
+def npy_parts(array: np.ndarray) -> tuple[bytes, memoryview]:
+    """An npy file's bytes, header and values: a view of the array where that is in C order."""
+    values = np.ascontiguousarray(array)
+    return npy_header(array.shape, array.dtype), values.reshape(-1).view(np.uint8).data
+
+
 def npy_bytes(array: np.ndarray) -> bytes:
     """An npy file's bytes, in C order."""
-    return npy_header(array.shape, array.dtype) + array.tobytes()
+    return b"".join(npy_parts(array))

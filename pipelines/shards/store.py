@@ -127,6 +127,8 @@ class ShardCommit:
         )
         self.samples = 0
         self.drops: list[tuple[str, str, str]] = []
+        self.known: dict[str, SideFile] = {}
+        """Size and sha256 of staged files, of those that were taken while they were written."""
         self._start = time.perf_counter()
         self._stack = ExitStack()
 
@@ -174,7 +176,7 @@ class ShardCommit:
         holds the samples.
         """
         staged = sorted(path.name for path in self.staging.iterdir())
-        described = {name: side_file(self.staging / name) for name in staged}
+        described = {name: self.known.get(name) or side_file(self.staging / name) for name in staged}
         main = described.pop(file)
         sidecar = Sidecar(
             name=self.name,

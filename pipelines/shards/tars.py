@@ -4,14 +4,16 @@ checked.
 
 import hashlib
 import tarfile
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import BinaryIO
 
 from pipelines.shards.storage import Folder
-from pipelines.shards.store import ShardCommit, ShardError, Sidecar
+from pipelines.shards.store import ShardCommit, ShardError, Sidecar, SideFile
 from repfusion.tars import CutTarError, StreamSource, TarError, TarReader, split_name
 
+Part = bytes | memoryview
+"""Bytes of a member, or of a part of it; a view counts single bytes."""
 BLOCK_BYTES = 1 << 20
 """Read at once of what is only hashed."""
 END_BYTES = 1024
@@ -23,13 +25,15 @@ RECORD_BYTES = tarfile.RECORDSIZE
 @contextmanager
 def tar_shard(commit: ShardCommit) -> Iterator["TarSamples"]:
     """Opens `NAME.tar` among the staged files of a commit."""
-    path = commit.staging / f"{commit.name}.tar"
-    with path.open("wb") as stream:
-        writer = TarSamples(stream, commit)
+    file = f"{commit.name}.tar"
+    with (commit.staging / file).open("wb") as stream:
+        hashing = HashingWriter(stream)
+        writer = TarSamples(hashing, commit)
         try:
             yield writer
         finally:
             writer.close()
+    commit.known[file] = hashing.side_file
 
 
 _PLAIN = tarfile.TarInfo("")
@@ -54,25 +58,50 @@ def _tar_header(name: str, size: int) -> bytes:
     return bytes(header)
 
 
+class HashingWriter:
+    """Passes writes on and hashes them, so that what was written need not be read again."""
+
+    def __init__(self, stream: BinaryIO):
+        self._stream, self._digest, self._bytes = stream, hashlib.sha256(), 0
+
+    def write(self, data: Part) -> None:
+        self._stream.write(data)
+        self._digest.update(data)
+        self._bytes += len(data)
+
+    def tell(self) -> int:
+        return self._bytes
+
+    @property
+    def side_file(self) -> SideFile:
+        """Size and sha256 of what was written."""
+        return SideFile(bytes=self._bytes, sha256=self._digest.hexdigest())
+
+
 class TarSamples:
     """Writes samples byte for byte as webdataset's TarWriter(mtime=0) does. Keys must ascend, so that
     columns line up.
     """
 
-    def __init__(self, stream: BinaryIO, commit: ShardCommit):
+    def __init__(self, stream: "BinaryIO | HashingWriter", commit: ShardCommit):
         self._stream, self._commit = stream, commit
         self._last = ""
 
-    def write(self, key: str, members: dict[str, bytes]) -> None:
-        """Adds `KEY.ext` for each member. Raises ValueError for a key out of order or given twice."""
+    def write(self, key: str, members: Mapping[str, bytes | tuple[Part, ...]]) -> None:
+        """Adds `KEY.ext` for each member, which may come in parts. Raises ValueError for a key out of order
+        or given twice.
+        """
         if key <= self._last:
             raise ValueError(f"shard {self._commit.name}: key {key} after {self._last}; keys must ascend")
         self._last = key
         for extension in sorted(members):
             data = members[extension]
-            self._stream.write(_tar_header(f"{key}.{extension}", len(data)))
-            self._stream.write(data)
-            self._stream.write(bytes(-len(data) % 512))
+            parts = data if isinstance(data, tuple) else (data,)
+            size = sum(map(len, parts))
+            self._stream.write(_tar_header(f"{key}.{extension}", size))
+            for part in parts:
+                self._stream.write(part)
+            self._stream.write(bytes(-size % 512))
         self._commit.samples += 1
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ distinct caption of a shard is made and stored once; where the caption returns, 
 name of the member that stores it.
 """
 
+import itertools
 import tempfile
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,11 +33,15 @@ class CaptionArrayConfig(Config):
 
     mllm: WeightsFolder | None = None
     """Folder of the language model; None takes that of the trainings that read the column."""
-    mllm_dtype: Literal["float32", "bfloat16"] | None = None
-    """Precision in which it computes; None takes that of the trainings that read the column."""
+    mllm_dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    """Precision in which it computes; None takes that of the trainings that read the column. auto: bfloat16
+    where the actors have a GPU, as a training on one holds frozen weights whatever it was told, float32 on a
+    CPU.
+    """
     batch_size: int = Field(default=64, ge=1)
-    """Captions read at once. Counts as changing no bytes: what it does change is below float16's rounding,
-    almost always, in float32's last digits, and a written token where two are equally likely.
+    """Captions read at once, those of like length together. Counts as changing no bytes: what it does change
+    is below float16's rounding, almost always, in float32's last digits, and a written token where two are
+    equally likely. Where a batch exceeds a GPU's memory, its halves are read, with a warning.
     """
     actors: ActorsConfig = ActorsConfig()
     """The pool that reads. Changes no bytes."""
@@ -122,14 +127,17 @@ class CaptionArrayWorker:
     ):
         import torch
 
+        from repfusion.devices.placing import BatchRoom, find_device
         from repfusion.llm.load import load_language_model
 
         if names and captions is None:
             raise ValueError(f"captions {', '.join(names)} are asked for, but there is no folder of captions")
         torch.set_num_threads(max(1, int(actors.num_cpus)))
-        self.folder, self.source, self.batch_size = folder, source, batch_size
+        self.folder, self.source = folder, source
         self.captions, self.names = captions, names
-        self.device = torch.device("cuda" if actors.num_gpus else "cpu")
+        key = f"columns.{folder.name}"
+        self.device = find_device(actors.num_gpus > 0, mllm_dtype, f"{key}.mllm_dtype")
+        self._room = BatchRoom(batch_size, self.device, f"{key}.batch_size")
         dtype = getattr(torch, mllm_dtype)
         self.mllm = load_language_model(mllm, dtype, self.with_head).to(self.device)
         self._computing = Lock()
@@ -210,10 +218,13 @@ class CaptionArrayWorker:
         like length share a batch, so that little is padded.
         """
         kept: dict[str, _Kept] = {}
-        ordered = sorted(captions, key=lambda caption: (len(caption), caption))
-        for start in range(0, len(ordered), self.batch_size):
-            batch = ordered[start : start + self.batch_size]
-            for caption, made in zip(batch, self.make(batch, self.source / name), strict=True):
+        texts = sorted(captions)
+        lengths = dict(zip(texts, map(len, self.mllm.token_ids(texts)), strict=True))
+        ordered = sorted(texts, key=lambda caption: (lengths[caption], caption))
+        for start in range(0, len(ordered), self._room.most):
+            batch = ordered[start : start + self._room.most]
+            parts = self._room(lambda some: self.make(some, self.source / name), batch)
+            for caption, made in zip(batch, itertools.chain(*parts), strict=True):
                 data = npy_bytes(made.array)
                 kept[caption] = _Kept(scratch.tell(), len(data), made.reason)
                 scratch.write(data)

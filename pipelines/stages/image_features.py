@@ -9,9 +9,8 @@ same bits for any number of actors.
 import ctypes
 import itertools
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -20,13 +19,14 @@ from pydantic import Field
 
 from pipelines.dag import Place, ShardStage, Stage
 from pipelines.runtime.pool import ActorsConfig, ShardJob
-from pipelines.shards.arrays import npy_bytes
+from pipelines.shards.arrays import npy_parts
 from pipelines.shards.manifest import ShardTable
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
-from pipelines.shards.tars import TarSamples, read_samples, tar_shard
+from pipelines.shards.tars import read_samples, tar_shard
 from repfusion.config import Config, naming
 from repfusion.data.source_images import IMAGE_EXTENSIONS
+from repfusion.devices.placing import Precision, find_device, precision_of
 from repfusion.images.decode import read_pixels
 from repfusion.images.limits import BadImage
 from repfusion.latents.load import EncoderConfig
@@ -35,8 +35,7 @@ from repfusion.runs.folder import STATISTICS
 if TYPE_CHECKING:
     import torch
 
-    from repfusion.latents.encoder import Encoding
-    from repfusion.latents.statistics import LatentStatistics
+    from pipelines.stages.encoding import Encoded
 
 Batch = tuple[list[str], UInt8[np.ndarray, "b h w 3"]]
 
@@ -52,9 +51,16 @@ class ImageFeaturesConfig(Config):
     kind: Literal["image_features"] = "image_features"
     encoder: EncoderConfig | None = None
     """The vision tower or VAE; None takes that of the trainings that read the column."""
+    encoder_dtype: Literal["auto"] | Precision = "auto"
+    """What the encoder computes in; auto: bfloat16 where the actors have a GPU, float32 on a CPU. A tower's
+    LayerNorm at its end is float32, what is stored float16.
+    """
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile the encoder; auto: on a GPU. Where it cannot be done it runs as it is, with a warning."""
     batch_size: int = Field(default=64, ge=1)
     """Images encoded at once. Counts as changing no bytes: what it does change is below float16's rounding,
-    almost always.
+    almost always, in float32, and within the encoder's own rounding in less. Where a batch exceeds a GPU's
+    memory, its halves are encoded, with a warning.
     """
     actors: ActorsConfig = ActorsConfig()
     """The pool that encodes. Changes no bytes."""
@@ -64,11 +70,29 @@ class ImageFeaturesConfig(Config):
         """Whether the column can be made though no training reads it."""
         return self.encoder is not None
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the actors have a GPU, or a share of one."""
+        return self.actors.num_gpus > 0
 
-def fingerprint_fields(name: str, encoder: EncoderConfig, digest: str) -> dict[str, Any]:
+    @property
+    def precision(self) -> Precision:
+        """What the encoder computes in, by this configuration alone, on whatever machine it is read."""
+        return precision_of(self.encoder_dtype, self.on_gpu)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the encoder is compiled."""
+        return self.on_gpu if self.compile == "auto" else self.compile
+
+
+def fingerprint_fields(
+    name: str, encoder: EncoderConfig, digest: str, config: ImageFeaturesConfig = ImageFeaturesConfig()
+) -> dict[str, Any]:
     """What decides the bytes of the column of a name: the encoder's folder (its digest, not its place), layer
-    and image size; a VAE has no layer, and no LayerNorm whose scales its statistics would hold. Raises
-    ValueError where its folder has no such tower or size.
+    and image size; a VAE has no layer, and no LayerNorm whose scales its statistics would hold. Less than
+    float32, and being compiled, count where they are asked for. Raises ValueError where its folder has no
+    such tower or size.
     """
     from repfusion.latents.geometry import is_vae, latent_geometry
 
@@ -79,7 +103,13 @@ def fingerprint_fields(name: str, encoder: EncoderConfig, digest: str) -> dict[s
         f"columns.{name}.encoder.image_size": latent_geometry(encoder.path, encoder.image_size).image_size,
         f"columns.{name}.dtype": "float16",
     }
-    return fields | ({f"columns.{name}.token_scale": "mean"} if has_layer_norm else {})
+    if has_layer_norm:
+        fields[f"columns.{name}.token_scale"] = "mean"
+    if config.precision != "float32":
+        fields[f"columns.{name}.encoder_dtype"] = config.precision
+    if config.compiles:
+        fields[f"columns.{name}.compile"] = True
+    return fields
 
 
 def decode_image(members: dict[str, bytes], size: int, place: str) -> UInt8[np.ndarray, "h w 3"]:
@@ -115,16 +145,20 @@ def decode_image(members: dict[str, bytes], size: int, place: str) -> UInt8[np.n
 def decoded_batches(
     folder: Folder, name: str, sidecar: Sidecar | None, size: int, batch_size: int
 ) -> Iterator[Batch]:
-    """A shard's images in batches, the last one shorter: which images share a batch never depends on other
-    shards.
+    """A shard's images in batches, the last one shorter, in page-locked memory where there is CUDA: which
+    images share a batch never depends on other shards.
 
     Raises:
         ShardError: where the shard is missing or broken (the last of it when all was read), and what
             `decode_image` raises.
     """
+    import torch
+
+    from repfusion.inputs import empty
+
     samples = read_samples(folder, f"{name}.tar", sidecar, IMAGE_EXTENSIONS)
     while part := list(itertools.islice(samples, batch_size)):
-        images = np.empty((len(part), size, size, 3), np.uint8)
+        images = empty(len(part), size, size, 3, dtype=torch.uint8).numpy()
         for row, (key, members) in enumerate(part):
             images[row] = decode_image(members, size, f"shard {folder / name}.tar, key {key}")
         yield [key for key, _ in part], images
@@ -151,11 +185,12 @@ class ImageFeaturesWorker:
     """
 
     concurrency: ClassVar[int] = 2
-    """While one shard is encoded, another is read, decoded, written and committed."""
+    """While one shard is encoded, another is read, decoded, written and committed; see `shards_in_flight`."""
 
     def __init__(self, folder: Folder, source: Folder, config: ImageFeaturesConfig, encoder: EncoderConfig):
         import torch
 
+        from pipelines.stages.encoding import BatchEncoder
         from repfusion.latents.geometry import is_vae
 
         keep_freed_memory()
@@ -163,14 +198,11 @@ class ImageFeaturesWorker:
         torch.set_num_threads(num_threads)
         self.folder, self.source, self.config = folder, source, config
         self.libraries = ("torch", "diffusers" if is_vae(encoder.path) else "transformers")
-        self.encoder = encoder.load().to("cuda" if config.actors.num_gpus else "cpu")
-        # all encoding happens in one thread; the shards' own threads decode, write and commit
-        self._encoding = ThreadPoolExecutor(1, "encode", torch.set_num_threads, (num_threads,))
-        self._streams = itertools.cycle(
-            [torch.cuda.Stream(), torch.cuda.Stream()] if config.actors.num_gpus else [None]
-        )
-        if config.actors.num_gpus:
-            torch.cuda.synchronize()  # the weights lie there before other streams read them
+        self.key = f"columns.{folder.name}"
+        device = find_device(config.on_gpu, config.precision, f"{self.key}.encoder_dtype")
+        self.encoder = encoder.load(dtype=getattr(torch, config.precision)).to(device)
+        size, key = config.batch_size, f"{self.key}.batch_size"
+        self.batches = BatchEncoder(self.encoder, size, config.compiles, key, num_threads)
 
     def __call__(self, job: ShardJob) -> Sidecar:
         from repfusion.latents.statistics import LatentStatistics
@@ -182,77 +214,36 @@ class ImageFeaturesWorker:
         )
         with ShardCommit(self.folder, job.name, job.fingerprint, job.inputs, self.libraries) as commit:
             with tar_shard(commit) as samples:
-                for keys, encoding in self._encode(batches):
-                    write_features(keys, encoding, samples, statistics)
+                for keys, encoded in self._encode(batches):
+                    features, part = encoded.wait()
+                    statistics.merge(part)
+                    if not statistics.mean.isfinite().all():
+                        raise ShardError(self._blame(keys, features, encoded))
+                    for key, row in zip(keys, features.numpy(), strict=True):
+                        samples.write(key, {"image_features.npy": npy_parts(row)})
             statistics.save(commit.staging / f"{job.name}.statistics.safetensors")
             return commit.commit(f"{job.name}.tar")
 
-    def _encode(self, batches: Iterator[Batch]) -> Iterator[tuple[list[str], "Encoding"]]:
-        """Encodings on the CPU, features as float16; while a batch is encoded, the next one is read and the
-        last one written.
-        """
+    def _encode(self, batches: Iterator[Batch]) -> Iterator[tuple[list[str], "Encoded"]]:
+        """Batches as they are encoded; meanwhile the next one is read and the last one written."""
         ahead: tuple[list[str], Future[Encoded]] | None = None
         for keys, images in batches:
-            following = keys, self._encoding.submit(self._launch, images)
+            following = keys, self.batches.submit(images)
             if ahead is not None:
-                yield ahead[0], ahead[1].result().wait()
+                yield ahead[0], ahead[1].result()
             ahead = following
         if ahead is not None:
-            yield ahead[0], ahead[1].result().wait()
+            yield ahead[0], ahead[1].result()
 
-    def _launch(self, images: UInt8[np.ndarray, "b h w 3"]) -> "Encoded":
-        """Encodes a batch; on a GPU, only queues that: two streams take turns, so that one batch is copied
-        while the other is encoded.
-        """
-        import torch
-
-        from repfusion.latents.encoder import Encoding
-        from repfusion.latents.statistics import TokenScale
-
-        stream = next(self._streams)
-        if stream is None:
-            features, tokens = self.encoder.encode_images(torch.from_numpy(images))
-            return Encoded(Encoding(features.half(), tokens), None)
-        with torch.cuda.stream(stream):
-            # from and to pinned memory, or the copies would hold up this thread
-            on_device = torch.from_numpy(images).pin_memory().to(stream.device, non_blocking=True)
-            features, tokens = self.encoder.encode_images(on_device)
-            tokens = None if tokens is None else TokenScale(*map(pinned, tokens))
-            return Encoded(Encoding(pinned(features.half()), tokens), stream.record_event())
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """An encoding on the CPU, there once `done` has happened."""
-
-    encoding: "Encoding"
-    done: "torch.cuda.Event | None"
-
-    def wait(self) -> "Encoding":
-        if self.done is not None:
-            self.done.synchronize()
-        return self.encoding
-
-
-def pinned(tensor: "torch.Tensor") -> "torch.Tensor":
-    """A copy in page-locked memory, there once the current stream has come so far."""
-    import torch
-
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-def write_features(
-    keys: list[str], encoding: "Encoding", samples: TarSamples, statistics: "LatentStatistics"
-) -> None:
-    """Adds a batch to a shard and its statistics. Raises ShardError for features beyond float16."""
-    features = encoding.features
-    statistics.update(features, encoding.tokens)
-    if not statistics.mean.isfinite().all():
-        finite = features.isfinite().flatten(1).all(1)
-        key = keys[int(finite.logical_not().nonzero()[0])]
-        raise ShardError(f"key {key}: the encoder gives features that are not finite in float16")
-    for key, row in zip(keys, features.numpy(), strict=True):
-        samples.write(key, {"image_features.npy": npy_bytes(row)})
+    def _blame(self, keys: list[str], features: "torch.Tensor", encoded: "Encoded") -> str:
+        """Which key has features that are not finite, and where in the encoder they come from."""
+        row = int(features.isfinite().flatten(1).all(1).logical_not().nonzero()[0])
+        said = f"key {keys[row]}: the encoder gives features that are not finite in float16"
+        if (layer := self.batches.first_not_finite(encoded.images[row])) is None:
+            return said
+        said += f"; the first that are not come from {layer}, computing in {self.config.precision}"
+        advice = f": set {self.key}.encoder_dtype=float32"
+        return said if self.config.precision == "float32" else said + advice
 
 
 def merge_statistics(folder: Folder, names: Iterable[str], file: str) -> None:
@@ -296,7 +287,7 @@ def image_features_stage(
     digest = place.digests.folder(encoder.path, f"{key}.path")
     return ShardStage(
         name,
-        fingerprint_fields(name, encoder, digest),
+        fingerprint_fields(name, encoder, digest, config),
         place.data / name,
         (images,),
         ImageFeaturesWorker,

@@ -27,6 +27,20 @@ class PromptFeaturesConfig(CaptionArrayConfig):
     kind: Literal["prompt_features"] = "prompt_features"
     dtype: Literal["float16", "float32"] = "float16"
     """Precision in which the features are stored. A value beyond float16's range is an error."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile the language model's layers; auto: on a GPU. Where it cannot be done they run as they
+    are, with a warning. Counts as changing no more than `batch_size` does.
+    """
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the layers are compiled."""
+        return self.actors.num_gpus > 0 if self.compile == "auto" else self.compile
+
+
+BUCKET = 32
+"""Where layers are compiled, prompts are as long as a multiple of this, so that few lengths are met."""
+COST_OF_EAGER = "Reading takes longer so"
 
 
 class PromptFeaturesWorker(CaptionArrayWorker):
@@ -37,6 +51,13 @@ class PromptFeaturesWorker(CaptionArrayWorker):
     def __init__(self, folder: Folder, source: Folder, config: PromptFeaturesConfig, **reading: Any):
         self.dtype = config.dtype
         super().__init__(folder, source, config.batch_size, config.actors, **reading)
+        self.is_static = config.compiles
+        if config.compiles:
+            from repfusion.devices.compiling import compilation_for
+
+            self.mllm.bucket = BUCKET
+            what = "the language model's layers"
+            self.mllm.compile_layers(compilation_for(self.device.type, what, COST_OF_EAGER))
 
     def make(self, captions: Sequence[str], shard: Path | Folder) -> list[Made]:
         """Last-layer states, unpadded. Raises ShardError where one is not finite as it is stored."""
@@ -45,7 +66,9 @@ class PromptFeaturesWorker(CaptionArrayWorker):
         from repfusion.conditioning.text_embed import encode_text
         from repfusion.inputs import to_device
 
-        rows = encode_text(self.mllm, to_device(self.mllm.tokenise(captions), self.device))
+        filling = [captions[0]] * (self._room.most - len(captions)) if self.is_static else []
+        prefix = to_device(self.mllm.tokenise([*captions, *filling]), self.device)
+        rows = encode_text(self.mllm, prefix)[: len(captions)]
         # one transfer from the device for all of them
         stored = torch.cat(rows).to(getattr(torch, self.dtype)).cpu().split([len(row) for row in rows])
         for caption, row in zip(captions, stored, strict=True):

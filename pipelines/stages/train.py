@@ -46,6 +46,7 @@ ROUNDING = (
     "offload_optimizer",
     "activation_checkpointing",
     "compile",
+    "reads_prompts_apart",
     "micro_batch_size",
     "attention",
     "num_threads",

@@ -40,7 +40,7 @@ class Drawing:
         return self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     def identity(self, items: Sequence[Item]) -> dict[str, Any]:
-        """What decides the images of items; neither batch size nor device do."""
+        """What decides the images of items; neither batch size nor device nor speed do."""
         if self._weights is None:
             self._weights = self.run(self._digests)
         config = self.config
@@ -83,6 +83,8 @@ class Drawing:
         model = load(self.checkpoint, self.config.use_ema).to(self.device)
         if self.config.dropped_taps:
             drop_taps(model.conditioner, self.config.dropped_taps)
+        if self.config.fast:
+            model.speed_up_sampling(self.config.sampler.precision)
         return model, model.load_decoder()
 
 

@@ -35,6 +35,8 @@ class EvaluationConfig(Config):
     """Layers that a trained LAP does without, by the numbers of its taps."""
     device: str | None = None
     """Torch device; None takes CUDA where there is one."""
+    fast: bool = False
+    """Compile, and on a GPU draw each step as one CUDA graph. Images change by rounding, as by the device."""
 
     @field_validator("suites", mode="before")
     @classmethod

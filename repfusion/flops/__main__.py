@@ -14,6 +14,7 @@ from repfusion.config import read_values, validate
 from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.display.redaction import redact_text
 from repfusion.display.terminal import printable_lines
+from repfusion.flops.activations import activation_bytes
 from repfusion.flops.count import Costs, eyes_cost, sample_costs, train_costs
 from repfusion.flops.counter import Cost, Number
 from repfusion.flops.memory import Frozen, column_bytes, rank_memory, sizes
@@ -73,6 +74,27 @@ def memory_table(model: TextToImage, config: EngineConfig, num_ranks: int) -> st
     return aligned(rows)
 
 
+CARD_BYTES = 80e9
+"""What torch can give out of an 80 GB card, whose 85.5e9 bytes also hold a context and holes."""
+
+
+def activations_table(model: TextToImage, config: EngineConfig, num_ranks: int, num_text_tokens: int) -> str:
+    """Bytes of a sample's activations, and the largest micro-batch beside what one of `num_ranks` ranks holds
+    on a card of 80 GB.
+    """
+    trained = sum(size.num_trainable for size in sizes(model).values())
+    free = CARD_BYTES - float(rank_memory(trained, Frozen.of(model, config), config, num_ranks).device)
+    found = activation_bytes(model, num_text_tokens)
+    rows = [("MB a sample", "counted", "fits 80 GB")]
+    for name, size in (
+        ("nothing computed again, eager", found.eager),
+        ("selective", found.products),
+        ("full", found.layer_inputs),
+    ):
+        rows.append((name, f"{size / 1e6:,.2f}", f"{max(0, int(free // size)):,}"))
+    return aligned(rows)
+
+
 def training_of(path: Path | None) -> tuple[EngineConfig, int | None]:
     """The engine of a training's YAML (or of a workflow's `train`), and the samples that it sees in all."""
     fields = {} if path is None else read_values(path)
@@ -116,7 +138,13 @@ def say(config: ModelConfig, path: Path | None, args: argparse.Namespace) -> Non
     print()
     print(memory_table(model, engine, args.ranks))
     where = "bfloat16 on a GPU" if engine.precision == "bf16" else f"in {config.mllm_dtype}"
-    print(f"one of {args.ranks} ranks, frozen weights {where}; activations are not counted")
+    print(f"one of {args.ranks} ranks, frozen weights {where}; without activations:")
+    print()
+    if config.conditioning.reads_images:
+        print("activations of a method that reads images are not counted")
+        return
+    print(activations_table(model, engine, args.ranks, round(args.text_tokens)))
+    print(f"micro-batches under ZeRO {engine.zero_stage}; compiled, `none` lies between the first two rows")
 
 
 def main() -> None:

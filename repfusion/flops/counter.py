@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 from repfusion.inputs import map_tensors
+from repfusion.llm.kept import KeptLayer
 
 Number = int | float | Fraction
 M = TypeVar("M", bound=nn.Module)
@@ -213,6 +214,8 @@ def keep_alike(cache: Any, first: nn.Module, layer: nn.Module) -> None:
     alike, has kept.
     """
     source, index = place_in_cache(first), place_in_cache(layer)
+    if isinstance(cache.layers[source], KeptLayer):
+        return  # it keeps nothing of what is read after the prompts
     new = cache.get_seq_length(source) - cache.get_seq_length(index)
     kept = cache.layers[source]
     cache.update(kept.keys[:, :, -new:], kept.values[:, :, -new:], index)

@@ -65,17 +65,25 @@ def read_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def read_pixels(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "h w 3"]:
-    """The pixels of `read_image`; those of a plain PNG by OpenCV, in a quarter of the time. Raises
-    BadImage.
+    """The pixels of `read_image`; those of a plain PNG or baseline JPEG by OpenCV, in a quarter and in half
+    of the time. Raises BadImage.
     """
     if is_plain_png(data):
         check_pixels(*PNG_HEADER.unpack_from(data, len(PNG_START))[:2], max_pixels)
-        import cv2
-
-        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        if (pixels := cv2.imdecode(np.frombuffer(data, np.uint8), flags)) is not None:
+        if (pixels := _by_opencv(data)) is not None:
             return pixels
-    return np.asarray(read_image(data, max_pixels))
+    image = EncodedImage(data, max_pixels)
+    is_baseline = image.plain_extension == "jpg" and not image.opened.info.get("progressive")
+    if is_baseline and (pixels := _by_opencv(data)) is not None:
+        return pixels
+    return np.asarray(image.decode())
+
+
+def _by_opencv(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
+    import cv2
+
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
 
 
 def png_text(data: bytes, name: str) -> str | None:

@@ -1,5 +1,6 @@
 """Pixels -> features, whatever the encoder: its sizes, and what it refuses."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -62,6 +63,26 @@ class PixelEncoder(nn.Module):
     def encode_images(self, images: UInt8[Tensor, "b h w 3"]) -> Encoding:
         """`encode` of 8-bit images of the encoder's size; nothing here waits for a GPU to have finished."""
         return self._encode(images.permute(0, 3, 1, 2).float().div(255))
+
+    @torch.no_grad()
+    def first_not_finite(self, images: UInt8[Tensor, "b h w 3"]) -> str | None:
+        """The name of the first part whose output is not finite, of 8-bit images; None where all is. A way
+        to blame a layer once something went wrong: it waits for a GPU after every part.
+        """
+        found: list[str] = []
+
+        def look(name: str, module: nn.Module, inputs: object, output: object) -> None:
+            if not found and isinstance(output, Tensor) and not output.isfinite().all():
+                found.append(name)
+
+        leaves = [(name, one) for name, one in self.named_modules() if not any(one.children())]
+        hooks = [one.register_forward_hook(partial(look, name)) for name, one in leaves]
+        try:
+            self.encode_images(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found[0] if found else None
 
     def _encode(self, pixels: Float[Tensor, "b 3 h w"]) -> Encoding:
         raise NotImplementedError

@@ -5,6 +5,8 @@ or a VAE.
 from pathlib import Path
 from typing import Annotated
 
+import torch
+
 from repfusion.config import Config, Weights
 from repfusion.latents.encoder import PixelEncoder
 from repfusion.latents.geometry import is_vae
@@ -31,10 +33,11 @@ class EncoderConfig(Config):
     are interpolated. None is the size it was trained at.
     """
 
-    def load(self, on_meta: bool = False) -> PixelEncoder:
-        """The encoder, on the CPU in float32.
+    def load(self, on_meta: bool = False, dtype: torch.dtype = torch.float32) -> PixelEncoder:
+        """The encoder, on the CPU.
 
         Args:
+            dtype: in which it computes; a LayerNorm at its end is float32 in any case.
             on_meta: shapes without memory: of a tower's weights the headers alone are read. A VAE, which is
                 small, is read.
 
@@ -42,9 +45,8 @@ class EncoderConfig(Config):
             ValueError: where the folder has no such tower, layer or size, or weights that do not fit.
         """
         if is_vae(self.path):
-            return VAEEncoder.from_pretrained(self.path, image_size=self.image_size)
-        size = self.image_size
-        return RepresentationEncoder.from_pretrained(self.path, self.layer, image_size=size, on_meta=on_meta)
+            return VAEEncoder.from_pretrained(self.path, dtype, self.image_size)
+        return RepresentationEncoder.from_pretrained(self.path, self.layer, dtype, self.image_size, on_meta)
 
 
 def load_decoder(folder: str | Path, grid: tuple[int, int] | None = None, on_meta: bool = False) -> Decoder:

@@ -15,6 +15,8 @@ from jaxtyping import Float, Float64
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from repfusion.inputs import map_tensors
+
 VARIANCE_EPS = 1e-5
 TENSORS, TOKEN_TENSORS = {"count", "mean", "m2"}, {"token_mean", "token_std"}
 """Names in a file of statistics; the latter are in those of encoders that end in a LayerNorm."""
@@ -57,13 +59,20 @@ class LatentStatistics:
             raise ValueError("latent statistics of no images: run the latents stage on a non-empty data set")
         return self.m2 / self.count
 
-    def update(self, features: Float[Tensor, "b n d"], tokens: TokenScale | None = None) -> None:
-        """Adds a batch of features, with what the encoder's LayerNorm took of their tokens."""
-        batch = features.detach().to("cpu", torch.float64)
+    @classmethod
+    def of(cls, features: Float[Tensor, "b n d"], tokens: TokenScale | None = None) -> "LatentStatistics":
+        """Statistics of a batch of features, summed on their device, with what the encoder's LayerNorm took
+        of their tokens.
+        """
+        batch = features.detach().to(torch.float64)
         mean = batch.mean(0)
         if tokens is not None:
-            tokens = TokenScale(*(one.detach().to("cpu", torch.float64).mean(0) for one in tokens))
-        self.merge(LatentStatistics(len(batch), mean, (batch - mean).square().sum(0), tokens))
+            tokens = TokenScale(*(one.detach().to(torch.float64).mean(0) for one in tokens))
+        return cls(len(batch), mean, (batch - mean).square().sum(0), tokens)
+
+    def update(self, features: Float[Tensor, "b n d"], tokens: TokenScale | None = None) -> None:
+        """Adds a batch of features, with what the encoder's LayerNorm took of their tokens."""
+        self.merge(map_tensors(self.of(features, tokens), Tensor.cpu))
 
     def merge(self, other: "LatentStatistics") -> None:
         """Adds another set's statistics; rounding depends on the order: keep it fixed where bits matter.

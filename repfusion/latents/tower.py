@@ -98,8 +98,10 @@ class RepresentationEncoder(PixelEncoder):
         folder = Path(folder)
         geometry = tower_geometry(folder, image_size)
         statistics = pixel_statistics(folder)
-        tower = load_tower(folder, dtype, on_meta)
-        return cls(tower, layer, geometry, *statistics, "none" if on_meta else weights_digest(folder))
+        tower = load_tower(folder, torch.float32, on_meta)
+        made = cls(tower, layer, geometry, *statistics, "none" if on_meta else weights_digest(folder))
+        made.tower.to(dtype)  # once its positions are interpolated, in float32
+        return made
 
     def _encode(self, pixels: Float[Tensor, "b 3 h w"]) -> Encoding:
         """Features have zero mean and unit variance over each token's channels."""

@@ -2,10 +2,9 @@
 further tokens after them, in training at once and in sampling after keys and values computed once.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,8 +13,11 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from repfusion.devices.compiling import Compilation
+from repfusion.inputs import map_tensors
 from repfusion.llm.chats.eyes import Eyes, text_positions
 from repfusion.llm.chats.format import ChatFormat
+from repfusion.llm.kept import KeptPrompts, with_own_layer
 from repfusion.llm.projector import Projector
 from repfusion.llm.tokenizer import context_length, plain_ids
 
@@ -39,12 +41,11 @@ class PromptTooLong(ValueError):
 
 @dataclass(frozen=True)
 class Prefix:
-    """Prompt ids `[b, m]`, left-padded, their mask, and, for sampling, the keys and values over them."""
+    """Prompt ids `[b, m]`, left-padded, their mask, and, where those are kept, their keys and values."""
 
     ids: Int[Tensor, "b m"]
     mask: Bool[Tensor, "b m"]
-    cache: Any = None
-    """A transformers Cache; only without gradients: a layer that is recomputed would fill it twice."""
+    kept: KeptPrompts | None = None
 
     @property
     def positions(self) -> Int[Tensor, "b m"]:
@@ -52,13 +53,8 @@ class Prefix:
         return text_positions(self.mask)
 
     def first(self, num: int) -> "Prefix":
-        """The first `num` prompts."""
-        cache = self.cache
-        if cache is not None:
-            cache = copy.copy(cache)
-            cache.layers = [copy.copy(layer) for layer in cache.layers]
-            cache.batch_select_indices(slice(num))  # views
-        return Prefix(self.ids[:num], self.mask[:num], cache)
+        """The first `num` prompts; of keys and values, views."""
+        return map_tensors(self, lambda rows: rows[:num])
 
 
 class LanguageModel(nn.Module):
@@ -83,6 +79,8 @@ class LanguageModel(nn.Module):
     """Whether models of the family see images."""
     needs_template: ClassVar[bool] = False
     """Whether the family is asked by a chat template alone, never in plain text."""
+    is_causal: ClassVar[bool] = True
+    """Whether a token sees those before it alone, so that padding after it needs no mask."""
     takes_latents: ClassVar[bool] = True
     """Whether latents may stand in the language model's context in the place of hidden states of its tower,
     as RepFusion has them.
@@ -118,6 +116,12 @@ class LanguageModel(nn.Module):
         self.begin_id: int = begin_id
         self.end_id: int = begin_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         self.pad_id: int = begin_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.bucket = 1
+        """Prompts are padded to a multiple of so many tokens."""
+        self.reads_apart = False
+        """Whether, in training too, prompts are read before what follows them, without gradients, of which
+        a frozen model's prompts have none to hand on.
+        """
         self._ids: dict[str, list[int]] = {}
 
     @classmethod
@@ -169,6 +173,11 @@ class LanguageModel(nn.Module):
         """Transformer layers, which are compiled and checkpointed one by one."""
         return list(self.language_model.layers)
 
+    def compile_layers(self, compilation: Compilation) -> None:
+        """Compiles the layers one by one, in place."""
+        for number, layer in enumerate(self.layers):
+            layer.forward = with_own_layer(layer.forward, compilation(layer.forward), number)
+
     def unfreeze(self) -> None:
         """Trains the language model, and its head where there is one, from now on."""
         self.language_model.requires_grad_(True)
@@ -219,27 +228,41 @@ class LanguageModel(nn.Module):
                 raise PromptTooLong(prompt, len(ids) + 1, self.max_text_tokens)
 
     def tokenise(self, prompts: Sequence[str]) -> Prefix:
-        """Prompts -> ids and mask on the CPU, left-padded, each `framed`.
+        """Prompts -> ids and mask on the CPU, left-padded to a multiple of `bucket`, each `framed`.
 
         Raises:
             PromptTooLong: where a prompt is longer than the context.
         """
         self.check_lengths(prompts)
         rows = [self.framed(ids) for ids in self.token_ids(prompts)]
-        width = max(map(len, rows))
+        width = min(-(-max(map(len, rows)) // self.bucket) * self.bucket, self.max_text_tokens)
         ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in rows])
         lengths = torch.tensor([len(row) for row in rows])
         return Prefix(ids, torch.arange(width) >= width - lengths[:, None])
 
     def read(self, prefix: Prefix) -> Float[Tensor, "b m c"]:
-        """Last hidden states of the prompts (after the final norm)."""
-        return self._run(prefix, use_cache=False).last_hidden_state
+        """Last hidden states of the prompts (after the final norm). What stands at padding means nothing."""
+        return self.read_layers(prefix, LAST)[0]
 
     def read_layers(self, prefix: Prefix, layers: Sequence[int]) -> tuple[Float[Tensor, "b m c"], ...]:
         """Hidden states of the prompts in several layers, as transformers counts them: 0 are the embeddings,
         -1 the last layer's after the final norm.
         """
-        return states_of(self._run(prefix, use_cache=False, output_hidden_states=True), layers)
+        # without a mask flash attention serves, which a CPU does not have
+        run = self.run_unmasked if self.is_causal and prefix.ids.is_cuda else self._run
+        return states_of(run(prefix, output_hidden_states=tuple(layers) != LAST), layers)
+
+    def run_unmasked(self, prefix: Prefix, output_hidden_states: bool = False) -> Any:
+        """The prompts with their padding after them, where no token that counts looks, and no mask; what
+        comes out stands where it does with one.
+        """
+        padding = (~prefix.mask).sum(1, keepdim=True)
+        places = torch.arange(prefix.ids.shape[1], device=prefix.ids.device)
+        rows = prefix.ids.gather(1, (places + padding) % prefix.ids.shape[1])
+        out = self.language_model(input_ids=rows, use_cache=False, output_hidden_states=output_hidden_states)
+        back = partial(take, positions=(places - padding) % prefix.ids.shape[1])
+        hidden = tuple(map(back, out.hidden_states)) if output_hidden_states else None
+        return type(out)(last_hidden_state=back(out.last_hidden_state), hidden_states=hidden)
 
     @property
     def key_width(self) -> int:
@@ -259,11 +282,12 @@ class LanguageModel(nn.Module):
         return tuple((_all_heads(kept[one - 1].keys), _all_heads(kept[one - 1].values)) for one in layers)
 
     def remember(self, prefix: Prefix) -> Prefix:
-        """The prefix with the keys and values of its prompts, for many steps without gradients."""
+        """The prefix with the keys and values of its prompts, which have no gradients."""
         with torch.no_grad():
-            return Prefix(prefix.ids, prefix.mask, self._run(prefix, use_cache=True).past_key_values)
+            cache = self._run(prefix, use_cache=True).past_key_values
+        return Prefix(prefix.ids, prefix.mask, KeptPrompts.of(cache, self.folder))
 
-    def _run(self, prefix: Prefix, use_cache: bool, output_hidden_states: bool = False) -> Any:
+    def _run(self, prefix: Prefix, use_cache: bool = False, output_hidden_states: bool = False) -> Any:
         return self.language_model(
             input_ids=prefix.ids,
             attention_mask=prefix.mask.long(),
@@ -289,7 +313,9 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Tensor, "b n c"], ...]:
         """Hidden states of further tokens in several layers, counted as in `read_layers`."""
         tokens = tokens.to(self.language_model.dtype)
-        read = _read_whole if prefix.cache is None else _read_cached
+        if self.reads_apart and prefix.kept is None and self.is_frozen:
+            prefix = self.remember(prefix)
+        read = _read_whole if prefix.kept is None else _read_after
         return read(self.language_model, prefix, tokens, bidirectional, layers)
 
     def embed(self, ids: Int[Tensor, "b k"]) -> Float[Tensor, "b k c"]:
@@ -311,20 +337,24 @@ def states_of(out: Any, layers: Sequence[int]) -> tuple[Tensor, ...]:
     return tuple(out.last_hidden_state if layer == -1 else out.hidden_states[layer] for layer in layers)
 
 
-def _read_cached(
+def _read_after(
     model: Any, prefix: Prefix, tokens: Tensor, bidirectional: bool, layers: Sequence[int]
 ) -> tuple[Tensor, ...]:
-    """After the prompts that the cache remembers."""
-    num_text = prefix.ids.shape[1]
+    """After the prompts whose keys and values are kept. The mask is whole, so that nothing has to ask a GPU
+    what it says.
+    """
+    assert prefix.kept is not None
+    num_text, num = prefix.ids.shape[1], tokens.shape[1]
     mask = torch.cat([prefix.mask, prefix.mask.new_ones(tokens.shape[:2])], dim=1)
-    if (surplus := prefix.cache.get_seq_length() - num_text) > 0:
-        prefix.cache.crop(-surplus)  # forget the previous step's tokens
-    seen = mask[:, None, None].expand(-1, 1, tokens.shape[1], -1) if bidirectional else mask.long()
+    seen = mask[:, None, None].expand(-1, 1, num, -1)
+    if not bidirectional:
+        places = torch.arange(mask.shape[1], device=mask.device)
+        seen = seen & (places <= num_text + torch.arange(num, device=mask.device)[:, None])
     out = model(
         inputs_embeds=tokens,
         attention_mask=seen,
         position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, num_text:],
-        past_key_values=prefix.cache,
+        past_key_values=prefix.kept.cache(),
         use_cache=True,
         output_hidden_states=tuple(layers) != LAST,
     )

@@ -19,6 +19,7 @@ class T5Encoder(LanguageModel):
     """T5's encoder in the place of a language model, for methods that read the prompt alone."""
 
     beside = r"decoder\.|lm_head\."
+    is_causal = False
 
     @classmethod
     def model_class(cls, config: Any) -> Any:
@@ -61,7 +62,7 @@ class T5Encoder(LanguageModel):
             "layer_per_block, or a causal language model"
         )
 
-    def _run(self, prefix: Prefix, use_cache: bool, output_hidden_states: bool = False) -> Any:
+    def _run(self, prefix: Prefix, use_cache: bool = False, output_hidden_states: bool = False) -> Any:
         # positions are relative: what stands left of a prompt moves nothing but by the mask
         assert not use_cache
         return self.language_model(

@@ -1,18 +1,56 @@
 """What a training loop asks of a model: inputs of samples, losses by name, and which weights it trains."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from repfusion.conditioning.base import Losses
 from repfusion.config import Config
 from repfusion.data.dataset import Sample
 from repfusion.data.readers import Reader
 from repfusion.data.recipe import Recipe
+from repfusion.devices.compiling import Compilation
 from repfusion.inputs import Inputs
+
+_aten = torch.ops.aten
+PRODUCTS = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.linear.default,
+    _aten.convolution.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+}
+"""Operators whose results selective checkpointing keeps: they take nearly all of a layer's time. Not `bmm`:
+attention written out would have it keep every score.
+"""
+
+
+def keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """What selective checkpointing does with an operator's result (torch's policy function)."""
+    return CheckpointPolicy.MUST_SAVE if operator in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def computed_again(forward: Callable[..., Any], which: Literal["selective", "full"]) -> Callable[..., Any]:
+    """A layer's function, of whose activations only some are kept; see `Trainable.checkpoint_activations`."""
+    keep = partial(create_selective_checkpoint_contexts, keep_products)
+    contexts = keep if which == "selective" else noop_context_fn
+
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+    return checkpointed
 
 
 class Trainable(nn.Module):
@@ -49,15 +87,17 @@ class Trainable(nn.Module):
         """Modules without a trained parameter that hold most of the weights."""
         return []
 
-    def checkpoint_activations(self) -> None:
-        """Computes the activations of each layer again in the backward pass from now on."""
+    def checkpoint_activations(self, which: Literal["selective", "full"] = "full") -> None:
+        """Computes activations of each layer again in the backward pass from now on: all of them, or those
+        that no matrix product made (Korthikanti et al., arXiv 2205.05198, for the idea of a selection).
+        """
         for layer in self.layers():
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = computed_again(layer.forward, which)
 
-    def compile_blocks(self) -> None:
-        """Compiles the layers with torch.compile, in place."""
+    def compile_blocks(self, compilation: Compilation) -> None:
+        """Compiles the layers one by one, in place."""
         for layer in self.layers():
-            layer.compile()
+            compilation.module(layer)
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Parameters that training changes, by name."""

@@ -41,12 +41,20 @@ class EngineConfig(Config):
     offload_optimizer: bool = False
     """Keep optimizer state and master weights in the host's memory and update them there. Needs stage 1 to 3.
     """
-    activation_checkpointing: bool = False
-    """Compute the activations of each block of the DiT and of the MLLM again in the backward pass instead of
-    keeping them: about a third more work for a fraction of the memory.
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What activations of each block of the DiT and of the MLLM are computed again in the backward pass
+    instead of being kept. selective: all but the results of matrix products and of attention, which is little
+    work. full: all of them, about a third more work for a fraction of the memory.
     """
-    compile: bool = False
-    """torch.compile the blocks of the DiT and the layers of the MLLM. Not with stage 3."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile the blocks of the DiT and the layers of the MLLM; auto: on a GPU. Where it cannot be done
+    they run as they are, with a warning. Under stage 3 the weights of a layer are then gathered together.
+    """
+    reads_prompts_apart: bool = False
+    """Read prompts before the noisy latents, with a frozen MLLM and without gradients, so that of them keys
+    and values alone are kept. Worth it for long prompts: attention then takes a mask, which is slower than
+    without.
+    """
     lr: float = 3e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -85,11 +93,11 @@ class EngineConfig(Config):
             raise ValueError(f"frozen: sharded needs zero_stage 3, it is {self.zero_stage}")
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3; it is 0")
-        if self.compile and self.zero_stage == 3:
-            raise ValueError(
-                "compile cannot be combined with zero_stage 3, which gathers weights between modules; use 2"
-            )
         return self
+
+    def compiles(self, device_type: str) -> bool:
+        """Whether layers are compiled on a device."""
+        return device_type == "cuda" if self.compile == "auto" else self.compile
 
 
 class NonFiniteError(RuntimeError):
@@ -231,6 +239,8 @@ class Engine:
         num_steps: length of the run, for the learning-rate schedule.
         frozen: parts without trained parameters. Unless `config.frozen` is sharded they are taken out of the
             module: DeepSpeed leaves them alone.
+        layers: parts of the module that are compiled. Under stage 3 each has all of its weights gathered
+            before it runs, since what is compiled cannot wait for them within.
     """
 
     def __init__(
@@ -240,6 +250,7 @@ class Engine:
         global_batch_size: int,
         num_steps: int,
         frozen: Sequence[nn.Module] = (),
+        layers: Sequence[nn.Module] = (),
     ):
         prepare_environment()
         init_process_group()
@@ -248,6 +259,11 @@ class Engine:
         local_rank = int(os.environ["LOCAL_RANK"])
         self.device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
         if self.device.type == "cuda":
+            if local_rank >= (num := torch.cuda.device_count()):
+                raise ValueError(
+                    f"rank {self.rank} is number {local_rank} of its node, which shows {num} GPUs; start as "
+                    "many ranks as there are GPUs, each of which serves one, or look at CUDA_VISIBLE_DEVICES"
+                )
             torch.cuda.set_device(self.device)
         else:
             workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -265,19 +281,19 @@ class Engine:
             config.attention == "auto" and self.device.type == "cpu"
         )
         self.stage = stage_to_run(config, self.world_size)
-        forward = Forward(module, config.precision, self.device)
+        self.forward = forward = Forward(module, config.precision, self.device)
         replicated = [] if config.frozen == "sharded" else frozen
         for part in replicated:
             part.to(self.device)
         take_out(forward, replicated)
-        self.deepspeed = self._initialize(forward, global_batch_size)
+        self.deepspeed = self._initialize(forward, global_batch_size, layers if self.stage == 3 else ())
         # One rank has nobody to average with.
         self.deepspeed.enable_backward_allreduce = self.stage > 0 or self.world_size > 1
         self.partition = Partition(self.parameters, self.deepspeed.optimizer, self.stage)
         self.losses: list[dict[str, Tensor]] = []
         self.keys: list[str] = []
 
-    def _initialize(self, forward: Forward, global_batch_size: int) -> Any:
+    def _initialize(self, forward: Forward, global_batch_size: int, whole: Sequence[nn.Module]) -> Any:
         with quiet_stdout(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import deepspeed
@@ -287,6 +303,8 @@ class Engine:
             # and a C++ compiler needed.
             # Only its inference all-reduce calls it; training goes through gloo.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            for part in whole:
+                deepspeed.utils.set_z3_leaf_module(part, True)
             parameters = self.parameters.values()
             groups = [
                 {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.config.weight_decay},
@@ -302,6 +320,9 @@ class Engine:
             settings = deepspeed_config(
                 self.config, self.stage, global_batch_size, self.world_size, num_trainable
             )
+            if whole:
+                # it would put a Python function of its own in the place of every product
+                settings["zero_optimization"]["memory_efficient_linear"] = False
             return deepspeed.initialize(model=forward, optimizer=optimizer, config=settings)[0]
 
     def weights(self) -> dict[str, Tensor] | None:
@@ -309,6 +330,16 @@ class Engine:
         if self.stage == 3:
             return self.partition.gather(self.partition.masters)
         return None if self.rank else {name: p.detach().cpu() for name, p in self.parameters.items()}
+
+    def rehearse(self, **inputs: Any) -> None:
+        """A forward and a backward pass that leave nothing behind and wait for no other rank. Not under stage
+        3, whose weights are with the others.
+        """
+        assert self.stage < 3
+        with sdpa_kernel(SDPBackend.MATH) if self.math_attention else nullcontext():
+            losses = self.forward(**inputs).values()
+            total = functools.reduce(torch.add, [one.float().mean() for one in losses])
+            torch.autograd.grad(total, list(self.parameters.values()), allow_unused=True)
 
     def accumulate(self, keys: list[str], **inputs: Any) -> Float[Tensor, " b"]:
         """Forward and backward of one micro-batch; returns the first loss of each sample. `keys` name the

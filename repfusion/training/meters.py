@@ -40,6 +40,8 @@ class Report:
     """10^12 FLOPs per second of one rank, by the count of `repfusion.flops`."""
     mfu: float | None
     """tflops over the device's bfloat16 peak; None where that is unknown."""
+    recompilations: int
+    """Graphs that a rank compiled since its warm-up, at most; more than 0 says that sizes never settle."""
     loss_by_noise: dict[str, float]
     """Mean loss of the samples whose noise level lies in a range, such as "0.2-0.4"."""
 
@@ -90,14 +92,17 @@ class Meters:
         """Time that was not spent training."""
         self.started += seconds
 
-    def report(self, step: int, stats: StepStats, peak_flops: float | None) -> Report:
+    def report(
+        self, step: int, stats: StepStats, peak_flops: float | None, recompilations: int = 0
+    ) -> Report:
         """What was collected since the last one, which is then forgotten."""
         seconds = time.perf_counter() - self.started
-        worst = torch.tensor([self.waited_sec, memory_bytes(self.device) / 2**30], device=self.device)
+        memory_gib = memory_bytes(self.device) / 2**30
+        worst = torch.tensor([self.waited_sec, memory_gib, recompilations], device=self.device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         dist.all_reduce(self.by_noise)
         sums, counts = self.by_noise.tolist()
-        waited_sec, memory_gib = worst.tolist()
+        waited_sec, memory_gib, recompilations = worst.tolist()
         num_steps = len(self.losses)
         loss, *others = (
             (name, sum(step[name] for step in self.losses) / num_steps) for name in self.losses[0]
@@ -118,6 +123,7 @@ class Meters:
             epochs=step * self.samples_per_step / self.num_samples,
             tflops=flops_per_sec / 1e12,
             mfu=None if peak_flops is None else flops_per_sec / peak_flops,
+            recompilations=int(recompilations),
             loss_by_noise={
                 f"{i / NOISE_BUCKETS:.1f}-{(i + 1) / NOISE_BUCKETS:.1f}": total / count
                 for i, (total, count) in enumerate(zip(sums, counts, strict=True))

@@ -58,7 +58,7 @@ def test_a_prefix_moves_as_a_whole():
     """Its cache, where there is none, stays so."""
     prefix = Prefix(torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool))
     moved = to_device({"prefix": prefix}, torch.device("meta"))["prefix"]
-    assert isinstance(moved, Prefix) and moved.cache is None
+    assert isinstance(moved, Prefix) and moved.kept is None
     assert (moved.ids.device.type, moved.mask.device.type) == ("meta", "meta")
 
 

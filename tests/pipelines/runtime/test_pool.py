@@ -9,7 +9,14 @@ from typing import Any, ClassVar
 import pytest
 
 from pipelines.runtime import pool as pool_module
-from pipelines.runtime.pool import ActorPool, ActorsConfig, ShardJob, is_transient, run_shards
+from pipelines.runtime.pool import (
+    ActorPool,
+    ActorsConfig,
+    ShardJob,
+    is_transient,
+    run_shards,
+    shards_in_flight,
+)
 from pipelines.runtime.session import StageError
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, Sidecar, read_sidecar
@@ -282,3 +289,19 @@ def test_an_actor_works_on_two_shards_at_once_only_where_its_worker_says_so(
     arguments = {"folder": Folder(str(tmp_path))}
     found = run_shards(pool, "test", worker, arguments, jobs, ActorsConfig(num_actors=1))
     assert list(found.values()) == [met, met]
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "actors", "number"),
+    [
+        (1, {"num_cpus": 8, "num_gpus": 1}, 1),
+        (2, {"num_cpus": 8}, 2),
+        (2, {"num_cpus": 1, "num_gpus": 1}, 2),
+        (2, {"num_cpus": 7, "num_gpus": 0.5}, 7),
+        (2, {"num_cpus": 64, "num_gpus": 1}, 16),
+    ],
+)
+def test_an_actor_with_a_gpu_has_a_shard_in_flight_for_each_of_its_cpus(concurrency, actors, number):
+    worker = type("Worker", (), {"concurrency": concurrency})
+    assert shards_in_flight(worker, ActorsConfig(**actors)) == number
+    assert shards_in_flight(object, ActorsConfig(**actors)) == 1

@@ -3,6 +3,7 @@ two.
 """
 
 import io
+import itertools
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from pipelines.runtime.pool import ActorsConfig, ShardJob
+from pipelines.shards.arrays import npy_bytes
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, read_sidecar
 from pipelines.shards.tars import tar_shard
@@ -25,12 +27,12 @@ from pipelines.stages.image_features import (
     ImageFeaturesWorker,
     fingerprint_fields,
     merge_statistics,
-    npy_bytes,
 )
 from repfusion.files import file_sha256
 from repfusion.latents.encoder import Encoding
 from repfusion.latents.load import EncoderConfig
 from repfusion.latents.statistics import LatentStatistics
+from repfusion.scenes.world import WorldConfig, draw_scene, render, to_uint8
 
 SIZE, BATCH = 32, 4
 FORMATS = {"png": {}, "jpg": {"format": "JPEG", "quality": 90}, "webp": {"format": "WEBP", "quality": 90}}
@@ -313,10 +315,104 @@ def test_features_beyond_half_precision_are_refused_by_key(images, encoder, tmp_
         encoding.features[1, 2, 3] = 1e5
         return encoding
 
-    monkeypatch.setattr(worker.encoder, "encode_images", overflow)
+    monkeypatch.setattr(worker.batches, "encode", overflow)
     with pytest.raises(ShardError, match=r"key 000000001: .* not finite in float16"):
         worker(ShardJob("00000", "f"))
     assert worker.folder.names() == set()
+
+
+def test_a_tower_beyond_its_precision_is_named_with_layer_and_key(images, encoder, tmp_path):
+    """The second image alone: its product in the first block leaves float16's range, as attention's would."""
+    config = ImageFeaturesConfig(batch_size=BATCH, encoder_dtype="float16")
+    worker = ImageFeaturesWorker(Folder.at(tmp_path / "image_features"), images, config, encoder)
+    layer = worker.encoder.tower.encoder.layers[0].mlp.fc1
+    seen = itertools.count()
+
+    def overflow(module, inputs, output):
+        # the batch, then the second image alone, for whom it is looked
+        row = 1 if next(seen) == 0 else 0
+        return output.index_fill(0, torch.tensor([row]), 1e4).mul(10)
+
+    layer.register_forward_hook(overflow)
+    told = (
+        r"key 000000001: .* come from tower\.encoder\.layers\.0\.mlp\.\w+, computing in float16: "
+        r"set columns\.image_features\.encoder_dtype=float32"
+    )
+    with pytest.raises(ShardError, match=told):
+        worker(ShardJob("00000", "f"))
+
+
+COSINE, MEAN_ABSOLUTE = 0.9995, 0.02
+"""How far bfloat16 may take features, of unit variance, from float32's."""
+
+
+def test_bfloat16_keeps_the_stated_distance_to_float32():
+    """The shipped tower on scenes, whose LayerNorm at the end is float32 in both."""
+    config = WorldConfig(image_size=64)
+    pictures = np.stack([to_uint8(render(draw_scene(seed, config), config)) for seed in range(8)])
+    exact, low = (
+        EncoderConfig().load(dtype=dtype).encode_images(torch.from_numpy(pictures)).features
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert low.dtype == torch.float32 and not torch.equal(low, exact)
+    assert torch.cosine_similarity(low, exact, dim=-1).min() > COSINE
+    assert (low - exact).abs().mean() < MEAN_ABSOLUTE
+    torch.testing.assert_close(low.var(-1, correction=0), torch.ones(low.shape[:2]), atol=1e-3, rtol=0)
+
+
+def test_a_batch_that_does_not_fit_is_encoded_in_halves(images, encoder, tmp_path, monkeypatch, caplog):
+    whole = make_worker(Folder.at(tmp_path / "whole"), images, encoder)
+    whole(ShardJob("00000", "f"))
+    worker = make_worker(Folder.at(tmp_path / "image_features"), images, encoder)
+    encode = worker.batches.encode
+
+    def crowded(batch: torch.Tensor) -> Encoding:
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(batch)
+
+    monkeypatch.setattr(worker.batches, "encode", crowded)
+    assert worker(ShardJob("00000", "f")).samples == 10
+    assert "2 are taken from now on; set columns.image_features.batch_size=2" in caplog.text
+    made, expected = (members_of(tmp_path / name / "00000.tar") for name in ("image_features", "whole"))
+    assert made.keys() == expected.keys()
+    for name, data in made.items():
+        one, other = (np.load(io.BytesIO(part)) for part in (data, expected[name]))
+        np.testing.assert_allclose(one.astype(np.float32), other.astype(np.float32), atol=2e-3)
+    one, other = (
+        LatentStatistics.load(tmp_path / name / "00000.statistics.safetensors")
+        for name in ("image_features", "whole")
+    )
+    assert one.count == other.count == 10
+    torch.testing.assert_close(one.var, other.var, rtol=1e-2, atol=1e-3)
+
+
+def test_batches_of_one_size_change_nothing_but_rounding(images, encoder, tmp_path):
+    """The last batch of a shard is filled up where sizes are to be static, as on a GPU."""
+    found = []
+    for is_static in (False, True):
+        worker = make_worker(Folder.at(tmp_path / str(is_static)), images, encoder)
+        worker.batches.is_static = is_static
+        worker(ShardJob("00000", "f"))
+        members = members_of(tmp_path / str(is_static) / "00000.tar")
+        found.append({name: np.load(io.BytesIO(data)).astype(np.float32) for name, data in members.items()})
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 10
+    for name, features in found[0].items():
+        np.testing.assert_allclose(found[1][name], features, atol=2e-3)
+
+
+def test_what_an_encoder_computes_in_is_in_the_fingerprint_where_it_changes_bytes(encoder):
+    def differs(**fields) -> dict:
+        own = fingerprint_fields("image_features", encoder, "digest", ImageFeaturesConfig(**fields))
+        plain = fingerprint_fields("image_features", encoder, "digest")
+        assert plain.items() <= own.items()
+        return {name.rpartition(".")[2]: value for name, value in own.items() if name not in plain}
+
+    assert differs() == differs(encoder_dtype="float32", compile=False, batch_size=7) == {}
+    assert differs(actors=ActorsConfig(num_gpus=1)) == {"encoder_dtype": "bfloat16", "compile": True}
+    assert differs(actors=ActorsConfig(num_gpus=0.5), encoder_dtype="float32", compile=False) == {}
+    assert differs(encoder_dtype="float16") == {"encoder_dtype": "float16"}
+    assert differs(compile=True) == {"compile": True}
 
 
 def test_a_shard_that_changed_since_it_was_written_is_not_encoded(images, encoder, tmp_path):

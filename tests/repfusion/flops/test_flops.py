@@ -24,6 +24,7 @@ from repfusion.conditioning.text_embed import encode_text
 from repfusion.conditioning.transfusion import TransfusionConfig
 from repfusion.conditioning.unifusion import RewritingConfig
 from repfusion.data.readers import PROMPT_FEATURES
+from repfusion.devices.compiling import Compilation
 from repfusion.diffusion.flow import CAPTIONED, FlowConfig
 from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.flops.__main__ import main
@@ -319,8 +320,8 @@ def test_layers_that_differ_are_all_run(make_generator):
 def test_activations_that_are_computed_again_do_not_count(make_generator):
     expected = train_costs(make_generator(), 5)
     model = make_generator()
-    model.checkpoint_activations()
-    model.compile_blocks()
+    model.checkpoint_activations("selective")
+    model.compile_blocks(Compilation("the layers", ""))
     assert train_costs(model, 5) == expected
 
 

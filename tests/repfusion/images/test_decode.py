@@ -173,3 +173,20 @@ def test_as_many_scans_as_encoders_write_and_many_more_are_decoded():
     start = time.thread_time()
     assert reason(jpeg_of_scans(101)) == reason(jpeg_of_scans(10_000)) == "too_many_scans"
     assert time.thread_time() - start < 0.5
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("quality", [30, 90])
+def test_baseline_jpegs_have_the_same_pixels_by_opencv(quality, subsampling, monkeypatch):
+    """Whichever decoder reads them; what is progressive is Pillow's, whose time is bounded."""
+    rng, called = np.random.default_rng(0), []
+    by_opencv = decode._by_opencv
+    monkeypatch.setattr(decode, "_by_opencv", lambda data: (called.append(1), by_opencv(data))[1])
+    for progressive in (False, True):
+        small = Image.fromarray(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8))
+        image, stream = small.resize((61, 83), Image.Resampling.BICUBIC), io.BytesIO()
+        options = {"quality": quality, "subsampling": subsampling, "progressive": progressive}
+        image.save(stream, "JPEG", **options)
+        expected = np.asarray(read_image(stream.getvalue()))
+        np.testing.assert_array_equal(read_pixels(stream.getvalue()), expected)
+        assert len(called) == 1

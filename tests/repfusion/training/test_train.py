@@ -126,24 +126,39 @@ def test_activations_computed_again_change_nothing(world, tmp_path: Path, condit
     foundation, columns = world
     model = tiny_model(foundation, conditioning)
     data = tiny_data(columns)
-    for name, again in (("kept", False), ("again", True)):
-        engine = {"activation_checkpointing": again}
-        train(tiny_train(*world, tmp_path / name, engine, model=model, data=data, num_steps=2))
-    kept, again = (tiny_train(*world, tmp_path / name) for name in ("kept", "again"))
-    assert_same(weights(kept), weights(again))
+    kinds = ("none", "selective", "full")
+    for kind in kinds:
+        engine = {"activation_checkpointing": kind}
+        train(tiny_train(*world, tmp_path / kind, engine, model=model, data=data, num_steps=2))
+    kept, *others = (weights(tiny_train(*world, tmp_path / kind)) for kind in kinds)
+    for again in others:
+        assert_same(kept, again)
 
 
 @pytest.mark.slow
-def test_compiled_blocks_train_as_the_others_do(world, tmp_path: Path):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"activation_checkpointing": "selective"},
+        {"activation_checkpointing": "full"},
+        {"reads_prompts_apart": True},
+        {"zero_stage": 3, "frozen": "sharded"},
+    ],
+    ids=str,
+)
+def test_compiled_blocks_train_as_the_others_do(world, tmp_path: Path, changes: dict):
     """In a process of its own: the shape checks that tests run under cannot be compiled."""
     losses = []
     for compiled in (False, True):
-        config = tiny_train(*world, tmp_path / str(compiled), {"compile": compiled}, num_steps=2)
+        engine = {"compile": compiled, **(changes if compiled else {})}
+        config = tiny_train(*world, tmp_path / str(compiled), engine, num_steps=2)
         (path := tmp_path / f"{compiled}.json").write_text(config.model_dump_json())
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         command = [sys.executable, "-m", "repfusion.train", str(path)]
         found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert found.returncode == 0, found.stderr[-3000:]
+        assert "cannot be compiled" not in found.stderr
         losses.append(json.loads((config.output_dir / "train.json").read_text())["final_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

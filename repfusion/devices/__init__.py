@@ -1,0 +1,1 @@
+"""What a device can do and computes in, what does not fit it, and what is compiled for it."""
