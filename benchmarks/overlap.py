@@ -1,9 +1,9 @@
-"""`overlap: true` against stage by stage, on a source whose downloads take as long as encoding: wall time of the data
-stages, and their ratio; both make the same bytes, which is checked.
+"""`overlap: true` against stage by stage, on a source whose downloads take as long as encoding: wall time of
+the data stages, and their ratio; both make the same bytes, which is checked.
 
-Pictures are served on loopback, one at a time and each after a wait, so that downloading takes no processor: the
-wait is chosen such that a stage of downloads lasts as long as encoding does by itself. Both run in one Ray session
-on warm actors.
+Pictures are served on loopback, one at a time and each after a wait, so that downloading takes no processor:
+the wait is chosen such that a stage of downloads lasts as long as encoding does by itself. Both run in one
+Ray session on warm actors.
 
     python benchmarks/overlap.py [--num-shards 16] [--shard-size 64] [--rounds 3]
 """
@@ -108,7 +108,12 @@ def main() -> None:
             assert digests[0] == digests[1], "the bytes differ"
             stages = {one.name: one.manifest.seconds for one in plain}
             rounds.append(
-                {"stage_by_stage_sec": plain_sec, "overlap_sec": flow_sec, "of": flow_sec / plain_sec, **stages}
+                {
+                    "stage_by_stage_sec": plain_sec,
+                    "overlap_sec": flow_sec,
+                    "of": flow_sec / plain_sec,
+                    **stages,
+                }
             )
         pool.close()
     server.shutdown()

@@ -33,6 +33,7 @@ class _Part:
         """Sidecars as JSON, by shard: 100,000 of them in each stage, a third of the size of the objects."""
         self.run: ShardRun | None = None
         """None where every shard so far was there already."""
+        self.is_over = False
         self.held = ExitStack()
 
     @cached_property
@@ -99,6 +100,9 @@ class Flow:
                 self._files[part.stage.name, file] = self._early(part, file)
         for part in self.parts.values():
             self._offer_all(part)
+        for part in self.parts.values():
+            if part.stage.actors.num_gpus and self._flows(part.stage) and self._has_missing(part):
+                self._begin(part)  # its models are loaded while the first shards are on their way
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -122,6 +126,7 @@ class Flow:
         if part.run is None:
             return None
         part.held.close()
+        part.is_over = True
         part.run.check_failures(total)
         kept = tuple(Sidecar.model_validate_json(part.complete.pop(name)) for name in self.names)
         # an actor of a driver that was killed may live on for a moment and commit after ours did
@@ -148,9 +153,9 @@ class Flow:
 
     def _early(self, part: _Part, file: str) -> str:
         """sha256 of a file that depends on no shard, made where the stage is not complete already."""
-        output = part.output
-        if output is not None and part.sizes.get(file) == output.manifest.files[file].bytes:
-            return output.manifest.files[file].sha256
+        side = None if part.output is None else part.output.manifest.files.get(file)
+        if side is not None and part.sizes.get(file) == side.bytes:
+            return side.sha256
         self._begin(part)
         part.stage.finish(part.stage.folder, ShardTable.of([]))
         with part.stage.folder.local_copy(file) as path:
@@ -177,6 +182,14 @@ class Flow:
     def _is_ready(self, stage: ShardStage, name: str) -> bool:
         are_made = all(name in self._digests[one.name] for one in stage.upstream)
         return are_made and all(file in self._files for file in stage.stage_files)
+
+    def _flows(self, stage: ShardStage) -> bool:
+        """Whether shards come to the stage before those above it are through."""
+        above = [self.parts[one.name].stage for one in stage.upstream if one.name in self.parts]
+        return all(file in self._files for file in stage.stage_files) and all(map(self._flows, above))
+
+    def _has_missing(self, part: _Part) -> bool:
+        return not part.offered.union(part.known).issuperset(self.names)
 
     def _job(self, part: _Part, name: str) -> ShardJob:
         stage, more = part.stage, part.redo.get(name, {})
@@ -212,8 +225,8 @@ class Flow:
 
     def _busy(self) -> list[ShardRun]:
         """The stages at work, in their order; none where no shard is left that can be made."""
-        runs = [run for part in self.parts.values() if (run := part.run) is not None]
-        return [run for run in runs if run.is_busy or run.slots] if any(run.is_busy for run in runs) else []
+        runs = [part.run for part in self.parts.values() if part.run is not None and not part.is_over]
+        return runs if any(run.is_busy for run in runs) else []
 
     def _cluster(self) -> Mapping[str, float]:
         """What the cluster has, looked at now and then: nodes come and go."""

@@ -321,7 +321,9 @@ def test_a_local_folder_has_both_locks_and_readers_hold_the_kernels_alone(tmp_pa
 
 def test_a_bucket_that_is_not_there_is_named(s3_options: dict[str, Any]):
     folder = Folder("s3://nowhere/data/ingest", s3_options)
-    with pytest.raises(ValueError, match=r"s3://nowhere/data/ingest: its lock .* see that the bucket or folder"):
+    with pytest.raises(
+        ValueError, match=r"s3://nowhere/data/ingest: its lock .* see that the bucket or folder"
+    ):
         Lease(folder).__enter__()
 
 
