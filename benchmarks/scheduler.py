@@ -39,7 +39,7 @@ RECORDED_SEC = (
 )
 STRAGGLERS, SLOW_STARTS, FACTOR = 0.01, 0.05, 10.0
 START_SEC = 30.0
-"""Of an actor that imports torch and loads a tower."""
+"""How long an actor takes to import torch and load a tower."""
 LIFE_SEC, REPAIR_SEC = 24 * 3600.0, 600.0
 """Mean time between deaths of a node, and how long one is away."""
 CPUS_A_GPU = 8
@@ -70,7 +70,7 @@ class Node:
     actors: set[Actor] = field(default_factory=set)
     up_since: float = 0.0
     up_sec: float = 0.0
-    """Of earlier lives."""
+    """Seconds in earlier lives."""
 
 
 class SimulatedRay:
@@ -243,7 +243,7 @@ class Encode:
 
 
 def sidecar_of(job: ShardJob) -> Sidecar:
-    """Of about the size of a real one."""
+    """A sidecar of about the size of a real one."""
     return Sidecar(
         name=job.name,
         file=f"{job.name}.tar",

@@ -275,7 +275,7 @@ def _encoder_view(config: ModelConfig, model: TextToImage) -> tuple[int, int]:
 
 
 def expired(steps: Sequence[int], keep_last: int | None, keep_every_steps: int | None) -> list[int]:
-    """Of the steps of checkpoints, in order, those that need not stay: all but the last `keep_last`, those at
+    """The steps of checkpoints that need not stay, of all in order: all but the last `keep_last`, those at
     multiples of `keep_every_steps`, and the base (step 0). `keep_last` None keeps all.
     """
     older = () if keep_last is None else steps[:-keep_last]

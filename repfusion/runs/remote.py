@@ -52,8 +52,8 @@ class RemoteRun:
         return self._at("checkpoints", checkpoint_folder(Path(), step).name, *names)
 
     def steps(self, resumable: bool = False) -> list[int]:
-        """Of the checkpoints that are complete, in order; with `resumable`, of those that still hold the
-        state of the optimizer.
+        """Steps of the complete checkpoints, in order; with `resumable`, those that still hold the state of
+        the optimizer.
         """
         with _said(self.url):
             paths = self._files.find(self._at("checkpoints"))

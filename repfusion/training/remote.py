@@ -92,7 +92,7 @@ def _bring(remote: RemoteRun, step: int, folder: Path) -> str | None:
     working = working_folder(folder)
 
     def begin() -> tuple[bytes, Seals | str]:
-        """Its `complete.json`, and the seals of its files or why there are none."""
+        """The checkpoint's `complete.json`, and the seals of its files or why there are none."""
         mark = remote.complete(step) or b""
         begin_checkpoint(folder)
         (working / COMPLETE).write_bytes(mark)
