@@ -62,6 +62,10 @@ class StorageConfig(Config):
     """
     data_url: str | None = None
     """Folder or URL of the data stages, likewise. None leaves the workflow's own."""
+    output_url: str | None = None
+    """URL where every checkpoint is put too: a training's is the folder WORKFLOW/TRAINING in it. None leaves
+    the workflow's own.
+    """
 
 
 class BaseCluster(Config):

@@ -89,6 +89,9 @@ def _placed(cluster: BaseCluster, config: "WorkflowConfig") -> list[str]:
         found.append(f"root={cluster.storage.root.rstrip('/')}/{name}")
     if cluster.storage.data_url is not None:
         found.append(f"data_url={cluster.storage.data_url.rstrip('/')}/{name}")
+    if cluster.storage.output_url is not None:
+        place = f"{cluster.storage.output_url.rstrip('/')}/{name}"
+        found += [f"trainings.{one}.output_url={place}/{one}" for one in config.trainings]
     if cluster.mlflow_uri is not None:
         found += [f"trainings.{one}.tracking.uri={cluster.mlflow_uri}" for one in config.trainings]
     return found

@@ -41,7 +41,7 @@ def run_workflow(config: WorkflowConfig, started: float) -> None:
     """
     config.root.mkdir(parents=True, exist_ok=True)
     stages = build_stages(config, started)
-    results = run(stages, config.root, config.ray)
+    results = run(stages, config.root, config.ray, overlap=config.overlap)
     total_sec = time.perf_counter() - started
     summary = config.root / "summary.json"
     if all(result.skipped for result in results) and summary.is_file():

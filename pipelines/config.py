@@ -61,6 +61,11 @@ class WorkflowConfig(Config):
     """Where to stop: source, ingest, judge, curate, a column, a training, evaluate or report. The last column
     prepares data without training.
     """
+    overlap: bool = False
+    """Whether a shard goes on to the next stage while others are still made, so that encoding does not wait
+    for the last download. A stage still waits for files of another as a whole: `curate` for the duplicates
+    among all samples, unless `curate.duplicates` is `keep`. Changes no bytes.
+    """
     source: SourceConfig = ScenesConfig()
     """Where images and captions come from. Scenes unless another `kind` is given, whose name alone stands for
     its defaults.

@@ -1,5 +1,6 @@
 """What a stage is: a pure function of its configuration and of the stages above, with a fingerprint."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from pipelines.shards.store import SCHEMA
 from repfusion.display.interpolations import Written, restored
 from repfusion.display.redaction import redact
 from repfusion.files import canonical_json, digest_of
+from repfusion.weights import CACHE, cached
 
 StageT = TypeVar("StageT", bound="Stage")
 
@@ -36,8 +38,12 @@ class Place:
 
 
 def local_columns(data: Folder, root: Path) -> Path:
-    """Where training finds the columns: beside each other on local disk, or copied there from a URL."""
-    return data.path if data.is_local else root / "columns"
+    """Where training finds the columns: beside each other on local disk, or copied there from a URL, into the
+    node's own cache where REPFUSION_CACHE names one.
+    """
+    if data.is_local:
+        return data.path
+    return cached(f"{data.url}/columns").parent if os.environ.get(CACHE) else root / "columns"
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,8 @@ class ShardStage(Stage):
     """Held while the shards run; yields further arguments of the worker (the address of a server)."""
     finish: Callable[[Folder, ShardTable], list[str]] = lambda folder, shards: []
     """Makes the files of the stage as a whole; returns their names in the stage's folder."""
+    early_file: str | None = None
+    """The one of those that depends on no shard, where there is one: `finish` makes it of none."""
 
     def shard_names(self, above: Upstream) -> list[str]:
         """Names of the shards, in order. `above` has to hold the upstream stages."""

@@ -12,10 +12,12 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, PrivateAttr, ValidationError
+from pydantic_core import CoreSchema, core_schema
 
 from repfusion.display.interpolations import Written, escaped, restored, written_texts
 from repfusion.display.redaction import redact, redact_text
+from repfusion.weights import cached, url_of
 
 TAGS = ("kind", "method")
 """Fields whose value says which of several classes a section is."""
@@ -70,14 +72,30 @@ class ConfigError(ValueError):
         super().__init__(redact_text(message))
 
 
+def copy_of(place: Any) -> Any:
+    """A URL as the place of its copy on this node; anything else as it is."""
+    return str(cached(place)) if isinstance(place, str) and "://" in place else place
+
+
+def _named(folder: Path | None) -> str | None:
+    """A folder as a configuration names it, a copy by its URL."""
+    return None if folder is None else url_of(folder) or str(folder)
+
+
 @dataclass(frozen=True)
 class Weights:
-    """Marks a field that names a folder of frozen weights."""
+    """Marks a field that names a folder of frozen weights, or a URL: then the value is the place of its copy,
+    which `pretrained.cache` fetches.
+    """
 
     to_train: bool = True
     """Whether trained weights rely on the folder: then a checkpoint remembers its digest."""
     to_sample: bool = True
     """Whether sampling needs the folder: then an export holds it."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        written = core_schema.plain_serializer_function_ser_schema(_named, when_used="json")
+        return core_schema.no_info_before_validator_function(copy_of, handler(source), serialization=written)
 
 
 WeightsFolder = Annotated[Path, Weights()]

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -19,10 +20,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from tqdm import tqdm
 
-from repfusion.config import WeightsFolder, load_config
+from repfusion.config import WeightsFolder, copy_of, load_config, weights_of
 from repfusion.data.batches import batches
 from repfusion.data.config import DataConfig
 from repfusion.data.mixture import Mixture
@@ -41,6 +42,7 @@ from repfusion.model.check import check_model
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.model.trainable import Trainable
+from repfusion.pretrained.cache import fetch
 from repfusion.runs.checkpoint import (
     check_continues,
     continued_model,
@@ -51,6 +53,7 @@ from repfusion.runs.checkpoint import (
 )
 from repfusion.runs.completion import read_complete
 from repfusion.runs.folder import CONFIG, STATISTICS, RunFolder, checkpoint_folder
+from repfusion.runs.remote import RemoteRun
 from repfusion.tracking import StoreError, Tracker, TrackingConfig, store_identity
 from repfusion.training.captions import check_captions
 from repfusion.training.choice import Warn, check_together, choose
@@ -66,6 +69,7 @@ from repfusion.training.distributed import (
 from repfusion.training.ema import EMA
 from repfusion.training.engine import Engine, EngineConfig
 from repfusion.training.meters import Meters, Report
+from repfusion.training.remote import bring_newest, prune_remote, upload, upload_notes
 from repfusion.training.room import accumulate
 from repfusion.training.snapshot import check_resumes, resume, snapshot
 
@@ -82,6 +86,12 @@ EXAMPLE_SAMPLES = 8
 class TrainConfig(RecipeConfig):
     output_dir: Path
     """Folder of this training: checkpoints/, config.json, train.json. All ranks have to see it."""
+    output_url: str | None = None
+    """An fsspec URL such as s3://bucket/run, for training on machines whose disks may go: every checkpoint is
+    put there too, the last one is taken from there, and retention is the same. A workflow keeps each
+    configuration of a training in a folder of its own there. Credentials and endpoint come from the
+    environment.
+    """
     data: DataConfig
     """The columns to train on."""
     model: ModelConfig = ModelConfig()
@@ -127,6 +137,18 @@ class TrainConfig(RecipeConfig):
             )
         return self
 
+    @field_validator("output_dir", "output_url")
+    @classmethod
+    def _one_is_local(cls, place: Path | str | None) -> Path | str | None:
+        if isinstance(place, Path) and re.match(r"[a-z0-9]+:/", str(place)):
+            raise ValueError(
+                f"{place} is a URL; expected a local folder, and the URL as output_url, where every "
+                "checkpoint is put too"
+            )
+        if isinstance(place, str) and not re.match(r"[a-z0-9]+://.", place):
+            raise ValueError(f"{place!r} is no URL such as s3://bucket/run; leave it out, or see output_dir")
+        return place
+
     @property
     def tracking_address(self) -> str | None:
         """Where the run is tracked, as it may be written."""
@@ -141,7 +163,8 @@ class TrainConfig(RecipeConfig):
         given = values.get("model") if isinstance(values, dict) else None
         if not isinstance(values, dict) or not values.get("init_from") or not isinstance(given, dict | None):
             return values
-        folder = Path(values["init_from"])
+        folder = Path(copy_of(values["init_from"]))
+        fetch([folder])
         if not (folder / CONFIG).is_file():
             return values
         return {**values, "model": continued_model(folder, given or {})}
@@ -298,6 +321,7 @@ def train(
         CheckpointError: a checkpoint could not be written; the ones before are as they were.
         TrainingStopped: after the checkpoint that `should_stop` led to.
     """
+    fetch(weights_of(config).values())
     check_model(config.model)  # needs no weights, and touches nothing
     prepare_environment()
     init_process_group()
@@ -316,7 +340,12 @@ def _train(
     dataset = Mixture.open(config.data, columns_of(config.model), reads_images)
     checkpoints = RunFolder(config.output_dir).checkpoints
     checkpoints.mkdir(parents=True, exist_ok=True)
+    remote = None if config.output_url is None else RemoteRun(config.output_url)
+    if remote is not None:
+        bring_newest(remote, RunFolder(config.output_dir), warn)
     last = choose(checkpoints, warn)
+    if remote is not None and last is not None:
+        upload(remote, last)  # its upload may have been cut short
     if last is None and config.init_from is not None:
         check_together(config.init_from, files_to_load)
     state = loop_state(config, dataset)
@@ -345,18 +374,26 @@ def _train(
         write_json(RunFolder(config.output_dir).config, config.as_written())
         log.info("training steps %d to %d on %d samples", first_step, config.num_steps, len(dataset))
     tracker = start_tracking(config, dataset)
+    if remote is not None:
+        upload_notes(remote, RunFolder(config.output_dir))
     run = {"run_id": tracker.run_id, "tracking_uri": tracker.uri and config.tracking_address}
     made_of = {"datasets": dataset.folders, "digests": digests, "init_from": config.init_from}
     lineage = lineage_record(step=first_step, **made_of, **run) if is_main else {}
     status = "FAILED"
 
+    retention = config.keep_resume, config.keep_last, config.keep_every_steps
+
     def save(step: int) -> None:
         begun = time.perf_counter()
         folder = snapshot(checkpoints, step, model, ema, engine, digests, state, lineage)
+        if remote is not None:
+            upload(remote, folder)
         if is_main:
             tracker.log_checkpoint(folder, step)
-            for gone in prune(checkpoints, config.keep_resume, config.keep_last, config.keep_every_steps):
+            for gone in prune(checkpoints, *retention):
                 tracker.forget_checkpoint(gone)
+        if remote is not None:
+            prune_remote(remote, checkpoints, retention)
         if on_checkpoint is not None:
             on_checkpoint(folder, step, time.perf_counter() - begun)
 
@@ -444,6 +481,8 @@ def _train(
         summary = summarise(config, first_step, seconds, list(recent), engine.world_size, tracker)
         if is_main:
             write_json(RunFolder(config.output_dir).summary, summary)
+        if remote is not None:
+            upload_notes(remote, RunFolder(config.output_dir))
         status = "FINISHED"
     finally:
         stream.close()

@@ -6,41 +6,24 @@ a while; a shard that raises anything else is reported at the end, when all othe
 a deadline the shard is made carefully: what can kill a process runs in one of its own, sample by sample.
 """
 
-import errno
 import math
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 from tqdm import tqdm
 
 from pipelines.runtime.metrics import StageMetrics, to_ray
 from pipelines.runtime.session import PATIENCE_SEC, StageError, brief, check_ray_lives
-from repfusion.config import Config
+from pipelines.runtime.transient import TRANSIENT_ERRORS, is_transient
+from repfusion.config import Config, weights_of
+from repfusion.pretrained.cache import fetch
 
-TRANSIENT_ERRORS = (
-    "ConnectionError",
-    "TimeoutError",
-    "IncompleteRead",
-    "HTTPClientError",  # botocore: connections refused, reset or too slow
-    "ClientConnectionError",  # aiohttp
-    "ClientPayloadError",
-)
-TRANSIENT_ERRNOS = {
-    errno.EAGAIN,
-    errno.EBUSY,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EHOSTUNREACH,
-    errno.ENETUNREACH,
-}
-"""Numbers of an OSError that may pass: network file systems and object stores that are busy or away for
-a moment.
-"""
 MAX_CONCURRENCY = 2
 """Threads of an actor: the most that a worker's `concurrency` can ask for."""
 MAX_SHARDS_OF_A_GPU = 16
@@ -121,11 +104,19 @@ class _ShardActor:
 
     def warm(self, worker_class: type, arguments: dict[str, Any]) -> None:
         self._worker = None
+        fetch(_weights_among(arguments))
         self._worker = worker_class(**arguments)
 
     def run(self, job: ShardJob) -> Any:
         assert self._worker is not None
         return self._worker(job)
+
+
+def _weights_among(arguments: Mapping[str, Any]) -> list[Path]:
+    """Folders that a worker may load weights from."""
+    found = [one for one in arguments.values() if isinstance(one, Path)]
+    sections = (one for one in arguments.values() if isinstance(one, BaseModel))
+    return found + [folder for section in sections for folder in weights_of(section).values()]
 
 
 class ActorPool:
@@ -192,14 +183,6 @@ def num_actors_that_fit(stage: str, actors: ActorsConfig) -> int:
     return fits if actors.num_actors is None else actors.num_actors
 
 
-def is_transient(error: BaseException, actors: ActorsConfig) -> bool:
-    """Whether another attempt may go better: by class name, the bases' too, or an OSError's number."""
-    names = {one.__name__ for one in type(error).__mro__}
-    if isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS:
-        return True
-    return not names.isdisjoint(actors.transient_errors)
-
-
 @dataclass(eq=False)
 class _Slot:
     """An actor and what it is doing."""
@@ -216,14 +199,33 @@ class _Slot:
     """Whether more than one shard was in flight when it died."""
 
 
-class _ShardRun:
-    """One stage's jobs on their way through the pool."""
+class ShardRun:
+    """One stage's jobs on their way through the pool.
+
+    Args:
+        pool: whose actors it takes.
+        stage: the stage's name.
+        worker_class: what lives in each actor.
+        arguments: of its constructor.
+        actors: how many, and how patient.
+        metrics: what Prometheus is told.
+
+    Raises:
+        StageError: no node is large enough for one actor.
+    """
 
     def __init__(
-        self, pool: ActorPool, stage: str, worker_class: type, arguments: dict[str, Any], actors: ActorsConfig
+        self,
+        pool: ActorPool,
+        stage: str,
+        worker_class: type,
+        arguments: dict[str, Any],
+        actors: ActorsConfig,
+        metrics: StageMetrics,
     ):
-        self.pool, self.stage, self.actors = pool, stage, actors
+        self.pool, self.stage, self.actors, self.metrics = pool, stage, actors, metrics
         self.worker_class, self.arguments = worker_class, arguments
+        self.most_actors = num_actors_that_fit(stage, actors)
         self.concurrency = shards_in_flight(worker_class, actors)
         self.waiting: deque[ShardJob] = deque()
         self.delayed: list[tuple[float, ShardJob]] = []
@@ -237,6 +239,16 @@ class _ShardRun:
         self.slots: list[_Slot] = []
         self.in_flight: dict[Any, tuple[_Slot, ShardJob | None, float]] = {}
         self.waits_since = self.looked = time.monotonic()
+
+    @property
+    def wants_actor(self) -> bool:
+        """Whether another actor would have a shard to make."""
+        return len(self.slots) < min(self.most_actors, self.num_waiting + self.num_busy)
+
+    @property
+    def num_busy(self) -> int:
+        """Actors that have a shard."""
+        return sum(bool(slot.jobs) for slot in self.slots)
 
     def start_actor(self, failed_starts: int = 0) -> None:
         slot = _Slot(self.pool.take(self.actors), failed_starts=failed_starts)
@@ -279,19 +291,13 @@ class _ShardRun:
             return not slot.jobs
         return len(slot.jobs) < self.concurrency
 
-    def wait(self) -> list[Any]:
-        """References that are done; none where a deadline or a delayed shard comes first."""
-        import ray
-
-        now = time.monotonic()
+    @property
+    def next_moment(self) -> float:
+        """When a deadline or a delayed shard comes (monotonic)."""
         moments = [when for when, _ in self.delayed]
         if self.actors.deadline_sec is not None:
             moments += [start + self._deadline_sec(job) for _, job, start in self.in_flight.values() if job]
-        timeout = min(max(0.0, min(moments, default=math.inf) - now), PATIENCE_SEC)
-        if not self.in_flight:
-            time.sleep(timeout)
-            return []
-        return ray.wait(list(self.in_flight), num_returns=1, timeout=timeout)[0]
+        return min(moments, default=math.inf)
 
     def collect(self, ref: Any) -> str | None:
         """Takes one result; the name of the shard where one was completed."""
@@ -306,7 +312,7 @@ class _ShardRun:
                 raise StageError(f"stage {self.stage}: its worker could not start: {brief(error)}") from error
             slot.jobs.pop(job.name, None)
             cause = getattr(error, "cause", None) or error
-            self._failed(job, brief(error), again=is_transient(cause, self.actors))
+            self._failed(job, brief(error), again=is_transient(cause, self.actors.transient_errors))
         except RayError as error:
             self._died(slot, job, error)
         else:
@@ -316,6 +322,7 @@ class _ShardRun:
             del slot.jobs[job.name]
             self.suspects.discard(job.name)
             self.finished[job.name] = result
+            self.metrics.completed(result)
             return job.name
         return None
 
@@ -369,6 +376,11 @@ class _ShardRun:
         ray.kill(slot.actor)
         self.start_actor(failed_starts)
 
+    def look(self) -> None:
+        """Tells Prometheus how it stands."""
+        at_work = sum(len(slot.jobs) for slot in self.slots)
+        self.metrics.look(self.actor_states, self.num_waiting, self.num_waiting + at_work)
+
     def kill_overdue(self) -> None:
         if self.actors.deadline_sec is None:
             return
@@ -383,7 +395,7 @@ class _ShardRun:
         where it is gone.
         """
         now = time.monotonic()
-        if any(slot.is_ready for slot in self.slots):
+        if not self.slots or any(slot.is_ready for slot in self.slots):
             self.waits_since = self.looked = now
             return
         if now - self.looked > PATIENCE_SEC:
@@ -395,15 +407,61 @@ class _ShardRun:
                 "other jobs, or its nodes gone? The finished shards are kept"
             )
 
+    def release_idle(self) -> bool:
+        """Gives one idle actor back to the pool; whether there was one."""
+        for slot in self.slots:
+            if slot.is_ready and not slot.jobs:
+                self.slots.remove(slot)
+                self.pool.give_back(slot.actor, self.actors)
+                return True
+        return False
+
     def end(self) -> None:
         """Idle actors go back to the pool, others are killed."""
         import ray
 
+        while self.release_idle():
+            pass
         for slot in self.slots:
-            if slot.is_ready and not slot.jobs:
-                self.pool.give_back(slot.actor, self.actors)
-            else:
-                ray.kill(slot.actor)
+            ray.kill(slot.actor)
+        self.slots.clear()
+
+    def check_failures(self, total: int) -> None:
+        """Raises StageError, with a table, where some of the stage's `total` shards failed."""
+        if self.failures:
+            raise StageError(_failure_table(self.stage, self.failures, total))
+
+
+def carry_on(runs: Sequence[ShardRun]) -> list[tuple[ShardRun, str]]:
+    """Gives waiting shards to actors, waits for something to happen, and returns the shards that were
+    completed.
+
+    Raises:
+        StageError: a worker cannot start, or no actor comes up for long.
+    """
+    for run in runs:
+        run.assign()
+        run.look()
+    refs = {ref: run for run in runs for ref in run.in_flight}
+    timeout = max(0.0, min([run.next_moment for run in runs]) - time.monotonic())
+    completed: list[tuple[ShardRun, str]] = []
+    for ref in _done(list(refs), min(timeout, PATIENCE_SEC)):
+        if name := refs[ref].collect(ref):
+            completed.append((refs[ref], name))
+    for run in runs:
+        run.metrics.failed(len(run.failures))
+        run.kill_overdue()
+        run.check_progress()
+    return completed
+
+
+def _done(refs: list[Any], timeout_sec: float) -> list[Any]:
+    import ray
+
+    if refs:
+        return ray.wait(refs, num_returns=1, timeout=timeout_sec)[0]
+    time.sleep(timeout_sec)
+    return []
 
 
 def run_shards(
@@ -425,32 +483,26 @@ def run_shards(
     Raises:
         StageError: after all other shards are done, where some failed; at once, where no worker can start.
     """
-    run = _ShardRun(pool, stage, worker_class, arguments, actors)
-    run.waiting.extend(jobs)
-    total = done + len(run.waiting)
-    bar = tqdm(
-        total=total, initial=done, desc=stage, unit="shard", leave=False, disable=not sys.stderr.isatty()
-    )
-    try:
-        with bar, StageMetrics(to_ray(), workflow, stage) as metrics:
-            for _ in range(min(num_actors_that_fit(stage, actors), len(run.waiting))):
-                run.start_actor()
-            while run.is_busy:
-                run.assign()
-                unfinished = total - done - len(run.finished) - len(run.failures)
-                metrics.look(run.actor_states, run.num_waiting, unfinished)
-                for ref in run.wait():
-                    if name := run.collect(ref):
-                        bar.update()
-                        metrics.completed(run.finished[name])
-                metrics.failed(len(run.failures))
-                run.kill_overdue()
-                run.check_progress()
-    finally:
-        run.end()
-    if run.failures:
-        raise StageError(_failure_table(stage, run.failures, total))
+    with StageMetrics(to_ray(), workflow, stage) as metrics:
+        run = ShardRun(pool, stage, worker_class, arguments, actors, metrics)
+        run.waiting.extend(jobs)
+        total = done + len(run.waiting)
+        try:
+            with shard_bar(stage, total, done) as bar:
+                while run.wants_actor:
+                    run.start_actor()
+                while run.is_busy:
+                    bar.update(len(carry_on([run])))
+        finally:
+            run.end()
+    run.check_failures(total)
     return run.finished
+
+
+def shard_bar(title: str, total: int, done: int) -> "tqdm[Any]":
+    """A bar on a terminal; nothing elsewhere."""
+    is_terminal = sys.stderr.isatty()
+    return tqdm(total=total, initial=done, desc=title, unit="shard", leave=False, disable=not is_terminal)
 
 
 def _failure_table(stage: str, failures: dict[str, str], total: int) -> str:

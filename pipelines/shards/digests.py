@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from repfusion.config import naming
 from repfusion.files import digest_of, file_sha256, write_json
+from repfusion.pretrained.cache import fetch
 
 REMEDY = "give one written by save_pretrained, or run 'make foundation'"
 CHECKPOINT_REMEDY = "give a checkpoint's: first run the workflow that makes it ('make demo' for ours)"
@@ -56,7 +58,11 @@ class Digests:
 
 
 def require_folder(path: Path, key: str) -> None:
-    """Raises ValueError, naming the config key, where a model's folder is missing."""
+    """Fetches a model's folder that lies behind a URL. Raises ValueError, naming the config key, where it is
+    missing.
+    """
+    with naming(key):
+        fetch([path])
     if not path.is_dir():
         remedy = CHECKPOINT_REMEDY if key.endswith("init_from") else REMEDY
         raise ValueError(f"{key}: {path} is no folder; {remedy}")

@@ -47,8 +47,8 @@ class Lease:
     """Keeps other writers out of a folder while the block runs.
 
     Raises:
-        ValueError: another process holds it; or this one could not renew it, so that another may have taken
-            it for dead: the block is interrupted, as by Ctrl-C.
+        ValueError: another process holds it; the place is not there, or may not be written; or this one could
+            not renew it, so that another may have taken it for dead: the block is interrupted, as by Ctrl-C.
     """
 
     def __init__(self, folder: Folder, say: Callable[[str], None] = print, beat_sec: float = BEAT_SEC):
@@ -70,8 +70,14 @@ class Lease:
         self._seen_at = time.monotonic()
 
     def __enter__(self) -> Self:
-        while not self._take():
-            pass
+        try:
+            while not self._take():
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"{self.folder}: its lock cannot be written ({type(error).__name__}: {error}); see that the "
+                "bucket or folder is there, and may be read and written with the environment's credentials"
+            ) from error
         self._thread.start()
         return self
 

@@ -9,6 +9,8 @@ from pipelines.shards.manifest import MANIFEST, SHARDS, StageOutput, read_output
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardError, SideFile
 from repfusion.files import file_sha256
+from repfusion.pretrained.cache import hold, make_room
+from repfusion.weights import url_of
 
 BLOCK_BYTES = 4 << 20
 """Read from the source at once."""
@@ -19,18 +21,27 @@ FETCHES = 8
 def mirror(source: Folder, target: Path) -> None:
     """Copies the shards and files of a complete stage, its manifest last; what is there already in the right
     version stays, also after a copy that was cut short. Of several processes of one machine, one copies and
-    the others wait.
+    the others wait. In a node's cache the copy stays while this process runs.
 
     Raises:
+        ValueError: there is no room in the node's cache.
         ShardError: where the stage is not complete, or a file is not what its sidecar says.
     """
     output = read_output(source)
     if output is None:
         raise ShardError(f"{source}: not complete; run the stage '{source.name}'")
+    if url_of(target) is not None:
+        hold(target)
+        make_room(_missing_bytes(output, target), str(source))
     target.mkdir(parents=True, exist_ok=True)
     with (target / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         _copy(output, Folder(str(target)))
+
+
+def _missing_bytes(output: StageOutput, target: Path) -> int:
+    sizes = Folder(str(target)).sizes()
+    return sum(file.bytes - min(sizes.get(name, 0), file.bytes) for name, file in _files(output))
 
 
 def _copy(output: StageOutput, copy: Folder) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.dag import Place, ShardStage, Stage
-from pipelines.duplicates.find import DIGEST_BYTES, find_duplicates
+from pipelines.duplicates.find import DIGEST_BYTES, DUPLICATES, find_duplicates
 from pipelines.limits import Limits
 from pipelines.runtime.careful import KILLED, KilledError, guarded
 from pipelines.runtime.pool import ShardJob
@@ -244,4 +244,5 @@ def judge_stage(config: CurateConfig, limits: Limits, raw: Stage, place: Place) 
         {"source": raw.folder, "config": config, "limits": tuple(limits.values())},
         config.actors,
         finish=finish,
+        early_file=DUPLICATES if config.duplicates == "keep" else None,
     )

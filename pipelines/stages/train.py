@@ -16,6 +16,7 @@ from pipelines.evaluation.schedule import EvaluationScheduler
 from pipelines.runtime.ranks import launch, progress_bar
 from pipelines.runtime.session import RayConfig, ray_session
 from pipelines.shards.digests import Digests, flatten
+from pipelines.shards.lease import Lease
 from pipelines.shards.manifest import MANIFEST, Upstream
 from pipelines.shards.storage import Folder
 from repfusion.config import naming, weights_of
@@ -32,6 +33,7 @@ from repfusion.training.engine import grad_accum_steps
 
 NOT_BYTES = (
     "output_dir",
+    "output_url",
     "data",
     "tracking",
     "keep_resume",
@@ -132,15 +134,16 @@ def run_train(
     `evaluate`, checkpoints are scored beside it.
 
     Raises:
-        ValueError: the cluster is too small for the ranks.
+        ValueError: the cluster is too small for the ranks, or another run is at work at `output_url`.
         StageError: the training failed; its checkpoints stay, and the next run resumes from the last.
     """
     config.output_dir.mkdir(parents=True, exist_ok=True)
+    alone = nullcontext() if config.output_url is None else Lease(Folder(config.output_url))
     if config.tracking.uri is not None:
         # Before any worker: two processes that first use a new SQLite file at the same time fail.
         prepare_store(config.tracking.uri, config.tracking.experiment, config.tracking.artifacts)
     beside = nullcontext() if evaluate is None else EvaluationScheduler(evaluate, config)
-    with ray_session(ray), beside, progress_bar(config):
+    with alone, ray_session(ray), beside, progress_bar(config):
         launch(config, num_workers, columns, max_failures)
     return json.loads((RunFolder(config.output_dir).summary).read_text())
 
@@ -207,6 +210,10 @@ def train_stage(
 
     def execute(above: Upstream) -> dict[str, Any]:
         plain = config.plain(place.columns)
+        if config.output_url is not None:
+            # of another configuration there are other checkpoints
+            url = f"{config.output_url.rstrip('/')}/{stage.fingerprint[:16]}"
+            plain = plain.model_copy(update={"output_url": url})
         resolved = plain if start is None else started_from(plain, start)
         ranks = config.num_workers, config.max_failures
         return run_train(resolved, *ranks, remote_copies(upstream, place), evaluate, ray)
@@ -218,7 +225,8 @@ def train_stage(
                 load_weights(model, config.init_from, on_meta=True)
 
     fields = fingerprint_fields(name, config, place.digests)
-    return WholeStage(name, fields, Folder(str(place.root / name)), upstream, execute, check=check)
+    stage = WholeStage(name, fields, Folder(str(place.root / name)), upstream, execute, check=check)
+    return stage
 
 
 def remote_copies(upstream: Sequence[Stage], place: Place) -> list[tuple[Folder, Path]]:

@@ -104,7 +104,7 @@ def _inspect_shards(
     problems: dict[str, str] = {}
     for name, wanted in zip(names, inputs, strict=True):
         sidecar = known.get(name)
-        if problem := _problem(sidecar, name, stage.fingerprint, wanted, sizes):
+        if problem := problem_of(sidecar, name, stage.fingerprint, wanted, sizes):
             problems[name] = problem
         elif sidecar is not None:
             kept.append(sidecar)
@@ -132,9 +132,12 @@ def _is_complete(
     )
 
 
-def _problem(
+def problem_of(
     sidecar: Sidecar | None, name: str, fingerprint: str, inputs: str, sizes: Mapping[str, int]
 ) -> str | None:
+    """Why a shard is to be made; None where it is what is asked for. `inputs` is canonical JSON, `sizes` the
+    folder's listing.
+    """
     if sidecar is None or sidecar.fingerprint != fingerprint or f"{name}.json" not in sizes:
         return f"{name} missing"
     if canonical_json(sidecar.inputs) != inputs:

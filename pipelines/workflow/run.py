@@ -27,6 +27,7 @@ from pipelines.shards.manifest import (
 )
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import SCHEMA, Sidecar, SideFile, read_sidecar
+from pipelines.workflow.flow import Flow
 from pipelines.workflow.inspection import (
     STAGE,
     STALE,
@@ -68,9 +69,11 @@ def run(
     say: Callable[[str], None] = print,
     pool: ActorPool | None = None,
     redo: Redo = {},  # noqa: B006  never written to
+    overlap: bool = False,
 ) -> list[StageResult]:
     """Brings every stage up to date, in order; Ray starts only when there is something to do for it. A `pool`
-    that is given is kept warm for the next run.
+    that is given is kept warm for the next run. With `overlap`, shards go on to the next stages while others
+    are still made.
 
     Raises:
         StageError: where shards failed; the stage's other shards are complete.
@@ -79,7 +82,8 @@ def run(
     """
     results: list[StageResult] = []
     above: dict[str, StageOutput] = {}
-    owns_pool = pool is None
+    owns_pool, workflow = pool is None, root.resolve().name
+    flow: Flow | None = None
     with locked_roots(root), DataLocks(stages) as data, ExitStack() as session:
         pool = pool or ActorPool()
         data.read()
@@ -91,15 +95,17 @@ def run(
         while new := to_make(stages, before, redo) - data.written:
             data.write(new | data.written)
             before = states(stages)  # others may have been here in between
-        for stage in stages:
+        for number, stage in enumerate(stages):
             nothing_ran = all(result.skipped for result in results)
-            state = before[stage.name] if nothing_ran else inspect(stage, above)
-            again = redo.get(stage.name, {})
+            again, ahead = redo.get(stage.name, {}), None
+            if flow is not None and isinstance(stage, ShardStage):
+                ahead = flow.advance(stage)
+            state = ahead or (before[stage.name] if nothing_ran else inspect(stage, above))
             if data.written and isinstance(stage, WholeStage):
                 data.read()  # a training takes days; others may read what it reads
             if state.status in ("stale", "missing") and isinstance(stage, WholeStage):
                 state = exchange(stage, state, above, say)
-            if state.status == "fresh" and not again:
+            if state.status == "fresh" and (not again or flow is not None):
                 assert state.output is not None
                 output = state.output
                 say(f"{stage.name}: fresh, skipped ({contents(output.manifest)})")
@@ -113,9 +119,17 @@ def run(
                 if isinstance(stage, WholeStage):
                     # its own workers need the CPUs
                     pool.close()
-                output = _bring_up_to_date(stage, state, above, pool, again, root.resolve().name)
+                elif overlap and flow is None:
+                    left = [one for one in stages[number:] if isinstance(one, ShardStage)]
+                    flow = session.enter_context(Flow(left, above, pool, redo, workflow, _begin))
+                    ahead = flow.advance(stage)
+                began = time.perf_counter() if ahead is None or flow is None else flow.started
+                again = again if ahead is None else {}
+                output = _bring_up_to_date(stage, ahead or state, above, pool, again, workflow, began)
                 say(f"{stage.name}: {contents(output.manifest)} in {output.manifest.seconds:.1f} s")
             above[stage.name] = output
+            if flow is not None:
+                flow.ended(output)
             results.append(StageResult(stage.name, state.status == "fresh" and not again, output))
     return results
 
@@ -137,16 +151,12 @@ def _bring_up_to_date(
     pool: ActorPool,
     redo: Mapping[str, dict[str, Any]],
     workflow: str,
+    began: float,
 ) -> StageOutput:
-    start = time.perf_counter()
-    # read before its manifest goes; without one nobody downstream mistakes a stage at work for a complete one
+    # read before its manifest goes
     is_whole = isinstance(stage, WholeStage)
     kept = state.kept if is_whole or state.output is None else tuple(state.output.shards)
-    stage.folder.remove(MANIFEST)
-    if is_whole:
-        stage.folder.path.mkdir(parents=True, exist_ok=True)
-    stage.folder.remove_temporaries()
-    stage.folder.write(STAGE, json_bytes(_asked(stage, above)))
+    _begin(stage, above)
     shards, names = ShardTable.of([]), []
     extra: dict[str, Any] = {}
     match stage:
@@ -158,7 +168,7 @@ def _bring_up_to_date(
             extra |= {
                 "upstream_digests": {one.name: above[one.name].manifest.digest for one in stage.upstream}
             }
-    return complete(stage, shards, names, above, time.perf_counter() - start, extra)
+    return complete(stage, shards, names, above, time.perf_counter() - began, extra)
 
 
 def complete(
@@ -188,6 +198,17 @@ def complete(
         extra=extra,
     )
     return write_output(stage.folder, manifest, shards)
+
+
+def _begin(stage: Stage, above: Upstream) -> None:
+    """Says in a stage's folder what is asked for. Its manifest goes: nobody downstream is to mistake a stage
+    at work for a complete one.
+    """
+    stage.folder.remove(MANIFEST)
+    if isinstance(stage, WholeStage):
+        stage.folder.path.mkdir(parents=True, exist_ok=True)
+    stage.folder.remove_temporaries()
+    stage.folder.write(STAGE, json_bytes(_asked(stage, above)))
 
 
 def _asked(stage: Stage, above: Upstream) -> dict[str, Any]:

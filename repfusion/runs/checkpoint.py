@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from repfusion.latents.statistics import LatentStatistics
 from repfusion.model.build import build_model
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
+from repfusion.pretrained.cache import fetch
 from repfusion.pretrained.weights import read_headers
 from repfusion.runs.completion import (
     SCHEMA,
@@ -39,6 +40,7 @@ from repfusion.runs.folder import (
     RESUME,
     STATISTICS,
     WEIGHTS_FILE,
+    checkpoint_folder,
     complete_checkpoints,
     is_pinned,
     step_of,
@@ -224,6 +226,7 @@ def files_to_load(files: Container[str], use_ema: bool = True) -> list[str]:
 def load_checked(folder: Path, use_ema: bool = True) -> TextToImage:
     """`load_checkpoint` of one whose files were compared already."""
     config, digests = read_config(folder)
+    fetch(config.parts().values())
     model = build_model(config, LatentStatistics.load(folder / STATISTICS))
     check_digests(folder, digests, frozen_digests(model))
     load_weights(model, folder, use_ema)
@@ -271,25 +274,30 @@ def _encoder_view(config: ModelConfig, model: TextToImage) -> tuple[int, int]:
     return encoder.layer, latent_geometry(model.config.encoder.path, encoder.image_size).image_size
 
 
+def expired(steps: Sequence[int], keep_last: int | None, keep_every_steps: int | None) -> list[int]:
+    """The steps of checkpoints that need not stay, of all in order: all but the last `keep_last`, those at
+    multiples of `keep_every_steps`, and the base (step 0). `keep_last` None keeps all.
+    """
+    older = () if keep_last is None else steps[:-keep_last]
+    return [step for step in older if step and (keep_every_steps is None or step % keep_every_steps)]
+
+
 def prune(
     root: Path, keep_resume: int, keep_last: int | None = None, keep_every_steps: int | None = None
 ) -> list[int]:
     """Drops the optimizer state of all but the last `keep_resume` checkpoints: it is twice the size of the
-    weights. Removes whole checkpoints but the last `keep_last`, those at multiples of `keep_every_steps`, the
-    base (step 0), and pinned ones; returns their steps.
+    weights. Removes whole checkpoints that are `expired` but for pinned ones; returns their steps.
     """
-    found, removed = complete_checkpoints(root), []
-    if keep_last is not None:
-        for folder in found[:-keep_last]:
-            step = step_of(folder)
-            is_milestone = step == 0 or (keep_every_steps is not None and step % keep_every_steps == 0)
-            if not is_milestone and not is_pinned(folder):
-                # Out of sight first: half a checkpoint is none.
-                doomed = working_folder(folder)
-                shutil.rmtree(doomed, ignore_errors=True)
-                os.replace(folder, doomed)
-                shutil.rmtree(doomed)
-                removed.append(step)
+    steps, removed = [step_of(folder) for folder in complete_checkpoints(root)], []
+    for step in expired(steps, keep_last, keep_every_steps):
+        folder = checkpoint_folder(root, step)
+        if not is_pinned(folder):
+            # Out of sight first: half a checkpoint is none.
+            doomed = working_folder(folder)
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.replace(folder, doomed)
+            shutil.rmtree(doomed)
+            removed.append(step)
     resumable = [path for path in complete_checkpoints(root) if (path / RESUME).exists()]
     for folder in complete_checkpoints(root):  # of a process that was killed in the next lines
         shutil.rmtree(working_folder(folder / RESUME), ignore_errors=True)

@@ -8,6 +8,7 @@ import yaml
 from cluster.config import ClusterError, NodeConfig, option_words
 from cluster.kinds.nodes import LocalCluster, LocalNodes
 from cluster.launcher import CONFIGS, launcher_of, load_cluster
+from cluster.submission import prepare
 from repfusion.config import ConfigError
 
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
@@ -102,3 +103,14 @@ def test_a_local_cluster_s_nodes_are_named_by_group_and_number():
     wanted = LocalNodes("x", config).wanted
     assert list(wanted) == ["head", "a-0", "a-1", "b-0"]
     assert [node.num_cpus for _, node in wanted.values()] == [0, 1, 1, 3]
+
+
+def test_storage_puts_every_workflow_and_training_in_a_folder_of_its_own(tmp_path):
+    trainings = {"first": {}, "second": {"init_from": "stage:first"}}
+    flow = Path(write(tmp_path, "flow", root="runs/mine", trainings=trainings))
+    storage = {"root": "/shared/runs/", "data_url": "s3://b/data", "output_url": "s3://b/runs/"}
+    _, cluster = load_cluster(write(tmp_path, "site", kind="local", storage=storage))
+    config = prepare(cluster, flow, ()).config
+    assert str(config.root) == "/shared/runs/mine" and config.data_url == "s3://b/data/mine"
+    urls = {name: one.output_url for name, one in config.trainings.items()}
+    assert urls == {"first": "s3://b/runs/mine/first", "second": "s3://b/runs/mine/second"}

@@ -48,7 +48,7 @@ WORKFLOW = {
     "source": {"kind": "scenes", "num_samples": 10 * NUM_SHARDS, "shard_size": 10},
     "trainings": {
         "train": {
-            "model": {"dit": {"hidden_size": 64, "depth": 1, "num_heads": 2}},
+            "model": {"dit": {"hidden_size": 96, "depth": 1, "num_heads": 2}},
             "engine": {"precision": "fp32", "micro_batch_size": 4, "num_threads": 1, "warmup_steps": 1},
             **{"global_batch_size": 8, "num_steps": STEPS, "checkpoint_every_steps": EVERY},
             **{"log_every_steps": 1, "keep_last": 99, "num_workers": 2},

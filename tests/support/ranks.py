@@ -38,6 +38,8 @@ class Job:
     """SIGKILL rank 0 where it comes to this function of `snapshot`..."""
     kill_at_call: int = 2
     """... for the n-th time."""
+    kill_in_upload: int | None = None
+    """SIGKILL rank 0 where it comes to upload its n-th file."""
     folders: tuple[str, ...] = ()
     """Working directory of each rank."""
     file_limit: tuple[int, int] | None = None
@@ -55,6 +57,17 @@ def killing(function: Callable[..., Any], at_call: int) -> Callable[..., Any]:
         return function(*args, **kwargs)
 
     return counted
+
+
+def kill_in_upload(at_file: int) -> None:
+    from s3fs import S3FileSystem
+
+    counted = killing(S3FileSystem._put_file, at_file)
+
+    async def put_file(*args: Any, **kwargs: Any) -> None:
+        await counted(*args, **kwargs)
+
+    S3FileSystem._put_file = put_file
 
 
 def run_rank(job: Job, rank: int, port: int) -> None:
@@ -75,6 +88,8 @@ def run_rank(job: Job, rank: int, port: int) -> None:
 
     if job.kill_in_save is not None and rank == 0:
         setattr(snapshot, job.kill_in_save, killing(getattr(snapshot, job.kill_in_save), job.kill_at_call))
+    if job.kill_in_upload is not None and rank == 0:
+        kill_in_upload(job.kill_in_upload)
     batches = training.batches
 
     def recorded(*args: Any, **kwargs: Any) -> Iterator[Any]:

@@ -30,7 +30,8 @@ def run_all(
 ) -> tuple[dict[str, StageResult], list[str]]:
     """The results by stage, and the lines that were said."""
     said: list[str] = []
-    results = run(build_stages(config), config.root, config.ray, said.append, pool, redo)
+    stages = build_stages(config)
+    results = run(stages, config.root, config.ray, said.append, pool, redo, config.overlap)
     return {result.name: result for result in results}, said
 
 

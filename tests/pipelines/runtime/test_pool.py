@@ -9,15 +9,9 @@ from typing import Any, ClassVar
 import pytest
 
 from pipelines.runtime import pool as pool_module
-from pipelines.runtime.pool import (
-    ActorPool,
-    ActorsConfig,
-    ShardJob,
-    is_transient,
-    run_shards,
-    shards_in_flight,
-)
+from pipelines.runtime.pool import ActorPool, ActorsConfig, ShardJob, run_shards, shards_in_flight
 from pipelines.runtime.session import StageError
+from pipelines.runtime.transient import is_transient
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, Sidecar, read_sidecar
 
@@ -200,10 +194,10 @@ def test_which_errors_are_transient_is_named_by_class(pool, tmp_path):
 
 def test_transience_follows_bases_and_error_numbers():
     actors = ActorsConfig()
-    assert is_transient(ConnectionResetError(), actors)
-    assert is_transient(OSError(113, "No route to host"), actors)
-    assert not is_transient(FileNotFoundError(2, "No such file"), actors)
-    assert not is_transient(OSError(28, "No space left on device"), actors)
+    assert is_transient(ConnectionResetError(), actors.transient_errors)
+    assert is_transient(OSError(113, "No route to host"), actors.transient_errors)
+    assert not is_transient(FileNotFoundError(2, "No such file"), actors.transient_errors)
+    assert not is_transient(OSError(28, "No space left on device"), actors.transient_errors)
 
 
 def test_a_shard_beyond_its_deadline_is_tried_again_by_another_actor(pool, tmp_path):

@@ -317,3 +317,32 @@ def test_a_local_folder_has_both_locks_and_readers_hold_the_kernels_alone(tmp_pa
         (name,) = {path.name for path in tmp_path.iterdir()} - {".stage.lock", "link"}
         assert name == ".stage.1.lock" and not files(folder)["1"]["is_free"]
     assert files(folder)["1"]["is_free"]
+
+
+def test_a_bucket_that_is_not_there_is_named(s3_options: dict[str, Any]):
+    folder = Folder("s3://nowhere/data/ingest", s3_options)
+    with pytest.raises(
+        ValueError, match=r"s3://nowhere/data/ingest: its lock .* see that the bucket or folder"
+    ):
+        Lease(folder).__enter__()
+
+
+@pytest.mark.parametrize("store", ["local", "s3"])
+def test_a_place_that_may_not_be_written_is_named(
+    store: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+):
+    if store == "s3":
+        from s3fs import S3FileSystem
+
+        async def refused(*_: Any, **__: Any) -> None:
+            raise PermissionError("Access Denied")
+
+        folder = request.getfixturevalue("s3_folder")
+        monkeypatch.setattr(S3FileSystem, "_pipe_file", refused)
+        request.addfinalizer(S3FileSystem.clear_instance_cache)
+        S3FileSystem.clear_instance_cache()
+    else:
+        (tmp_path / "file").touch()
+        folder = Folder(str(tmp_path / "file" / "ingest"))
+    with pytest.raises(ValueError, match=rf"{folder.url}: its lock cannot be written \(\w+Error: "):
+        Lease(folder).__enter__()
