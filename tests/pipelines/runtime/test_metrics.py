@@ -47,6 +47,7 @@ REPORT = Report(
     epochs=1.0,
     tflops=0.1,
     mfu=0.4,
+    recompilations=0,
     loss_by_noise={},
 )
 
