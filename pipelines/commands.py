@@ -1,23 +1,13 @@
-"""`python -m pipelines COMMAND CONFIG.yaml [key.path=value ...]`: a workflow's data, training and evaluation.
+"""What each command of `python -m pipelines` does (arguments.py has their options), and its exit status."""
 
-run      bring every stage up to date
-status   what each stage holds: fresh, partial, stale or missing, and why
-plan     shards, samples, bytes and device time before anything runs
-verify   read every byte again; quarantine what is broken and rebuild only that
-retry    download again what failed for a reason that may have passed
-evaluate score checkpoints now; CONFIG.yaml may also be a workflow's root, a training's folder or a checkpoint
-gc       list what no workflow refers to; --delete removes it, of trainings only with --trainings
-"""
-
-import argparse
 import math
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from pipelines.arguments import parse_arguments
 from pipelines.build import build_stages, data_stages, probe_stages, source_entries
 from pipelines.config import WorkflowConfig
 from pipelines.runtime.session import StageError
@@ -136,55 +126,9 @@ def _delete(found: "Sequence[Garbage]") -> int:
     return 1 if problems else 0
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("command", choices=["run", "status", "plan", "verify", "retry", "evaluate", "gc"])
-    parser.add_argument("config", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
-    planning = parser.add_argument_group("plan")
-    planning.add_argument(
-        "--probe", type=int, default=128, metavar="N", help="samples to send through the stages"
-    )
-    planning.add_argument(
-        "--rate",
-        action="append",
-        default=[],
-        metavar="STAGE=SAMPLES_PER_SEC",
-        help="of one actor, for other machines than this one",
-    )
-    group = parser.add_argument_group("verify")
-    group.add_argument("--report-only", action="store_true", help="name what is broken, touch nothing")
-    group = parser.add_argument_group("retry")
-    group.add_argument("--reason", action="append", help="of drops to try again; default: the transient ones")
-    group = parser.add_argument_group("evaluate")
-    group.add_argument(
-        "--step", default="latest", metavar="N", help="of the checkpoint, or latest (the default), best, all"
-    )
-    group.add_argument(
-        "--urgent", action="store_true", help="not only in the time that a training leaves to spare"
-    )
-    group = parser.add_argument_group("gc")
-    group.add_argument(
-        "--and",
-        dest="others",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="CONFIG.yaml",
-        help="a further workflow whose outputs stay",
-    )
-    group.add_argument("--trainings", action="store_true", help="list trainings too, also those set aside")
-    group.add_argument("--delete", action="store_true", help="remove what is listed")
-    # intermixed, so that options may stand between or after the overrides
-    return parser.parse_intermixed_args()
-
-
 def main() -> int:
     started = time.perf_counter()
-    args = parse_arguments()
+    args = parse_arguments(sys.argv[1:])
     config: WorkflowConfig | None = None
     try:
         if args.command == "evaluate" and not args.dry_run:

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from repfusion.conditioning.noisy_latents import NoisyLatentConditioner
+from repfusion.display.options import WithDefaults
 from repfusion.display.redaction import redact_text
 from repfusion.display.terminal import printable_lines
 from repfusion.evaluation.record import Evaluation, read_evaluation
@@ -50,6 +51,7 @@ from repfusion.runs.exported import (
     is_export,
 )
 from repfusion.runs.folder import AVERAGES, CONFIG, LINEAGE, STATISTICS, WEIGHTS_FILE
+from repfusion.runs.named import named_model
 from repfusion.runs.seals import files_below, seal, write_seals
 from repfusion.tables import markdown
 from repfusion.weights import WEIGHTS
@@ -243,19 +245,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m repfusion.export",
         description="Write a checkpoint as one self-contained folder for RepFusionPipeline.",
+        formatter_class=WithDefaults,
     )
-    parser.add_argument("--checkpoint", type=Path, default=WEIGHTS / "base", help="folder of a checkpoint")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=WEIGHTS / "base",
+        help="a checkpoint; a training or a workflow's root stands for its best one",
+    )
     parser.add_argument(
         "--out", type=Path, required=True, help="folder to write; an export there is replaced"
     )
     parser.add_argument("--no-ema", action="store_true", help="the last weights, not the averaged ones")
     args = parser.parse_args()
     try:
-        out = export(args.checkpoint, args.out, use_ema=not args.no_ema)
+        checkpoint = named_model(args.checkpoint)
+        out = export(checkpoint, args.out, use_ema=not args.no_ema)
     except (ValueError, OSError) as error:
         sys.exit(printable_lines(redact_text(f"error: {error}")))
     num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    print(f"{args.checkpoint} -> {out} ({num_bytes / 1e6:.1f} MB)")
+    print(f"{checkpoint} -> {out} ({num_bytes / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from repfusion.model.text_to_image import TextToImage
 from repfusion.request import Request
 from repfusion.runs.checkpoint import load_checkpoint
 from repfusion.runs.exported import is_export, load_export
+from repfusion.runs.named import named_model
 
 log = logging.getLogger(__name__)
 Noise = torch.Generator | list[torch.Generator] | None
@@ -95,7 +96,8 @@ class RepFusionPipeline:
         """A pipeline on the CPU; every file of an export is compared with its digest first.
 
         Args:
-            path: folder of an export, or of a checkpoint whose frozen parts are at hand (averaged weights).
+            path: folder of an export, or of a checkpoint whose frozen parts are at hand (averaged weights); a
+                training or a workflow's root stands for its best checkpoint.
             torch_dtype: None is what `repfusion.generate` does: weights as trained, computing in bfloat16
                 autocast. bfloat16 also holds the weights of language model and denoiser in it; float32 holds
                 and computes everything in float32.
@@ -105,7 +107,7 @@ class RepFusionPipeline:
         """
         if torch_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"torch_dtype {torch_dtype}: expected torch.float32 or torch.bfloat16, or None")
-        path = Path(path)
+        path = named_model(path)
         name = None if torch_dtype is None else str(torch_dtype).removeprefix("torch.")
         model = load_export(path, name) if is_export(path) else load_checkpoint(path)
         decoder = model.load_decoder()

@@ -100,7 +100,7 @@ LAYERS = [
     {"conditioning"},
     {"model"},
     {"runs"},
-    {"training", "tracking", "lineage", "flops"},
+    {"training", "tracking", "lineage", "flops", "generation"},
     {"generate", "train", "export", "pipeline", "evaluation", "foundation"},
 ]
 """Rooms of the library, lowest first: a room imports its own layer and those below."""

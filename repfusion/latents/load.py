@@ -14,7 +14,7 @@ from repfusion.latents.vae import VAEDecoder, VAEEncoder
 from repfusion.weights import WEIGHTS
 
 Decoder = RAEDecoder | VAEDecoder
-"""Features -> pixels; both have `grid` and `feature_dim`."""
+"""Features -> pixels; both have `grid`, `feature_dim` and `image_size`."""
 
 
 class EncoderConfig(Config):

@@ -68,6 +68,11 @@ class RAEDecoder(nn.Module):
     def feature_dim(self) -> int:
         return self.config.feature_dim
 
+    @property
+    def image_size(self) -> int:
+        """Side in px of the images it makes."""
+        return self.config.grid[0] * self.config.patch_size
+
     def forward(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b 3 h w"]:
         """Pixels, about [0, 1] and not clamped."""
         x = self.embed(features) + self.positions
