@@ -48,6 +48,7 @@ from repfusion.runs.exported import (
     LANGUAGE_MODEL,
     MARK,
     SCHEMA,
+    check_export,
     is_export,
 )
 from repfusion.runs.folder import AVERAGES, CONFIG, LINEAGE, STATISTICS, WEIGHTS_FILE
@@ -103,6 +104,24 @@ def export(checkpoint: Path, out: Path, use_ema: bool = True) -> Path:
     finally:
         shutil.rmtree(working, ignore_errors=True)
     return out
+
+
+def export_again(source: Path, out: Path) -> None:
+    """Copies an export, its files compared with their digests first, in one move.
+
+    Raises:
+        ValueError: the export is damaged, or `out` holds something else.
+    """
+    out = Path(os.path.abspath(out))
+    check_target(out)
+    check_export(source)
+    working = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(working, ignore_errors=True)
+    try:
+        shutil.copytree(source, working)
+        replace_folder(working, out)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
 
 
 def check_target(out: Path) -> None:
@@ -223,7 +242,7 @@ def model_card(lineage: dict[str, Any], config: ModelConfig, evaluation: Evaluat
     lines = [
         *("---", "library_name: repfusion", "pipeline_tag: text-to-image", "---", ""),
         *("# A RepFusion text-to-image model", "", "```python"),
-        "from repfusion.pipeline import RepFusionPipeline",
+        "from repfusion import RepFusionPipeline",
         "",
         'pipe = RepFusionPipeline.from_pretrained(".").to("cuda")',
         'pipe("a red circle", num_inference_steps=30, guidance_scale=4.0).images[0].save("x.png")',
