@@ -1,12 +1,20 @@
 """The command line of `pipelines`: a command, its workflow, overrides, and options of its own."""
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from repfusion.display.options import WithDefaults
 
 PROG = "python -m pipelines"
+SCRIPT = "repfusion"
+"""Name of the console script, under which the same commands run."""
+
+
+def program() -> str:
+    """What this process was called as."""
+    return SCRIPT if Path(sys.argv[0]).name == SCRIPT else PROG
 
 
 def _no_options(parser: argparse.ArgumentParser) -> None:
@@ -77,8 +85,9 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
 """What each command does, and its own options."""
 
 
-def parse_arguments(words: Sequence[str], prog: str = PROG) -> argparse.Namespace:
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """The command with its options. Ends the process where the words ask for help or are wrong."""
+    prog = program()
     first, *rest = words or [""]
     if first in COMMANDS:
         # intermixed, so that options may stand between or after the overrides

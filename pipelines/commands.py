@@ -1,25 +1,31 @@
 """What each command of `python -m pipelines` does (arguments.py has their options), and its exit status."""
 
 import math
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from pipelines.arguments import parse_arguments
+from pipelines.arguments import parse_arguments, program
 from pipelines.build import build_stages, data_stages, probe_stages, source_entries
 from pipelines.config import WorkflowConfig
 from pipelines.runtime.session import StageError
+from pipelines.shards.digests import flatten
 from pipelines.shards.storage import is_store_error
 from pipelines.workflow.inspection import contents, states
+from pipelines.workflow.locks import LOCK
 from pipelines.workflow.run import run
 from pipelines.workflow.summary import write_summary
+from pipelines.workflow.trained import how_far, saved_step
 from repfusion.config import load_config, to_yaml
 from repfusion.display.redaction import redact_text
 from repfusion.display.terminal import printable_lines
 from repfusion.files import write_text
-from repfusion.tracking import StoreError
+from repfusion.locks import at_work
+from repfusion.tracking import StoreError, sqlite_path
 
 if TYPE_CHECKING:
     from pipelines.workflow.collect import Garbage
@@ -41,19 +47,57 @@ def run_workflow(config: WorkflowConfig, started: float) -> None:
         manifests = {result.name: result.manifest for result in results}
         write_summary(config.root, manifests, config.scored, total_sec)
         print(f"total: {total_sec:.1f} s")
-    for name in ("summary.json", "gallery.png", "report.html"):
-        if (config.root / name).is_file():
-            print(f"{name:<12} {config.root / name}")
+    print("\n".join(to_open(config)))
+
+
+def to_open(config: WorkflowConfig) -> list[str]:
+    """What a run left for people, a line each: files, and the command that shows its tracked trainings."""
+    found = [
+        f"{name:<12} {config.root / name}"
+        for name in ("summary.json", "gallery.png", "report.html")
+        if (config.root / name).is_file()
+    ]
+    training = config.training(config.scored)
+    if training.tracking.uri is None or saved_step(training) is None:
+        return found
+    return [*found, f"{'tracked':<12} {shown_by(config.root, training.tracking.uri)}"]
+
+
+def shown_by(root: Path, uri: str) -> str:
+    """The command, or the address, that shows tracked runs."""
+    database = sqlite_path(uri)
+    if database is None:
+        return redact_text(uri)
+    is_usual = database.resolve() == Path("runs/mlflow.db").resolve()
+    return "make mlflow" if is_usual else f"make mlflow ROOT={shlex.quote(str(root))}"
 
 
 def print_status(config: WorkflowConfig) -> None:
-    """A line per stage: fresh, partial, stale or missing, and why."""
+    """A line per stage: fresh, partial, stale or missing, and why, of a training at which step; before them
+    who is at work here, and since when.
+    """
     found = states(build_stages(config))
+    workers = at_work(config.root / LOCK)
+    for one in workers:
+        print(f"at work: {one}")
     width = max(map(len, found), default=0)
     for name, state in found.items():
         output = state.output if state.status == "fresh" else None
         text = state.reason if output is None else contents(output.manifest)
+        if name in config.trainings and state.status == "partial":
+            text = how_far(config.training(name), bool(workers)) or text
         print(f"{name:<{width}} {state.status:<8} {text}")
+
+
+def print_stopped(config: WorkflowConfig | None, words: Sequence[str], number: int) -> None:
+    """What is kept of a run that was stopped, and the command that goes on."""
+    print(f"stopped by {signal.Signals(number).name}; the finished shards are kept", file=sys.stderr)
+    for name in () if config is None else config.trainings:
+        training = config.training(name)
+        if (step := saved_step(training)) is not None and step < training.num_steps:
+            print(f"{name}: step {step} of {training.num_steps} is saved", file=sys.stderr)
+    command = f"{program()} {shlex.join(words)}"
+    print(printable_lines(redact_text(f"go on: {command}")), file=sys.stderr)
 
 
 def print_plan(config: WorkflowConfig, num_samples: int, rates: Sequence[str]) -> None:
@@ -163,15 +207,22 @@ def main() -> int:
     except Exception as error:
         if not is_store_error(error):
             raise
-        place = args.config if config is None else config.data_folder
+        place = args.config if config is None else " or ".join(stores(config))
         text = redact_text(f"error: {place}: {type(error).__name__}: {error}")
         print(printable_lines(text), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         number = terminated_by[0] if terminated_by else signal.SIGINT
-        print(f"stopped by {number.name}; the finished shards are kept", file=sys.stderr)
+        print_stopped(config, sys.argv[1:], number)
         return 128 + number
     return 0
+
+
+def stores(config: WorkflowConfig) -> list[str]:
+    """Places at stores that a workflow names, each with its key; without any, the folder of its data."""
+    values = flatten(config.model_dump(mode="json", exclude={"trainings", "storage_options"}), "")
+    named = [f"{key}: {url}" for key, url in values.items() if isinstance(url, str) and "://" in url]
+    return named or [str(config.data_folder)]
 
 
 terminated_by: list[signal.Signals] = []

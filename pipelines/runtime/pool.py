@@ -8,7 +8,6 @@ a deadline the shard is made carefully: what can kill a process runs in one of i
 
 import errno
 import math
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -16,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from pydantic import Field
-from tqdm import tqdm
 
 from pipelines.runtime.metrics import StageMetrics, to_ray
+from pipelines.runtime.progress import StageProgress
 from pipelines.runtime.session import PATIENCE_SEC, StageError, brief, check_ray_lives
 from repfusion.config import Config
 
@@ -407,7 +406,7 @@ def run_shards(
     """Runs the jobs on a pool of actors, in a Ray session, and returns what the worker made of each, by
     shard.
 
-    `done` shards were complete before; the progress bar counts them. Prometheus is told of the stage under
+    `done` shards were complete before; what is shown counts them. Prometheus is told of the stage under
     the name of the `workflow`.
 
     Raises:
@@ -416,11 +415,11 @@ def run_shards(
     run = _ShardRun(pool, stage, worker_class, arguments, actors)
     run.waiting.extend(jobs)
     total = done + len(run.waiting)
-    bar = tqdm(
-        total=total, initial=done, desc=stage, unit="shard", leave=False, disable=not sys.stderr.isatty()
-    )
     try:
-        with bar, StageMetrics(to_ray(), workflow, stage) as metrics:
+        with (
+            StageProgress(stage, total, done) as progress,
+            StageMetrics(to_ray(), workflow, stage) as metrics,
+        ):
             for _ in range(min(num_actors_that_fit(stage, actors), len(run.waiting))):
                 run.start_actor()
             while run.is_busy:
@@ -429,7 +428,7 @@ def run_shards(
                 metrics.look(run.actor_states, run.num_waiting, unfinished)
                 for ref in run.wait():
                     if name := run.collect(ref):
-                        bar.update()
+                        progress.completed(run.finished[name])
                         metrics.completed(run.finished[name])
                 metrics.failed(len(run.failures))
                 run.kill_overdue()
