@@ -5,6 +5,8 @@ or a VAE.
 from pathlib import Path
 from typing import Annotated
 
+from pydantic import Field
+
 from repfusion.config import Config, Weights
 from repfusion.latents.encoder import PixelEncoder
 from repfusion.latents.geometry import is_vae
@@ -26,7 +28,7 @@ class EncoderConfig(Config):
     """Hidden state of a tower taken as features: -1 is the last block's output before the final norm, -2 the
     penultimate's. A VAE has none, and this is not read.
     """
-    image_size: int | None = None
+    image_size: int | None = Field(default=None, ge=1)
     """Side in px of the images it takes, a multiple of its patch size (a VAE's factor); a tower's positions
     are interpolated. None is the size it was trained at.
     """
