@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from repfusion.config import validate
-from repfusion.diffusion.sampler import SamplerConfig, sample
+from repfusion.diffusion.sampler import SamplerConfig, Solver, sample
 from repfusion.display.options import Options, WithDefaults
 from repfusion.display.redaction import redact_text
 from repfusion.display.terminal import printable_lines
@@ -223,9 +223,9 @@ def add_sampling(group: Options) -> None:
     group.add_argument("--num-steps", type=int, default=sampler.num_steps, help="from noise to image")
     group.add_argument(
         "--solver",
-        choices=("euler", "heun"),
+        choices=get_args(Solver),
         default=sampler.solver,
-        help="euler reads the model once a step, heun twice (but for the last)",
+        help="euler and dpm read the model once a step, heun twice (but for the last)",
     )
     group.add_argument(
         "--guidance-scale",

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from repfusion.foundation.config import FoundationConfig, LengthConfig
+from repfusion.foundation.config import LengthConfig
 from repfusion.foundation.deadline import OutOfTime, has_come
 
 BETAS = (0.9, 0.95)
@@ -21,6 +22,21 @@ WARMUP_STEPS = 200
 MAX_GRAD_NORM = 1.0
 SMOOTHING = 0.02
 """Share of the newest step in the losses that are shown."""
+
+
+@runtime_checkable
+class Course(Protocol):
+    """How a training is run, beside what it learns."""
+
+    @property
+    def compile(self) -> bool:
+        """Whether the loss is compiled."""
+        ...
+
+    @property
+    def save_every_sec(self) -> float:
+        """How often the state is written."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +59,7 @@ def optimise(
     length: LengthConfig,
     objective: Objective,
     state: Path,
-    config: FoundationConfig,
+    config: Course,
     until: float | None = None,
 ) -> dict[str, float]:
     """Trains what requires gradients of a module and returns the smoothed parts of its loss.

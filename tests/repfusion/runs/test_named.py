@@ -4,20 +4,19 @@ import shutil
 
 import pytest
 
+from repfusion.runs.checkpoint import save_checkpoint
 from repfusion.runs.named import named_model
 from repfusion.weights import WEIGHTS
 
 
 @pytest.fixture
-def workflow(tmp_path):
-    """A root with two trainings, the first of two checkpoints; none is scored."""
-    root = tmp_path / "root"
+def workflow(tmp_path, make_generator):
+    """A root with two trainings, the first of two checkpoints, and one that was set aside; none is scored."""
+    root, model = tmp_path / "root", make_generator()
     for name, steps in (("train", (1, 2)), ("finetune", (1,)), ("train.stale-abc", (7,))):
         for step in steps:
             folder = root / name / "checkpoints" / f"step_{step:08d}"
-            shutil.copytree(WEIGHTS / "base", folder)
-            seal = (folder / "complete.json").read_text().replace('"step": 14500', f'"step": {step}')
-            (folder / "complete.json").write_text(seal)
+            save_checkpoint(folder, model, model.trainable_state(), step=step)
     (root / "curate").mkdir()
     return root
 
