@@ -29,7 +29,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo doctor run status plan verify retry gc evaluate export lineage flops ladder ladder-table gpu-science cluster-up cluster-status submit jobs logs cancel cluster-down test test-slow test-cluster fuzz lint format foundation base mlflow clean
+.PHONY: help setup demo doctor browse run status plan verify retry gc evaluate export lineage flops ladder ladder-table gpu-science cluster-up cluster-status submit jobs logs cancel cluster-down test test-slow test-cluster fuzz lint format foundation base mlflow clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ gc: $(STAMP) ## list what no workflow refers to; make gc SET=--delete removes it
 
 doctor: $(STAMP) ## can this machine do it: cores, memory, GPUs, versions, disk, ports, tokens: make doctor W=my.yaml
 	@$(BIN)/python -m pipelines.doctor $(if $(filter command,$(origin W)),$(W))
+
+browse: $(STAMP) ## pictures, captions and drops of the data stages in a browser: make browse W=my.yaml (BROWSE_PORT=8090)
+	@$(BIN)/python -m pipelines.browse $(W) $(SET) --port $(or $(BROWSE_PORT),8090)
 
 evaluate: $(STAMP) ## score checkpoints now: make evaluate RUN=runs/demo STEP=600 (or latest, best, all)
 	@$(BIN)/python -m pipelines evaluate $(or $(RUN),$(W)) --step $(or $(STEP),latest) $(SET)

@@ -13,6 +13,12 @@ from repfusion.evaluation.shown import ShownSuite, shown_suites
 from repfusion.evaluation.suites.base import Interval, Role, Value
 from repfusion.tables import html
 
+SHOW = (
+    "const all = this.closest('.steps').querySelectorAll('img');"
+    "all.forEach((one, i) => one.classList.toggle('shown', i == this.value));"
+    "this.previousElementSibling.value = this.dataset.steps.split(' ')[this.value]"
+)
+"""What the slider over the galleries does: it shows the picture of its step, and says which that is."""
 ACCENT, MUTED = "#b5532a", "#8a8a90"
 
 
@@ -166,18 +172,23 @@ def percent(value: float | None, interval: Interval | None = None) -> str:
 
 
 def galleries(evaluations: Sequence[tuple[Path, Evaluation]]) -> str:
-    """The pictures of all evaluations, the last one open."""
+    """The pictures of all evaluations under a slider over their steps, which begins at the last."""
     if not evaluations:
         return ""
     subjects = " and ".join(dict.fromkeys(one.suite.suite.subject for one in histories(evaluations)))
     is_graded = any(result.scores.by_item for _, one in evaluations for result in one.suites.values())
     frames = "; green frames are right, red ones wrong" if is_graded else ""
     parts = [f"<h2>Images</h2><p>Drawn from {escape(subjects)}{frames}.</p>"]
-    for position, (folder, one) in enumerate(reversed(evaluations)):
-        picture = image(folder / GALLERY, f"images of step {one.step}")
-        opened = ' open=""' if position == 0 else ""
-        parts.append(f"<details{opened}><summary>step {one.step}</summary>{picture}</details>")
-    return "".join(parts)
+    steps = [one.step for _, one in evaluations]
+    pictures = [image(folder / GALLERY, f"images of step {one.step}") for folder, one in evaluations]
+    pictures[-1] = pictures[-1].replace("<img ", '<img class="shown" ', 1)
+    if len(steps) == 1:
+        return "".join([*parts, f'<div class="steps"><p>step {steps[0]}</p>{pictures[0]}</div>'])
+    slider = (
+        f'<label>step <output>{steps[-1]}</output><input type="range" min="0" max="{len(steps) - 1}" '
+        f'value="{len(steps) - 1}" data-steps="{" ".join(map(str, steps))}" oninput="{SHOW}"/></label>'
+    )
+    return "".join([*parts, f'<div class="steps">{slider}', *pictures, "</div>"])
 
 
 def image(path: Path, text: str) -> str:

@@ -13,6 +13,8 @@ from repfusion.evaluation.suites.scenes import ScenesSuiteConfig
 
 SCORES = "scores.json"
 GALLERY = "gallery.png"
+GALLERIES = "galleries"
+"""Folder of a picture for each titled row of the gallery, such as a task's."""
 SuiteName = Annotated[str, Field(pattern=r"^[\w-]+$")]
 
 
