@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipelines.build import data_stages
 from pipelines.config import WorkflowConfig
-from pipelines.reporting.browse import Library, Shown
+from pipelines.reporting.browse import Library, Shelf
 from pipelines.shards.store import ShardError
 from pipelines.stages.captions import CaptionsConfig
 from repfusion.config import load_config
@@ -26,7 +26,7 @@ def library_of(config: WorkflowConfig) -> Library:
         name for name, one in config.columns.items() if isinstance(one, CaptionsConfig) and name in folders
     ]
     stages = {
-        name: Shown(
+        name: Shelf(
             folders[name],
             None if above is None else folders[above],
             tuple(folders[column] for column in captions) if name == "curate" else (),

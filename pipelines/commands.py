@@ -92,8 +92,8 @@ def print_status(config: WorkflowConfig) -> None:
 def print_stopped(config: WorkflowConfig | None, words: Sequence[str], number: int) -> None:
     """What is kept of a run that was stopped, and the command that goes on."""
     print(f"stopped by {signal.Signals(number).name}; the finished shards are kept", file=sys.stderr)
-    for name in () if config is None else config.trainings:
-        training = config.training(name)
+    trainings = {} if config is None else {name: config.training(name) for name in config.trainings}
+    for name, training in trainings.items():
         if (step := saved_step(training)) is not None and step < training.num_steps:
             print(f"{name}: step {step} of {training.num_steps} is saved", file=sys.stderr)
     command = f"{program()} {shlex.join(words)}"

@@ -34,7 +34,7 @@ Members = Mapping[str, bytes]
 
 
 @dataclass(frozen=True)
-class Shown:
+class Shelf:
     """What is shown of a stage."""
 
     folder: Folder
@@ -56,7 +56,7 @@ class Answer:
 class Library:
     """The stages of a workflow that hold pictures, by name."""
 
-    def __init__(self, title: str, stages: Mapping[str, Shown]):
+    def __init__(self, title: str, stages: Mapping[str, Shelf]):
         self.title, self.stages = title, dict(stages)
         self._samples = lru_cache(SHARDS_KEPT)(self._read)
 

@@ -42,7 +42,7 @@ class DecoderTrainingConfig(Config):
     device: str = "cpu"
     """Where it is trained: `cpu` or `cuda`."""
     dtype: Literal["float32", "float16"] = "float16"
-    """In which the weights are written."""
+    """Precision in which the weights are written."""
     compile: bool = False
     """Whether the loss and its gradients are compiled."""
     save_every_sec: float = Field(default=120.0, gt=0)

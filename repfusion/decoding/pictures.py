@@ -30,7 +30,7 @@ class _Place:
     size: int
 
 
-class Pictures:
+class ImageShards:
     """The images of a folder's shards, those of a share of the keys apart.
 
     Args:

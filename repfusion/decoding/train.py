@@ -13,7 +13,7 @@ from torch import Tensor
 
 from repfusion.data.order import hash64
 from repfusion.decoding.config import DecoderTrainingConfig
-from repfusion.decoding.pictures import Pictures
+from repfusion.decoding.pictures import ImageShards
 from repfusion.files import write_json
 from repfusion.foundation.optimise import Objective, optimise
 from repfusion.generation.device import usable_device
@@ -57,7 +57,7 @@ def train_decoder(config: DecoderTrainingConfig) -> dict[str, float]:
     """
     device = usable_device(config.device)
     encoder = config.encoder.load().to(device)
-    pictures = Pictures(config.images, encoder.image_size, config.held_out_share)
+    pictures = ImageShards(config.images, encoder.image_size, config.held_out_share)
     decoder = new_decoder(config, encoder).train().to(device)
     size = config.length.batch_size
 

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float
 
 NEIGHBOURS = 5
-"""Of a real image, by whose distance its neighbourhood is measured."""
+"""Which neighbour of a real image its neighbourhood reaches to."""
 
 
 def frechet_distance(ours: Float[np.ndarray, "n d"], theirs: Float[np.ndarray, "m d"]) -> float:

@@ -58,7 +58,7 @@ class PromptsSuiteConfig(Config):
     the training's encoder.
     """
     layer: int = Field(default=-2, le=-1)
-    """Its hidden state, as of `model.encoder.layer`."""
+    """The tower's hidden state, as of `model.encoder.layer`."""
     clip: Path | None = None
     """Folder of a CLIP (text and vision) for CLIPScore; None leaves it out."""
 

@@ -14,7 +14,7 @@ import pytest
 from tiny_shards import write_shards
 
 from pipelines.browse import server_of
-from pipelines.reporting.browse import Library, Shown
+from pipelines.reporting.browse import Library, Shelf
 from pipelines.shards.storage import Folder
 
 
@@ -34,7 +34,7 @@ def library(tmp_path_factory) -> Library:
     table = pa.table([pa.array(column) for column in zip(*rows, strict=True)], names=names)
     pq.write_table(table, root / "curate" / "00000.drops.parquet")
     ingest, curate = (Folder(str(root / stage)) for stage in ("ingest", "curate"))
-    return Library("mine", {"ingest": Shown(ingest, None), "curate": Shown(curate, ingest)})
+    return Library("mine", {"ingest": Shelf(ingest, None), "curate": Shelf(curate, ingest)})
 
 
 def page(library: Library, address: str) -> str:

@@ -13,7 +13,7 @@ from repfusion.config import load_config, to_yaml
 from repfusion.data.order import is_held_out
 from repfusion.decoding import __main__ as command
 from repfusion.decoding.config import DecoderTrainingConfig
-from repfusion.decoding.pictures import Pictures
+from repfusion.decoding.pictures import ImageShards
 from repfusion.decoding.train import MEASURED, state_of, train_decoder
 from repfusion.foundation.config import LengthConfig
 from repfusion.images.square import square
@@ -80,14 +80,14 @@ def test_one_that_was_cut_off_goes_on_to_the_same_weights(config, tmp_path, monk
 
 
 def test_what_is_held_out_is_never_drawn(images):
-    pictures = Pictures(images, 16, 0.25)
+    pictures = ImageShards(images, 16, 0.25)
     assert len(pictures.drawn) + len(pictures.held_out) == 40
     assert all(is_held_out(one.key, 0.25) for one in pictures.held_out) and pictures.held_out
     assert not any(is_held_out(one.key, 0.25) for one in pictures.drawn)
     first, second = pictures.batch(3, 0, 6), pictures.batch(4, 0, 6)
     assert first.shape == (6, 16, 16, 3) and torch.equal(first, pictures.batch(3, 0, 6))
     assert not torch.equal(first, second)
-    assert len(Pictures(images, 16, 0.0).measured(5)) == 5
+    assert len(ImageShards(images, 16, 0.0).measured(5)) == 5
 
 
 def test_a_square_is_the_middle_of_an_image():
