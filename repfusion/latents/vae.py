@@ -58,7 +58,7 @@ class VAEDecoder(nn.Module):
         self.vae = vae.eval().requires_grad_(False)
         self.grid = grid
         self.feature_dim: int = vae.config.latent_channels
-        self.image_size = grid[0] * vae_factor({**vae.config, "_class_name": type(vae).__name__})
+        self.image_size = grid[0] * vae_factor({**dict(vae.config), "_class_name": type(vae).__name__})
         """Side in px of the images it makes."""
 
     @classmethod
