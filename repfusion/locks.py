@@ -153,7 +153,9 @@ def _open(path: Path, is_shared: bool) -> IO[str] | None:
 
 
 def at_work(path: Path) -> list[Holder]:
-    """Who holds a lock file now, as far as they name themselves; none where it is free. Takes nothing."""
+    """Who holds a lock file now, as far as they name themselves. One that is free is held, shared, for the
+    moment of looking.
+    """
     try:
         with path.open("r") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
