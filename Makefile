@@ -7,7 +7,6 @@ STAMP := $(VENV)/.installed
 PORT ?= 5000
 # The cluster that the targets from cluster-up to cluster-down are about: a name in cluster/configs, or a YAML file
 CLUSTER ?= local2
-TRACKING_DB := runs/mlflow.db
 DEMO := pipelines/configs/demo.yaml
 # The workflow that run, status, plan, verify, retry and gc are about, and overrides: make plan W=my.yaml SET="root=runs/my"
 W ?= $(DEMO)
@@ -30,7 +29,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-edit run status plan verify retry gc evaluate export lineage flops ladder ladder-table unifusion gpu-science bench-gpu cluster-up cluster-status submit jobs logs cancel cluster-down test test-slow test-gpu test-cluster fuzz lint format foundation base mlflow clean
+.PHONY: help setup demo doctor browse demo-edit run status plan verify retry gc evaluate export lineage flops ladder ladder-table unifusion gpu-science bench-gpu cluster-up cluster-status submit jobs logs cancel cluster-down test test-slow test-gpu test-cluster fuzz lint format foundation base mlflow clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +71,12 @@ retry: $(STAMP) ## download again the samples that failed for a reason that may 
 
 gc: $(STAMP) ## list what no workflow refers to; make gc SET=--delete removes it
 	@$(BIN)/python -m pipelines gc $(W) $(SET)
+
+doctor: $(STAMP) ## can this machine do it: cores, memory, GPUs, versions, disk, ports, tokens: make doctor W=my.yaml
+	@$(BIN)/python -m pipelines.doctor $(if $(filter command,$(origin W)),$(W))
+
+browse: $(STAMP) ## pictures, captions and drops of the data stages in a browser: make browse W=my.yaml (BROWSE_PORT=8090)
+	@$(BIN)/python -m pipelines.browse $(W) $(SET) --port $(or $(BROWSE_PORT),8090)
 
 evaluate: $(STAMP) ## score checkpoints now: make evaluate RUN=runs/demo STEP=600 (or latest, best, all)
 	@$(BIN)/python -m pipelines evaluate $(or $(RUN),$(W)) --step $(or $(STEP),latest) $(SET)
@@ -166,12 +171,8 @@ base: $(STAMP) ## pre-train the shipped base checkpoint on the foundation (about
 	$(BIN)/python -m repfusion.train repfusion/foundation/base.yaml
 	$(BIN)/python -m repfusion.foundation.base release --checkpoints runs/base/train/checkpoints
 
-mlflow: $(STAMP) ## the tracking UI of all runs on http://127.0.0.1:5000 (PORT=... for another)
-	@test -f $(TRACKING_DB) || { echo "no tracked run yet: $(TRACKING_DB) does not exist; 'make demo' makes one"; exit 1; }
-	@$(BIN)/python -c "import socket; socket.create_server(('127.0.0.1', $(PORT))).close()" 2>/dev/null \
-		|| { echo "port $(PORT) is taken; choose another: make mlflow PORT=5001"; exit 1; }
-	@echo "MLflow on http://127.0.0.1:$(PORT) (stop with Ctrl-C)"
-	@$(BIN)/mlflow server --backend-store-uri sqlite:///$(TRACKING_DB) --host 127.0.0.1 --port $(PORT) --workers 1
+mlflow: $(STAMP) ## the tracked runs, on http://127.0.0.1:5000 (PORT=... for another): make mlflow ROOT=runs/my, or where MLFLOW_TRACKING_URI says
+	@$(BIN)/python -m repfusion.tracking --port $(PORT) $(if $(ROOT),--root $(ROOT))
 
 clean: ## remove what was made by runs and tests; .venv and repfusion/weights/ stay
 	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache

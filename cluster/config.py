@@ -1,7 +1,7 @@
 """What the configurations of all kinds of clusters have in common: nodes, storage, jobs."""
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
@@ -31,7 +31,7 @@ class NodeConfig(Config):
     """Shared memory for objects; None lets Ray decide. Samples do not pass through it."""
     labels: dict[str, str] = {}
     """Labels of the node, by which a stage may ask for it."""
-    resources: dict[str, float] = {}
+    resources: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Further resources by name."""
 
     def start_options(self, **labels: str) -> dict[str, str]:

@@ -60,7 +60,7 @@ def build_stages(
                 began = time.perf_counter() if started is None else started
                 found[name] = report_stage(
                     config.scored,
-                    config.trainings[config.scored].tracking.uri,
+                    config.trainings[config.scored].tracking,
                     found["evaluate"],
                     began,
                     place,

@@ -1,16 +1,7 @@
-"""`python -m pipelines COMMAND CONFIG.yaml [key.path=value ...]`: a workflow's data, training and evaluation.
+"""What each command of `python -m pipelines` does (arguments.py has their options), and its exit status."""
 
-run      bring every stage up to date
-status   what each stage holds: fresh, partial, stale or missing, and why
-plan     shards, samples, bytes and device time before anything runs
-verify   read every byte again; quarantine what is broken and rebuild only that
-retry    download again what failed for a reason that may have passed
-evaluate score checkpoints now; CONFIG.yaml may also be a workflow's root, a training's folder or a checkpoint
-gc       list what no workflow refers to; --delete removes it, of trainings only with --trainings
-"""
-
-import argparse
 import math
+import shlex
 import signal
 import sys
 import time
@@ -18,18 +9,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from pipelines.arguments import parse_arguments, program
 from pipelines.build import build_stages, data_stages, probe_stages, source_entries
 from pipelines.config import WorkflowConfig
 from pipelines.runtime.session import StageError
+from pipelines.shards.digests import flatten
 from pipelines.shards.storage import is_store_error
 from pipelines.workflow.inspection import contents, states
+from pipelines.workflow.locks import LOCK
 from pipelines.workflow.run import run
 from pipelines.workflow.summary import write_summary
+from pipelines.workflow.trained import how_far, saved_step
 from repfusion.config import load_config, to_yaml
 from repfusion.display.redaction import redact_text
 from repfusion.display.terminal import printable_lines
 from repfusion.files import write_text
-from repfusion.tracking import StoreError
+from repfusion.locks import at_work
+from repfusion.tracking import StoreError, sqlite_path
 
 if TYPE_CHECKING:
     from pipelines.workflow.collect import Garbage
@@ -51,19 +47,57 @@ def run_workflow(config: WorkflowConfig, started: float) -> None:
         manifests = {result.name: result.manifest for result in results}
         write_summary(config.root, manifests, config.scored, total_sec)
         print(f"total: {total_sec:.1f} s")
-    for name in ("summary.json", "gallery.png", "report.html"):
-        if (config.root / name).is_file():
-            print(f"{name:<12} {config.root / name}")
+    print("\n".join(to_open(config)))
+
+
+def to_open(config: WorkflowConfig) -> list[str]:
+    """What a run left for people, a line each: files, and the command that shows its tracked trainings."""
+    found = [
+        f"{name:<12} {config.root / name}"
+        for name in ("summary.json", "gallery.png", "report.html")
+        if (config.root / name).is_file()
+    ]
+    training = config.training(config.scored)
+    if training.tracking.uri is None or saved_step(training) is None:
+        return found
+    return [*found, f"{'tracked':<12} {shown_by(config.root, training.tracking.uri)}"]
+
+
+def shown_by(root: Path, uri: str) -> str:
+    """The command, or the address, that shows tracked runs."""
+    database = sqlite_path(uri)
+    if database is None:
+        return redact_text(uri)
+    is_usual = database.resolve() == Path("runs/mlflow.db").resolve()
+    return "make mlflow" if is_usual else f"make mlflow ROOT={shlex.quote(str(root))}"
 
 
 def print_status(config: WorkflowConfig) -> None:
-    """A line per stage: fresh, partial, stale or missing, and why."""
+    """A line per stage: fresh, partial, stale or missing, and why, of a training at which step; before them
+    who is at work here, and since when.
+    """
     found = states(build_stages(config))
+    workers = at_work(config.root / LOCK)
+    for one in workers:
+        print(f"at work: {one}")
     width = max(map(len, found), default=0)
     for name, state in found.items():
         output = state.output if state.status == "fresh" else None
         text = state.reason if output is None else contents(output.manifest)
+        if name in config.trainings and state.status == "partial":
+            text = how_far(config.training(name), bool(workers)) or text
         print(f"{name:<{width}} {state.status:<8} {text}")
+
+
+def print_stopped(config: WorkflowConfig | None, words: Sequence[str], number: int) -> None:
+    """What is kept of a run that was stopped, and the command that goes on."""
+    print(f"stopped by {signal.Signals(number).name}; the finished shards are kept", file=sys.stderr)
+    trainings = {} if config is None else {name: config.training(name) for name in config.trainings}
+    for name, training in trainings.items():
+        if (step := saved_step(training)) is not None and step < training.num_steps:
+            print(f"{name}: step {step} of {training.num_steps} is saved", file=sys.stderr)
+    command = f"{program()} {shlex.join(words)}"
+    print(printable_lines(redact_text(f"go on: {command}")), file=sys.stderr)
 
 
 def print_plan(config: WorkflowConfig, num_samples: int, rates: Sequence[str]) -> None:
@@ -136,55 +170,9 @@ def _delete(found: "Sequence[Garbage]") -> int:
     return 1 if problems else 0
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("command", choices=["run", "status", "plan", "verify", "retry", "evaluate", "gc"])
-    parser.add_argument("config", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
-    planning = parser.add_argument_group("plan")
-    planning.add_argument(
-        "--probe", type=int, default=128, metavar="N", help="samples to send through the stages"
-    )
-    planning.add_argument(
-        "--rate",
-        action="append",
-        default=[],
-        metavar="STAGE=SAMPLES_PER_SEC",
-        help="of one actor, for other machines than this one",
-    )
-    group = parser.add_argument_group("verify")
-    group.add_argument("--report-only", action="store_true", help="name what is broken, touch nothing")
-    group = parser.add_argument_group("retry")
-    group.add_argument("--reason", action="append", help="of drops to try again; default: the transient ones")
-    group = parser.add_argument_group("evaluate")
-    group.add_argument(
-        "--step", default="latest", metavar="N", help="of the checkpoint, or latest (the default), best, all"
-    )
-    group.add_argument(
-        "--urgent", action="store_true", help="not only in the time that a training leaves to spare"
-    )
-    group = parser.add_argument_group("gc")
-    group.add_argument(
-        "--and",
-        dest="others",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="CONFIG.yaml",
-        help="a further workflow whose outputs stay",
-    )
-    group.add_argument("--trainings", action="store_true", help="list trainings too, also those set aside")
-    group.add_argument("--delete", action="store_true", help="remove what is listed")
-    # intermixed, so that options may stand between or after the overrides
-    return parser.parse_intermixed_args()
-
-
 def main() -> int:
     started = time.perf_counter()
-    args = parse_arguments()
+    args = parse_arguments(sys.argv[1:])
     config: WorkflowConfig | None = None
     try:
         if args.command == "evaluate" and not args.dry_run:
@@ -219,15 +207,22 @@ def main() -> int:
     except Exception as error:
         if not is_store_error(error):
             raise
-        place = args.config if config is None else config.data_folder
+        place = args.config if config is None else " or ".join(stores(config))
         text = redact_text(f"error: {place}: {type(error).__name__}: {error}")
         print(printable_lines(text), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         number = terminated_by[0] if terminated_by else signal.SIGINT
-        print(f"stopped by {number.name}; the finished shards are kept", file=sys.stderr)
+        print_stopped(config, sys.argv[1:], number)
         return 128 + number
     return 0
+
+
+def stores(config: WorkflowConfig) -> list[str]:
+    """Places at stores that a workflow names, each with its key; without any, the folder of its data."""
+    values = flatten(config.model_dump(mode="json", exclude={"trainings", "storage_options"}), "")
+    named = [f"{key}: {url}" for key, url in values.items() if isinstance(url, str) and "://" in url]
+    return named or [str(config.data_folder)]
 
 
 terminated_by: list[signal.Signals] = []

@@ -25,6 +25,7 @@ from pipelines.stages.rewrites import RewritesConfig
 from pipelines.stages.train import Reference, TrainingConfig
 from repfusion.config import Config, tags_of
 from repfusion.display.interpolations import Written, below
+from repfusion.latents.geometry import is_vae
 from repfusion.runs.checkpoint import continued_fields
 from repfusion.tracking import sqlite_uri
 from repfusion.train import TrainConfig
@@ -38,6 +39,10 @@ ColumnConfig = Annotated[
     ImageFeaturesConfig | PromptFeaturesConfig | RewritesConfig | CaptionsConfig, Field(discriminator="kind")
 ]
 KINDS = {kind for one in get_args(get_args(ColumnConfig)[0]) for kind in tags_of(one)}
+DRAWN = ("scenes", "edits")
+"""Kinds of sources that are drawn from the embedded world, whose suites grade them."""
+HELD_OUT_SHARE = 0.05
+"""What share of data of one's own is left for evaluation."""
 DEFAULT_COLUMNS = ("image_features", "prompt_features")
 """Kinds of columns that a workflow has one of, under that name, unless it says otherwise."""
 
@@ -87,7 +92,10 @@ class WorkflowConfig(Config):
     `stage:NAME/step_00000500` from that one; model fields that are not given are then that training's.
     """
     evaluate: EvaluateConfig = EvaluateConfig()
-    """Scores of every checkpoint of a training."""
+    """Scores of every checkpoint of a training. Unless suites are given, scenes are asked for scenes, and
+    data of one's own for captions that are held out of it (suite `prompts`); in that suite images,
+    held_out_share and encoder are the training's unless given.
+    """
     ray: RayConfig = RayConfig()
     """The cluster. Changes no bytes."""
 
@@ -200,9 +208,49 @@ class WorkflowConfig(Config):
             return values
         columns = _with_kinds(columns)
         if isinstance(values.get("root"), str | Path):
-            layout = _Layout(Path(values["root"]), _defaults(columns), trainings)
+            own = _kind_of_source(values.get("source")) not in DRAWN
+            layout = _Layout(
+                Path(values["root"]), _defaults(columns), trainings, HELD_OUT_SHARE if own else 0
+            )
             trainings = {name: layout.fill(name) for name in trainings}
+            if isinstance(evaluate := values.get("evaluate", {}), dict):
+                values = {**values, "evaluate": _of_own_data(evaluate, own, layout, values.get("data_url"))}
         return {**values, "columns": columns, "trainings": trainings}
+
+
+def _kind_of_source(source: Any) -> Any:
+    """The kind that a file gives its source, however it writes it."""
+    if isinstance(source, dict):
+        return source.get("kind", "scenes")
+    return "scenes" if source is None else getattr(source, "kind", source)
+
+
+def _of_own_data(evaluate: dict[str, Any], own: bool, layout: "_Layout", data_url: Any) -> dict[str, Any]:
+    """The section `evaluate`, its suites of prompts with what the scored training says of its images."""
+    suites = evaluate.get("suites", {"prompts": {}} if own else None)
+    name = str(evaluate.get("training") or list(layout.given)[-1])
+    section = layout.filled.get(name)
+    if not isinstance(suites, dict) or not isinstance(section, dict):
+        return evaluate
+    data, encoder = section.get("data", {}), layout.models.get(name, {}).get("encoder", {})
+    places = local_columns(Folder.at(data_url or layout.root), layout.root)
+    stage = Reference.of(data.get("images"))
+    says = {
+        "images": data.get("images") if stage is None else places / stage.stage,
+        "held_out_share": data.get("held_out_share", 0.0),
+        **({"encoder": encoder["path"], "layer": encoder["layer"]} if _is_tower(encoder) else {}),
+    }
+    filled = {
+        name: {**says, **one} if isinstance(one, dict) and one.get("kind", name) == "prompts" else one
+        for name, one in suites.items()
+    }
+    return {**evaluate, "suites": filled}
+
+
+def _is_tower(encoder: Mapping[str, Any]) -> bool:
+    """Whether a training's encoder is a vision tower that is there."""
+    path = encoder.get("path")
+    return path is not None and (Path(path) / "config.json").is_file() and not is_vae(path)
 
 
 def _with_kinds(columns: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,6 +276,8 @@ class _Layout:
     """The column of each kind that a training reads unless it says otherwise."""
     given: Mapping[str, Any]
     """The trainings' sections as they were given."""
+    held_out_share: float = 0.0
+    """What share of the samples a training leaves out unless it says otherwise."""
     filled: dict[str, Any] = field(default_factory=dict)
     """The sections that were filled in so far."""
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -249,6 +299,9 @@ class _Layout:
             "output_dir": section.get("output_dir", self.root / name),
             "tracking": {**tracking, **(section.get("tracking") or {})},
         }
+        if self.held_out_share:
+            data = {"held_out_share": self.held_out_share, **(section.get("data") or {})}
+            section = {**section, "data": data}
         every = _with_columns(section, self.columns)
         try:
             draft = TrainingConfig.model_validate(every)

@@ -37,8 +37,8 @@ class Strict(BaseModel):
 S = TypeVar("S", bound="Config")
 
 
-class Config(Strict):
-    """A section of a configuration. Defaults live in the class alone."""
+class Config(Strict, allow_inf_nan=False):
+    """A section of a configuration. Defaults live in the class alone, and so do the bounds of its numbers."""
 
     _written: dict[str, str] = PrivateAttr(default_factory=dict)
 

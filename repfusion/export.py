@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from repfusion.conditioning.noisy_latents import NoisyLatentConditioner
+from repfusion.display.options import WithDefaults
 from repfusion.display.redaction import redact_text
 from repfusion.display.terminal import printable_lines
 from repfusion.evaluation.record import Evaluation, read_evaluation
@@ -47,9 +48,11 @@ from repfusion.runs.exported import (
     LANGUAGE_MODEL,
     MARK,
     SCHEMA,
+    check_export,
     is_export,
 )
 from repfusion.runs.folder import AVERAGES, CONFIG, LINEAGE, STATISTICS, WEIGHTS_FILE
+from repfusion.runs.named import named_model
 from repfusion.runs.seals import files_below, seal, write_seals
 from repfusion.tables import markdown
 from repfusion.weights import WEIGHTS
@@ -101,6 +104,24 @@ def export(checkpoint: Path, out: Path, use_ema: bool = True) -> Path:
     finally:
         shutil.rmtree(working, ignore_errors=True)
     return out
+
+
+def export_again(source: Path, out: Path) -> None:
+    """Copies an export, its files compared with their digests first, in one move.
+
+    Raises:
+        ValueError: the export is damaged, or `out` holds something else.
+    """
+    out = Path(os.path.abspath(out))
+    check_target(out)
+    check_export(source)
+    working = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(working, ignore_errors=True)
+    try:
+        shutil.copytree(source, working)
+        replace_folder(working, out)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
 
 
 def check_target(out: Path) -> None:
@@ -221,7 +242,7 @@ def model_card(lineage: dict[str, Any], config: ModelConfig, evaluation: Evaluat
     lines = [
         *("---", "library_name: repfusion", "pipeline_tag: text-to-image", "---", ""),
         *("# A RepFusion text-to-image model", "", "```python"),
-        "from repfusion.pipeline import RepFusionPipeline",
+        "from repfusion import RepFusionPipeline",
         "",
         'pipe = RepFusionPipeline.from_pretrained(".").to("cuda")',
         'pipe("a red circle", num_inference_steps=30, guidance_scale=4.0).images[0].save("x.png")',
@@ -243,19 +264,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m repfusion.export",
         description="Write a checkpoint as one self-contained folder for RepFusionPipeline.",
+        formatter_class=WithDefaults,
     )
-    parser.add_argument("--checkpoint", type=Path, default=WEIGHTS / "base", help="folder of a checkpoint")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=WEIGHTS / "base",
+        help="a checkpoint; a training or a workflow's root stands for its best one",
+    )
     parser.add_argument(
         "--out", type=Path, required=True, help="folder to write; an export there is replaced"
     )
     parser.add_argument("--no-ema", action="store_true", help="the last weights, not the averaged ones")
     args = parser.parse_args()
     try:
-        out = export(args.checkpoint, args.out, use_ema=not args.no_ema)
+        checkpoint = named_model(args.checkpoint)
+        out = export(checkpoint, args.out, use_ema=not args.no_ema)
     except (ValueError, OSError) as error:
         sys.exit(printable_lines(redact_text(f"error: {error}")))
     num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    print(f"{args.checkpoint} -> {out} ({num_bytes / 1e6:.1f} MB)")
+    print(f"{checkpoint} -> {out} ({num_bytes / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

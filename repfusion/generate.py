@@ -1,10 +1,9 @@
-"""A checkpoint and prompts -> images; `python -m repfusion.generate --checkpoint DIR --prompt "a red circle"
---out x.png`.
-"""
+"""A checkpoint and prompts -> images; `python -m repfusion.generate --prompt "a red circle" --out x.png`."""
 
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,10 +13,15 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from repfusion.diffusion.sampler import SamplerConfig, sample
+from repfusion.config import validate
+from repfusion.diffusion.sampler import SamplerConfig, Solver, sample
+from repfusion.display.options import Options, WithDefaults
 from repfusion.display.redaction import redact_text
 from repfusion.display.terminal import printable_lines
 from repfusion.files import bytes_sha256
+from repfusion.generation.device import usable_device
+from repfusion.generation.outputs import Output, check_size, fitting_scale, grid
+from repfusion.generation.prompts import PromptRow, chosen_seeds, read_prompts
 from repfusion.images.decode import read_pixels
 from repfusion.latents.load import Decoder
 from repfusion.lineage.describe import (
@@ -32,6 +36,7 @@ from repfusion.llm.words import unread
 from repfusion.model.text_to_image import TextToImage
 from repfusion.request import Request
 from repfusion.runs.exported import MARK, is_export, load_any
+from repfusion.runs.named import named_model
 from repfusion.weights import WEIGHTS
 
 Kept = Literal["all", "portable", "none"]
@@ -55,19 +60,20 @@ def generate(
     model: TextToImage,
     decoder: Decoder,
     requests: Sequence[Request],
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     config: SamplerConfig = SamplerConfig(),
     batch_size: int = 64,
 ) -> Float[Tensor, "b 3 h w"]:
-    """Pixels in [0, 1] on the CPU. Image i depends on seed + i and its request, not on the batch size (but
-    for rounding).
+    """Pixels in [0, 1] on the CPU. Image i depends on its seed (number i of several, or else seed + i) and
+    its request, not on the batch size (but for rounding).
     """
+    seeds = range(seed, seed + len(requests)) if isinstance(seed, int) else seed
     model.conditioner.llm.check_lengths([request.prompt for request in requests])
     images = []
     for start in range(0, len(requests), batch_size):
         part = requests[start : start + batch_size]
-        seeds = range(seed + start, seed + start + len(part))
-        latents = sample(model, part, initial_noise(seeds, model.latent_shape), config)
+        noise = initial_noise(seeds[start : start + batch_size], model.latent_shape)
+        latents = sample(model, part, noise, config)
         images.append(decode(model, decoder, latents))
     return torch.cat(images)
 
@@ -92,18 +98,20 @@ def to_uint8(pixels: Float[Tensor, "*b 3 h w"]) -> UInt8[np.ndarray, "*b h w 3"]
 
 
 def image_record(
-    folder: Path, request: Request, seed: int, config: SamplerConfig, num_images: int = 1
+    folder: Path,
+    rows: Sequence[PromptRow],
+    config: SamplerConfig,
+    images: Sequence[UInt8[np.ndarray, "_ _ 3"]] = (),
+    rewrite: str | Literal[False] | None = None,
 ) -> dict[str, Any]:
-    """What a PNG says of itself: image i of a strip has the seed `seed` + i. `folder` is a checkpoint or an
-    export; `lineage` is what the checkpoint says of its training, kept here lest the folder goes. Of images
-    that were read, the digests of their pixels are kept.
+    """What a PNG says of itself: the prompts and seeds of its rows. `folder` is a checkpoint or an export;
+    `lineage` is what the checkpoint says of its training, kept here lest the folder goes. Of images that
+    were read, the digests of their pixels are kept.
     """
     record: dict[str, Any] = {
-        "prompt": request.prompt,
-        "images": [bytes_sha256(image.tobytes()) for image in request.images],
-        "rewrite": request.rewrite,
-        "seed": seed,
-        "num_images": num_images,
+        "rows": [{"prompt": row.prompt, "seeds": list(row.seeds)} for row in rows],
+        "images": [bytes_sha256(image.tobytes()) for image in images],
+        "rewrite": rewrite,
         **config.model_dump(mode="json"),
     }
     if not is_export(folder):
@@ -138,106 +146,174 @@ def save_image(image: Image.Image, path: Path, record: dict[str, Any] | None) ->
 
 def parser_of_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m repfusion.generate", description="Draw images from prompts."
+        prog="python -m repfusion.generate",
+        description="Draw images from prompts.",
+        formatter_class=WithDefaults,
     )
-    parser.add_argument(
-        "--checkpoint",
+    add_prompts(parser.add_argument_group("what to draw"))
+    add_files(parser.add_argument_group("from what, and where to"))
+    add_sampling(parser.add_argument_group("how"))
+    return parser
+
+
+def add_prompts(group: Options) -> None:
+    group.add_argument(
+        "--prompt", action="append", default=[], help="what to draw; several make a row of the picture each"
+    )
+    group.add_argument(
+        "--prompts-file",
         type=Path,
-        default=WEIGHTS / "base",
-        help="folder of a checkpoint or an export (default: the shipped base)",
+        metavar="FILE",
+        help='a prompt a line, or .jsonl with {"prompt": "a red circle", "seeds": [3, 4]} a line',
     )
-    parser.add_argument("--prompt", required=True, help="what to draw")
-    parser.add_argument(
+    group.add_argument(
         "--image",
         type=Path,
         action="append",
         default=[],
         metavar="FILE",
-        help="an image to edit or to refer to, several in the order in which the prompt counts them; of a "
+        help="an image to edit or to refer to, several in the order in which the prompts count them; of a "
         "checkpoint that reads images",
     )
-    rewriting = parser.add_mutually_exclusive_group()
+    rewriting = group.add_mutually_exclusive_group()
     rewriting.add_argument(
-        "--rewrite", metavar="SYSTEM", help="system prompt under which the language model rewrites the prompt"
+        "--rewrite",
+        metavar="SYSTEM",
+        help="system prompt under which the language model rewrites the prompts",
     )
-    rewriting.add_argument("--no-rewrite", action="store_true", help="take the prompt as it is")
-    parser.add_argument(
-        "--out",
+    rewriting.add_argument("--no-rewrite", action="store_true", help="take the prompts as they are")
+    group.add_argument(
+        "--seed", type=int, nargs="+", default=[0], help="of the noise; several draw each prompt as often"
+    )
+    group.add_argument(
+        "--num-images", type=int, metavar="N", help="images of each prompt, of the seeds SEED, SEED + 1, ..."
+    )
+
+
+def add_files(group: Options) -> None:
+    group.add_argument(
+        "--checkpoint",
         type=Path,
-        required=True,
-        help="image file to write; its ending decides the format, and .png carries the lineage",
+        default=WEIGHTS / "base",
+        metavar="FOLDER",
+        help="a checkpoint, an export, a training or a workflow's root (of these two the best checkpoint); "
+        "without it the shipped base draws",
     )
-    parser.add_argument(
+    group.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE.png|FOLDER/",
+        help="one picture, a row for each prompt, in the format of its ending; or a folder, a .png for each "
+        "image. A .png carries its lineage",
+    )
+    group.add_argument(
         "--lineage",
         choices=get_args(Kept),
         default="all",
         help="what a .png carries: all; portable, without this machine's folders and the tracking "
-        "address, for images that are given away; none (default: all)",
+        "address, for images that are given away; none",
     )
-    parser.add_argument(
-        "--num-images", type=int, default=1, help="images side by side, of the seeds SEED, SEED + 1, ..."
+    group.add_argument(
+        "--scale", type=int, metavar="N", help="enlarge each pixel to N x N (default: images of about 512 px)"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--scale", type=int, default=8, help="enlarge each pixel of small images to scale x scale"
+
+
+def add_sampling(group: Options) -> None:
+    sampler = SamplerConfig()
+    group.add_argument("--num-steps", type=int, default=sampler.num_steps, help="from noise to image")
+    group.add_argument(
+        "--solver",
+        choices=get_args(Solver),
+        default=sampler.solver,
+        help="euler and dpm read the model once a step, heun twice (but for the last)",
     )
-    parser.add_argument("--guidance-scale", type=float, default=SamplerConfig().guidance_scale)
-    parser.add_argument(
+    group.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=sampler.guidance_scale,
+        help="how much the prompt is followed; 1 is off",
+    )
+    group.add_argument(
         "--image-guidance-scale",
         type=float,
         help="of the images alone, beside --guidance-scale, which is then the prompt's",
     )
-    parser.add_argument(
+    group.add_argument(
         "--guidance-interval",
         type=float,
         nargs=2,
-        default=SamplerConfig().guidance_interval,
+        default=sampler.guidance_interval,
         metavar=("LOW", "HIGH"),
-        help="guide where LOW < noise level <= HIGH (default: 0 1, everywhere)",
+        help="guide where LOW < noise level <= HIGH",
     )
-    parser.add_argument("--num-steps", type=int, default=SamplerConfig().num_steps)
-    parser.add_argument(
-        "--solver",
-        choices=("euler", "heun"),
-        default=SamplerConfig().solver,
-        help="euler reads the model once a step, heun twice (but for the last)",
-    )
-    parser.add_argument(
+    group.add_argument("--batch-size", type=int, default=16, help="images that are sampled at once")
+    group.add_argument(
         "--fast",
         action="store_true",
         help="compile, and on a GPU draw each step as one CUDA graph: worth it for many images of a size",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser
+    group.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
+    )
+
+
+def sampler_of(args: argparse.Namespace) -> SamplerConfig:
+    """The sampler of the options. Raises ValueError, which names the first bad one."""
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size}: expected at least 1")
+    names = ("num_steps", "solver", "guidance_scale", "image_guidance_scale", "guidance_interval")
+    return validate(SamplerConfig, {name: getattr(args, name) for name in names}, "options")
+
+
+def rows_of(args: argparse.Namespace) -> list[PromptRow]:
+    """The prompts of the options and of their file. Raises ValueError where there is none, or a bad one."""
+    seeds = chosen_seeds(args.seed, args.num_images)
+    rows = [PromptRow(prompt, seeds) for prompt in args.prompt]
+    if args.prompts_file is not None:
+        rows += read_prompts(args.prompts_file, seeds)
+    if not rows:
+        raise ValueError("no prompt; expected --prompt TEXT or --prompts-file FILE")
+    return rows
+
+
+def draw(args: argparse.Namespace) -> list[Path]:
+    """The files of a command line, all of which is checked before anything is sampled.
+
+    Raises:
+        ValueError: an option that does not hold, a damaged checkpoint, or a prompt that does not fit.
+    """
+    output, rows, sampler = Output.parse(args.out), rows_of(args), sampler_of(args)
+    device, images = usable_device(args.device), read_images(args.image)
+    rewrite = False if args.no_rewrite else args.rewrite
+    fitting_scale(1, args.scale)
+    folder = named_model(args.checkpoint)
+    model = load_any(folder).to(device)
+    if args.fast:
+        model.speed_up_sampling()
+    decoder = model.load_decoder()
+    scale = fitting_scale(decoder.image_size, args.scale)
+    files = output.files(rows)
+    for _, shown in files:
+        check_size(shown, decoder.image_size * scale)
+    if said := unread(model.conditioner.llm.folder, [row.prompt for row in rows]):
+        print(redact_text(f"warning: {said}"), file=sys.stderr)
+    requests = [Request(row.prompt, images, rewrite) for row in rows for _ in row.seeds]
+    seeds = [seed for row in rows for seed in row.seeds]
+    pixels = iter(to_uint8(generate(model, decoder, requests, seeds, sampler, args.batch_size)))
+    for path, shown in files:
+        widths = [len(row.seeds) for row in shown]
+        record = kept_of(image_record(folder, shown, sampler, images, rewrite), args.lineage)
+        save_image(grid(list(islice(pixels, sum(widths))), widths, scale), path, record)
+    print(f"{len(seeds)} image(s) of {len(rows)} prompt(s) -> {args.out} (checkpoint {folder})")
+    return [path for path, _ in files]
 
 
 def main() -> None:
     args = parser_of_options().parse_args()
     try:
-        model = load_any(args.checkpoint).to(args.device)
-        if args.fast:
-            model.speed_up_sampling()
-        if said := unread(model.conditioner.llm.folder, [args.prompt]):
-            print(redact_text(f"warning: {said}"), file=sys.stderr)
-        sampler = SamplerConfig(
-            num_steps=args.num_steps,
-            solver=args.solver,
-            guidance_scale=args.guidance_scale,
-            image_guidance_scale=args.image_guidance_scale,
-            guidance_interval=args.guidance_interval,
-        )
-        rewrite = False if args.no_rewrite else args.rewrite
-        request = Request(args.prompt, read_images(args.image), rewrite)
-        record = image_record(args.checkpoint, request, args.seed, sampler, args.num_images)
-        pixels = generate(model, model.load_decoder(), [request] * args.num_images, args.seed, sampler)
-    except ValueError as error:
+        draw(args)
+    except (ValueError, OSError) as error:
         sys.exit(printable_lines(redact_text(f"error: {error}")))
-    strip = np.concatenate(list(to_uint8(pixels)), axis=1)
-    image = Image.fromarray(strip).resize(
-        (strip.shape[1] * args.scale, strip.shape[0] * args.scale), Image.Resampling.NEAREST
-    )
-    save_image(image, args.out, kept_of(record, args.lineage))
-    print(f"{args.prompt!r} -> {args.out} ({len(pixels)} image(s), checkpoint {args.checkpoint})")
 
 
 if __name__ == "__main__":

@@ -152,12 +152,30 @@ def _open(path: Path, is_shared: bool) -> IO[str] | None:
     return None
 
 
+def at_work(path: Path) -> list[Holder]:
+    """Who holds a lock file now, as far as they name themselves. One that is free is held, shared, for the
+    moment of looking.
+    """
+    try:
+        with path.open("r") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return []
+    except BlockingIOError:
+        return _named(path)
+    except OSError:
+        return []
+
+
 def _holders(path: Path) -> str:
     """Who wrote into the lock file and may still be there."""
-    found: list[str] = []
+    return ", ".join(map(str, _named(path))) or f"a process that {path} does not name"
+
+
+def _named(path: Path) -> list[Holder]:
+    found: list[Holder] = []
     with suppress(OSError):
         for line in path.read_text().splitlines():
             with suppress(ValueError):
                 holder = Holder.model_validate_json(line)
-                found += [] if holder.is_gone else [str(holder)]
-    return ", ".join(found) or f"a process that {path} does not name"
+                found += [] if holder.is_gone else [holder]
+    return found

@@ -110,7 +110,7 @@ class TrainConfig(RecipeConfig):
     """Updates in all, those before a resume included."""
     global_batch_size: int = Field(default=64, ge=1)
     """Samples per update over all ranks."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides initial weights, the order of samples, captions, noise and dropped conditions."""
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the averaged weights, which sampling uses."""
@@ -306,13 +306,14 @@ def train(
     on_report: Callable[[Report], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     warn: Warn = log.warning,
+    on_step: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Trains to `num_steps`, resuming from the last whole checkpoint of `output_dir`; returns what train.json
     says.
 
     The callbacks are called on every rank: after a checkpoint is complete (folder, step, seconds it took),
-    after each log line, and `should_stop` in each step: where one rank says so, all write a checkpoint and
-    stop. `warn` is told on rank 0 of checkpoints that are damaged.
+    after each log line, `on_step` after each step with its number, and `should_stop` in each step: where one
+    rank says so, all write a checkpoint and stop. `warn` is told on rank 0 of checkpoints that are damaged.
 
     Raises:
         ValueError: data, model or resume state do not fit, or all checkpoints are damaged.
@@ -326,7 +327,7 @@ def train(
     prepare_environment()
     init_process_group()
     with alone_in(config.output_dir):
-        return _train(config, on_checkpoint, on_report, should_stop, warn)
+        return _train(config, on_checkpoint, on_report, should_stop, warn, on_step)
 
 
 def _train(
@@ -335,6 +336,7 @@ def _train(
     on_report: Callable[[Report], None] | None,
     should_stop: Callable[[], bool] | None,
     warn: Warn,
+    on_step: Callable[[int], None] | None,
 ) -> dict[str, Any]:
     reads_images = config.model.conditioning.reads_images
     dataset = Mixture.open(config.data, columns_of(config.model), reads_images)
@@ -449,6 +451,8 @@ def _train(
             done = step + 1
             is_last = done == config.num_steps
             bar.update()
+            if on_step is not None:
+                on_step(done)
 
             # Report
             if done % config.log_every_steps == 0 or is_last:

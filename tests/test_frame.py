@@ -101,8 +101,8 @@ LAYERS = [
     {"conditioning"},
     {"model"},
     {"runs"},
-    {"training", "tracking", "lineage", "flops"},
-    {"generate", "train", "export", "pipeline", "evaluation", "foundation"},
+    {"training", "tracking", "lineage", "flops", "generation"},
+    {"generate", "train", "export", "pipeline", "evaluation", "foundation", "decoding"},
 ]
 """Rooms of the library, lowest first: a room imports its own layer and those below."""
 

@@ -53,7 +53,7 @@ class Evaluator:
 
         from pipelines.evaluation.records import LOGGED, finished
         from repfusion.evaluation.checkpoints import evaluate_checkpoint
-        from repfusion.evaluation.record import GALLERY, SCORES, EvaluationConfig
+        from repfusion.evaluation.record import GALLERIES, GALLERY, SCORES, EvaluationConfig
         from repfusion.files import write_json
         from repfusion.runs.folder import step_of
 
@@ -75,6 +75,8 @@ class Evaluator:
         if task["is_scheduled"] and not (out / LOGGED).exists():
             tracker.log_scores(step, metrics, best_by=best_by if best_by in metrics else None)
             tracker.log_image(out / GALLERY, "gallery", step)
+            for picture in sorted((out / GALLERIES).glob("*.png")):
+                tracker.log_image(picture, f"gallery/{picture.stem}", step)
             tracker.log_artifact(out / SCORES, f"evaluate/{checkpoint.name}")
             write_json(out / LOGGED, {"run_id": tracker.run_id, "step": step})
         elif not task["is_scheduled"]:

@@ -25,10 +25,10 @@ from pipelines.evaluation.config import EvaluateConfig
 from repfusion.config import Strict
 from repfusion.evaluation.record import Evaluation, EvaluationConfig, read_evaluation
 from repfusion.files import digest_of, write_json
-from repfusion.runs.folder import PINS
+from repfusion.runs.folder import BEST, PINS
 
 ATTEMPTS, LOGGED = "attempts.json", "logged.json"
-PIN, BEST = "evaluate", "best"
+PIN = "evaluate"
 PIN_AGAIN_SEC = 3600.0
 """A pin's date is renewed this often: retention takes one that is a day old for forgotten."""
 

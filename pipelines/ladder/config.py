@@ -1,6 +1,7 @@
 """YAML file and `key.path=value` -> one ladder: what runs, on what data, for how long, how it is scored."""
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -78,7 +79,7 @@ class ComputeConfig(Config):
 
     rows: tuple[str, ...] = ()
     """Rows whose checkpoints are sampled; none stands for those of the plan."""
-    num_steps: tuple[int, ...] = (2, 5, 10, 20, 30, 60)
+    num_steps: tuple[Annotated[int, Field(ge=1)], ...] = (2, 5, 10, 20, 30, 60)
     """Sampling steps."""
     num_prompts: int = Field(default=240, ge=6)
     """Prompts for each."""
@@ -103,7 +104,7 @@ class LadderConfig(Config):
     """The page that `table` writes; charts and notes lie in the folder of the same name."""
     rows: tuple[str, ...] = ()
     """Which rows to run now; none stands for all of the plan."""
-    seeds: tuple[int, ...] | None = None
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Seeds of initial weights, order of samples, noise and dropped conditions; data and prompts stay. None:
     as many as the plan has of each row.
     """

@@ -23,7 +23,7 @@ from pydantic import Field, field_validator
 from pipelines.lists.blocks import ArrowBlock, Block, RecordBlock, keys_in_type
 from pipelines.lists.columns import Needed, check_columns
 from pipelines.shards.parquet import is_damage, native_file, open_parquet
-from pipelines.shards.storage import Folder
+from pipelines.shards.storage import Folder, said_at
 from repfusion.config import Config
 
 if TYPE_CHECKING:
@@ -100,27 +100,28 @@ def open_table(
     parent, slash, name = url.rpartition("/")
     folder = Folder(parent or slash or ".", options)
     with ExitStack() as stack:
-        match _ending(name):
-            case ".parquet":
-                try:
-                    parquet = stack.enter_context(open_parquet(folder, name))
-                # Arrow's errors over a damaged file have no common class
-                except Exception as error:
-                    if is_damage(error):
-                        raise ValueError(f"{place} is not readable as parquet: {error}") from error
-                    raise
-                schema = parquet.schema_arrow
-                table = _ParquetTable(schema.names, parquet, names, place)
-                check_columns(needed, schema.names, place, lambda column: schema.field(column).type)
-            case ".csv" | ".tsv" as ending:
-                delimiter = csv.delimiter or ("\t" if ending == ".tsv" else ",")
-                table = _CsvTable([], folder, name, names, place, delimiter, csv.column_names)
-                table.columns.extend(table.header())
-                check_columns(needed, table.columns, place, None, table.advice(needed))
-            case _:
-                table = _JsonTable([], folder, name, names, place)
-                table.columns.extend(table.header())
-                check_columns(needed, table.columns, place, None)
+        with said_at(place):
+            match _ending(name):
+                case ".parquet":
+                    try:
+                        parquet = stack.enter_context(open_parquet(folder, name))
+                    # Arrow's errors over a damaged file have no common class
+                    except Exception as error:
+                        if is_damage(error):
+                            raise ValueError(f"{place} is not readable as parquet: {error}") from error
+                        raise
+                    schema = parquet.schema_arrow
+                    table = _ParquetTable(schema.names, parquet, names, place)
+                    check_columns(needed, schema.names, place, lambda column: schema.field(column).type)
+                case ".csv" | ".tsv" as ending:
+                    delimiter = csv.delimiter or ("\t" if ending == ".tsv" else ",")
+                    table = _CsvTable([], folder, name, names, place, delimiter, csv.column_names)
+                    table.columns.extend(table.header())
+                    check_columns(needed, table.columns, place, None, table.advice(needed))
+                case _:
+                    table = _JsonTable([], folder, name, names, place)
+                    table.columns.extend(table.header())
+                    check_columns(needed, table.columns, place, None)
         yield table
 
 

@@ -7,14 +7,22 @@ from html import escape
 
 INK = "#1f2a44"
 STYLE = """
-:root { --ink: #1f2a44; --line: #e3e2dd; --muted: #6d6d74; --bar: #dfe5ee; }
+:root { color-scheme: light dark; --ink: #1f2a44; --line: #e3e2dd; --muted: #6d6d74; --bar: #dfe5ee;
+  --page: #fafaf8; --text: #26262a; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #c3d0f0; --line: #3a3a40; --muted: #a0a0a8; --bar: #2f3c55;
+    --page: #17171a; --text: #dededf; }
+  svg [stroke="#1f2a44"] { stroke: #c3d0f0; }
+  svg [fill="#1f2a44"] { fill: #c3d0f0; }
+  svg [stroke="#e3e2dd"] { stroke: #3a3a40; }
+}
 * { box-sizing: border-box; }
-body { margin: 0; background: #fafaf8; color: #26262a; font: 15px/1.5 system-ui, sans-serif; }
+body { margin: 0; background: var(--page); color: var(--text); font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 940px; margin: 0 auto; padding: 40px 30px 80px; }
 h1 { font-size: 30px; margin: 0 0 20px; color: var(--ink); }
 h2 { font-size: 19px; margin: 44px 0 10px; padding-bottom: 6px; color: var(--ink);
   border-bottom: 1px solid var(--line); }
-p { max-width: 75ch; color: #3c3c42; }
+p { max-width: 75ch; }
 .facts { display: flex; flex-wrap: wrap; gap: 12px 36px; }
 .facts b { display: block; font-size: 24px; font-weight: 600; color: var(--ink); }
 .facts span { color: var(--muted); font-size: 13px; }
@@ -31,7 +39,14 @@ details { margin: 12px 0; }
 summary { cursor: pointer; color: var(--ink); }
 img { max-width: 100%; margin-top: 8px; border: 1px solid var(--line); }
 svg { max-width: 100%; height: auto; display: block; }
-svg text { font: 11.5px system-ui, sans-serif; fill: #6d6d74; }
+svg text { font: 11.5px system-ui, sans-serif; fill: var(--muted); }
+.steps input { width: 100%; accent-color: var(--ink); }
+.steps img { display: none; }
+.steps img.shown { display: block; }
+@media (max-width: 640px) {
+  main { padding: 20px 14px 60px; }
+  table { display: block; overflow-x: auto; }
+}
 .small { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr));
   gap: 10px 16px; margin: 14px 0 18px; }
 """

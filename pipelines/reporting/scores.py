@@ -13,6 +13,12 @@ from repfusion.evaluation.shown import ShownSuite, shown_suites
 from repfusion.evaluation.suites.base import Interval, Role, Value
 from repfusion.tables import html
 
+SHOW = (
+    "const all = this.closest('.steps').querySelectorAll('img');"
+    "all.forEach((one, i) => one.classList.toggle('shown', i == this.value));"
+    "this.previousElementSibling.value = this.dataset.steps.split(' ')[this.value]"
+)
+"""What the slider over the galleries does: it shows the picture of its step, and says which that is."""
 ACCENT, MUTED = "#b5532a", "#8a8a90"
 
 
@@ -61,13 +67,20 @@ def facts(evaluations: Sequence[tuple[Path, Evaluation]]) -> list[tuple[str, str
 
 def _facts(history: SuiteHistory) -> list[tuple[str, str]]:
     headline = history.suite.headline
-    found = [(f"{100 * headline.share:.0f}%", headline.value.meaning or headline.value.title)]
+    found = [(shown(headline.value, headline.share), headline.value.meaning or headline.value.title)]
     first, last = history.results[0][1].scores.values, history.results[-1][1].scores.values
     for value in history.values("beside"):
         if len(history.results) > 1 and value.name in first and value.name in last:
-            change = f"{100 * first[value.name]:.0f} &rarr; {100 * last[value.name]:.0f}%"
+            unit = "%" if value.is_share else ""
+            before = shown(value, first[value.name]).removesuffix("%")
+            change = f"{before} &rarr; {shown(value, last[value.name]).removesuffix('%')}{unit}"
             found.append((change, value.meaning or value.title))
     return found
+
+
+def shown(value: Value, number: float) -> str:
+    """A share in percent, any other number as it is."""
+    return f"{100 * number:.0f}%" if value.is_share else f"{number:.3g}"
 
 
 def scores(evaluations: Sequence[tuple[Path, Evaluation]]) -> str:
@@ -96,6 +109,11 @@ def _charts(history: SuiteHistory) -> str:
         *(history.line(one, INK, one.title) for one in history.values("headline")),
         *_beside(history, ""),
     ]
+    numbers = "".join(
+        chart([history.line(one, ACCENT, "")], 282, 130, title=one.title)
+        for one in history.values("beside")
+        if not one.is_share
+    )
     small = "".join(
         chart(
             [history.line(one, INK, ""), *_beside(history, one.name)],
@@ -107,7 +125,7 @@ def _charts(history: SuiteHistory) -> str:
         for one in history.suite.suite.values
         if one.role == "part"
     )
-    return chart(main, 880, 240, "step", y_range=(0, 1)) + f'<div class="small">{small}</div>'
+    return chart(main, 880, 240, "step", y_range=(0, 1)) + f'<div class="small">{small}{numbers}</div>'
 
 
 def _beside(history: SuiteHistory, part: str) -> list[Line]:
@@ -117,6 +135,7 @@ def _beside(history: SuiteHistory, part: str) -> list[Line]:
         history.line(one, colour, one.legend or one.title, dashed=role == "floor")
         for role, colour in colours.items()
         for one in history.values(role, part)
+        if one.is_share
     ]
 
 
@@ -127,12 +146,19 @@ def _table(history: SuiteHistory) -> str:
             f"{step if step is not None else '?'}",
             *(
                 percent(result.scores.values.get(value.name), result.scores.intervals.get(value.name))
+                if value.is_share
+                else number(result.scores.values.get(value.name))
                 for value in values
             ),
         )
         for step, result in history.results
     ]
     return html(("step", *(value.title for value in values)), rows)
+
+
+def number(value: float | None) -> str:
+    """What is no share."""
+    return "&ndash;" if value is None else f"{value:.3g}"
 
 
 def percent(value: float | None, interval: Interval | None = None) -> str:
@@ -146,16 +172,23 @@ def percent(value: float | None, interval: Interval | None = None) -> str:
 
 
 def galleries(evaluations: Sequence[tuple[Path, Evaluation]]) -> str:
-    """The pictures of all evaluations, the last one open."""
+    """The pictures of all evaluations under a slider over their steps, which begins at the last."""
     if not evaluations:
         return ""
     subjects = " and ".join(dict.fromkeys(one.suite.suite.subject for one in histories(evaluations)))
-    parts = [f"<h2>Images</h2><p>Drawn from {escape(subjects)}; green frames are right, red ones wrong.</p>"]
-    for position, (folder, one) in enumerate(reversed(evaluations)):
-        picture = image(folder / GALLERY, f"images of step {one.step}")
-        opened = ' open=""' if position == 0 else ""
-        parts.append(f"<details{opened}><summary>step {one.step}</summary>{picture}</details>")
-    return "".join(parts)
+    is_graded = any(result.scores.by_item for _, one in evaluations for result in one.suites.values())
+    frames = "; green frames are right, red ones wrong" if is_graded else ""
+    parts = [f"<h2>Images</h2><p>Drawn from {escape(subjects)}{frames}.</p>"]
+    steps = [one.step for _, one in evaluations]
+    pictures = [image(folder / GALLERY, f"images of step {one.step}") for folder, one in evaluations]
+    pictures[-1] = pictures[-1].replace("<img ", '<img class="shown" ', 1)
+    if len(steps) == 1:
+        return "".join([*parts, f'<div class="steps"><p>step {steps[0]}</p>{pictures[0]}</div>'])
+    slider = (
+        f'<label>step <output>{steps[-1]}</output><input type="range" min="0" max="{len(steps) - 1}" '
+        f'value="{len(steps) - 1}" data-steps="{" ".join(map(str, steps))}" oninput="{SHOW}"/></label>'
+    )
+    return "".join([*parts, f'<div class="steps">{slider}', *pictures, "</div>"])
 
 
 def image(path: Path, text: str) -> str:

@@ -7,7 +7,6 @@ a deadline the shard is made carefully: what can kill a process runs in one of i
 """
 
 import math
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import BaseModel, Field
-from tqdm import tqdm
 
 from pipelines.runtime.metrics import StageMetrics, to_ray
+from pipelines.runtime.progress import StageProgress
 from pipelines.runtime.session import PATIENCE_SEC, StageError, brief, check_ray_lives
 from pipelines.runtime.transient import TRANSIENT_ERRORS, is_transient
 from repfusion.config import Config, weights_of
@@ -477,7 +476,7 @@ def run_shards(
     """Runs the jobs on a pool of actors, in a Ray session, and returns what the worker made of each, by
     shard.
 
-    `done` shards were complete before; the progress bar counts them. Prometheus is told of the stage under
+    `done` shards were complete before; what is shown counts them. Prometheus is told of the stage under
     the name of the `workflow`.
 
     Raises:
@@ -488,21 +487,16 @@ def run_shards(
         run.waiting.extend(jobs)
         total = done + len(run.waiting)
         try:
-            with shard_bar(stage, total, done) as bar:
+            with StageProgress(stage, total, done) as progress:
                 while run.wants_actor:
                     run.start_actor()
                 while run.is_busy:
-                    bar.update(len(carry_on([run])))
+                    for _, name in carry_on([run]):
+                        progress.completed(run.finished[name])
         finally:
             run.end()
     run.check_failures(total)
     return run.finished
-
-
-def shard_bar(title: str, total: int, done: int) -> "tqdm[Any]":
-    """A bar on a terminal; nothing elsewhere."""
-    is_terminal = sys.stderr.isatty()
-    return tqdm(total=total, initial=done, desc=title, unit="shard", leave=False, disable=not is_terminal)
 
 
 def _failure_table(stage: str, failures: dict[str, str], total: int) -> str:

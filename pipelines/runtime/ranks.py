@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pipelines.runtime.progress import TrainingProgress
 from pipelines.runtime.session import PATIENCE_SEC, StageError, brief, check_ray_lives
 from pipelines.shards.mirror import mirror
 from pipelines.shards.storage import Folder
@@ -35,8 +36,8 @@ LOOK_SEC = 0.5
 """Between a rank's looks for that."""
 END_PATIENCE_SEC = 20.0
 """How long a driver then waits for the ranks."""
-LINE_SEC = 15.0
-"""Between lines of progress where the terminal shows no bar."""
+STEP_SEC = 1.0
+"""How often rank 0 writes down which step it is at, from the first one on."""
 
 
 def train_rank(launch: dict[str, Any]) -> None:
@@ -53,9 +54,18 @@ def train_rank(launch: dict[str, Any]) -> None:
     stop, asked = RunFolder(config.output_dir).stop, [0.0]
     metrics = TrainingMetrics(to_ray(), config.output_dir)
 
+    latest: dict[str, Any] = {}
+    written = [0.0]
+
+    def on_step(step: int) -> None:
+        if rank == 0 and time.monotonic() - written[0] >= STEP_SEC:
+            written[0] = time.monotonic()
+            write_json(RunFolder(config.output_dir).progress, {**latest, "step": step})
+
     def on_report(report: Report) -> None:
         if rank == 0:
-            write_json(RunFolder(config.output_dir).progress, vars(report))
+            latest.update(vars(report))
+            write_json(RunFolder(config.output_dir).progress, latest)
             metrics.report(report)
 
     def on_checkpoint(folder: Path, step: int, seconds: float) -> None:
@@ -80,7 +90,7 @@ def train_rank(launch: dict[str, Any]) -> None:
         init_process_group(launch["backend"])
         for column, copy in launch["columns"]:
             mirror(column, copy)
-        train(config, on_checkpoint, on_report, should_stop, warn)
+        train(config, on_checkpoint, on_report, should_stop, warn, on_step)
     except TrainingStopped:
         return
     except (ValueError, NonFiniteError, CheckpointError) as error:
@@ -99,34 +109,14 @@ def progress_bar(config: TrainConfig) -> Iterator[None]:
     path.unlink(missing_ok=True)
     last = latest_checkpoint(RunFolder(config.output_dir).checkpoints)
     first_step = 0 if last is None else step_of(last)
-    is_terminal = sys.stderr.isatty()
     metrics.left(config.num_steps - first_step)
 
     def watch() -> None:
-        shown, printed = first_step, time.monotonic()
-        with tqdm(
-            total=config.num_steps, initial=first_step, desc="train", unit="step", disable=not is_terminal
-        ) as bar:
+        with TrainingProgress(first_step, config.num_steps) as progress:
             while not stopped.wait(0.5):
                 warnings.show()
-                if not path.exists():
-                    continue
-                report = json.loads(path.read_text())
-                if report["step"] == shown:
-                    continue
-                bar.update(report["step"] - shown)
-                metrics.left(config.num_steps - report["step"])
-                bar.set_postfix(
-                    loss=f"{report['loss']:.4f}", samples_per_sec=f"{report['samples_per_sec']:.0f}"
-                )
-                shown = report["step"]
-                if not is_terminal and time.monotonic() - printed > LINE_SEC:
-                    printed = time.monotonic()
-                    print(
-                        f"train: step {shown}/{config.num_steps}, loss {report['loss']:.4f}, "
-                        f"{report['samples_per_sec']:.0f} samples/s",
-                        flush=True,
-                    )
+                if path.exists() and progress.show(json.loads(path.read_text())):
+                    metrics.left(config.num_steps - progress.step)
 
     thread = Thread(target=watch, name="progress", daemon=True)
     thread.start()

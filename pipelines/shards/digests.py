@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipelines.shards.storage import said_at
 from repfusion.config import naming
 from repfusion.files import digest_of, file_sha256, write_json
 from repfusion.pretrained.cache import fetch
@@ -42,8 +43,9 @@ class Digests:
             return self.file(Path(url))
         import fsspec
 
-        files, path = fsspec.core.url_to_fs(url, **options)
-        info = files.info(path)
+        with said_at(url):
+            files, path = fsspec.core.url_to_fs(url, **options)
+            info = files.info(path)
         return digest_of(
             [info["size"], str(info.get("ETag") or info.get("LastModified") or info.get("mtime"))]
         )

@@ -257,6 +257,21 @@ class Folder:
                 path.unlink(missing_ok=True)
 
 
+@contextmanager
+def said_at(place: str) -> Iterator[None]:
+    """Puts the place of the configuration that asks for a store before what its client raises, as a
+    ValueError. Files that are not there go through as they are.
+    """
+    try:
+        yield
+    # the clients of stores have no common class of errors; all others go through as they are
+    except Exception as error:
+        is_answer = isinstance(error, OSError | ImportError) and not isinstance(error, FileNotFoundError)
+        if not (is_answer or is_store_error(error)):
+            raise
+        raise ValueError(f"{place}: {type(error).__name__}: {error}") from error
+
+
 def is_store_error(error: BaseException) -> bool:
     """Whether a remote store's client raised it, for want of credentials or of an answer. There is no common
     base class.

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines.shards.storage import Folder
+from pipelines.shards.storage import Folder, said_at
 
 STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
 """Where fsspec's file systems say which version of a file there is; the first one counts."""
@@ -68,9 +68,10 @@ def find_inputs(
     find = partial(
         _find_local if "://" not in path else _find_remote, endings=in_folders or endings, options=options
     )
-    root, found = find(path)
-    if not found and "{" in path:
-        root, found = _find_each(path, key, find, options)
+    with said_at(f"{key}: {path}"):
+        root, found = find(path)
+        if not found and "{" in path:
+            root, found = _find_each(path, key, find, options)
     wanted = " or ".join(endings)
     if not found:
         raise ValueError(
@@ -206,10 +207,14 @@ def list_folder(folder: Folder, root: Folder) -> list[Listed]:
     else:
         import fsspec
 
-        files = fsspec.filesystem(folder.url.partition("://")[0], use_listings_cache=False, **folder.options)
+        with said_at(folder.url):
+            files = fsspec.filesystem(
+                folder.url.partition("://")[0], use_listings_cache=False, **folder.options
+            )
+            found = files.ls(folder.url, detail=True)
         entries = [
             Listed(name, entry["type"] == "directory", entry["size"] or 0, _stamp(entry))
-            for entry in files.ls(folder.url, detail=True)
+            for entry in found
             if (name := entry["name"].rstrip("/").rpartition("/")[2]) and not name.startswith(".")
         ]
     return sorted(entries, key=lambda entry: entry.name)

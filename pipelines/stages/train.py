@@ -160,6 +160,8 @@ def fingerprint_fields(name: str, config: TrainConfig, digests: Digests) -> dict
         is_made_here = Reference.of(folder) is not None
         fields[prefix + key] = str(folder) if is_made_here else digests.folder(folder, prefix + key)
     fields[f"{prefix}data.caption_weights"] = config.data.caption_weights
+    if config.data.held_out_share:
+        fields[f"{prefix}data.held_out_share"] = config.data.held_out_share
     for column, folder in config.data.folders.items():
         if Reference.of(folder) is None:
             fields[f"{prefix}data.{column}"] = manifest_digest(folder)
@@ -177,6 +179,8 @@ def _mixed_data(data: DataConfig, prefix: str) -> dict[str, Any]:
         mix = f"{prefix}mix.{name}."
         fields[f"{mix}weight"] = dataset.weight
         fields[f"{mix}caption_weights"] = dataset.caption_weights
+        if dataset.held_out_share:
+            fields[f"{mix}held_out_share"] = dataset.held_out_share
         for column, folder in dataset.folders.items():
             digest = fields[f"{mix}{column}"] = manifest_digest(folder)
             if digest is None:

@@ -13,7 +13,8 @@ from typing import Any, Self
 
 from pipelines.dag import ShardStage
 from pipelines.runtime.metrics import StageMetrics, to_ray
-from pipelines.runtime.pool import ActorPool, ShardJob, ShardRun, carry_on, shard_bar
+from pipelines.runtime.pool import ActorPool, ShardJob, ShardRun, carry_on
+from pipelines.runtime.progress import StageProgress
 from pipelines.runtime.session import PATIENCE_SEC
 from pipelines.runtime.sharing import share_out
 from pipelines.shards.manifest import ShardTable, StageOutput, Upstream, read_output
@@ -117,12 +118,14 @@ class Flow:
             StageError: after all shards of all stages that can be made, where some of this one failed.
         """
         part, total = self.parts[stage.name], len(self.names)
-        with shard_bar(stage.name, total, len(part.complete)) as bar:
+        with StageProgress(stage.name, total, len(part.complete)) as progress:
             while len(part.complete) < total and (runs := self._busy()):
                 share_out(runs, self._cluster())
                 for run, name in carry_on(runs):
-                    self._completed(self.parts[run.stage], name, run.finished.pop(name))
-                    bar.update(run is part.run)
+                    sidecar = run.finished.pop(name)
+                    self._completed(self.parts[run.stage], name, sidecar)
+                    if run is part.run:
+                        progress.completed(sidecar)
         if part.run is None:
             return None
         part.held.close()

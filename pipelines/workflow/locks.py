@@ -18,6 +18,9 @@ from pipelines.shards.lease import Lease
 from pipelines.shards.storage import Folder
 from repfusion.locks import locked
 
+LOCK = ".lock"
+"""Held by whoever is at work in a root."""
+
 
 @contextmanager
 def locked_roots(*roots: Path) -> Iterator[None]:
@@ -28,7 +31,7 @@ def locked_roots(*roots: Path) -> Iterator[None]:
     """
     with ExitStack() as held:
         for root in sorted({root.resolve() for root in roots}):
-            held.enter_context(locked(root / ".lock", "give root=another/folder"))
+            held.enter_context(locked(root / LOCK, "give root=another/folder"))
         yield
 
 

@@ -64,6 +64,10 @@ class DatasetConfig(Config):
     """How often each caption is drawn: `txt` is the main one, `NAME.txt` one of the captions column. For a
     sample that lacks some, the weights of those it has count in proportion.
     """
+    held_out_share: float = Field(default=0.0, ge=0, le=0.5)
+    """What share of the samples training never draws, by a hash of their keys: their captions are what the
+    evaluation suite `prompts` asks for, their images what it compares with.
+    """
     weight: float = 1.0
     """How often this data set is drawn, relative to the others; at least 1/1024 of the sum."""
 

@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 
 from repfusion.data.columns import Column, Keys, rebuild_hint, scan_tar, shard_names
 from repfusion.data.config import CAPTION, CAPTIONS, MAIN_CAPTION_ONLY, DatasetConfig, check_weights
+from repfusion.data.order import is_held_out
 from repfusion.data.readers import Reader
 from repfusion.data.source_images import PictureMembers, is_picture, is_source
 
@@ -100,6 +101,7 @@ class ColumnDataset:
         cache_bytes: decoded samples kept in memory.
         caption_weights: how often each caption is drawn; see `DatasetConfig`.
         reads_images: whether the model conditions on images, so that source pictures are found.
+        held_out_share: what share of the samples is not there, for evaluation.
 
     Raises: ValueError: a column that the model needs is not given, a tar is truncated, a key is missing or
         extra in a column, a shape or dtype differs, or a model that reads no images would be shown the
@@ -114,7 +116,9 @@ class ColumnDataset:
         cache_bytes: int = 0,
         caption_weights: Mapping[str, float] = MAIN_CAPTION_ONLY,
         reads_images: bool = False,
+        held_out_share: float = 0.0,
     ):
+        self.held_out_share = held_out_share
         self.weights = check_weights(caption_weights, CAPTIONS in columns)
         others = tuple(name for name in self.weights if name != CAPTION)
         self.readers = dict(readers)
@@ -134,6 +138,7 @@ class ColumnDataset:
             self._open_shard(name)
         self.keys = self.images.keys
         self.starts = np.cumsum([0] + [len(keys) for keys in self.keys])
+        self.kept = self._not_held_out() if held_out_share else None
         if len(self) == 0:
             raise ValueError(f"{images}: the shards hold no samples")
         self._check_captions()
@@ -152,7 +157,14 @@ class ColumnDataset:
         reads_images: bool = False,
     ) -> "ColumnDataset":
         weights = config.caption_weights
-        return cls(config.images, config.columns, readers, cache_bytes, weights, reads_images)
+        held_out = config.held_out_share
+        return cls(config.images, config.columns, readers, cache_bytes, weights, reads_images, held_out)
+
+    def _not_held_out(self) -> np.ndarray:
+        """Places of the samples that training draws, among all."""
+        keys = (key for own in self.keys for key in own)
+        drawn = (not is_held_out(key.decode(), self.held_out_share) for key in keys)
+        return np.flatnonzero(np.fromiter(drawn, bool, int(self.starts[-1]))).astype(np.uint32)
 
     def _column(self, name: str, folder: Path) -> Column:
         members = dict.fromkeys(self.readers[name].member(name, caption) for caption in self.weights)
@@ -281,13 +293,14 @@ class ColumnDataset:
         return np.flatnonzero(np.max(found, axis=0) > num_bytes).tolist()
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return int(self.starts[-1]) if self.kept is None else len(self.kept)
 
     def __getitem__(self, index: int) -> Sample:
         if (cached := self.cache.get(index)) is not None:
             return cached
-        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        sample = Sample(self, shard, index - int(self.starts[shard]))
+        place = index if self.kept is None else int(self.kept[index])
+        shard = int(np.searchsorted(self.starts, place, side="right")) - 1
+        sample = Sample(self, shard, place - int(self.starts[shard]))
         if self.has_room(sample.num_bytes):
             self.cache[index], sample.is_kept = sample, True
             self.cached_bytes += sample.num_bytes

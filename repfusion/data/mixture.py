@@ -118,6 +118,7 @@ class Mixture:
                 "digests": {column: manifest_digest(folder) for column, folder in dataset.folders.items()},
                 "weight": float(self.weights[name]),
                 "caption_weights": dict(dataset.weights),
+                **({"held_out_share": dataset.held_out_share} if dataset.held_out_share else {}),
             }
             for name, dataset in self.datasets.items()
         }

@@ -26,6 +26,13 @@ def fraction(name: str, seed: int) -> float:
     return (hash64(name, seed) >> 11) / 2**53
 
 
+def is_held_out(key: str, share: float) -> bool:
+    """Whether a sample is one of the `share` that training leaves out for evaluation: by its key alone, so
+    that neither more samples of a data set nor a larger share bring one of these back.
+    """
+    return fraction(f"held out {key}", 0) < share
+
+
 def sample_seed(seed: int, dataset: str, epoch: int, key: str) -> int:
     """64 bits that decide the caption, noise level, noise and dropped condition of a sample in an epoch of
     its data set, whatever its position, the batch, the rank and the data sets beside it.

@@ -1,7 +1,8 @@
-"""Noise and prompts -> latents: Euler or Heun steps down the shifted noise levels, with classifier-free
+"""Noise and prompts -> latents: steps of a solver down the shifted noise levels, with classifier-free
 guidance in an interval of them.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
@@ -16,6 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from repfusion.config import Config
 from repfusion.diffusion.flow import shift_noise_level
 from repfusion.request import Branch, Request
+
+Solver = Literal["euler", "heun", "dpm"]
+OnStep = Callable[[int, float, Tensor], tuple[Tensor, bool]]
+"""(step from 0, noise level it began at, latents [b, n, d]) -> latents in their place, and whether they are
+the last.
+"""
 
 
 @runtime_checkable
@@ -45,11 +52,13 @@ class Velocities(Protocol):
 
 class SamplerConfig(Config):
     num_steps: int = Field(default=30, ge=1)
-    """Steps from noise to data, the last one ending at t = 0. Euler evaluates the velocity once a step, Heun
-    twice, but for the last: 2 * num_steps - 1 (see `num_evaluations`).
+    """Steps from noise to data, the last one ending at t = 0. Euler and DPM evaluate the velocity once a
+    step, Heun twice, but for the last: 2 * num_steps - 1 (see `num_evaluations`).
     """
-    solver: Literal["euler", "heun"] = "euler"
-    """`heun` averages the velocities at both ends of a step: second order."""
+    solver: Solver = "euler"
+    """Second order are `heun`, which averages the velocities at both ends of a step, and `dpm`, which goes on
+    from the clean latents that the step before saw (DPM-Solver++ 2M).
+    """
     guidance_scale: float = Field(default=4.0, ge=1)
     """v = v_empty + scale * (v_prompt - v_empty); 1 turns guidance off and saves half the work."""
     image_guidance_scale: float | None = Field(default=None, ge=1)
@@ -109,43 +118,87 @@ def num_evaluations(config: SamplerConfig, shift: float) -> tuple[int, int]:
     return guided, len(levels) - guided
 
 
+def integrate(
+    velocity: Callable[[Float[Tensor, "b n d"], float], Float[Tensor, "b n d"]],
+    noise: Float[Tensor, "b n d"],
+    levels: Sequence[float],
+    solver: Solver,
+    on_step: OnStep | None = None,
+) -> Float[Tensor, "b n d"]:
+    """Latents at the last of the noise levels, from those at the first, by dz/dt = velocity(z, t).
+
+    Heun's method is that of EDM (arXiv 2206.00364, algorithm 1), its last step Euler's: the velocity is
+    (z - E[latents | z, t]) / t, which at t = 0 is 0/0. It has a limit there only where the data have a
+    density (then it is -z and says nothing of the noise left in z), no sample is ever trained at t = 0, and
+    few are near it where the shift is large. Euler's last step ends at the network's estimate of the clean
+    latents. So does that of DPM-Solver++ (2M; arXiv 2211.01095, algorithm 2), which in this parametrisation
+    is Euler's step towards clean latents that are extrapolated from two of them.
+    """
+    z, before = noise, None
+    for step, (level, next_level) in enumerate(pairwise(levels)):
+        v = velocity(z, level)
+        if solver == "heun" and next_level > 0:
+            v = (v + velocity(z + (next_level - level) * v, next_level)) / 2
+        elif solver == "dpm":
+            clean = z - level * v
+            if before is not None and next_level > 0:
+                last_level, last = before
+                ahead = log_snr(next_level) - log_snr(level)
+                v = v - (clean - last) * (ahead / (2 * (log_snr(level) - log_snr(last_level)))) / level
+            before = level, clean
+        z = z + (next_level - level) * v
+        if on_step is not None:
+            z, is_last = on_step(step, level, z)
+            if is_last:
+                break
+    return z
+
+
+def log_snr(level: float) -> float:
+    """log((1 - t) / t), half the logarithm of the ratio of signal to noise; -inf at t = 1."""
+    return math.log((1 - level) / level) if level < 1 else -math.inf
+
+
 @torch.no_grad()
 def sample(
     model: Velocities,
     requests: Sequence[Request],
     noise: Float[Tensor, "b n d"],
     config: SamplerConfig,
-    on_step: Callable[[int, float, Tensor], Tensor] | None = None,
+    on_step: OnStep | None = None,
+    negatives: Sequence[Request] | None = None,
 ) -> Float[Tensor, "b n d"]:
     """Latents of the requests, float32. The requests are read once; the noisy latents at every step.
 
-    Heun's method is that of EDM (arXiv 2206.00364, algorithm 1), its last step Euler's: the velocity is
-    (z - E[latents | z, t]) / t, which at t = 0 is 0/0. It has a limit there only where the data have a
-    density (then it is -z and says nothing of the noise left in z), no sample is ever trained at t = 0, and
-    few are near it where the shift is large. Euler's last step ends at the network's estimate of the clean
-    latents.
-
-    `on_step` is called after each step with its number from 0, the noise level it began at and the latents
-    it ended with; what it returns takes their place.
+    Args:
+        model: gives velocities.
+        requests: one an image.
+        noise: latents at t = 1.
+        config: steps, solver and guidance.
+        on_step: called after each step; its latents take the place of these, and may be the last.
+        negatives: what guidance leads away from, one an image; None is the model's empty prompt.
 
     Raises:
-        ValueError: where noise and requests differ in number or the noise has another shape than the model's
-        latents.
+        ValueError: where noise and requests (or negatives) differ in number or the noise has another shape
+            than the model's latents.
     """
     num = len(requests)
     if num != len(noise) or tuple(noise.shape[1:]) != model.latent_shape:
         raise ValueError(
             f"noise is {tuple(noise.shape)}, expected {(num, *model.latent_shape)} for {num} requests"
         )
+    if negatives is not None and len(negatives) != num:
+        raise ValueError(f"{len(negatives)} negatives for {num} requests; expected one for each")
     device = model.device
     guided, unguided = num_evaluations(config, model.shift)
     # The CPU's flash attention is slow on short sequences; the plain one is faster.
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
     with attention, torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         branches: tuple[Branch, ...] = config.branches(requests) if guided else ("full",)
-        both = model.read(
-            [request for _ in branches for request in requests], [one for one in branches for _ in requests]
-        )
+        rows: list[tuple[Request, Branch]] = [(one, branch) for branch in branches for one in requests]
+        if negatives is not None and guided:
+            rows[-num:] = [(one, "full") for one in negatives]
+        both = model.read([one for one, _ in rows], [branch for _, branch in rows])
         prompted_only = both.first(num) if guided and unguided else both
 
         def velocity(z: Float[Tensor, "b n d"], level: float) -> Float[Tensor, "b n d"]:
@@ -157,12 +210,4 @@ def sample(
             return config.guide(found.chunk(every))
 
         levels = noise_levels(config.num_steps, model.shift).tolist()
-        z = noise.to(device, torch.float32)
-        for step, (level, next_level) in enumerate(pairwise(levels)):
-            v = velocity(z, level)
-            if config.solver == "heun" and next_level > 0:
-                v = (v + velocity(z + (next_level - level) * v, next_level)) / 2
-            z = z + (next_level - level) * v
-            if on_step is not None:
-                z = on_step(step, level, z)
-    return z
+        return integrate(velocity, noise.to(device, torch.float32), levels, config.solver, on_step)

@@ -5,6 +5,7 @@ step_00000500/  scenes/      items, outputs, answers and scores of a suite (colu
                 scores.json  written last: it marks the evaluation complete
 """
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from jaxtyping import UInt8
 
 from repfusion.evaluation.columns import answers_column, known, outputs_column, scores_column, write_items
 from repfusion.evaluation.draw import Drawing, Run, per_item
-from repfusion.evaluation.gallery import Tile, gallery
-from repfusion.evaluation.record import GALLERY, SCORES, Evaluation, EvaluationConfig, SuiteResult
+from repfusion.evaluation.gallery import Tile, TitledRow, gallery
+from repfusion.evaluation.record import GALLERIES, GALLERY, SCORES, Evaluation, EvaluationConfig, SuiteResult
 from repfusion.evaluation.suites.base import Answer, Item, Scores, Suite
 from repfusion.files import atomic_path, digest_of, write_json
 from repfusion.runs.completion import read_complete
@@ -83,9 +84,7 @@ def evaluate_checkpoint(
         name: score_suite(suite, out / name, drawing, config.max_items, run)
         for name, suite in config.build_suites().items()
     }
-    picture = run(partial(gallery, gallery_rows(scored)))
-    with atomic_path(out / GALLERY) as temporary:
-        picture.save(temporary, "PNG")
+    run(partial(write_galleries, gallery_rows(scored), out))
     evaluation = Evaluation(
         checkpoint=str(checkpoint),
         step=info.get("step"),
@@ -117,6 +116,16 @@ def score_suite(
     ruled = {"answers": answers.digest(), "items": truth, "rule": suite.rule_version}
     found = scores.get(ruled, partial(run, partial(suite.score, items, answered)))
     return Scored(suite, items, images, found)
+
+
+def write_galleries(rows: Sequence[TitledRow], out: Path) -> None:
+    """`gallery.png` with all rows, and a picture of each titled one, by its title, in `galleries/`."""
+    titled = {re.sub(r"[^\w.-]+", "_", title): (title, tiles) for title, tiles in rows if title}
+    pictures = {f"{GALLERIES}/{name}.png": [row] for name, row in titled.items()} | {GALLERY: rows}
+    (out / GALLERIES if titled else out).mkdir(parents=True, exist_ok=True)
+    for name, shown in pictures.items():
+        with atomic_path(out / name) as temporary:
+            gallery(shown).save(temporary, "PNG")
 
 
 def gallery_rows(scored: Mapping[str, Scored]) -> list[tuple[str, list[Tile]]]:

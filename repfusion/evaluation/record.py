@@ -13,6 +13,8 @@ from repfusion.evaluation.suites.scenes import ScenesSuiteConfig
 
 SCORES = "scores.json"
 GALLERY = "gallery.png"
+GALLERIES = "galleries"
+"""Folder of a picture for each titled row of the gallery, such as a task's."""
 SuiteName = Annotated[str, Field(pattern=r"^[\w-]+$")]
 
 
@@ -23,7 +25,7 @@ class EvaluationConfig(Config):
     """
     max_items: int | None = Field(default=None, ge=1)
     """The first so many items of each suite; None takes all."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides noise and whatever a suite draws: the same seed gives every checkpoint the same."""
     batch_size: int = Field(default=60, ge=1)
     """Images sampled at once; they do not depend on it."""

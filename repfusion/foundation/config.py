@@ -28,35 +28,35 @@ class FoundationConfig(Config):
     """Share of the scenes whose two things stand in a relation."""
     texts_per_scene: int = Field(default=8, ge=1)
     """Dialogues of either course, and captions, written about each scene."""
-    image_size: int = 64
+    image_size: int = Field(default=64, ge=1)
     """Pixels a side."""
-    patch_size: int = 16
+    patch_size: int = Field(default=16, ge=1)
     """Pixels a side of a patch: (image_size / patch_size)^2 tokens."""
-    vision_width: int = 96
+    vision_width: int = Field(default=96, ge=1)
     """Width of the tower, so of the latents."""
-    vision_layers: int = 5
+    vision_layers: int = Field(default=5, ge=1)
     """Layers of the tower; the last one only serves the standard CLIP geometry, features are the penultimate
     state.
     """
-    vision_heads: int = 3
+    vision_heads: int = Field(default=3, ge=1)
     """Attention heads of the tower."""
-    text_width: int = 192
+    text_width: int = Field(default=192, ge=1)
     """Width of the language model."""
-    text_layers: int = 4
+    text_layers: int = Field(default=4, ge=1)
     """Layers of the language model."""
-    text_heads: int = 3
+    text_heads: int = Field(default=3, ge=1)
     """Attention heads of the language model."""
-    decoder_width: int = 192
+    decoder_width: int = Field(default=192, ge=1)
     """Width of the RAE decoder."""
-    decoder_depth: int = 3
+    decoder_depth: int = Field(default=3, ge=1)
     """Blocks of the RAE decoder."""
-    decoder_heads: int = 3
+    decoder_heads: int = Field(default=3, ge=1)
     """Attention heads of the RAE decoder."""
-    feature_noise: float = 0.5
+    feature_noise: float = Field(default=0.5, ge=0)
     """Largest standard deviation of the noise on features under which pixels are rebuilt (features have unit
     variance).
     """
-    pixel_weight: float = 20.0
+    pixel_weight: float = Field(default=20.0, ge=0)
     """Weight of the rebuilt pixels' L1 beside the answers' loss."""
     perception: LengthConfig = LengthConfig(num_steps=12_000, batch_size=64)
     """Tower, LLaVA and decoder together."""
@@ -66,23 +66,23 @@ class FoundationConfig(Config):
     """The decoder alone, on the tower as it then is."""
     noise_taught: LengthConfig = LengthConfig(num_steps=4_000, batch_size=64, lr=3e-4)
     """The LLaVA going on over the frozen tower, its projector reading noisy latents of all levels."""
-    base_dim: int = 64
+    base_dim: int = Field(default=64, ge=1)
     """Base dimension of those levels' shift, as in the base's `flow`."""
     language: LengthConfig = LengthConfig(num_steps=8_000, batch_size=96)
     """The language-only twin."""
-    large_width: int = 256
+    large_width: int = Field(default=256, ge=1)
     """Width of the larger LLaVA's language model."""
-    large_layers: int = 6
+    large_layers: int = Field(default=6, ge=1)
     """Layers of the larger LLaVA's language model."""
-    large_heads: int = 4
+    large_heads: int = Field(default=4, ge=1)
     """Attention heads of the larger LLaVA, as wide as the small one's."""
     large: LengthConfig = LengthConfig(num_steps=2_500, batch_size=64, lr=3e-4)
     """The larger LLaVA, from the small one's weights grown to its size."""
-    vae_channels: int = 16
+    vae_channels: int = Field(default=16, ge=1)
     """Channels of the VAE's latents; its grid is the tower's."""
     vae: LengthConfig = LengthConfig(num_steps=3_000, batch_size=48, lr=1e-3)
     """The VAE from scratch."""
-    vae_noise: float = 0.3
+    vae_noise: float = Field(default=0.3, ge=0)
     """Largest noise on the VAE's latents while it is trained, in their standard deviations."""
     save_every_sec: float = Field(default=120.0, gt=0)
     """How often a part that is being trained writes its state, from which it goes on."""

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from repfusion.devices.compiling import compilation_for
-from repfusion.foundation.config import FoundationConfig, LengthConfig
+from repfusion.foundation.config import LengthConfig
 from repfusion.foundation.deadline import OutOfTime, has_come
 
 BETAS = (0.9, 0.95)
@@ -23,6 +24,21 @@ MAX_GRAD_NORM = 1.0
 COST_OF_EAGER = "A step takes 2.2 times as long so: measured on two CPU cores"
 SMOOTHING = 0.02
 """Share of the newest step in the losses that are shown."""
+
+
+@runtime_checkable
+class Course(Protocol):
+    """How a training is run, beside what it learns."""
+
+    @property
+    def compile(self) -> bool:
+        """Whether the loss is compiled."""
+        ...
+
+    @property
+    def save_every_sec(self) -> float:
+        """How often the state is written."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +61,7 @@ def optimise(
     length: LengthConfig,
     objective: Objective,
     state: Path,
-    config: FoundationConfig,
+    config: Course,
     until: float | None = None,
 ) -> dict[str, float]:
     """Trains what requires gradients of a module and returns the smoothed parts of its loss.

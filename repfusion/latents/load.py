@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from repfusion.config import Config, Weights
 from repfusion.latents.encoder import PixelEncoder
@@ -16,7 +17,7 @@ from repfusion.latents.vae import VAEDecoder, VAEEncoder
 from repfusion.weights import WEIGHTS
 
 Decoder = RAEDecoder | VAEDecoder
-"""Features -> pixels; both have `grid` and `feature_dim`."""
+"""Features -> pixels; both have `grid`, `feature_dim` and `image_size`."""
 
 
 class EncoderConfig(Config):
@@ -28,7 +29,7 @@ class EncoderConfig(Config):
     """Hidden state of a tower taken as features: -1 is the last block's output before the final norm, -2 the
     penultimate's. A VAE has none, and this is not read.
     """
-    image_size: int | None = None
+    image_size: int | None = Field(default=None, ge=1)
     """Side in px of the images it takes, a multiple of its patch size (a VAE's factor); a tower's positions
     are interpolated. None is the size it was trained at.
     """

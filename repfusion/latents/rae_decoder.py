@@ -3,11 +3,12 @@ MAE, arXiv 2111.06377).
 """
 
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,17 +19,17 @@ from repfusion.pretrained.weights import read_headers, refuse_misfits, refuse_no
 
 
 class RAEDecoderConfig(Config):
-    feature_dim: int
+    feature_dim: int = Field(ge=1)
     """Channels of a feature token."""
-    grid: tuple[int, int]
+    grid: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     """Rows and columns of feature tokens."""
-    patch_size: int
+    patch_size: int = Field(ge=1)
     """Side in pixels of the patch each token decodes to."""
-    hidden_size: int = 128
+    hidden_size: int = Field(default=128, ge=1)
     """Width."""
-    depth: int = 4
+    depth: int = Field(default=4, ge=1)
     """Number of blocks."""
-    num_heads: int = 2
+    num_heads: int = Field(default=2, ge=1)
     """Attention heads."""
 
 
@@ -67,6 +68,11 @@ class RAEDecoder(nn.Module):
     @property
     def feature_dim(self) -> int:
         return self.config.feature_dim
+
+    @property
+    def image_size(self) -> int:
+        """Side in px of the images it makes."""
+        return self.config.grid[0] * self.config.patch_size
 
     def forward(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b 3 h w"]:
         """Pixels, about [0, 1] and not clamped."""

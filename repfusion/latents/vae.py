@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from repfusion.files import weights_digest
 from repfusion.latents.encoder import Encoding, PixelEncoder
-from repfusion.latents.geometry import LatentGeometry, latent_geometry, vae_config
+from repfusion.latents.geometry import LatentGeometry, latent_geometry, vae_config, vae_factor
 from repfusion.pretrained.config import said_of
 from repfusion.pretrained.weights import refuse_misfits, refuse_not_finite, weight_files
 
@@ -58,6 +58,8 @@ class VAEDecoder(nn.Module):
         self.vae = vae.eval().requires_grad_(False)
         self.grid = grid
         self.feature_dim: int = vae.config.latent_channels
+        self.image_size = grid[0] * vae_factor({**dict(vae.config), "_class_name": type(vae).__name__})
+        """Side in px of the images it makes."""
 
     @classmethod
     def from_pretrained(

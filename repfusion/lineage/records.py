@@ -49,14 +49,19 @@ class ExportRecord(BaseModel):
     training: TrainingRecord | None = None
 
 
+class RowRecord(BaseModel):
+    """A row of images of one prompt."""
+
+    prompt: str
+    seeds: list[int] = Field(min_length=1)
+
+
 class ImageRecord(BaseModel):
     """The text chunk of an image."""
 
-    prompt: str
+    rows: list[RowRecord] = Field(min_length=1)
     images: list[str] = []
     rewrite: str | Literal[False] | None = None
-    seed: int
-    num_images: int = Field(ge=1)
     num_steps: int
     solver: str
     guidance_scale: float

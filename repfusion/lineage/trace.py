@@ -4,7 +4,7 @@ machine.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -60,9 +60,11 @@ def trace(subject: Path) -> list[Link]:
 def trace_image(path: Path) -> Iterator[Link]:
     record = checked(ImageRecord, read_png(path), f"{path}: its text chunk {CHUNK!r}").model_dump()
     yield Link("image", str(path), "agrees", "carries its lineage")
-    last = record["seed"] + record["num_images"] - 1
-    yield Link("prompt", record["prompt"])
-    yield Link("seed", str(record["seed"]) if last == record["seed"] else f"{record['seed']} to {last}")
+    several = len(record["rows"]) > 1
+    for number, row in enumerate(record["rows"], 1):
+        of_row = f" {number}" if several else ""
+        yield Link(f"prompt{of_row}", row["prompt"])
+        yield Link(f"seed{of_row}", spell_seeds(row["seeds"]))
     low, high = record["guidance_interval"]
     where = "" if (low, high) == (0, 1) else f" at noise levels {low:g} to {high:g}"
     guided = f"guidance {record['guidance_scale']:g}{where}"
@@ -82,6 +84,14 @@ def trace_image(path: Path) -> Iterator[Link]:
     yield Link("step", str(saved["step"]))
     # What the image itself remembers of the checkpoint.
     yield from describe_training(record.get("lineage"), "missing" if exported is None else "elsewhere")
+
+
+def spell_seeds(seeds: Sequence[int]) -> str:
+    """`5 to 8` of seeds that follow each other, else all of them."""
+    first, last = seeds[0], seeds[-1]
+    if len(seeds) > 1 and list(seeds) == list(range(first, first + len(seeds))):
+        return f"{first} to {last}"
+    return ", ".join(map(str, seeds))
 
 
 def marked_folder(name: str, saved: Mapping[str, Any], mark: str, absent: State) -> Link:

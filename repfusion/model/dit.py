@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 
 from repfusion.conditioning.base import Condition, Context
@@ -21,13 +22,13 @@ from repfusion.model.denoiser import Denoiser, Prefilled
 
 
 class DiTConfig(Config):
-    hidden_size: int = 192
+    hidden_size: int = Field(default=192, ge=1)
     """Width. At least the latent width, or the model cannot fit even one image (RAE, section 4)."""
-    depth: int = 6
+    depth: int = Field(default=6, ge=1)
     """Number of blocks."""
-    num_heads: int = 3
+    num_heads: int = Field(default=3, ge=1)
     """Attention heads; the head width must be a multiple of 4 (2-D rotary pairs)."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = Field(default=4.0, gt=0)
     """Parameters of the SwiGLU layer, counted as a plain MLP of this expansion (its inner width is 2/3 of
     it).
     """

@@ -27,6 +27,8 @@ COMPLETE = "complete.json"
 """Written last: a checkpoint without it was cut short and is never read."""
 PINS = "pins"
 """Files in it keep a checkpoint from being pruned."""
+BEST = "best"
+"""The pin of the checkpoint with the highest score."""
 PIN_SEC = 24 * 3600.0
 CLOCK_STEP_SEC = 60.0
 """How far into the future a date may be without being corrected: the two clocks of a file system and its
@@ -136,7 +138,7 @@ def is_pinned(folder: Path) -> bool:
     pins/best.
     """
     ages = {pin.name: age_of(pin) for pin in (folder / PINS).glob("*")}
-    return any(name == "best" or (age is not None and age < PIN_SEC) for name, age in ages.items())
+    return any(name == BEST or (age is not None and age < PIN_SEC) for name, age in ages.items())
 
 
 def age_of(path: Path) -> float | None:

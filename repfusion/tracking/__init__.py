@@ -4,6 +4,7 @@ from repfusion.tracking.config import TrackingConfig, flatten
 from repfusion.tracking.store import (
     StoreError,
     metric_history,
+    newest_experiment,
     prepare_store,
     sqlite_path,
     sqlite_uri,
@@ -17,6 +18,7 @@ __all__ = [
     "TrackingConfig",
     "flatten",
     "metric_history",
+    "newest_experiment",
     "prepare_store",
     "sqlite_path",
     "sqlite_uri",

@@ -16,12 +16,15 @@ from repfusion.runs.folder import COMPLETE
 from repfusion.tracking.store import Point, send_output, send_points
 
 MODEL_TYPE = "checkpoint"
+UNNAMEABLE = r"[/:.%\"']"
+"""Characters that a LoggedModel's name may not have."""
 FILES = "files"
 """Tag of a LoggedModel and its version: `present`, or `removed` once the folder was pruned."""
 
 
-def model_name(step: int) -> str:
-    return f"step_{step:08d}"
+def model_name(run_name: str, step: int) -> str:
+    """`NAME step 500`, in the characters that a LoggedModel's name may have."""
+    return f"{re.sub(UNNAMEABLE, '-', run_name)} step {step}"
 
 
 def registry_name(name: str) -> str:
@@ -42,7 +45,7 @@ class Checkpoints:
 
     def find(self, step: int) -> Any | None:
         """The step's LoggedModel; the first, should there be several."""
-        query = f"source_run_id = '{self.run_id}' AND name = '{model_name(step)}'"
+        query = f"source_run_id = '{self.run_id}' AND tags.step = '{step}'"
         found = self.client.search_logged_models(
             [self._experiment()], query, order_by=[{"field_name": "creation_timestamp", "ascending": True}]
         )
@@ -96,7 +99,8 @@ class Checkpoints:
             run = self.client.get_run(self.run_id)
             model = self.client.create_logged_model(
                 run.info.experiment_id,
-                name=model_name(step),
+                name=model_name(run.info.run_name or "checkpoint", step),
+                tags={"step": str(step)},
                 source_run_id=self.run_id,
                 params={**run.data.params, "step": str(step)},
                 model_type=MODEL_TYPE,

@@ -51,6 +51,36 @@ class TrackingConfig(Config):
         return uri
 
 
+SHOWN_PARAMETERS = (
+    "model.conditioning.method",
+    "model.mllm",
+    "model.encoder.path",
+    "model.encoder.layer",
+    "model.dit.hidden_size",
+    "model.dit.depth",
+    "data.images",
+    "init_from",
+    "num_steps",
+    "global_batch_size",
+    "engine.lr",
+    "engine.schedule",
+    "engine.zero_stage",
+    "engine.precision",
+    "condition_dropout",
+    "ema_decay",
+    "seed",
+)
+"""Fields of a training that are a run's parameters, to compare runs by; all of it is the artifact
+`config.yaml`.
+"""
+
+
+def shown_parameters(config: Mapping[str, Any]) -> dict[str, str]:
+    """The few fields of a configuration by which runs are compared, those that it has."""
+    flat = flatten(config)
+    return {name: flat[name] for name in SHOWN_PARAMETERS if name in flat}
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested config -> MLflow parameters `engine.lr` and so on."""
     flat: dict[str, str] = {}

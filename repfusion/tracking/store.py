@@ -134,6 +134,22 @@ def send_image(client: Any, run_id: str, path: Path, key: str, step: int, time_m
     client.log_image(run_id, read_image(path.read_bytes()), key=key, step=step, timestamp=time_ms)
 
 
+def newest_experiment(uri: str) -> str | None:
+    """Id of the experiment with the run that started last; None where there is no run.
+
+    Raises:
+        StoreError: the store does not answer.
+    """
+
+    def newest() -> str | None:
+        client = client_of(uri)
+        ids = [one.experiment_id for one in client.search_experiments()]
+        runs = client.search_runs(ids, max_results=1, order_by=["attributes.start_time DESC"]) if ids else []
+        return runs[0].info.experiment_id if runs else None
+
+    return _or_explain(newest, uri)
+
+
 def sqlite_uri(path: Path) -> str:
     """The tracking address of an SQLite file, whatever characters its path has."""
     return "sqlite:///" + re.sub("[?#%]", lambda found: quote(found[0]), str(path))
@@ -292,8 +308,9 @@ def send_dataset(client: Any, run_id: str, name: str, columns: Mapping[str, Path
         digest=digest[:36],
         source_type=source._get_source_type(),
         source=source.to_json(),
-        schema=json.dumps({"columns": sorted(columns)}),
-        profile=json.dumps({"num_samples": num_samples}),
+        # as MLflow's page of a run shows a schema and a profile
+        schema=json.dumps({"mlflow_colspec": [{"name": one, "type": "binary"} for one in sorted(columns)]}),
+        profile=json.dumps({"num_rows": num_samples, "num_columns": len(columns)}),
     )
     tags = [mlflow.entities.InputTag("mlflow.data.context", "training")]
     client.log_inputs(run_id, [mlflow.entities.DatasetInput(dataset, tags)])

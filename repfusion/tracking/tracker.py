@@ -11,11 +11,13 @@ from repfusion.display.redaction import redact, redact_text
 from repfusion.lineage import environment
 from repfusion.tracking import store
 from repfusion.tracking.checkpoints import Checkpoints
-from repfusion.tracking.config import TrackingConfig, flatten
+from repfusion.tracking.config import TrackingConfig, flatten, shown_parameters
 from repfusion.tracking.outbox import Outbox, log
 from repfusion.tracking.store import Point, StoreError
 
 T = TypeVar("T")
+NOTE = "mlflow.note.content"
+"""Tag in which MLflow keeps a run's description."""
 
 
 class Tracker:
@@ -55,10 +57,11 @@ class Tracker:
     # What a run was made with and read
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        """The resolved configuration: parameters, which on a resumed run stay as they were set first, and the
-        artifact `config.yaml`. Secrets are left out.
+        """The resolved configuration as the artifact `config.yaml`, and the few fields by which runs are
+        compared as parameters, which on a resumed run stay as they were set first. Secrets are left out.
         """
-        self.log_params(config)
+        params = shown_parameters(redact(dict(config)))
+        self._now(lambda: store.send_params(self.client, self.run_id, params))
         text = yaml.safe_dump(redact(dict(config)), sort_keys=False)
         self._now(lambda: self.client.log_text(self.run_id, text, "config.yaml"))
 
@@ -135,6 +138,10 @@ class Tracker:
             interval_sec,
         )
         self.monitor.start()
+
+    def describe(self, text: str) -> None:
+        """Markdown that MLflow shows at the head of the run."""
+        self.set_tag(NOTE, text)
 
     # What it leaves
 

@@ -15,18 +15,21 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from repfusion.config import Config
 from repfusion.training.distributed import init_process_group, num_cores, prepare_environment
 from repfusion.training.partition import Partition
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""How much of an average stays at a step."""
 
 
 class EngineConfig(Config):
@@ -55,13 +58,13 @@ class EngineConfig(Config):
     and values alone are kept. Worth it for long prompts: attention then takes a mask, which is slower than
     without.
     """
-    lr: float = 3e-4
+    lr: float = Field(default=3e-4, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's decay rates."""
-    weight_decay: float = 0.1
+    weight_decay: float = Field(default=0.1, ge=0)
     """Applied to matrices; vectors (biases, norms) are left alone."""
-    warmup_steps: int = 100
+    warmup_steps: int = Field(default=100, ge=0)
     """Linear warm-up from 0."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     """After the warm-up: a cosine to min_lr_ratio * lr at the last step, constant, or
@@ -70,21 +73,21 @@ class EngineConfig(Config):
     The latter does not depend on num_steps before its end, so a run may be prolonged or cut short from any
     checkpoint.
     """
-    decay_steps: int = 0
+    decay_steps: int = Field(default=0, ge=0)
     """Length of the linear end of wsd, from lr to min_lr_ratio * lr."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """Final over peak learning rate of cosine and wsd."""
-    grad_clip: float | None = 1.0
+    grad_clip: float | None = Field(default=1.0, gt=0)
     """Largest norm of the gradient; None leaves it."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of the forward and backward pass. Weights, optimizer and EMA are float32 in both."""
-    micro_batch_size: int = 32
+    micro_batch_size: int = Field(default=32, ge=1)
     """Samples per forward pass on one rank; gradient accumulation makes up the rest of the global batch."""
     attention: Literal["auto", "math", "torch"] = "auto"
     """SDPA backend. auto: math on CPU (1.5x there: the flash backward is slow on short sequences),
     torch's choice on GPU.
     """
-    num_threads: int | None = None
+    num_threads: int | None = Field(default=None, ge=1)
     """Threads per worker on CPU; None divides the cores among the local workers."""
 
     @model_validator(mode="after")

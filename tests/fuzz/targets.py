@@ -349,8 +349,8 @@ def lineage_png(random: Random) -> bytes:
     column = {"folder": random.choice(FOLDERS), "manifest_digest": "0" * 64, "fingerprint": None}
     training = {"run_id": "r", "tracking_uri": "sqlite:///x", "git_commit": None, "lock_digest": None}
     record = {
-        "prompt": random.choice(CAPTIONS),
-        **{"seed": 3, "num_images": 2, "num_steps": 30, "solver": "euler", "guidance_scale": 4.0},
+        "rows": [{"prompt": random.choice(CAPTIONS), "seeds": [3, 4]}],
+        **{"num_steps": 30, "solver": "euler", "guidance_scale": 4.0},
         "guidance_interval": [0, 1],
         "checkpoint": {"path": random.choice(FOLDERS), "digest": "0" * 64, "step": 4},
         "lineage": {**training, "datasets": {"main": {"image_features": column}}},

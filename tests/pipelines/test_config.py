@@ -224,3 +224,27 @@ def test_a_missing_or_broken_file_is_an_error(tmp_path):
     (tmp_path / "bad.yaml").write_text("root: [1\n")
     with pytest.raises(ConfigError, match=r"bad\.yaml"):
         load_config(WorkflowConfig, tmp_path / "bad.yaml")
+
+
+def test_data_of_ones_own_is_evaluated_as_such(tmp_path):
+    """No scenes: captions that training leaves out, and real images in the training's own encoder."""
+    fields = {"root": tmp_path / "run", "source": {"kind": "folder", "path": str(tmp_path)}}
+    config = WorkflowConfig.model_validate(fields)
+    suite = config.evaluate.suites["prompts"]
+    assert config.evaluate.suites.keys() == {"prompts"} and suite.file is None
+    assert suite.images == config.training("train").data.images == tmp_path / "run" / "curate"
+    assert suite.held_out_share == config.trainings["train"].data.held_out_share == 0.05
+    assert (suite.encoder, suite.layer) == (config.trainings["train"].model.encoder.path, -2)
+    again = WorkflowConfig.model_validate(config.model_dump(mode="json"))
+    assert again.evaluate == config.evaluate
+
+    changed = {**fields, "trainings": {"train": {"data": {"held_out_share": 0.2}}}, "data_url": "s3://b/x"}
+    suite = WorkflowConfig.model_validate(changed).evaluate.suites["prompts"]
+    assert (suite.held_out_share, suite.images) == (0.2, tmp_path / "run" / "columns" / "curate")
+    chosen = {**fields, "evaluate": {"suites": {"mine": {"kind": "prompts", "file": "p.txt"}, "scenes": {}}}}
+    suites = WorkflowConfig.model_validate(chosen).evaluate.suites
+    assert suites["mine"].file.name == "p.txt" and suites["mine"].images is not None and "scenes" in suites
+
+    drawn = WorkflowConfig.model_validate({"root": tmp_path / "run"})
+    assert drawn.evaluate.suites.keys() == {"scenes"}
+    assert drawn.trainings["train"].data.held_out_share == 0

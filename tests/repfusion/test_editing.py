@@ -12,8 +12,9 @@ from PIL import Image
 
 from repfusion.diffusion.flow import draw
 from repfusion.generate import main
+from repfusion.generation.pictures import all_pixels, to_pixels
 from repfusion.model.text_to_image import TextToImage
-from repfusion.pipeline import RepFusionPipeline, all_pixels, to_pixels
+from repfusion.pipeline import RepFusionPipeline
 from repfusion.request import Request
 from repfusion.runs.checkpoint import save_checkpoint
 

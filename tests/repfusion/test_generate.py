@@ -11,6 +11,7 @@ from PIL import Image
 from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.files import file_sha256
 from repfusion.generate import generate, image_record, initial_noise, main, to_uint8
+from repfusion.generation.prompts import PromptRow
 from repfusion.lineage.describe import read_png
 from repfusion.request import Request
 from repfusion.runs.checkpoint import save_checkpoint
@@ -118,11 +119,9 @@ def test_a_png_says_what_made_it(checkpoint, tmp_path, monkeypatch, num_images):
     with Image.open(out) as image:
         assert json.loads(image.info["repfusion"]) == read_png(out)
     assert read_png(out) == {
-        "prompt": prompt,
+        "rows": [{"prompt": prompt, "seeds": list(range(3, 3 + num_images))}],
         "images": [],
         "rewrite": None,
-        "seed": 3,
-        "num_images": num_images,
         "num_steps": 2,
         "solver": "heun",
         "guidance_scale": 4.0,
@@ -158,7 +157,8 @@ def test_the_record_is_enough_to_make_the_image_again(
     record = read_png(out)
     assert (record["solver"], record["guidance_interval"]) == (solver, interval)
     config = SamplerConfig(**{name: record[name] for name in SamplerConfig.model_fields})
-    again = to_uint8(generate(generator, decoder, [Request(record["prompt"])], record["seed"], config))[0]
+    (row,) = record["rows"]
+    again = to_uint8(generate(generator, decoder, [Request(row["prompt"])], row["seeds"], config))[0]
     np.testing.assert_array_equal(np.asarray(Image.open(out)), again)
 
 
@@ -172,7 +172,7 @@ def test_other_formats_are_written_without_a_record(checkpoint, tmp_path, monkey
 def test_a_record_of_shipped_weights_names_no_machine():
     from repfusion.weights import WEIGHTS
 
-    record = image_record(WEIGHTS / "base", Request("a"), 0, CONFIG)
+    record = image_record(WEIGHTS / "base", [PromptRow("a", (0,))], CONFIG)
     assert record["checkpoint"]["path"] == "{weights}/base" and record["checkpoint"]["step"] == 14500
 
 
@@ -196,3 +196,94 @@ def test_an_interval_the_wrong_way_round_is_refused(checkpoint, tmp_path, monkey
     common = ["--checkpoint", checkpoint, "--prompt", "a", "--out", tmp_path / "x.png"]
     with pytest.raises(SystemExit, match=r"\(0.7, 0.2\): expected noise levels 0 <= low <= high <= 1"):
         run_main(monkeypatch, *common, "--guidance-interval", 0.7, 0.2)
+
+
+def pixels_of(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_prompts_are_rows_of_a_picture_and_seeds_its_columns(
+    checkpoint, generator, decoder, tmp_path, monkeypatch, capsys
+):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "two blue square", "seeds": [8, 2]}\n\n{"prompt": "a red dog"}\n')
+    out = tmp_path / "x.png"
+    common = ["--checkpoint", checkpoint, "--device", "cpu", "--num-steps", 1, "--batch-size", 2]
+    options = ["--prompt", "a red circle", "--prompts-file", prompts, "--seed", 3, 11, 4, "--scale", 1]
+    run_main(monkeypatch, *common, *options, "--out", out)
+    rows = [("a red circle", [3, 11, 4]), ("two blue square", [8, 2]), ("a red dog", [3, 11, 4])]
+    assert read_png(out)["rows"] == [{"prompt": prompt, "seeds": seeds} for prompt, seeds in rows]
+    picture = pixels_of(out)
+    assert picture.shape == (96, 96, 3) and (picture[32:64, 64:] == 255).all()
+    expected = generate(generator, decoder, [Request("two blue square")], 2, SamplerConfig(num_steps=1))
+    found = picture[32:64, 32:64].astype(int)
+    assert np.abs(found - to_uint8(expected)[0]).max() <= 1  # another batch rounds otherwise
+
+    run_main(monkeypatch, *common, *options, "--out", f"{tmp_path / 'each'}/")
+    files = sorted(path.name for path in (tmp_path / "each").iterdir())
+    assert files == sorted(f"{row}_seed{seed}.png" for row, (_, seeds) in enumerate(rows) for seed in seeds)
+    np.testing.assert_array_equal(pixels_of(tmp_path / "each" / "1_seed2.png"), picture[32:64, 32:64])
+    one = read_png(tmp_path / "each" / "1_seed2.png")
+    assert one["rows"] == [{"prompt": "two blue square", "seeds": [2]}]
+    assert "8 image(s) of 3 prompt(s)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--out": "x.pgn"}, "the ending '.pgn' is no format of images; expected FILE.png"),
+        ({"--out": "x"}, "has no ending"),
+        ({"--out": "prompts.txt/x.png"}, "prompts.txt is no folder"),
+        ({"--device": "cuda:99"}, "device 'cuda:99': "),
+        ({"--device": "gpu"}, "device 'gpu': "),
+        ({"--device": "meta"}, "it holds no values"),
+        ({"--num-images": 0}, "--num-images 0: expected at least 1"),
+        ({"--seed": -1}, "--seed -1: expected 0 to"),
+        ({"--scale": 0}, "--scale 0: expected at least 1"),
+        ({"--batch-size": 0}, "--batch-size 0: expected at least 1"),
+        ({"--num-steps": 0}, "options: num_steps: Input should be greater than or equal to 1 (got 0)"),
+        ({"--guidance-scale": 0.5}, "options: guidance_scale: Input should be greater than or equal to 1"),
+        ({"--prompts-file": "none.txt"}, "none.txt: "),
+        ({"--prompts-file": "empty.txt"}, "empty.txt: holds no prompt; expected one a line"),
+        ({"--prompts-file": "bad.jsonl"}, "bad.jsonl:2: unknown key 'seedz'; did you mean 'seed'?"),
+        ({"--prompts-file": "json.jsonl"}, "json.jsonl:1: no JSON"),
+        ({"--prompts-file": "both.jsonl"}, "both.jsonl:1: both seed and seeds; expected one of them"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, change, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": "a", "seedz": [1]}\n')
+    (tmp_path / "json.jsonl").write_text("a red circle\n")
+    (tmp_path / "both.jsonl").write_text('{"prompt": "a", "seed": 1, "seeds": [1]}\n')
+    monkeypatch.setattr("repfusion.generate.load_any", lambda folder: pytest.fail("a model was loaded"))
+    arguments = {"--prompts-file": "prompts.txt", "--out": "x.png", "--device": "cpu", **change}
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, *(part for pair in arguments.items() for part in pair))
+    assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
+
+
+def test_no_prompt_and_too_many_seeds_are_errors(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="no prompt; expected --prompt TEXT or --prompts-file FILE"):
+        run_main(monkeypatch, "--out", tmp_path / "x.png")
+    with pytest.raises(SystemExit, match="--num-images 2 beside 3 seeds"):
+        run_main(
+            monkeypatch, *("--out", tmp_path / "x.png", "--prompt", "a", "--seed", 1, 2, 3, "--num-images", 2)
+        )
+
+
+def test_a_picture_that_no_format_holds_is_refused(checkpoint, tmp_path, monkeypatch):
+    common = ["--checkpoint", checkpoint, "--prompt", "a", "--device", "cpu", "--num-steps", 1]
+    with pytest.raises(SystemExit, match=r"a picture of 960000 x 32000 px; expected at most 65000 a side"):
+        run_main(monkeypatch, *common, "--num-images", 30, "--scale", 1000, "--out", tmp_path / "x.png")
+
+
+def test_help_says_the_defaults(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, "--help")
+    said = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    defaults = ("(default: 30)", "(default: euler)", "(default: 4.0)", "(default: 0.0 1.0)", "(default: all)")
+    assert all(one in said for one in defaults) and "default: []" not in said and "default: None" not in said

@@ -177,7 +177,7 @@ def test_to_moves_it_and_returns_it(pipe):
         ({"latents": torch.zeros(2, 16, 96)}, "expected .1, 16, 96. for 1 requests"),
         ({"output_type": "jpeg"}, "'pil', 'np', 'pt' or 'latent'"),
         ({"num_inference_steps": 0}, "num_steps"),
-        ({"guidance_scale": 0.5}, "guidance_scale"),
+        ({"image_guidance_scale": 0.5}, "guidance_scale"),
         ({"guidance_interval": (0.5, 0.2)}, "expected noise levels 0 <= low <= high <= 1"),
         ({"prompt": "red " * 90}, "the context takes"),
     ],

@@ -57,7 +57,9 @@ class Scores(Strict):
     headline: str
     """Name of the value that picks the best checkpoint: the higher the better."""
     values: dict[str, float]
-    """Shares in [0, 1] by name; one that nothing was counted for is left out."""
+    """Shares in [0, 1] by name, and numbers (`Value.is_share`); one that nothing was counted for is left
+    out.
+    """
     counts: dict[str, Count] = {}
     """What values were counted from, by their names, and further counts."""
     intervals: dict[str, Interval] = {}
@@ -100,6 +102,8 @@ class Value:
     """What it is a share of, below the number."""
     of: str = ""
     """Key of the part that it stands beside or is the floor of; empty is the headline."""
+    is_share: bool = True
+    """Whether it lies in [0, 1] and is shown in percent; else it is any number, such as a distance."""
 
     @property
     def short_name(self) -> str:

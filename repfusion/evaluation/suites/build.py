@@ -6,11 +6,13 @@ from pydantic import Field
 
 from repfusion.evaluation.suites.base import Suite
 from repfusion.evaluation.suites.edits import EditsSuite, EditsSuiteConfig
+from repfusion.evaluation.suites.prompts import PromptsSuite, PromptsSuiteConfig
 from repfusion.evaluation.suites.references import ReferencesSuite, ReferencesSuiteConfig
 from repfusion.evaluation.suites.scenes import ScenesSuite, ScenesSuiteConfig
 
 SuiteConfig = Annotated[
-    ScenesSuiteConfig | EditsSuiteConfig | ReferencesSuiteConfig, Field(discriminator="kind")
+    ScenesSuiteConfig | EditsSuiteConfig | ReferencesSuiteConfig | PromptsSuiteConfig,
+    Field(discriminator="kind"),
 ]
 """A union of the suites' configurations, told apart by `kind`."""
 
@@ -22,5 +24,7 @@ def build_suite(config: SuiteConfig, seed: int) -> Suite:
             return ScenesSuite(config, seed)
         case EditsSuiteConfig():
             return EditsSuite(config, seed)
+        case PromptsSuiteConfig():
+            return PromptsSuite(config, seed)
         case ReferencesSuiteConfig():
             return ReferencesSuite(config, seed)

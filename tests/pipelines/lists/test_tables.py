@@ -206,3 +206,21 @@ def test_damage_is_rows_or_an_error_that_names_the_file(scratch: Path, name: str
         assert all(row.keys() == {"url", "caption"} for row in read(scratch / name))
     except ValueError as error:
         assert name in str(error)
+
+
+def test_a_store_that_does_not_answer_is_the_fault_of_who_asks_for_it():
+    """Not of the workflow's root, and no traceback."""
+    from pipelines.sources.inputs import find_inputs
+
+    options = {
+        **{"key": "a", "secret": "b", "endpoint_url": "http://127.0.0.1:9"},
+        "config_kwargs": {"retries": {"max_attempts": 1}, "connect_timeout": 1},
+    }
+    with pytest.raises(ValueError, match=r"^source\.path: s3://bucket/x: \w+: .*127\.0\.0\.1:9"):
+        find_inputs("s3://bucket/x", (".tar",), "source.path", options)
+    place = "captions.path: s3://bucket/x.csv"
+    with (
+        pytest.raises(ValueError, match=rf"^{place}: \w+: "),
+        open_table("s3://bucket/x.csv", options, [], place),
+    ):
+        pass

@@ -128,7 +128,10 @@ def test_holds_stages_drops_curve_scores_pictures_and_lineage(workflow):
     ):
         assert text in page
     assert page.count("<img") == 2
-    assert re.search(r'<details open=""><summary>step 30</summary>', page)
+    slider = re.search(
+        r'<output>30</output><input type="range" min="0" max="1" value="1" data-steps="0 30"', page
+    )
+    assert slider and page.count('<img class="shown" alt="images of step 30"') == 1
     assert page.count("<svg") == 2 + 6  # loss, scores, one per task
     assert "--share:0.750" in page and "--share:0.250" in page
     for text in (
@@ -164,6 +167,14 @@ def test_is_self_contained_and_well_formed(workflow):
     for entity, text in {"&rarr;": "-", "&ndash;": "-"}.items():
         body = body.replace(entity, text)
     ET.fromstring(body)
+
+
+def test_the_page_fits_a_phone_and_a_dark_screen(workflow):
+    page = write_report(workflow).read_text()
+    assert 'name="viewport"' in page and "@media (max-width: 640px)" in page and "overflow-x: auto" in page
+    dark = page[page.index("prefers-color-scheme: dark") :]
+    drawn = set(re.findall(r'stroke="(#[0-9a-f]{6})"', page)) - {"#b5532a", "#8a8a90"}
+    assert drawn and all(f'svg [stroke="{colour}"]' in dark for colour in drawn)
 
 
 def test_the_last_gallery_becomes_the_workflows(workflow):

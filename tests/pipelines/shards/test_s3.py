@@ -165,7 +165,9 @@ def test_a_store_that_lets_nobody_in_is_an_error_without_a_traceback(
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     assert main() == 1
-    assert f"error: {URL}: NoCredentialsError: Unable to locate credentials" in capsys.readouterr().err
+    assert (
+        f"error: data_url: {URL}: NoCredentialsError: Unable to locate credentials" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow

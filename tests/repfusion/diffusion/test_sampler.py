@@ -259,7 +259,7 @@ def test_noise_of_another_shape_is_refused(make_generator):
         {"num_steps": 0},
         {"guidance_scale": 0.5},
         {"steps": 3},
-        {"solver": "dpm"},
+        {"solver": "ddim"},
         {"guidance_interval": (0.6, 0.5)},
         {"guidance_interval": (-0.1, 0.5)},
         {"guidance_interval": (0, 1.5)},

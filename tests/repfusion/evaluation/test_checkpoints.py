@@ -57,7 +57,7 @@ def test_writes_scores_and_a_gallery_and_reads_them_back(checkpoint, tmp_path):
     assert position.startswith("position             0.000  [0.000, 0.390]  (0/6)")
     assert position.endswith("(strict: 0.000, by chance: 0.333, strict by chance: 0.167)")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["gallery.png", "scenes", "scores.json"]
+    assert names == ["galleries", "gallery.png", "scenes", "scores.json"]
     items = [json.loads(line) for line in (tmp_path / "out" / "scenes" / "items.jsonl").open()]
     assert [item["key"] for item in items] == list(scenes.scores.by_item)
     assert all(item["prompt"] and item["truth"]["task"] in TASKS for item in items)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from repfusion.evaluation.gallery import Tile, gallery, wrap
 
@@ -32,3 +33,19 @@ def test_rows_are_broken_at_the_width_and_a_title_takes_room_above():
 def test_wrap_keeps_every_word():
     lines = wrap("a purple triangle above a blue square", 12, len)
     assert lines == ["a purple", "triangle", "above a blue", "square"]
+
+
+def test_each_titled_row_has_a_picture_of_its_own(tmp_path):
+    """Which a tracker shows by task, with the steps."""
+    from repfusion.evaluation.checkpoints import write_galleries
+
+    tile = Tile(np.zeros((8, 8, 3), np.uint8), "a red circle")
+    write_galleries([("two objects", [tile] * 2), ("scenes: counting", [tile])], tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out" / "galleries").iterdir()}
+    assert names == {"two_objects.png", "scenes_counting.png"}
+    sizes = [
+        Image.open(tmp_path / "out" / name).size for name in ("gallery.png", "galleries/two_objects.png")
+    ]
+    assert sizes[0][1] > sizes[1][1]
+    write_galleries([("", [tile])], tmp_path / "plain")
+    assert [path.name for path in (tmp_path / "plain").iterdir()] == ["gallery.png"]

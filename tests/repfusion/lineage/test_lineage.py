@@ -303,7 +303,7 @@ def png_with(path: Path, *chunks: bytes) -> Path:
 
 
 RECORD = {
-    **{"prompt": "a", "seed": 0, "num_images": 1, "num_steps": 1, "solver": "euler", "guidance_scale": 4.0},
+    **{"rows": [{"prompt": "a", "seeds": [0]}], "num_steps": 1, "solver": "euler", "guidance_scale": 4.0},
     **{"guidance_interval": [0, 1], "checkpoint": {"path": "x", "digest": "d", "step": 1}, "lineage": None},
 }
 
@@ -315,9 +315,12 @@ RECORD = {
         ("{", "no JSON"),
         ("[" * 100_000, "no JSON"),
         ("[1]", "is list, expected an object"),
-        ("{}", "not what this program writes there; prompt: Field required"),
-        (json.dumps(RECORD | {"seed": "five"}), "seed: Input should be a valid integer"),
-        (json.dumps(RECORD | {"num_images": 0}), "num_images: Input should be greater"),
+        ("{}", "not what this program writes there; rows: Field required"),
+        (
+            json.dumps(RECORD | {"rows": [{"prompt": "a", "seeds": ["five"]}]}),
+            "rows.0.seeds.0: Input should be",
+        ),
+        (json.dumps(RECORD | {"rows": [{"prompt": "a", "seeds": []}]}), "rows.0.seeds: List should have"),
         (json.dumps(RECORD | {"guidance_interval": [0]}), "guidance_interval.1: Field required"),
         (json.dumps(RECORD | {"checkpoint": "x"}), "checkpoint: Input should be"),
         (json.dumps(RECORD | {"lineage": {"run_id": 3}}), "lineage.run_id: Input should be"),
@@ -374,7 +377,10 @@ def test_damaged_and_disguised_images_are_refused(tmp_path, damage):
 
 def test_a_prompt_sends_nothing_to_the_terminal(tmp_path, monkeypatch, capsys):
     evil = "a cat\x1b]0;mine\x07\x1b[2J\x9b31m\u202etxt.\nmllm  agrees"
-    record = RECORD | {"prompt": evil, "checkpoint": {"path": "/\x1b[31m", "digest": "\x1b[0m"}}
+    record = RECORD | {
+        "rows": [{"prompt": evil, "seeds": [0]}],
+        "checkpoint": {"path": "/\x1b[31m", "digest": "\x1b[0m"},
+    }
     path = png_with(tmp_path / "x.png", chunk(b"tEXt", b"repfusion\0" + json.dumps(record).encode()))
     for options in ([], ["--json"]):
         monkeypatch.setattr(sys, "argv", ["lineage", str(path), *options])

@@ -40,7 +40,7 @@ def make_checkpoint(folder: Path) -> Path:
 
 def test_a_run_holds_what_was_logged(store: str, tmp_path: Path):
     tracker = Tracker(tracking(store, run_name="one"))
-    tracker.log_config({"engine": {"lr": 0.1}, "seed": 3})
+    tracker.log_config({"engine": {"lr": 0.1}, "seed": 3, "data": {"cache_bytes": 5}})
     tracker.log_metrics({"train/loss": 2.0}, step=5)
     (tmp_path / "x.txt").write_text("hello")
     tracker.log_artifact(tmp_path / "x.txt", "folder")
@@ -55,17 +55,17 @@ def test_a_run_holds_what_was_logged(store: str, tmp_path: Path):
     assert [one.path for one in client.list_artifacts(tracker.run_id, "folder")] == ["folder/x.txt"]
     assert mlflow.artifacts.load_text(f"{run.info.artifact_uri}/notes/said.txt") == "said"
     config = yaml.safe_load(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/config.yaml"))
-    assert config == {"engine": {"lr": 0.1}, "seed": 3}
+    assert config == {"engine": {"lr": 0.1}, "seed": 3, "data": {"cache_bytes": 5}}
     artifacts = Path(store.removeprefix("sqlite:///")).parent / "mlartifacts"
     assert list(artifacts.rglob("x.txt")), "artifacts lie beside the database"
 
 
 def test_a_password_in_an_address_is_not_logged(store: str):
     tracker = Tracker(tracking(store))
-    tracker.log_config({"tracking": {"uri": "postgresql://me:secret@host/db"}})
+    tracker.log_config({"init_from": "postgresql://me:secret@host/db"})
     tracker.finish()
     run = mlflow.MlflowClient(store).get_run(tracker.run_id)
-    assert run.data.params["tracking.uri"] == "postgresql://me:***@host/db"
+    assert run.data.params["init_from"] == "postgresql://me:***@host/db"
     assert "secret" not in mlflow.artifacts.load_text(f"{run.info.artifact_uri}/config.yaml")
 
 
@@ -128,7 +128,8 @@ def test_a_data_set_leads_back_to_its_columns(store: str, tmp_path: Path):
     (logged,) = run.inputs.dataset_inputs
     assert (logged.dataset.name, logged.dataset.source_type) == ("main", "webdataset")
     assert {tag.key: tag.value for tag in logged.tags} == {"mlflow.data.context": "training"}
-    assert json.loads(logged.dataset.profile) == {"num_samples": 20}
+    assert json.loads(logged.dataset.profile) == {"num_rows": 20, "num_columns": 3}
+    assert {one["name"] for one in json.loads(logged.dataset.schema)["mlflow_colspec"]} == columns.keys()
     source = mlflow.data.get_source(logged)
     assert (
         source.columns["images"]["fingerprint"] == "f1" and source.columns["text"]["manifest_digest"] is None
@@ -186,7 +187,8 @@ def test_a_checkpoint_is_a_model_with_its_scores(store: str, tmp_path: Path):
     run = client.get_run(tracker.run_id)
     assert [(one.model_id, one.step) for one in run.outputs.model_outputs] == [(model_id, 500)]
     model = client.get_logged_model(model_id)
-    assert (model.name, model.model_type, str(model.status)) == ("step_00000500", "checkpoint", "READY")
+    name = f"{run.info.run_name} step 500"
+    assert (model.name, model.model_type, str(model.status)) == (name, "checkpoint", "READY")
     assert model.source_run_id == tracker.run_id and model.params == {"seed": "7", "step": "500"}
     assert model.tags["folder"] == str(before) and len(model.tags["digest"]) == 64
     assert {(one.key, one.value, one.step) for one in model.metrics} == {

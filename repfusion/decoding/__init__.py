@@ -1,0 +1,1 @@
+"""Own image shards -> the RAE decoder of an encoder."""

@@ -1,0 +1,1 @@
+"""What drawing from a command line asks for, checked before anything is sampled."""
