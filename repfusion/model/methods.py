@@ -13,6 +13,7 @@ from repfusion.conditioning.fusions.per_block import PerBlockConditioner
 from repfusion.conditioning.lap import LapConditioner, LapConfig
 from repfusion.conditioning.noisy_latents import NoisyLatentConditioner, NoisyLatentsConfig
 from repfusion.conditioning.queries import QueriesConditioner, QueriesConfig
+from repfusion.conditioning.related.metaquery import MetaQueryConditioner, MetaQueryConfig
 from repfusion.conditioning.text_embed import TextEmbedConditioner, TextEmbedConfig
 from repfusion.conditioning.transfusion import TransfusionConfig
 from repfusion.conditioning.unifusion import UniFusionConditioner, UniFusionConfig
@@ -36,6 +37,7 @@ ConditioningConfig = (
     | HiddenInjectionConfig
     | LayerPerBlockConfig
     | KeyValuesConfig
+    | MetaQueryConfig
 )
 """Settings of every method, told apart by `method`."""
 
@@ -81,6 +83,8 @@ def conditioner_and_denoiser(
             conditioner, kind = PerBlockConditioner(llm, dit.depth, method), JointKeysDiT
         case KeyValuesConfig():
             conditioner, kind = KeyValuesConditioner(llm, dit.depth, method), JointKeysDiT
+        case MetaQueryConfig():
+            conditioner = MetaQueryConditioner(llm, method)
         case UniFusionConfig():
             conditioner = UniFusionConditioner(llm, method)
             kind = ReferencesDiT if method.kept_references else kind

@@ -19,7 +19,7 @@ from pipelines.ladder.task import Task, tasks_of
 from pipelines.ladder.worker import run_task
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
-REPFUSION, UNIFUSION = plan_of("repfusion"), plan_of("unifusion")
+REPFUSION, UNIFUSION, RELATED = plan_of("repfusion"), plan_of("unifusion"), plan_of("related")
 BLOCKS = {
     "block_types": ("ResBlock",) * 4,
     "block_out_channels": (8, 8, 8, 16),
@@ -59,6 +59,11 @@ def unifusion_tasks(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return make_tasks("unifusion", weights, tmp_path_factory.mktemp("unifusion"))
 
 
+@pytest.fixture(scope="module")
+def related_tasks(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Task]:
+    return make_tasks("related", weights, tmp_path_factory.mktemp("related"))
+
+
 def make_tasks(plan: PlanName, weights: Path, root: Path) -> dict[str, Task]:
     config = LadderConfig.model_validate(
         {
@@ -92,6 +97,11 @@ def test_a_row_of_unifusions_plan_leaves_a_result(unifusion_tasks: dict[str, Tas
     task = unifusion_tasks[row.name]
     assert (row.rewriting is not None) == ("rewrites" in task.train.data.columns)
     check_row(row, task)
+
+
+@pytest.mark.parametrize("row", RELATED.listed, ids=lambda row: row.name)
+def test_a_row_of_the_related_systems_leaves_a_result(related_tasks: dict[str, Task], row: Row):
+    check_row(row, related_tasks[row.name])
 
 
 def check_row(row: Row, task: Task) -> None:

@@ -28,7 +28,7 @@ from repfusion.weights import WEIGHTS
 
 DIT = DiTConfig(hidden_size=96, depth=3, num_heads=6)
 REPFUSION, UNIFUSION = plan_of("repfusion"), plan_of("unifusion")
-PLANS = {"ladder": REPFUSION, "unifusion": UNIFUSION}
+PLANS = {"ladder": REPFUSION, "unifusion": UNIFUSION, "related": plan_of("related")}
 """By the folder of docs/ that holds what was written down of it."""
 ROWS = REPFUSION.rows
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
