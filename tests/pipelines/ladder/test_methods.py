@@ -111,7 +111,7 @@ def check_row(row: Row, task: Task) -> None:
     assert 0 < point.validation_loss < 10
     assert result.flops_per_image and result.trainable_parameters
     vision = {"vae"} if row.space == "vae" else {"vision_tower", "decoder"}
-    assert result.weights.keys() == {row.llm, *vision}
+    assert result.weights.keys() == {row.llm, row.second or row.llm, *vision}
 
 
 def test_the_rows_differ_in_what_they_train_and_cost_as_their_names_say(tasks: dict[str, Task]):

@@ -47,11 +47,15 @@ PUBLISHED = {
     "unifusion_8b_8b": (8.0e9, None),
     "unifusion_8b_8b_edit": (8.0e9, None),
     "metaquery_0.5b_0.6b": (0.59e9, None),
+    "blip3o_7b_1.4b": (1.4e9, None),
+    "li_dit_8b_10b": (10e9, None),
 }
 """The papers' parameters, as the denoiser's and as all that is trained; None where they do not say."""
 OURS = {"unifusion_4b_1.3b", "channel_concat_4b_1.3b"}
 """Configurations of no paper."""
-REPFUSION = [name for name in PUBLISHED if not name.startswith(("unifusion", "metaquery"))]
+REPFUSION = [
+    name for name in PUBLISHED if not name.startswith(("unifusion", "metaquery", "blip3o", "li_dit"))
+]
 SEEING = {
     "internvl-2.5-8b": (8.08e9, None),
     "qwen3-vl-4b": (4.438e9, 415.3e6),
@@ -125,6 +129,16 @@ def test_metaquerys_recipe_is_the_papers():
     assert config.num_steps * config.global_batch_size == pytest.approx(8 * 25e6, rel=1e-3)
     rates = [learning_rate(config.engine, step, config.num_steps) for step in (3_999, config.num_steps)]
     assert rates == pytest.approx([1e-4, 1e-5])
+
+
+def test_the_related_systems_read_the_language_models_that_their_papers_name():
+    """Sizes of the published checkpoints, without heads."""
+    for name, expected in {
+        "blip3o_7b_1.4b": [7_615_616_512 - 152_064 * 3584],  # Qwen2.5-7B
+        "li_dit_8b_10b": [8_030_261_248 - 128_256 * 4096, 7_721_324_544 - 151_936 * 4096],
+    }.items():
+        read = generator_of(name).conditioner.language_models
+        assert [sum(p.numel() for p in llm.parameters()) for llm in read] == expected
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -9,7 +9,7 @@ from prompting import asked, read_prompts, training_inputs
 from repfusion.model.dit import DiTConfig
 from repfusion.model.text_to_image import TextToImage
 
-SYSTEMS = ["metaquery"]
+SYSTEMS = ["metaquery", "blip3o", "li_dit"]
 PROMPTS = ["a red circle", "two blue square", "a green circle left of a blue square", ""]
 
 
