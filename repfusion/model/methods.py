@@ -14,6 +14,7 @@ from repfusion.conditioning.lap import LapConditioner, LapConfig
 from repfusion.conditioning.noisy_latents import NoisyLatentConditioner, NoisyLatentsConfig
 from repfusion.conditioning.queries import QueriesConditioner, QueriesConfig
 from repfusion.conditioning.related.blip3o import Blip3oConditioner, Blip3oConfig
+from repfusion.conditioning.related.gill import GillConditioner, GillConfig
 from repfusion.conditioning.related.li_dit import LiDitConditioner, LiDitConfig
 from repfusion.conditioning.related.metaquery import MetaQueryConditioner, MetaQueryConfig
 from repfusion.conditioning.text_embed import TextEmbedConditioner, TextEmbedConfig
@@ -42,6 +43,7 @@ ConditioningConfig = (
     | MetaQueryConfig
     | Blip3oConfig
     | LiDitConfig
+    | GillConfig
 )
 """Settings of every method, told apart by `method`."""
 
@@ -99,6 +101,9 @@ def conditioner_and_denoiser(
             conditioner = Blip3oConditioner(llm, method)
         case LiDitConfig():
             conditioner = LiDitConditioner(llm, method, second)
+        case GillConfig():
+            assert second is not None
+            conditioner = GillConditioner(llm, second, latent_dim, method)
         case UniFusionConfig():
             conditioner = UniFusionConditioner(llm, method)
             kind = ReferencesDiT if method.kept_references else kind

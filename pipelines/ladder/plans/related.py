@@ -12,6 +12,7 @@ METAQUERY = {"method": "metaquery", **QUERIES, "connector_depth": 4}
 BLIP3O = {"method": "blip3o", **QUERIES}
 LI_DIT = {"method": "li_dit", "instruction": "describe the image"}
 """The instruction is the one under which the language model learned to caption."""
+GILL = {"method": "gill", "num_queries": 24, "width": 128}
 
 LISTED = (
     Row("metaquery", "MetaQuery", "llava", METAQUERY),
@@ -27,6 +28,8 @@ LISTED = (
     Row("li_dit_bare", "LI-DiT without refiner", "llava", {**LI_DIT, "refiner_depth": 0}),
     Row("li_dit_uninstructed", "LI-DiT without instruction", "llava", {**LI_DIT, "instruction": ""}),
     Row("li_dit_two", "LI-DiT, two language models", "llava", LI_DIT, second="language"),
+    Row("gill", "GILL", "llava", GILL, second="language"),
+    Row("gill_text_encoder", "GILL's text encoder itself", "language", {"method": "text_embed"}),
 )
 
 LADDERS = {
@@ -53,6 +56,12 @@ CLAIMS = (
     Claim("a second language model helps", ("li_dit_two", "li_dit")),
 )
 
+DESCRIBED = (
+    Claim("a text encoder beats what GILL maps to it", ("gill_text_encoder", "gill")),
+    Claim("MetaQuery beats BLIP3-o", ("metaquery", "blip3o")),
+    Claim("an instructed reading beats queries", ("li_dit", "metaquery")),
+)
+
 RELATED = Plan(
     title="The related systems",
     about=(
@@ -64,4 +73,5 @@ RELATED = Plan(
     listed=LISTED,
     ladders=LADDERS,
     claims=CLAIMS,
+    described=DESCRIBED,
 )
