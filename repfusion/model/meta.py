@@ -45,7 +45,7 @@ class BareTokenizer:
         self.model_max_length = model_max_length
 
     def __call__(self, texts: list[str], **options: bool) -> SimpleNamespace:
-        """As many tokens as words."""
+        """Tokens of texts, one a word."""
         return SimpleNamespace(input_ids=[[0 for _ in text.split()] for text in texts])
 
     def convert_ids_to_tokens(self, id: int) -> str:

@@ -7,7 +7,7 @@ All rows share data, steps, batch, optimizer and DiT, and read plain captions.
 from pipelines.ladder.plans.base import Claim, Plan, Row, Step
 
 QUERIES = {"num_queries": 16}
-"""As many as there are latent tokens; the papers' 64 and 256 are a quarter and all of theirs."""
+"""A query for each latent token; the papers' 64 and 256 are a quarter and all of theirs."""
 METAQUERY = {"method": "metaquery", **QUERIES, "connector_depth": 4}
 BLIP3O = {"method": "blip3o", **QUERIES}
 LI_DIT = {"method": "li_dit", "instruction": "describe the image"}

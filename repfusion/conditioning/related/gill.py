@@ -77,7 +77,7 @@ class GillConfig(MethodConfig):
         return self.num_image_tokens
 
 
-class DecoderBlock(nn.Module):
+class QueryDecoderBlock(nn.Module):
     """A pre-norm transformer block whose tokens see each other, then a memory."""
 
     def __init__(self, width: int):
@@ -103,7 +103,7 @@ class GillMapper(nn.Module):
         self.encoder = nn.ModuleList(EncoderBlock(width, NUM_HEADS) for _ in range(config.depth))
         self.encoder_norm = RMSNorm(width, eps=1e-6)
         self.queries = nn.Parameter(torch.randn(config.num_queries, width))
-        self.decoder = nn.ModuleList(DecoderBlock(width) for _ in range(config.depth))
+        self.decoder = nn.ModuleList(QueryDecoderBlock(width) for _ in range(config.depth))
         self.decoder_norm = RMSNorm(width, eps=1e-6)
         self.leave = nn.Linear(width, encoder_width)
 

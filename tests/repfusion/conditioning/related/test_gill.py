@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlavaForConditionalGeneration
 
-from repfusion.conditioning.related.gill import DecoderBlock, GillConfig, GillMapper, contrasted
+from repfusion.conditioning.related.gill import GillConfig, GillMapper, QueryDecoderBlock, contrasted
 from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.flops.count import sample_flops, train_flops
 from repfusion.model.build import build_model
@@ -45,7 +45,7 @@ def model(foundation: Path, statistics) -> TextToImage:
     return build_model(config, statistics).eval()
 
 
-def decoded(block: DecoderBlock, tokens: list[Tensor], memory: list[Tensor]) -> list[Tensor]:
+def decoded(block: QueryDecoderBlock, tokens: list[Tensor], memory: list[Tensor]) -> list[Tensor]:
     """A decoder block over tokens one by one."""
     among, attention = block.among, block.memory_attention
     found = attended(among.attention, [rms(x, among.attention_norm.weight) for x in tokens])
