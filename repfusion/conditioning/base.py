@@ -54,8 +54,8 @@ class MethodConfig(Config):
 
     @property
     def second_llm(self) -> Path | None:
-        """Folder of a second language model that the method reads the prompts with; None is none."""
-        return None
+        """Folder of a second language model that the method reads prompts with: its setting `second`."""
+        return getattr(self, "second", None)
 
     @property
     def trains_llm(self) -> bool:

@@ -13,7 +13,6 @@ that the first [IMG] token, which decides to draw, is not learned: a request to 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -66,11 +65,6 @@ class GillConfig(MethodConfig):
     @property
     def needs_head(self) -> bool:
         return True
-
-    @property
-    def second_llm(self) -> Path | None:
-        """Folder of the text encoder."""
-        return self.second
 
     def tokens_beside(self, num_latents: int) -> int:
         """The [IMG] tokens."""

@@ -12,7 +12,6 @@ each has attended to itself, gated like the rest), and that their tokens stand b
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -49,11 +48,6 @@ class LiDitConfig(MethodConfig):
     """Gated blocks over the tokens."""
     second: WeightsFolder | None = None
     """Folder of a second language model, joined by the collaborative refiner; None leaves it out."""
-
-    @property
-    def second_llm(self) -> Path | None:
-        """Folder of the second language model."""
-        return self.second
 
     def tokens_beside(self, num_latents: int) -> int:
         """The instruction: no tokenizer makes more tokens of it than it has bytes."""
