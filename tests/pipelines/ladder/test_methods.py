@@ -32,7 +32,7 @@ BLOCKS = {
 def make_weights(folder: Path) -> Path:
     """All folders that the rows name; the language model is the LLaVA's, without vision."""
     make_foundation(folder, text_layers=4)
-    for name in ("llava", "llava_large"):
+    for name in ("llava_noise_taught", "llava_large"):
         shutil.copytree(folder / "llava", folder / name)
     llava = LlavaForConditionalGeneration.from_pretrained(folder / "llava")
     language = LlamaForCausalLM(llava.config.text_config)
