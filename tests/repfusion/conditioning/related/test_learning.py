@@ -5,9 +5,14 @@ a batch changes nothing.
 import pytest
 import torch
 from prompting import asked, read_prompts, training_inputs
+from tiny_training import tiny_model, tiny_train
 
 from repfusion.model.dit import DiTConfig
 from repfusion.model.text_to_image import TextToImage
+from repfusion.runs.checkpoint import load_checkpoint
+from repfusion.runs.folder import checkpoint_folder
+from repfusion.train import train
+from repfusion.weights import WEIGHTS
 
 SYSTEMS = ["metaquery", "blip3o", "li_dit"]
 PROMPTS = ["a red circle", "two blue square", "a green circle left of a blue square", ""]
@@ -63,3 +68,27 @@ def test_padding_and_other_prompts_change_nothing(make_generator, method):
     other = velocity(model, ["a blue circle", *PROMPTS[1:]], slice(4))
     assert (other[0] - together[0]).abs().max() > 1e-3
     torch.testing.assert_close(other[1:], together[1:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "conditioning",
+    [
+        {"method": "metaquery", "num_queries": 3, "connector_depth": 1},
+        {"method": "li_dit", "instruction": "a red", "refiner_depth": 1, "second": WEIGHTS / "language"},
+        {"method": "gill", "num_queries": 24, "width": 16, "depth": 1, "second": WEIGHTS / "language"},
+    ],
+    ids=["metaquery", "li_dit", "gill"],
+)
+def test_trains_under_the_engine_and_its_checkpoint_is_whole(foundation, columns, tmp_path, conditioning):
+    """Losses beside the velocity's are reported; what is loaded is what was trained."""
+    model = {**tiny_model(foundation).model_dump(), "conditioning": conditioning}
+    reports = []
+    train(tiny_train(foundation, columns, tmp_path / "run", model=model), on_report=reports.append)
+    assert len(reports) == 4 and all(0 < report.loss < 10 for report in reports)
+    is_gill = conditioning["method"] == "gill"
+    others = {"embedding", "retrieval", "caption", "image_tokens"} if is_gill else set()
+    assert set(reports[-1].other_losses) == others
+    loaded = load_checkpoint(checkpoint_folder(tmp_path / "run" / "checkpoints", 4))
+    read = loaded.conditioner.language_models
+    assert len(read) == 1 + ("second" in conditioning) and all(llm.is_frozen for llm in read)
