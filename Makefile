@@ -29,7 +29,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo doctor browse demo-edit run status plan verify retry gc evaluate export lineage flops ladder ladder-table unifusion gpu-science bench-gpu cluster-up cluster-status submit jobs logs cancel cluster-down test test-slow test-gpu test-cluster fuzz lint format foundation base mlflow clean
+.PHONY: help setup demo doctor browse demo-edit run status plan verify retry gc evaluate export lineage flops ladder ladder-table unifusion related gpu-science bench-gpu cluster-up cluster-status submit jobs logs cancel cluster-down test test-slow test-gpu test-cluster fuzz lint format foundation base mlflow clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -102,6 +102,10 @@ ladder-table: $(STAMP) ## docs/ladder.md again, from the result files alone
 unifusion: $(STAMP) ## compare UniFusion's fusions and VERIFI (docs/unifusion/plan.md), going on where it stood, then write docs/unifusion.md: make unifusion SET="seeds=[0]"
 	@$(BIN)/python -m pipelines.ladder run pipelines/ladder/configs/unifusion.yaml $(SET)
 	@$(BIN)/python -m pipelines.ladder table pipelines/ladder/configs/unifusion.yaml
+
+related: $(STAMP) ## compare the related systems (docs/related/plan.md), going on where it stood, then write docs/related.md: make related SET="seeds=[0]"
+	@$(BIN)/python -m pipelines.ladder run pipelines/ladder/configs/related.yaml $(SET)
+	@$(BIN)/python -m pipelines.ladder table pipelines/ladder/configs/related.yaml
 
 # Foundation, rows seed by seed, table: what is done is kept, so call it until it says that all rows are done.
 gpu-science: $(STAMP) ## docs/ladder/plan.md on one GPU, 9 minutes a call, each going on: make gpu-science SET="--rows repfusion,static_queries --seeds 0"

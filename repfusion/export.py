@@ -7,6 +7,7 @@ FOLDER/  model_index.json  README.md  lineage.json
                            words it has read, where they are known
          denoiser/         config.json, model.safetensors (projector, embedders, DiT), statistics.safetensors
          decoder/          config.json, model.safetensors
+         second_language_model/   where the method reads with two
 
 The encoder is left out: sampling needs its geometry alone, which the denoiser's config holds.
 """
@@ -16,6 +17,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,7 @@ from repfusion.runs.exported import (
     LANGUAGE_MODEL,
     MARK,
     SCHEMA,
+    SECOND_LANGUAGE_MODEL,
     check_export,
     is_export,
 )
@@ -59,6 +62,8 @@ from repfusion.weights import WEIGHTS
 
 INDEX = "model_index.json"
 CARD = "README.md"
+LANGUAGE_MODELS_OF = (LANGUAGE_MODEL, SECOND_LANGUAGE_MODEL)
+"""Folders of the language models, in the order in which a conditioner holds them."""
 ASKED_BY = (*PROCESSOR_FILES, TEMPLATE_FILE, "chat_template.jinja", GENERATION_CONFIG)
 """Files of a model that sees which say how it is shown images, asked and answered."""
 """Yours to edit: the one file without a digest."""
@@ -89,10 +94,14 @@ def export(checkpoint: Path, out: Path, use_ema: bool = True) -> Path:
                 shutil.copyfile(file, working / DECODER / file.name)
         lineage = describe_export(model, checkpoint, use_ema)
         write_json(working / LINEAGE, lineage)
-        config, tokenizer = model.config, model.conditioner.llm.tokenizer
+        config = model.config
+        read = [(llm.folder, llm.tokenizer) for llm in model.conditioner.language_models]
         del model  # at full size there is not always room for its language model twice
-        kind = write_language_model(config, tokenizer, working / LANGUAGE_MODEL)
-        write_json(working / INDEX, model_index(kind, is_vae(config.decoder)))
+        kinds = {
+            name: write_language_model(config, origin, tokenizer, working / name)
+            for name, (origin, tokenizer) in zip(LANGUAGE_MODELS_OF, read, strict=False)
+        }
+        write_json(working / INDEX, model_index(kinds, is_vae(config.decoder)))
         card = model_card(lineage, config, find_evaluation(checkpoint))
         (working / CARD).write_text(card)
         mode = (working / CARD).stat().st_mode
@@ -153,9 +162,9 @@ def projector_fields(model: TextToImage) -> dict[str, Any] | None:
     return {"activation": saved.get("projector_hidden_act", "gelu"), "bias": bias}
 
 
-def write_language_model(config: ModelConfig, tokenizer: Any, folder: Path) -> str:
-    """The language model, in the precision of its folder (or less, where the model holds less), alone unless
-    the method reads images; returns its class.
+def write_language_model(config: ModelConfig, origin: Path, tokenizer: Any, folder: Path) -> str:
+    """The language model of the folder `origin`, in its precision (or less, where the model holds less),
+    alone unless the method reads images; returns its class.
 
     Raises:
         ValueError: a LLaVA over a language model that `MLLM` does not load by itself.
@@ -163,27 +172,27 @@ def write_language_model(config: ModelConfig, tokenizer: Any, folder: Path) -> s
     from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
     dtype = torch.bfloat16 if config.mllm_dtype == "bfloat16" else "auto"
-    source = transformers_config(config.mllm, "MLLM")
+    source = transformers_config(origin, "MLLM")
     sees = config.conditioning.reads_images
     if source.model_type == "llava" and not sees:
         text = source.get_text_config()
         if text.model_type not in LANGUAGE_MODELS:
             raise ValueError(
-                f"MLLM folder {config.mllm}: its language model is a {text.model_type!r}; an export takes "
+                f"MLLM folder {origin}: its language model is a {text.model_type!r}; an export takes "
                 f"{', '.join(LANGUAGE_MODELS)}"
             )
-        llava = load_transformers(LlavaForConditionalGeneration, config.mllm, "MLLM", dtype)
+        llava = load_transformers(LlavaForConditionalGeneration, origin, "MLLM", dtype)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(text)
         model.model, model.lm_head = llava.model.language_model, llava.lm_head
     else:
-        family = family_of(config.mllm)
-        model = load_transformers(family.model_class(source), config.mllm, "MLLM", dtype, family.beside)
+        family = family_of(origin)
+        model = load_transformers(family.model_class(source), origin, "MLLM", dtype, family.beside)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for name in (WORDS, *(ASKED_BY if sees else ())):
-        if (config.mllm / name).is_file():
-            shutil.copyfile(config.mllm / name, folder / name)
+        if (origin / name).is_file():
+            shutil.copyfile(origin / name, folder / name)
     return type(model).__name__
 
 
@@ -200,7 +209,7 @@ def describe_export(model: TextToImage, checkpoint: Path, use_ema: bool) -> dict
     }
 
 
-def model_index(language_model: str, has_vae: bool) -> dict[str, Any]:
+def model_index(language_models: Mapping[str, str], has_vae: bool) -> dict[str, Any]:
     """model_index.json as diffusers writes it: the pipeline's class, and library and class of each folder."""
     try:
         release = version("repfusion")
@@ -209,7 +218,7 @@ def model_index(language_model: str, has_vae: bool) -> dict[str, Any]:
     return {
         "_class_name": "RepFusionPipeline",
         "_repfusion_version": release,
-        LANGUAGE_MODEL: ["transformers", language_model],
+        **{name: ["transformers", kind] for name, kind in language_models.items()},
         DENOISER: ["repfusion.model.text_to_image", "TextToImage"],
         DECODER: ["repfusion.latents.vae", "VAEDecoder"]
         if has_vae

@@ -54,6 +54,13 @@ def rotary_at(
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
+def rotary_1d(num: int, head_dim: int, base: float = 10_000.0) -> Float[Tensor, "n half 2"]:
+    """Cosine and sine per token and rotary pair, for `num` tokens in a row (RoFormer, arXiv 2104.09864)."""
+    half = head_dim // 2
+    angles = torch.arange(num)[:, None] * base ** (-torch.arange(half) / half)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
 def sin_cos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "n dim"]:
     """Fixed 2-D positions: a quarter of the channels each for sine and cosine of row and column."""
     return rearrange(rotary_2d(grid, dim), "n half two -> n (half two)")
@@ -133,17 +140,22 @@ class SwiGLU(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """A pre-norm transformer block without positions, in which every token sees every real one."""
+    """A pre-norm transformer block in which every token sees every real one. It knows no positions but those
+    that it is told.
+    """
 
-    def __init__(self, width: int, num_heads: int):
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float = 4.0):
         super().__init__()
         self.attention_norm = RMSNorm(width, eps=1e-6)
         self.attention = Attention(width, num_heads)
         self.mlp_norm = RMSNorm(width, eps=1e-6)
-        self.mlp = SwiGLU(width, mlp_ratio=4.0)
+        self.mlp = SwiGLU(width, mlp_ratio)
 
     def forward(
-        self, x: Float[Tensor, "b m c"], mask: Bool[Tensor, "b m"] | None = None
+        self,
+        x: Float[Tensor, "b m c"],
+        mask: Bool[Tensor, "b m"] | None = None,
+        rotary: Float[Tensor, "m half 2"] | None = None,
     ) -> Float[Tensor, "b m c"]:
-        x = x + self.attention(self.attention_norm(x), mask=mask)
+        x = x + self.attention(self.attention_norm(x), rotary, mask=mask)
         return x + self.mlp(self.mlp_norm(x))

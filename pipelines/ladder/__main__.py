@@ -1,5 +1,5 @@
 """`python -m pipelines.ladder COMMAND [CONFIG.yaml] [key.path=value ...]`: the papers'
-comparisons, RepFusion's or UniFusion's as the configuration says.
+comparisons, RepFusion's, UniFusion's or the related systems', as the configuration says.
 
 run      data, then every (row, seed) that has no result yet: training and scores; `rows=[...] seeds=[...]`
 compute  the final checkpoints sampled with more or fewer steps

@@ -34,12 +34,13 @@ class Common:
 def model_of(row: Row, common: Common, dits: Mapping[str, DiTConfig]) -> ModelConfig:
     """The row's model; `dits` are those matched in FLOPs, by row."""
     encoder, decoder = SPACES[row.space]
+    second = {} if row.second is None else {"second": common.weights / row.second}
     return ModelConfig.model_validate(
         {
             "mllm": common.weights / row.llm,
             "encoder": EncoderConfig(path=common.weights / encoder, image_size=common.image_size),
             "decoder": common.weights / decoder,
-            "conditioning": dict(row.conditioning),
+            "conditioning": {**row.conditioning, **second},
             "dit": dits.get(row.name, common.dit),
             "flow": common.flow,
         }

@@ -73,7 +73,8 @@ def budget_of(config: LadderConfig, data: str) -> dict[str, Any]:
 
 def folders_of(row: Row) -> tuple[str, ...]:
     """Names of the folders of weights that a row stands on."""
-    return tuple(dict.fromkeys((row.llm, *SPACES[row.space])))
+    second = () if row.second is None else (row.second,)
+    return tuple(dict.fromkeys((row.llm, *second, *SPACES[row.space])))
 
 
 def tasks_of(config: LadderConfig, columns: Columns) -> list[Task]:
@@ -123,6 +124,9 @@ def model_digest(row: Row, model: ModelConfig, weights: dict[str, str]) -> str:
     fields["encoder"].pop("path")
     encoder, decoder = SPACES[row.space]
     named = {"mllm": weights[row.llm], "encoder": weights[encoder], "decoder": weights[decoder]}
+    if row.second is not None:
+        fields["conditioning"].pop("second")
+        named["second"] = weights[row.second]
     return digest_of({"fields": fields, "weights": named})
 
 

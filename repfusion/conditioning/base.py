@@ -5,6 +5,7 @@ step.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -50,6 +51,11 @@ class MethodConfig(Config):
     def is_in_context(self) -> bool:
         """Whether the denoiser has the method's context in its own sequence."""
         return getattr(self, "interface", None) == "in_context"
+
+    @property
+    def second_llm(self) -> Path | None:
+        """Folder of a second language model that the method reads prompts with: its setting `second`."""
+        return getattr(self, "second", None)
 
     @property
     def trains_llm(self) -> bool:
@@ -102,12 +108,17 @@ class Prepared:
     aligned: Float[Tensor, "b n c"] | None = None
     static: tuple[Context, ...] = ()
     """Contexts whose keys and values the denoiser computes once."""
+    states: tuple[Context, ...] = ()
+    """What the conditioner itself reads on from at every step; it never reaches the denoiser as it is."""
 
     def first(self, num: int) -> "Prepared":
         """What was prepared of the first `num` requests."""
         prefix = None if self.prefix is None else self.prefix.first(num)
         aligned = None if self.aligned is None else self.aligned[:num]
-        return Prepared(prefix, aligned, tuple(context.first(num) for context in self.static))
+        static, states = (
+            tuple(context.first(num) for context in kept) for kept in (self.static, self.states)
+        )
+        return Prepared(prefix, aligned, static, states)
 
 
 class Conditioner(nn.Module):
@@ -124,6 +135,11 @@ class Conditioner(nn.Module):
     llm: LanguageModel
     fixed: tuple[str, ...] = ()
     """Names of buffers, of the latents' shape, without which the trained weights mean something else."""
+
+    @property
+    def language_models(self) -> tuple[LanguageModel, ...]:
+        """The language models that it holds, `llm` first."""
+        return (self.llm,)
 
     def collate(
         self, requests: Sequence[Request], branches: Sequence[Branch], seeds: Sequence[int] | None = None

@@ -80,7 +80,9 @@ class QueriesConditioner(Conditioner):
             self.context_widths = (llm.width,)
         self.queries = nn.Parameter(torch.randn(num_queries, llm.width) * llm.width**-0.5)
         self.time = TimestepEmbedder(llm.width, zero_init=True) if config.reads_time else None
-        self.connector = Connector(llm.width, config.connector_depth) if config.connector_depth else None
+        self.connector: nn.Module | None = None
+        if config.connector_depth:
+            self.connector = Connector(llm.width, config.connector_depth)
 
     def collate(
         self, requests: Sequence[Request], branches: Sequence[Branch], seeds: Sequence[int] | None = None

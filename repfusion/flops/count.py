@@ -179,17 +179,20 @@ class Counter:
         n, d = model.latent_shape
         statistics = LatentStatistics.empty(0, 0)
         llm = model.conditioner.llm
-        self.twin = Twin(model, {id(model.statistics): statistics, id(llm.tokenizer): WordTokenizer()})
+        words = {id(one.tokenizer): WordTokenizer() for one in model.conditioner.language_models}
+        self.twin = Twin(model, {id(model.statistics): statistics, **words})
         self.model = self.twin.model
         some = self.twin.inputs(torch.empty(n, d, dtype=torch.float64, device="meta"))
         statistics.count, statistics.mean, statistics.m2 = 1, some, some
         twin_llm = self.model.conditioner.llm
-        twin_llm.max_text_tokens = twin_llm.context = 2**31
+        twins = self.model.conditioner.language_models
+        for one in twins:
+            one.max_text_tokens = one.context = 2**31
         if model.config.conditioning.reads_images:
             twin_llm.chat_format = WordChats(llm)
         self.parts: dict[str, nn.Module] = {
             CONDITIONER: self.model.conditioner,
-            LLM: self.model.conditioner.llm,
+            LLM: nn.ModuleList(twins),
             DENOISER: self.model.denoiser,
         }
         self.images, self.seeing = tuple(images), Cost()

@@ -40,9 +40,9 @@ class Size:
 def sizes(model: TextToImage, decoder: Decoder | None = None) -> dict[str, Size]:
     """Parameters and bytes as held, by part."""
     conditioner = model.conditioner
-    llm, eyes = conditioner.llm, conditioner.llm.eyes
+    eyes = conditioner.llm.eyes
     seeing = set() if eyes is None else set(map(id, eyes.parameters()))
-    mllm = {id(p): p for p in llm.parameters()}
+    mllm = {id(p): p for llm in conditioner.language_models for p in llm.parameters()}
     own = [p for p in conditioner.parameters() if id(p) not in mllm]
     found = {} if eyes is None else {EYES: Size.of(eyes.parameters())}
     found |= {

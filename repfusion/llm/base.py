@@ -227,14 +227,15 @@ class LanguageModel(nn.Module):
             if len(ids) + 1 > self.max_text_tokens:
                 raise PromptTooLong(prompt, len(ids) + 1, self.max_text_tokens)
 
-    def tokenise(self, prompts: Sequence[str]) -> Prefix:
-        """Prompts -> ids and mask on the CPU, left-padded to a multiple of `bucket`, each `framed`.
+    def tokenise(self, prompts: Sequence[str], before: Sequence[int] = ()) -> Prefix:
+        """Prompts -> ids and mask on the CPU, left-padded to a multiple of `bucket`, each `framed` together
+        with the ids `before` it, for which `leave_room` has left room.
 
         Raises:
             PromptTooLong: where a prompt is longer than the context.
         """
         self.check_lengths(prompts)
-        rows = [self.framed(ids) for ids in self.token_ids(prompts)]
+        rows = [self.framed([*before, *ids]) for ids in self.token_ids(prompts)]
         width = min(-(-max(map(len, rows)) // self.bucket) * self.bucket, self.max_text_tokens)
         ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in rows])
         lengths = torch.tensor([len(row) for row in rows])

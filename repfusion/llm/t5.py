@@ -48,10 +48,10 @@ class T5Encoder(LanguageModel):
         return [*ids, self.end_id]
 
     def leave_room(self, num_tokens: int) -> None:
-        """Raises ValueError: nothing is read after a prompt."""
+        """Raises ValueError: nothing is read beside a prompt."""
         raise ValueError(
             f"MLLM {self.folder}: T5's encoder reads prompts alone, the method has {num_tokens} tokens read "
-            "after them; choose a method of the prompt alone, such as one_layer, or a causal language model"
+            "beside them; choose a method of the prompt alone, such as one_layer, or a causal language model"
         )
 
     @property

@@ -22,11 +22,15 @@ def columns_of(config: ModelConfig) -> Mapping[str, Reader]:
 
 
 def assemble(
-    config: ModelConfig, llm: LanguageModel, statistics: LatentStatistics, grid: tuple[int, int]
+    config: ModelConfig,
+    llm: LanguageModel,
+    statistics: LatentStatistics,
+    grid: tuple[int, int],
+    second: LanguageModel | None = None,
 ) -> TextToImage:
-    """A model around a language model that is there already (real, or without memory)."""
+    """A model around a language model, or two, that are there already (real, or without memory)."""
     latent_dim = statistics.mean.shape[1]
-    parts = conditioner_and_denoiser(config.conditioning, config.dit, llm, latent_dim, grid)
+    parts = conditioner_and_denoiser(config.conditioning, config.dit, llm, latent_dim, grid, second)
     return TextToImage(config, *parts, statistics, grid)
 
 
@@ -34,6 +38,14 @@ def load_llm(config: ModelConfig, on_meta: bool = False) -> LanguageModel:
     """The language model with what the method needs of it; raises what `load_language_model` does."""
     dtype, method = getattr(torch, config.mllm_dtype), config.conditioning
     return load_language_model(config.mllm, dtype, method.needs_head, on_meta, method.reads_images)
+
+
+def load_second_llm(config: ModelConfig, on_meta: bool = False) -> LanguageModel | None:
+    """The second language model of a method that has one; raises what `load_language_model` does."""
+    folder = config.conditioning.second_llm
+    if folder is None:
+        return None
+    return load_language_model(folder, getattr(torch, config.mllm_dtype), on_meta=on_meta)
 
 
 def build_model(config: ModelConfig, statistics: LatentStatistics) -> TextToImage:
@@ -52,7 +64,7 @@ def build_model(config: ModelConfig, statistics: LatentStatistics) -> TextToImag
             f"{expected} at {encoder.image_size} px; re-run '{IMAGE_FEATURES}'"
         )
     has_own = llm.projector is not None
-    model = assemble(config, llm, statistics, encoder.grid)
+    model = assemble(config, llm, statistics, encoder.grid, load_second_llm(config))
     if has_own and isinstance(model.conditioner, NoisyLatentConditioner):
         model.conditioner.projector.take_latents(statistics)
     return model

@@ -7,7 +7,7 @@ import torch
 from repfusion.config import naming
 from repfusion.latents.load import fitting_decoder
 from repfusion.latents.statistics import LatentStatistics
-from repfusion.model.build import assemble, load_llm
+from repfusion.model.build import assemble, load_llm, load_second_llm
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 
@@ -23,8 +23,10 @@ def check_model(config: ModelConfig, key: str = "model") -> TextToImage:
         encoder = config.encoder.load(on_meta=True)
     with naming(f"{key}.mllm"):
         llm = load_llm(config, on_meta=True)
+    with naming(f"{key}.conditioning"):
+        second = load_second_llm(config, on_meta=True)
     with naming(f"{key}.decoder"):
         fitting_decoder(config.decoder, encoder.grid, encoder.feature_dim, on_meta=True)
     with naming(key), torch.device("meta"):
         statistics = LatentStatistics.empty(encoder.num_tokens, encoder.feature_dim)
-        return assemble(config, llm, statistics, encoder.grid)
+        return assemble(config, llm, statistics, encoder.grid, second)

@@ -6,6 +6,7 @@ config.json of published models, under the folder's own name.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,13 +34,19 @@ GEOMETRY = CONFIGS / "geometry"
 
 
 class BareTokenizer:
-    """What MLLM asks of a tokenizer, for a model that will never read a prompt."""
+    """What MLLM asks of a tokenizer, for a model that will never read a prompt. An instruction that a
+    method puts before prompts has a token a word.
+    """
 
     eos_token_id = pad_token_id = None
     bos_token_id = 1
 
     def __init__(self, model_max_length: int):
         self.model_max_length = model_max_length
+
+    def __call__(self, texts: list[str], **options: bool) -> SimpleNamespace:
+        """Tokens of texts, one a word."""
+        return SimpleNamespace(input_ids=[[0 for _ in text.split()] for text in texts])
 
     def convert_ids_to_tokens(self, id: int) -> str:
         """A token that nobody will look for in a text."""
@@ -65,7 +72,7 @@ def geometry_folder(folder: Path) -> Path:
 
 def absent_folders(config: ModelConfig) -> list[Path]:
     """The folders of a config whose geometry comes from `configs/geometry/`."""
-    folders = dict.fromkeys((config.mllm, config.encoder.path, config.decoder))
+    folders = dict.fromkeys((config.mllm, *config.parts().values()))
     return [folder for folder in folders if geometry_folder(folder) != folder]
 
 
@@ -75,28 +82,40 @@ def meta_model(
     """A model of any size without memory: its weights have shapes only.
 
     Args:
-        config: of the model; its folders are not read.
+        config: of the model; of its folders that of a second language model alone is read.
         text_config: transformers' config of the language model.
         grid: rows and columns of latent tokens.
         latent_dim: channels of a latent token.
         projector: activation and bias of the MLLM's own, where they are not LLaVA-1.5's.
     """
+    folder = config.conditioning.second_llm
+    second = None
+    with torch.device("meta"):
+        own = Projector(latent_dim, text_config.hidden_size, **projector)
+        llm = bare_llm(config, config.mllm, text_config, own)
+        if folder is not None:
+            text_config = transformers_config(geometry_folder(folder), "MLLM").get_text_config()
+            second = bare_llm(config, folder, text_config)
+        statistics = LatentStatistics.empty(grid[0] * grid[1], latent_dim)
+        return assemble(config, llm, statistics, grid, second)
+
+
+def bare_llm(
+    config: ModelConfig, folder: Path, text_config: Any, projector: Projector | None = None
+) -> LanguageModel:
+    """A language model that reads prompts, with its head where the method needs it, in the current device's
+    memory.
+    """
     family = T5Encoder if text_config.model_type == "t5" else LanguageModel
     dtype = getattr(torch, config.mllm_dtype)
-    width = text_config.hidden_size
-    with torch.device("meta"):
-        language_model = family.of_config(text_config, dtype)
-        head = (
-            nn.Linear(width, text_config.vocab_size, bias=False, dtype=dtype)
-            if config.conditioning.needs_head
-            else None
-        )
-        if head is not None and text_config.tie_word_embeddings:
+    language_model = family.of_config(text_config, dtype)
+    head = None
+    if config.conditioning.needs_head:
+        head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False, dtype=dtype)
+        if text_config.tie_word_embeddings:
             head.weight = language_model.get_input_embeddings().weight
-        tokenizer = BareTokenizer(context_length(text_config))
-        own = Projector(latent_dim, width, **projector)
-        llm = family(language_model, own, tokenizer, config.mllm, "none", head)
-        return assemble(config, llm, LatentStatistics.empty(grid[0] * grid[1], latent_dim), grid)
+    tokenizer = BareTokenizer(context_length(text_config))
+    return family(language_model, projector, tokenizer, folder, "none", head)
 
 
 def seeing_model(folder: Path, dtype: torch.dtype) -> LanguageModel:

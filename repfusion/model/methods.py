@@ -13,6 +13,10 @@ from repfusion.conditioning.fusions.per_block import PerBlockConditioner
 from repfusion.conditioning.lap import LapConditioner, LapConfig
 from repfusion.conditioning.noisy_latents import NoisyLatentConditioner, NoisyLatentsConfig
 from repfusion.conditioning.queries import QueriesConditioner, QueriesConfig
+from repfusion.conditioning.related.blip3o import Blip3oConditioner, Blip3oConfig
+from repfusion.conditioning.related.gill import GillConditioner, GillConfig
+from repfusion.conditioning.related.li_dit import LiDitConditioner, LiDitConfig
+from repfusion.conditioning.related.metaquery import MetaQueryConditioner, MetaQueryConfig
 from repfusion.conditioning.text_embed import TextEmbedConditioner, TextEmbedConfig
 from repfusion.conditioning.transfusion import TransfusionConfig
 from repfusion.conditioning.unifusion import UniFusionConditioner, UniFusionConfig
@@ -36,12 +40,21 @@ ConditioningConfig = (
     | HiddenInjectionConfig
     | LayerPerBlockConfig
     | KeyValuesConfig
+    | MetaQueryConfig
+    | Blip3oConfig
+    | LiDitConfig
+    | GillConfig
 )
 """Settings of every method, told apart by `method`."""
 
 
 def conditioner_and_denoiser(
-    method: ConditioningConfig, dit: DiTConfig, llm: LanguageModel, latent_dim: int, grid: tuple[int, int]
+    method: ConditioningConfig,
+    dit: DiTConfig,
+    llm: LanguageModel,
+    latent_dim: int,
+    grid: tuple[int, int],
+    second: LanguageModel | None = None,
 ) -> tuple[Conditioner, Denoiser]:
     """The parts of a method, fresh but for the language model and its projector.
 
@@ -51,6 +64,7 @@ def conditioner_and_denoiser(
         llm: the language model.
         latent_dim: channels of a latent token.
         grid: rows and columns of latent tokens.
+        second: the second language model, of a method that has one.
 
     Raises:
         ValueError: parts do not fit each other.
@@ -81,6 +95,15 @@ def conditioner_and_denoiser(
             conditioner, kind = PerBlockConditioner(llm, dit.depth, method), JointKeysDiT
         case KeyValuesConfig():
             conditioner, kind = KeyValuesConditioner(llm, dit.depth, method), JointKeysDiT
+        case MetaQueryConfig():
+            conditioner = MetaQueryConditioner(llm, method)
+        case Blip3oConfig():
+            conditioner = Blip3oConditioner(llm, method)
+        case LiDitConfig():
+            conditioner = LiDitConditioner(llm, method, second)
+        case GillConfig():
+            assert second is not None
+            conditioner = GillConditioner(llm, second, latent_dim, method)
         case UniFusionConfig():
             conditioner = UniFusionConditioner(llm, method)
             kind = ReferencesDiT if method.kept_references else kind

@@ -187,14 +187,15 @@ class TextToImage(Trainable):
         return self.statistics.denormalise(latents)
 
     def layers(self) -> list[nn.Module]:
-        """The denoiser's blocks and the language model's layers."""
-        return [*self.denoiser.layers, *self.conditioner.llm.layers]
+        """The denoiser's blocks and the language models' layers."""
+        read = [layer for llm in self.conditioner.language_models for layer in llm.layers]
+        return [*self.denoiser.layers, *read]
 
     def frozen_parts(self) -> list[nn.Module]:
-        """The language model, where no method trains it, with its head and its eyes."""
-        llm = self.conditioner.llm
-        parts = (llm.language_model, llm.head, llm.eyes)
-        return [part for part in parts if part is not None] if llm.is_frozen else []
+        """The language models that no method trains, with their heads and eyes."""
+        frozen = [llm for llm in self.conditioner.language_models if llm.is_frozen]
+        parts = [part for llm in frozen for part in (llm.language_model, llm.head, llm.eyes)]
+        return [part for part in parts if part is not None]
 
     def load_decoder(self) -> Decoder:
         """The decoder that the configuration names, on the model's device.

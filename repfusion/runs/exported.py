@@ -8,7 +8,7 @@ import torch
 
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.llm.projector import Projector
-from repfusion.model.build import assemble, load_llm
+from repfusion.model.build import assemble, load_llm, load_second_llm
 from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import WEIGHTS_MARK, load_checkpoint, portable, read_weights
@@ -20,7 +20,8 @@ SCHEMA = 3
 MARK = "export.json"
 """Digests of an export's files; written last, it marks the export complete."""
 LANGUAGE_MODEL, DENOISER, DECODER = "language_model", "denoiser", "decoder"
-"""Folders of an export's parts."""
+SECOND_LANGUAGE_MODEL = "second_language_model"
+"""Folders of an export's parts; the last one only of a method that reads with two."""
 
 
 def is_export(folder: Path) -> bool:
@@ -56,13 +57,16 @@ def load_export(folder: str | Path, mllm_dtype: str | None = None) -> TextToImag
     own = {"mllm": str(folder / LANGUAGE_MODEL), "decoder": str(folder / DECODER)}
     if mllm_dtype is not None:
         own["mllm_dtype"] = mllm_dtype
-    config = ModelConfig.model_validate(portable(saved["model"], WEIGHTS_MARK, str(WEIGHTS)) | own)
-    llm = load_llm(config)
+    values = portable(saved["model"], WEIGHTS_MARK, str(WEIGHTS)) | own
+    if values["conditioning"].get("second") is not None:
+        values["conditioning"]["second"] = str(folder / SECOND_LANGUAGE_MODEL)
+    config = ModelConfig.model_validate(values)
+    llm, second = load_llm(config), load_second_llm(config)
     statistics = LatentStatistics.load(folder / DENOISER / STATISTICS)
     with torch.random.fork_rng(devices=[]):  # the weights below are all overwritten
         if saved["projector"] is not None:
             llm.projector = Projector(statistics.mean.shape[1], llm.width, **saved["projector"])
-        model = assemble(config, llm, statistics, tuple(saved["grid"]))
+        model = assemble(config, llm, statistics, tuple(saved["grid"]), second)
     model.load_saved_state(read_weights(folder / DENOISER, use_ema=False))
     return model.eval()
 

@@ -82,6 +82,28 @@ def test_every_method_and_kind_of_language_model(tmp_path, mllm, conditioning):
     assert torch.equal(draw(load_export(out)), draw(load_checkpoint(checkpoint)))
 
 
+@pytest.mark.parametrize(
+    "conditioning",
+    [
+        {"method": "li_dit", "instruction": "describe the image", "refiner_depth": 1},
+        pytest.param({"method": "gill", "num_queries": 16, "width": 16, "depth": 1}, marks=pytest.mark.slow),
+    ],
+    ids=["li_dit", "gill"],
+)
+def test_a_second_language_model_goes_along(tmp_path, conditioning):
+    second = tmp_path / "second"
+    shutil.copytree(WEIGHTS / "language", second)
+    checkpoint = trained(
+        ModelConfig(conditioning={**conditioning, "second": second}), tmp_path / "step_00000007"
+    )
+    expected = draw(load_checkpoint(checkpoint))
+    out = export(checkpoint, tmp_path / "out")
+    shutil.rmtree(second)
+    assert torch.equal(draw(load_export(out)), expected)
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["second_language_model"] == ["transformers", "LlamaForCausalLM"]
+
+
 def test_a_vae_goes_along(tmp_path):
     vae = {"path": WEIGHTS / "vae", "image_size": 32}
     config = ModelConfig(mllm=WEIGHTS / "language", encoder=vae, decoder=WEIGHTS / "vae")

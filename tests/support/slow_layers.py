@@ -16,16 +16,28 @@ def rms(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
 
 
-def turned(x: Tensor, place: tuple[int, int]) -> Tensor:
-    """Channels i and i + half of a head turn together: the first half of these pairs by the row, the other by
-    the column.
+Place = tuple[int, int] | int
+"""Row and column of a token, or its number in a row."""
+
+
+def angle(place: Place, pair: int, num_pairs: int) -> float:
+    """By how much a rotary pair turns: half of the pairs with the row, the other half with the column; of
+    tokens in a row all with the number.
     """
-    half, quarter = len(x) // 2, len(x) // 4
+    if isinstance(place, int):
+        return place * 10_000.0 ** -(pair / num_pairs)
+    half = num_pairs // 2
+    return place[pair >= half] * 100.0 ** -(pair % half / half)
+
+
+def turned(x: Tensor, place: Place) -> Tensor:
+    """Channels i and i + half of a head turn together."""
+    half = len(x) // 2
     out = x.clone()
     for i in range(half):
-        angle = torch.tensor(place[i >= quarter] * 100.0 ** -(i % quarter / quarter), dtype=x.dtype)
-        out[i] = x[i] * angle.cos() - x[i + half] * angle.sin()
-        out[i + half] = x[i] * angle.sin() + x[i + half] * angle.cos()
+        by = torch.tensor(angle(place, i, half), dtype=x.dtype)
+        out[i] = x[i] * by.cos() - x[i + half] * by.sin()
+        out[i + half] = x[i] * by.sin() + x[i + half] * by.cos()
     return out
 
 
@@ -33,7 +45,7 @@ def split(x: Tensor, heads: int) -> list[Tensor]:
     return list(x.reshape(heads, -1))
 
 
-def keys_values(projected: Tensor, gain: Tensor, heads: int, place: tuple[int, int] | None) -> list[Pair]:
+def keys_values(projected: Tensor, gain: Tensor, heads: int, place: Place | None) -> list[Pair]:
     """A token's key and value in every head."""
     keys, values = projected.chunk(2)
     found = [rms(key, gain) for key in split(keys, heads)]
@@ -47,7 +59,7 @@ def keys_values(projected: Tensor, gain: Tensor, heads: int, place: tuple[int, i
 def attended(
     attention: Attention,
     tokens: Sequence[Tensor],
-    places: Sequence[tuple[int, int]] | None = None,
+    places: Sequence[Place] | None = None,
     beside: Sequence[list[Pair]] = (),
 ) -> list[Tensor]:
     """What each token finds in all tokens, and in keys and values of others `beside` them."""
@@ -76,9 +88,9 @@ def fed(mlp: SwiGLU, x: Tensor) -> Tensor:
     return mlp.down.weight @ (F.silu(gate) * up) + mlp.down.bias
 
 
-def attend(block: EncoderBlock, tokens: list[Tensor]) -> list[Tensor]:
+def attend(block: EncoderBlock, tokens: list[Tensor], places: Sequence[Place] | None = None) -> list[Tensor]:
     """An encoder block over tokens one by one."""
-    found = attended(block.attention, [rms(x, block.attention_norm.weight) for x in tokens])
+    found = attended(block.attention, [rms(x, block.attention_norm.weight) for x in tokens], places)
     tokens = [x + y for x, y in zip(tokens, found, strict=True)]
     return [x + fed(block.mlp, rms(x, block.mlp_norm.weight)) for x in tokens]
 

@@ -66,9 +66,12 @@ METHODS = {
         "lap": {"taps": [0, -1], "refiner_depth": 1},
         "kept_references": True,
     },
+    "blip3o": {"method": "blip3o", "num_queries": 3, "width": 24},
+    "li_dit": {"method": "li_dit", "instruction": "a red", "refiner_depth": 1},
+    "metaquery": {"method": "metaquery", "num_queries": 3, "connector_depth": 1, "width": 24, "gain": 2.0},
 }
 """`model.conditioning` of every method and of its variants, by a name for tests."""
-ALIKE = ("one_layer", "channel_concat", "layer_per_block", "unifusion_references")
+ALIKE = ("one_layer", "channel_concat", "layer_per_block", "unifusion_references", "metaquery", "blip3o")
 """Methods that are put together of what others in METHODS have too, but for a conditioner of a few lines."""
 
 

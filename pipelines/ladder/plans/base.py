@@ -21,6 +21,8 @@ class Row:
     num_seeds: int = 3
     space: Space = "rae"
     paper: float | None = None
+    second: LLM | None = None
+    """The second language model, of a method that reads the prompt with two (`second` of its settings)."""
     same_flops_as: str | None = None
     """The row whose FLOPs an image a wider and deeper DiT is to reach."""
     setup: str = ""

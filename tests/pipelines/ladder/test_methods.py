@@ -19,7 +19,7 @@ from pipelines.ladder.task import Task, tasks_of
 from pipelines.ladder.worker import run_task
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
-REPFUSION, UNIFUSION = plan_of("repfusion"), plan_of("unifusion")
+REPFUSION, UNIFUSION, RELATED = plan_of("repfusion"), plan_of("unifusion"), plan_of("related")
 BLOCKS = {
     "block_types": ("ResBlock",) * 4,
     "block_out_channels": (8, 8, 8, 16),
@@ -32,7 +32,7 @@ BLOCKS = {
 def make_weights(folder: Path) -> Path:
     """All folders that the rows name; the language model is the LLaVA's, without vision."""
     make_foundation(folder, text_layers=4)
-    for name in ("llava", "llava_large"):
+    for name in ("llava_noise_taught", "llava_large"):
         shutil.copytree(folder / "llava", folder / name)
     llava = LlavaForConditionalGeneration.from_pretrained(folder / "llava")
     language = LlamaForCausalLM(llava.config.text_config)
@@ -57,6 +57,11 @@ def tasks(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 @pytest.fixture(scope="module")
 def unifusion_tasks(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Task]:
     return make_tasks("unifusion", weights, tmp_path_factory.mktemp("unifusion"))
+
+
+@pytest.fixture(scope="module")
+def related_tasks(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Task]:
+    return make_tasks("related", weights, tmp_path_factory.mktemp("related"))
 
 
 def make_tasks(plan: PlanName, weights: Path, root: Path) -> dict[str, Task]:
@@ -94,6 +99,11 @@ def test_a_row_of_unifusions_plan_leaves_a_result(unifusion_tasks: dict[str, Tas
     check_row(row, task)
 
 
+@pytest.mark.parametrize("row", RELATED.listed, ids=lambda row: row.name)
+def test_a_row_of_the_related_systems_leaves_a_result(related_tasks: dict[str, Task], row: Row):
+    check_row(row, related_tasks[row.name])
+
+
 def check_row(row: Row, task: Task) -> None:
     result = Result.model_validate_json(run_task(task))
     (point,) = result.points
@@ -101,7 +111,7 @@ def check_row(row: Row, task: Task) -> None:
     assert 0 < point.validation_loss < 10
     assert result.flops_per_image and result.trainable_parameters
     vision = {"vae"} if row.space == "vae" else {"vision_tower", "decoder"}
-    assert result.weights.keys() == {row.llm, *vision}
+    assert result.weights.keys() == {row.llm, row.second or row.llm, *vision}
 
 
 def test_the_rows_differ_in_what_they_train_and_cost_as_their_names_say(tasks: dict[str, Task]):

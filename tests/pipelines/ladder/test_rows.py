@@ -28,7 +28,7 @@ from repfusion.weights import WEIGHTS
 
 DIT = DiTConfig(hidden_size=96, depth=3, num_heads=6)
 REPFUSION, UNIFUSION = plan_of("repfusion"), plan_of("unifusion")
-PLANS = {"ladder": REPFUSION, "unifusion": UNIFUSION}
+PLANS = {"ladder": REPFUSION, "unifusion": UNIFUSION, "related": plan_of("related")}
 """By the folder of docs/ that holds what was written down of it."""
 ROWS = REPFUSION.rows
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
@@ -62,7 +62,7 @@ def test_each_rung_changes_one_thing_of_the_row_it_names():
             row, before = plan.rows[step.row], plan.rows[step.before]
             changed = [
                 field
-                for field in ("llm", "space", "conditioning")
+                for field in ("llm", "second", "space", "conditioning")
                 if getattr(row, field) != getattr(before, field)
             ]
             assert len(changed) == 1, (step.row, step.before, changed)
@@ -112,7 +112,7 @@ def test_the_rows_are_those_that_were_written_down(folder: str, plan: Plan):
     text = (Path(__file__).parents[3] / "docs" / folder / "plan.md").read_text()
     listed = {}
     for names, llm, _, number in re.findall(
-        r"^\| ([a-z_, ]+) \| ([a-z_]+) \| ([^|]+) \| (\d) \|$", text, re.M
+        r"^\| ([a-z0-9_, ]+) \| ([a-z_]+) \| ([^|]+) \| (\d) \|$", text, re.M
     ):
         listed |= {name: (llm, int(number)) for name in names.split(", ")}
     assert listed == {name: (row.llm, row.num_seeds) for name, row in plan.rows.items()}
@@ -161,6 +161,13 @@ def test_a_models_digest_follows_weights_and_fields_not_folders(tmp_path: Path):
     assert model_digest(row, there, weights) == digest
     assert model_digest(row, here, {**weights, "llava": "z"}) != digest
     assert model_digest(row, model_of(row, common(dit=DiTConfig()), {}), weights) != digest
+    joined = plan_of("related").rows["li_dit_two"]
+    weights |= {"language": "d"}
+    here, there = model_of(joined, common(), {}), model_of(joined, common(weights=tmp_path), {})
+    digest = model_digest(joined, here, weights)
+    assert here.conditioning.second_llm == WEIGHTS / "language"
+    assert model_digest(joined, there, weights) == digest
+    assert model_digest(joined, here, {**weights, "language": "z"}) != digest
 
 
 def test_both_spaces_encode_the_same_images_into_columns_of_their_own(tmp_path: Path):

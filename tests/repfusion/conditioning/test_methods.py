@@ -77,6 +77,9 @@ def count_reads(generator: TextToImage) -> list[int]:
         "hidden_injection": (False, False),
         "layer_per_block": (False, False),
         "key_values": (False, False),
+        "metaquery": (False, False),
+        "blip3o": (False, False),
+        "li_dit": (False, True),
     }.items(),
 )
 def test_what_a_condition_depends_on(make_generator, latents, method, expected):

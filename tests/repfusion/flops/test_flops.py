@@ -62,7 +62,9 @@ from repfusion.weights import WEIGHTS
 PROMPTS = ["a red circle", "a green square"]
 """As many tokens each."""
 PUBLISHED = sorted(
-    path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith(("unifusion", "channel_concat"))
+    path.stem
+    for path in CONFIGS.glob("*.yaml")
+    if not path.stem.startswith(("unifusion", "channel_concat", "metaquery", "blip3o", "li_dit"))
 )
 """Configurations whose methods' FLOPs are also written down as formulas."""
 BY_TORCH = (
@@ -75,7 +77,7 @@ BY_TORCH = (
     "channel_concat",
     "all_layers",
 )
-BY_TORCH += ("hidden_injection", "layer_per_block", "key_values")
+BY_TORCH += ("hidden_injection", "layer_per_block", "key_values", "metaquery", "blip3o", "li_dit")
 BY_HAND = [name for name in METHODS if name not in BY_TORCH]
 """Methods whose FLOPs are also written down as formulas; those of all are compared with torch's counter."""
 

@@ -96,7 +96,7 @@ def test_its_context_is_what_it_was_trained_on(t5):
 @pytest.mark.parametrize(
     ("method", "says"),
     [
-        ("noisy_latents", "T5's encoder reads prompts alone, the method has 4 tokens read after them"),
+        ("noisy_latents", "T5's encoder reads prompts alone, the method has 4 tokens read beside them"),
         ("queries", "reads prompts alone"),
         ("transfusion", "reads prompts alone"),
         ("key_values", "keeps no keys and values, which key_values reads"),

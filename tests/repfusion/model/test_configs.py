@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from repfusion.conditioning.fusions.channel_concat import ChannelConcatConditioner
+from repfusion.conditioning.related.metaquery import MetaQueryConditioner
 from repfusion.conditioning.unifusion import UniFusionConditioner
 from repfusion.config import load_config
 from repfusion.diffusion.sampler import SamplerConfig
@@ -45,11 +46,16 @@ PUBLISHED = {
     "repfusion_7b_1.3b_trained_llm": (1.3e9, None),
     "unifusion_8b_8b": (8.0e9, None),
     "unifusion_8b_8b_edit": (8.0e9, None),
+    "metaquery_0.5b_0.6b": (0.59e9, None),
+    "blip3o_7b_1.4b": (1.4e9, None),
+    "li_dit_8b_10b": (10e9, None),
 }
 """The papers' parameters, as the denoiser's and as all that is trained; None where they do not say."""
 OURS = {"unifusion_4b_1.3b", "channel_concat_4b_1.3b"}
 """Configurations of no paper."""
-REPFUSION = [name for name in PUBLISHED if not name.startswith("unifusion")]
+REPFUSION = [
+    name for name in PUBLISHED if not name.startswith(("unifusion", "metaquery", "blip3o", "li_dit"))
+]
 SEEING = {
     "internvl-2.5-8b": (8.08e9, None),
     "qwen3-vl-4b": (4.438e9, 415.3e6),
@@ -111,6 +117,28 @@ def test_the_configurations_of_no_paper_are_what_their_names_say():
     concat = generator_of("channel_concat_4b_1.3b").conditioner
     assert isinstance(concat, ChannelConcatConditioner)
     assert concat.taps == (9, 18, 27) and concat.join.in_features == 7680  # FLUX.2 klein's
+
+
+def test_metaquerys_recipe_is_the_papers():
+    """A connector of 316M before 2304 channels, eight epochs of 25M pairs."""
+    config, conditioner = config_of("metaquery_0.5b_0.6b"), generator_of("metaquery_0.5b_0.6b").conditioner
+    assert isinstance(conditioner, MetaQueryConditioner)
+    assert sum(p.numel() for p in conditioner.connector.parameters()) == pytest.approx(316e6, rel=0.02)
+    assert conditioner.context_widths == (2304,)
+    assert sum(p.numel() for p in conditioner.llm.parameters()) == 494_032_768  # Qwen2-0.5B, head tied
+    assert config.num_steps * config.global_batch_size == pytest.approx(8 * 25e6, rel=1e-3)
+    rates = [learning_rate(config.engine, step, config.num_steps) for step in (3_999, config.num_steps)]
+    assert rates == pytest.approx([1e-4, 1e-5])
+
+
+def test_the_related_systems_read_the_language_models_that_their_papers_name():
+    """Sizes of the published checkpoints, without heads."""
+    for name, expected in {
+        "blip3o_7b_1.4b": [7_615_616_512 - 152_064 * 3584],  # Qwen2.5-7B
+        "li_dit_8b_10b": [8_030_261_248 - 128_256 * 4096, 7_721_324_544 - 151_936 * 4096],
+    }.items():
+        read = generator_of(name).conditioner.language_models
+        assert [sum(p.numel() for p in llm.parameters()) for llm in read] == expected
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
