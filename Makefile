@@ -81,7 +81,7 @@ browse: $(STAMP) ## pictures, captions and drops of the data stages in a browser
 evaluate: $(STAMP) ## score checkpoints now: make evaluate RUN=runs/demo STEP=600 (or latest, best, all)
 	@$(BIN)/python -m pipelines evaluate $(or $(RUN),$(W)) --step $(or $(STEP),latest) $(SET)
 
-export: $(STAMP) ## a folder to generate from anywhere: make export CHECKPOINT=runs/demo/train/checkpoints/step_00001200 OUT=my_model
+export: $(STAMP) ## a folder to generate from anywhere: make export CHECKPOINT=runs/demo/train/checkpoints/step_00001500 OUT=my_model
 	@$(BIN)/python -m repfusion.export --checkpoint $(CHECKPOINT) --out $(OUT)
 
 lineage: $(STAMP) ## what an image, checkpoint or export was made from: make lineage OF=image.png

@@ -236,7 +236,8 @@ class LanguageModel(nn.Module):
         """
         self.check_lengths(prompts)
         rows = [self.framed([*before, *ids]) for ids in self.token_ids(prompts)]
-        width = min(-(-max(map(len, rows)) // self.bucket) * self.bucket, self.max_text_tokens)
+        longest = self.max_text_tokens + len(before)
+        width = min(-(-max(map(len, rows)) // self.bucket) * self.bucket, longest)
         ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in rows])
         lengths = torch.tensor([len(row) for row in rows])
         return Prefix(ids, torch.arange(width) >= width - lengths[:, None])
