@@ -134,13 +134,13 @@ class GillConditioner(Conditioner):
         self.num_queries, self.image_tokens_weight = config.num_queries, config.image_tokens_weight
         self.context_widths = (encoder.width,)
         table = llm.language_model.get_input_embeddings().weight.float()
-        self.register_buffer("mean_norm", table.norm(dim=1).mean(), persistent=False)
+        self.register_buffer("mean_norm", table.norm(dim=1).mean()[None], persistent=False)
         self.rows = nn.Parameter(torch.randn(config.num_image_tokens, llm.width))
         self.mapper = GillMapper(llm.width, encoder.width, config)
         self.see = nn.Linear(latent_dim, config.num_visual * llm.width)
         self.of_text = nn.Linear(llm.width, config.retrieval_width)
         self.of_image = nn.Linear(latent_dim, config.retrieval_width)
-        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.log_scale = nn.Parameter(torch.tensor([1 / 0.07]).log())  # DeepSpeed takes no scalars
 
     @property
     def language_models(self) -> tuple[LanguageModel, ...]:
@@ -231,7 +231,7 @@ class GillConditioner(Conditioner):
 
 
 def contrasted(
-    texts: Float[Tensor, "b r"], images: Float[Tensor, "b r"], scale: Float[Tensor, ""]
+    texts: Float[Tensor, "b r"], images: Float[Tensor, "b r"], scale: Float[Tensor, "1"]
 ) -> Float[Tensor, " b"]:
     """InfoNCE of each pair among all of the batch, from text to image and back (CLIP, arXiv 2103.00020)."""
     scores = scale * (texts[:, None] * images[None]).sum(-1)

@@ -175,7 +175,7 @@ def test_the_losses_are_what_the_paper_says(model, foundation):
 def test_retrieval_is_infonce_both_ways():
     torch.manual_seed(0)
     texts, images = (torch.nn.functional.normalize(torch.randn(3, 8), dim=1) for _ in range(2))
-    found = contrasted(texts, images, torch.tensor(7.0))
+    found = contrasted(texts, images, torch.tensor([7.0]))
     for row in range(3):
         there = torch.stack([7 * texts[row] @ image for image in images])
         back = torch.stack([7 * text @ images[row] for text in texts])
