@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from signal import SIGINT, pthread_kill
+from signal import SIGUSR1, pthread_kill, signal
 from threading import Thread, main_thread
 
 import pytest
@@ -21,20 +21,31 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+class NoLongerWaitedFor(Exception):
+    pass
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 def test_ranks_that_are_no_longer_waited_for_are_ended(tmp_path: Path):
     script, seen = tmp_path / "sleeper.py", tmp_path / "seen"
     script.write_text(SLEEPER)
     seen.mkdir()
 
+    def interrupt(*_: object) -> None:
+        raise NoLongerWaitedFor
+
     def interrupt_when_both_sleep() -> None:
         while len(list(seen.iterdir())) < 2:
             time.sleep(0.1)
-        pthread_kill(main_thread().ident, SIGINT)
+        pthread_kill(main_thread().ident, SIGUSR1)
 
-    Thread(target=interrupt_when_both_sleep, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        torchrun(2, script, f"{seen}{os.sep}")
+    before = signal(SIGUSR1, interrupt)  # processes of xdist ignore SIGINT
+    try:
+        Thread(target=interrupt_when_both_sleep, daemon=True).start()
+        with pytest.raises(NoLongerWaitedFor):
+            torchrun(2, script, f"{seen}{os.sep}")
+    finally:
+        signal(SIGUSR1, before)
     assert not any(is_alive(int(path.name)) for path in seen.iterdir())
 
 
