@@ -228,7 +228,7 @@ def _kind_of_source(source: Any) -> Any:
 def _of_own_data(evaluate: dict[str, Any], own: bool, layout: "_Layout", data_url: Any) -> dict[str, Any]:
     """The section `evaluate`, its suites of prompts with what the scored training says of its images."""
     suites = evaluate.get("suites", {"prompts": {}} if own else None)
-    name = str(evaluate.get("training") or list(layout.given)[-1])
+    name = str(evaluate.get("training") or next(reversed(layout.given), ""))
     section = layout.filled.get(name)
     if not isinstance(suites, dict) or not isinstance(section, dict):
         return evaluate

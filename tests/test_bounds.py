@@ -24,6 +24,7 @@ ELSEWHERE = {
     "PerBlockConfig.taps": LAYERS,
     "OneLayerConfig.layer": LAYERS,
     "LapSettings.taps": LAYERS,
+    "LiDitConfig.layer": LAYERS,
     "EvaluationConfig.dropped_taps": LAYERS,
     "EncoderConfig.layer": "counts the tower's layers, from the end where negative: checked where it is read",
     "DatasetConfig.caption_weights": "a validator: 0 or more, one above",

@@ -72,10 +72,12 @@ class StageProgress:
     def __exit__(self, *exception: object) -> None:
         self.bar.close()
 
-    def completed(self, sidecar: Sidecar) -> None:
-        """One shard more; its samples count, and those that were dropped from it."""
+    def completed(self, made: object) -> None:
+        """One shard more; its samples count, and those that were dropped from it, where a sidecar says so: a
+        check of shards makes none.
+        """
         self.done += 1
-        self.samples += sidecar.entries
+        self.samples += made.entries if isinstance(made, Sidecar) else 0
         rate = self.samples / max(self.clock() - self.started, 1e-9)
         self.bar.set_postfix_str(f"{self.samples:,} samples, {rate:.1f}/s", refresh=False)
         self.bar.update()
