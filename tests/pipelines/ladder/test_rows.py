@@ -77,6 +77,7 @@ def test_the_ladders_end_in_repfusion_with_the_papers_figures():
     assert {steps[-1].row for steps in REPFUSION.ladders.values()} == {"repfusion"}
 
 
+@pytest.mark.slow
 def test_a_matched_dit_takes_the_flops_asked_for_and_keeps_its_proportions():
     base = model_of(ROWS["text_embed_language"], common(), {})
     start = image_flops(base, common())
@@ -88,6 +89,7 @@ def test_a_matched_dit_takes_the_flops_asked_for_and_keeps_its_proportions():
         assert 0.5 < (dit.hidden_size / dit.depth) / (DIT.hidden_size / DIT.depth) < 2
 
 
+@pytest.mark.slow
 def test_rows_of_matched_flops_match_repfusion():
     shared = common()
     target = image_flops(model_of(ROWS["repfusion"], shared, {}), shared)

@@ -51,6 +51,7 @@ def test_only_what_is_missing_is_made(
     assert set(statuses(config).values()) == {"fresh"}
 
 
+@pytest.mark.slow
 def test_without_duplicates_to_find_encoding_does_not_wait_for_the_last_download(
     configure: Configure, pool: ActorPool, tmp_path: Path
 ):

@@ -42,6 +42,7 @@ print(len(os.listdir("/proc/self/fd")))
 """
 
 
+@pytest.mark.slow
 def test_120_shards_in_three_columns_and_64_files(tmp_path: Path):
     make_columns(tmp_path, num_samples=120, shard_samples=1)
     support = str(Path(__file__).parents[2] / "support")

@@ -221,6 +221,7 @@ def largest(rows, settings) -> float:
     return max(abs(difference(row, settings)) for row in rows)
 
 
+@pytest.mark.slow
 def test_the_fits_are_as_good_as_docs_say():
     """And A is the best of those that were looked at."""
     a, b, c = best_settings(FITTED), best_settings(FITTED[:3]), best_settings(FITTED[:2])

@@ -110,6 +110,7 @@ def trained_on_ranks(config: TrainConfig, path: Path, num_ranks: int) -> dict:
     return json.loads((config.output_dir / "train.json").read_text())
 
 
+@pytest.mark.slow
 def test_torchrun_starts_two_ranks_that_equal_one(world, tmp_path: Path):
     one = tiny_train(*world, tmp_path / "one")
     train(one)
