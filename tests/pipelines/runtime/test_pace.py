@@ -45,6 +45,6 @@ def test_idle_work_yields_to_a_busy_process_and_gets_its_share_once_lifted(user:
         finally:
             os.killpg(process.pid, 9)
     assert found["idle"] < 0.1 and found["waited_sec"] > 1.5
-    assert found["lifted"] > 0.1 and found["lifted"] > 5 * found["idle"]
+    assert found["lifted"] > 0.03 and found["lifted"] > 5 * found["idle"]
     if user == "unprivileged" and os.getuid() == 0:
         assert found["schedule"] == os.SCHED_IDLE  # its thread cannot leave; the work went on in another
