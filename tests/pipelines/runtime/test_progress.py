@@ -1,10 +1,14 @@
 """What is said of a stage and of a training while they run: samples, steps and the time left."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from pipelines.runtime.progress import LINE_SEC, StageProgress, TrainingProgress, duration
+from pipelines.shards.store import Sidecar
+
+SHARD = Sidecar(
+    name="00000", file="00000.tar", fingerprint="f", inputs={}, samples=98, bytes=2, sha256="s",
+    drops={"http_404": 2}, files={}, seconds=1.0, versions={},
+)  # fmt: skip
 
 
 class Clock:
@@ -32,17 +36,24 @@ def test_a_stage_says_samples_and_the_time_left(clock):
     with StageProgress("curate", 8, 2, is_terminal=False, say=said.append, clock=clock) as progress:
         for _ in range(5):
             clock.now += 10
-            progress.completed(SimpleNamespace(entries=100))
+            progress.completed(SHARD)
     assert said == [
         "curate: 4/8 shards, 200 samples, 10.0/s, 40 s left",
         "curate: 6/8 shards, 400 samples, 10.0/s, 20 s left",
     ]
 
 
+def test_what_makes_no_shards_is_counted_without_samples(clock):
+    with StageProgress("verify", 2, is_terminal=False, say=lambda line: None, clock=clock) as progress:
+        clock.now += 1
+        progress.completed(None)
+    assert (progress.done, progress.samples) == (1, 0)
+
+
 def test_a_bar_shows_samples_beside_shards(clock, capsys):
     with StageProgress("curate", 2, is_terminal=True, clock=clock) as progress:
         clock.now += 4
-        progress.completed(SimpleNamespace(entries=100))
+        progress.completed(SHARD)
         progress.bar.refresh()
     shown = capsys.readouterr().err
     assert "1/2" in shown and "100 samples, 25.0/s" in shown
