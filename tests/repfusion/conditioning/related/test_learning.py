@@ -4,8 +4,8 @@ a batch changes nothing.
 
 import pytest
 import torch
-from prompting import asked, read_prompts, training_inputs
 from tiny_training import tiny_model, tiny_train
+from whole_models import check_others_change_nothing, check_prompts_are_learned
 
 from repfusion.model.dit import DiTConfig
 from repfusion.model.text_to_image import TextToImage
@@ -15,7 +15,6 @@ from repfusion.train import train
 from repfusion.weights import WEIGHTS
 
 SYSTEMS = ["metaquery", "blip3o", "li_dit"]
-PROMPTS = ["a red circle", "two blue square", "a green circle left of a blue square", ""]
 
 
 def speak_up(model: TextToImage) -> None:
@@ -31,43 +30,14 @@ def speak_up(model: TextToImage) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", SYSTEMS)
 def test_learns_which_prompt_belongs_to_which_latents(make_generator, method):
-    """All samples start from the same pure noise, so that only the prompt can tell them apart."""
     model = make_generator(method, awake=False, dit=DiTConfig(hidden_size=32, depth=2, num_heads=2))
     speak_up(model)
-    inputs = training_inputs(model, PROMPTS, range(4), shift=1.0)
-    inputs |= {"noise": inputs["noise"][:1].expand(4, -1, -1), "t": torch.ones(4)}
-    exchanged = {**inputs, "request": model.conditioner.collate(*asked(PROMPTS[::-1]))}
-    optimizer = torch.optim.AdamW(model.trainable_state().values(), lr=5e-3, weight_decay=0)
-    velocities = []
-    for _ in range(80):
-        losses = {name: one.mean() for name, one in model(inputs).items()}
-        velocities.append(losses["velocity"].item())
-        optimizer.zero_grad()
-        torch.stack([*losses.values()]).sum().backward()
-        optimizer.step()
-    with torch.no_grad():
-        right, wrong = (model(one)["velocity"].mean().item() for one in (inputs, exchanged))
-    assert right < 0.5 * velocities[0] and wrong > 2 * right
-
-
-def velocity(model: TextToImage, prompts: list[str], rows: slice) -> torch.Tensor:
-    gen = torch.Generator().manual_seed(2)
-    z_t = torch.randn(len(PROMPTS), *model.latent_shape, generator=gen)
-    t = torch.tensor([0.2, 0.4, 0.6, 0.8])
-    with torch.no_grad():
-        return model.velocity(z_t[rows], t[rows], read_prompts(model, prompts))
+    check_prompts_are_learned(model, num_steps=80, lr=5e-3)
 
 
 @pytest.mark.parametrize("method", SYSTEMS)
 def test_padding_and_other_prompts_change_nothing(make_generator, method):
-    model = make_generator(method)
-    together = velocity(model, PROMPTS, slice(4))
-    for row, prompt in enumerate(PROMPTS):
-        alone = velocity(model, [prompt], slice(row, row + 1))
-        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
-    other = velocity(model, ["a blue circle", *PROMPTS[1:]], slice(4))
-    assert (other[0] - together[0]).abs().max() > 1e-3
-    torch.testing.assert_close(other[1:], together[1:], rtol=1e-4, atol=1e-5)
+    check_others_change_nothing(make_generator(method))
 
 
 @pytest.mark.slow
