@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from repfusion.conditioning.base import Condition, Context
+from repfusion.devices.placing import multiplies_bf16
 from repfusion.llm.tokenizer import load_tokenizer, plain_ids
 from repfusion.model.dit import DiTConfig
 from repfusion.model.in_context import InContextDiT
@@ -100,7 +101,7 @@ def main() -> None:
         "packed": [batch_of([mean] * len(lengths), args.geometry, device)],
     }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device)):
         for number in range(args.rounds + 1):
             for name, batches in ways.items():
                 found = seconds_of(dit, batches)

@@ -20,6 +20,7 @@ import torch
 
 from repfusion.conditioning import unifusion
 from repfusion.data.readers import REWRITES
+from repfusion.devices.placing import multiplies_bf16
 from repfusion.diffusion.flow import FlowConfig, draw
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.llm.chats.read import read_chats
@@ -76,8 +77,9 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"ids": [], "column": []}
     for number in range(args.rounds + 1):
         for name in seconds:
+            autocast = torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16(torch.device("cpu")))
             known = patch.object(unifusion, "read_chats", lambda *_: states)
-            with known if name == "column" else nullcontext(), torch.autocast("cpu", torch.bfloat16):
+            with known if name == "column" else nullcontext(), autocast:
                 start = time.process_time()
                 loss = model(inputs)["velocity"].mean()
             loss.backward()

@@ -24,6 +24,7 @@ from tiny_training import make_columns, make_foundation, tiny_data, tiny_model
 from repfusion.data.batches import batches
 from repfusion.data.mixture import Mixture
 from repfusion.data.recipe import Recipe
+from repfusion.devices.placing import multiplies_bf16
 from repfusion.inputs import to_device
 from repfusion.model.build import columns_of
 from repfusion.model.dit import DiTConfig
@@ -55,7 +56,7 @@ class BareLoop:
     def step(self) -> None:
         self.optimizer.zero_grad()
         attention = sdpa_kernel(SDPBackend.MATH) if not torch.cuda.is_available() else nullcontext()
-        with attention, torch.autocast("cpu", torch.bfloat16):
+        with attention, torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16(torch.device("cpu"))):
             loss = self.module(self.inputs)["velocity"].mean()
         loss.backward()
         self.optimizer.step()

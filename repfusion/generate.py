@@ -287,9 +287,9 @@ def draw(args: argparse.Namespace) -> list[Path]:
     rewrite = False if args.no_rewrite else args.rewrite
     fitting_scale(1, args.scale)
     folder = named_model(args.checkpoint)
-    model = load_any(folder).to(device)
+    model, sampler = load_any(folder).to(device), sampler.on(device)
     if args.fast:
-        model.speed_up_sampling()
+        model.speed_up_sampling(sampler.precision)
     decoder = model.load_decoder()
     scale = fitting_scale(decoder.image_size, args.scale)
     files = output.files(rows)

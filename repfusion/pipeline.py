@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from repfusion.data.readers import PROMPT_FEATURES
+from repfusion.devices.placing import Autocast
 from repfusion.diffusion.sampler import OnStep, SamplerConfig, Solver, sample
 from repfusion.diffusion.scheduler import FlowScheduler
 from repfusion.export import export, export_again
@@ -62,7 +63,7 @@ class RepFusionPipeline:
         model: TextToImage,
         decoder: Decoder,
         scheduler: Any = None,
-        precision: Literal["fp32", "bf16"] = "bf16",
+        precision: Literal["auto"] | Autocast = "auto",
         source: Path | None = None,
     ):
         """A pipeline of its `components`.
@@ -71,12 +72,12 @@ class RepFusionPipeline:
             model: text to latents.
             decoder: latents to pixels.
             scheduler: as of the attribute; None is Euler's.
-            precision: of the computation; bf16 is autocast.
+            precision: of the computation; bf16 is autocast, auto that where the device multiplies in it.
             source: the folder that the parts were read from, for `save_pretrained`.
         """
         self.model = model.eval()
         self.decoder = decoder
-        self.precision: Literal["fp32", "bf16"] = precision
+        self.precision: Literal["auto"] | Autocast = precision
         self.source = source
         self._scheduler = FlowScheduler("euler", model.shift)
         self.scheduler = scheduler or self._scheduler
@@ -99,8 +100,8 @@ class RepFusionPipeline:
             path: folder of an export, or of a checkpoint whose frozen parts are at hand (averaged weights); a
                 training or a workflow's root stands for its best checkpoint.
             torch_dtype: None is what `repfusion.generate` does: weights as trained, computing in bfloat16
-                autocast. bfloat16 also holds the weights of language model and denoiser in it; float32 holds
-                and computes everything in float32.
+                autocast where the device multiplies in it. bfloat16 also holds the weights of language model
+                and denoiser in it; float32 holds and computes everything in float32.
             dtype: the same by its newer name.
 
         Raises:

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -238,7 +238,16 @@ def loop_state(config: TrainConfig, dataset: Mixture) -> dict[str, Any]:
     }
 
 
-def start_tracking(config: TrainConfig, dataset: Mixture) -> Tracker:
+def resumed_config(config: EngineConfig, saved: Mapping[str, Any] | None) -> EngineConfig:
+    """The engine's configuration, whose precision `auto` is that in which the run began: another machine
+    would go on with other sums.
+    """
+    if config.precision != "auto" or saved is None or "precision" not in saved:
+        return config
+    return config.model_copy(update={"precision": saved["precision"]})
+
+
+def start_tracking(config: TrainConfig, dataset: Mixture, precision: str) -> Tracker:
     """A new MLflow run, or the one that this output folder started before. Called by all ranks: rank 0 has
     the run, the first rank of every other node watches that node, the others track nothing.
     """
@@ -246,7 +255,7 @@ def start_tracking(config: TrainConfig, dataset: Mixture) -> Tracker:
     error = None
     try:
         if is_main:
-            tracker = start_run(config, dataset)
+            tracker = start_run(config, dataset, precision)
     except StoreError as caught:
         error = caught
     if found := failures(error):
@@ -259,14 +268,14 @@ def start_tracking(config: TrainConfig, dataset: Mixture) -> Tracker:
     return tracker
 
 
-def start_run(config: TrainConfig, dataset: Mixture) -> Tracker:
+def start_run(config: TrainConfig, dataset: Mixture, precision: str) -> Tracker:
     """Rank 0's. Raises StoreError where the store cannot be reached."""
     tracker = Tracker(remembered_run(config))
     if tracker.uri is not None:
         run = {"uri": config.tracking_address, "store": store_identity(tracker.uri), "run_id": tracker.run_id}
         write_json(RunFolder(config.output_dir).tracked, run)
     tracker.log_config(config.as_written())
-    tracker.log_environment(world_size=dist.get_world_size())
+    tracker.log_environment(world_size=dist.get_world_size(), precision=precision)
     for name, columns in dataset.folders.items():
         tracker.log_dataset(name, columns, dataset.num_samples[name])
     return tracker
@@ -352,30 +361,32 @@ def _train(
         check_together(config.init_from, files_to_load)
     state = loop_state(config, dataset)
     saved = None if last is None else check_resumes(last, state)
+    engine_config = resumed_config(config.engine, saved)
 
     # Build
     model = build_trainable(config, dataset, resume_from=last)
     refuse_long_captions(model, dataset)
     digests = frozen_digests(model)
     flops = flops_per_sample(model, dataset, config.condition_dropout)
-    compilation = compile_layers(model, config.engine)
+    compilation = compile_layers(model, engine_config)
     engine = Engine(
         model,
-        config.engine,
+        engine_config,
         config.global_batch_size,
         config.num_steps,
         model.frozen_parts(),
         layers=() if compilation is None else model.layers(),
     )
-    is_main = engine.rank == 0
+    is_main, state = engine.rank == 0, {**state, "precision": engine.precision}
     ema = EMA(engine.partition.masters, config.ema_decay, ramp=config.init_from is None)
 
     # Resume
     first_step = 0 if last is None or saved is None else resume(last, saved, engine, ema)
     if is_main:
         write_json(RunFolder(config.output_dir).config, config.as_written())
-        log.info("training steps %d to %d on %d samples", first_step, config.num_steps, len(dataset))
-    tracker = start_tracking(config, dataset)
+        said = "training steps %d to %d on %d samples, products in %s"
+        log.info(said, first_step, config.num_steps, len(dataset), engine.precision)
+    tracker = start_tracking(config, dataset, engine.precision)
     if remote is not None:
         upload_notes(remote, RunFolder(config.output_dir))
     run = {"run_id": tracker.run_id, "tracking_uri": tracker.uri and config.tracking_address}

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from repfusion.config import Config
+from repfusion.devices.placing import Autocast, autocast_of
 from repfusion.diffusion.flow import shift_noise_level
 from repfusion.request import Branch, Request
 
@@ -70,8 +71,10 @@ class SamplerConfig(Config):
     """Noise levels low < t <= high at which to guide (arXiv 2404.07724); elsewhere the prompt alone is
     evaluated, at half the work.
     """
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Precision of the velocity; bf16 is autocast. The latents are integrated in float32 in both."""
+    precision: Literal["auto"] | Autocast = "auto"
+    """Precision of the velocity; bf16 is autocast, auto that where the device multiplies in bfloat16. The
+    latents are integrated in float32 in all.
+    """
 
     @field_validator("guidance_interval")
     @classmethod
@@ -80,6 +83,10 @@ class SamplerConfig(Config):
         if not 0 <= low <= high <= 1:
             raise ValueError(f"({low:g}, {high:g}): expected noise levels 0 <= low <= high <= 1")
         return interval
+
+    def on(self, device: torch.device) -> "SamplerConfig":
+        """A sampler as this one whose precision is what `auto` stands for on a device."""
+        return self.model_copy(update={"precision": autocast_of(self.precision, device)})
 
     def guides(self, level: float) -> bool:
         """Whether the velocity at this noise level is guided."""
@@ -193,7 +200,8 @@ def sample(
     guided, unguided = num_evaluations(config, model.shift)
     # The CPU's flash attention is slow on short sequences; the plain one is faster.
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-    with attention, torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+    is_bf16 = autocast_of(config.precision, device) == "bf16"
+    with attention, torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
         branches: tuple[Branch, ...] = config.branches(requests) if guided else ("full",)
         rows: list[tuple[Request, Branch]] = [(one, branch) for branch in branches for one in requests]
         if negatives is not None and guided:

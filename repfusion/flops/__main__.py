@@ -137,7 +137,7 @@ def say(config: ModelConfig, path: Path | None, args: argparse.Namespace) -> Non
     print("bytes a sample: " + ", ".join(f"{name} {size:,.0f}" for name, size in columns))
     print()
     print(memory_table(model, engine, args.ranks))
-    where = "bfloat16 on a GPU" if engine.precision == "bf16" else f"in {config.mllm_dtype}"
+    where = "bfloat16 on a GPU" if engine.precision != "fp32" else f"in {config.mllm_dtype}"
     print(f"one of {args.ranks} ranks, frozen weights {where}; without activations:")
     print()
     if config.conditioning.reads_images:

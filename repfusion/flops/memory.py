@@ -99,11 +99,11 @@ class Frozen:
 
     @classmethod
     def of(cls, model: TextToImage, config: EngineConfig, on_gpu: bool = True) -> "Frozen":
-        """Frozen weights as held: on a GPU under bf16 the engine holds them as bfloat16 whatever
-        `mllm_dtype` is.
+        """Frozen weights as held: on a GPU under bf16, which `auto` is there, the engine holds them as
+        bfloat16 whatever `mllm_dtype` is.
         """
         num = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-        is_cast = on_gpu and config.precision == "bf16"
+        is_cast = on_gpu and config.precision != "fp32"
         held = torch.bfloat16 if is_cast else getattr(torch, model.config.mllm_dtype)
         return cls(num, held.itemsize)
 

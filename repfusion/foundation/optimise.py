@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from repfusion.devices.compiling import compilation_for
+from repfusion.devices.placing import multiplies_bf16
 from repfusion.foundation.config import LengthConfig
 from repfusion.foundation.deadline import OutOfTime, has_come
 
@@ -86,7 +87,7 @@ def optimise(
     if config.compile:
         compilation = compilation_for(device.type, "the loss of a step", COST_OF_EAGER, dynamic=False)
         objective = Objective(objective.draw, compilation(objective.loss))
-    saved_at = time.monotonic()
+    saved_at, is_bf16 = time.monotonic(), multiplies_bf16(device)
     bar = tqdm(range(first, length.num_steps), desc=state.stem, mininterval=10, initial=first)
     for step in bar:
         for group in optimizer.param_groups:
@@ -94,7 +95,7 @@ def optimise(
         # The CPU's flash attention is slow in the backward pass of short sequences; the plain one is 1.5 x as
         # fast.
         backends = [SDPBackend.MATH] if device.type == "cpu" else [*SDPBackend.__members__.values()][1:]
-        with sdpa_kernel(backends), torch.autocast(device.type, torch.bfloat16):
+        with sdpa_kernel(backends), torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
             parts = objective(step)
             loss = torch.stack(list(parts.values())).sum()
         loss.backward()

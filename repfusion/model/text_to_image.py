@@ -14,6 +14,7 @@ from repfusion.data.dataset import Sample
 from repfusion.data.readers import IMAGE_FEATURES, SampleArray
 from repfusion.data.recipe import Recipe
 from repfusion.devices.compiling import Compilation, compilation_for
+from repfusion.devices.placing import Autocast, autocast_of
 from repfusion.diffusion.flow import draw, interpolate, shift_factor, velocity
 from repfusion.diffusion.graphs import StepGraphs
 from repfusion.inputs import Inputs, empty, to_device
@@ -158,7 +159,9 @@ class TextToImage(Trainable):
             compilation.module(layer)
         self.conditioner.llm.compile_layers(compilation)
 
-    def speed_up_sampling(self, precision: Literal["fp32", "bf16"] = "bf16", compiles: bool = True) -> None:
+    def speed_up_sampling(
+        self, precision: Literal["auto"] | Autocast = "auto", compiles: bool = True
+    ) -> None:
         """Makes sampling fast from now on, on the device where the model lies: layers compiled, prompts
         padded to lengths that come again, a step one CUDA graph for each size, the weights of trained
         products in bfloat16, to which autocast would cast them in every pass. What is drawn changes by
@@ -171,8 +174,9 @@ class TextToImage(Trainable):
         if compiles:
             what = "the model's layers"
             self.compile_blocks(compilation_for(self.device.type, what, COST_OF_EAGER, dynamic=False))
+        is_bf16 = autocast_of(precision, self.device) == "bf16"
         for module in self.modules():
-            is_cast = precision == "bf16" and isinstance(module, nn.Linear)
+            is_cast = is_bf16 and isinstance(module, nn.Linear)
             if is_cast and module.weight.requires_grad:
                 module.to(torch.bfloat16)
         self.conditioner.llm.bucket = PROMPT_BUCKET

@@ -8,6 +8,7 @@ another number of ranks can read them.
 """
 
 import functools
+import logging
 import math
 import os
 import sys
@@ -25,8 +26,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from repfusion.config import Config
-from repfusion.training.distributed import init_process_group, num_cores, prepare_environment
+from repfusion.devices.placing import Autocast, autocast_of, multiplies_bf16
+from repfusion.training.distributed import gather_objects, init_process_group, num_cores, prepare_environment
 from repfusion.training.partition import Partition
+
+log = logging.getLogger(__name__)
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """How much of an average stays at a step."""
@@ -79,8 +83,10 @@ class EngineConfig(Config):
     """Final over peak learning rate of cosine and wsd."""
     grad_clip: float | None = Field(default=1.0, gt=0)
     """Largest norm of the gradient; None leaves it."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Precision of the forward and backward pass. Weights, optimizer and EMA are float32 in both."""
+    precision: Literal["auto"] | Autocast = "auto"
+    """Precision of the forward and backward pass; auto is bf16 where every rank's device multiplies in it,
+    else fp32, and a resumed run keeps its own. Weights, optimizer and EMA are float32 in all.
+    """
     micro_batch_size: int = Field(default=32, ge=1)
     """Samples per forward pass on one rank; gradient accumulation makes up the rest of the global batch."""
     attention: Literal["auto", "math", "torch"] = "auto"
@@ -205,7 +211,7 @@ class Forward(nn.Module):
     any entered outside.
     """
 
-    def __init__(self, module: nn.Module, precision: str, device: torch.device):
+    def __init__(self, module: nn.Module, precision: Autocast, device: torch.device):
         super().__init__()
         self.module = module
         self.precision, self.device_type = precision, device.type
@@ -213,6 +219,15 @@ class Forward(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.module(*args, **kwargs)
+
+
+def agreed_precision(asked: Literal["auto"] | Autocast, device: torch.device) -> Autocast:
+    """The precision of all ranks, that of the one whose device can do least. Called by all ranks."""
+    found = gather_objects(autocast_of(asked, device))
+    if asked == "bf16" and not multiplies_bf16(device):
+        said = "engine.precision bf16: this %s has no products in bfloat16 and is many times slower; set fp32"
+        log.warning(said, device.type.upper())
+    return "fp32" if "fp32" in found else "bf16"
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -271,12 +286,13 @@ class Engine:
         else:
             workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(config.num_threads or max(1, num_cores() // workers))
+        self.precision = agreed_precision(config.precision, self.device)
         self.grad_accum_steps = grad_accum_steps(global_batch_size, config.micro_batch_size, self.world_size)
         self.module = module
         self.parameters = trainable_parameters(module)
         if not self.parameters:
             raise ValueError("the module has no parameter that requires a gradient")
-        if self.device.type == "cuda" and config.precision == "bf16":
+        if self.device.type == "cuda" and self.precision == "bf16":
             for parameter in module.parameters():
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(torch.bfloat16)
@@ -284,7 +300,7 @@ class Engine:
             config.attention == "auto" and self.device.type == "cpu"
         )
         self.stage = stage_to_run(config, self.world_size)
-        self.forward = forward = Forward(module, config.precision, self.device)
+        self.forward = forward = Forward(module, self.precision, self.device)
         replicated = [] if config.frozen == "sharded" else frozen
         for part in replicated:
             part.to(self.device)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from repfusion.devices.placing import autocast_of
 from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.files import file_sha256
 from repfusion.generate import generate, image_record, initial_noise, main, to_uint8
@@ -127,7 +128,7 @@ def test_a_png_says_what_made_it(checkpoint, tmp_path, monkeypatch, num_images):
         "guidance_scale": 4.0,
         "image_guidance_scale": None,
         "guidance_interval": [0.25, 1.0],
-        "precision": "bf16",
+        "precision": autocast_of("auto", torch.device("cpu")),
         "checkpoint": {
             "path": str(checkpoint),
             "digest": file_sha256(checkpoint / "complete.json"),

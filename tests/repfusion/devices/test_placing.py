@@ -6,7 +6,14 @@ import logging
 import pytest
 import torch
 
-from repfusion.devices.placing import BatchRoom, find_device, is_out_of_memory, precision_of
+from repfusion.devices import placing
+from repfusion.devices.placing import (
+    BatchRoom,
+    autocast_of,
+    find_device,
+    is_out_of_memory,
+    precision_of,
+)
 
 CPU = torch.device("cpu")
 
@@ -15,6 +22,13 @@ def test_the_precision_follows_from_the_configuration_alone():
     assert [precision_of("auto", on_gpu) for on_gpu in (False, True)] == ["float32", "bfloat16"]
     assert precision_of("float32", on_gpu=True) == "float32"
     assert precision_of("float16", on_gpu=False) == "float16"
+
+
+def test_auto_is_what_the_device_multiplies_in(monkeypatch):
+    for has in (False, True):
+        monkeypatch.setattr(placing, "multiplies_bf16", lambda _, has=has: has)
+        assert autocast_of("auto", CPU) == ("bf16" if has else "fp32")
+        assert [autocast_of(asked, CPU) for asked in ("fp32", "bf16")] == ["fp32", "bf16"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from repfusion.devices import placing
+from repfusion.training import engine as engine_module
 from repfusion.training.engine import (
     Engine,
     EngineConfig,
@@ -152,6 +154,25 @@ def test_bf16_is_autocast_over_float32_weights():
     assert all(p.dtype == torch.float32 for p in module.parameters())
     assert stats[-1].loss != exact[-1].loss
     assert stats[-1].loss == pytest.approx(exact[-1].loss, rel=0.02)
+
+
+@pytest.mark.parametrize(("has", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_auto_follows_what_the_device_multiplies_in(monkeypatch, caplog, has, precision):
+    monkeypatch.setattr(placing, "multiplies_bf16", lambda _: has)
+    auto, found = run(8, precision="auto")
+    assert not caplog.records
+    named, expected = run(8, precision=precision)
+    assert [one.loss for one in found] == [one.loss for one in expected]
+    assert all(torch.equal(a, b) for a, b in zip(auto.parameters(), named.parameters(), strict=True))
+
+
+def test_bf16_where_it_is_slow_is_taken_with_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr(engine_module, "multiplies_bf16", lambda _: False)
+    run(8, steps=1, precision="bf16")
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "engine.precision bf16: this CPU has no products in bfloat16 and is many times slower; set fp32"
+    )
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2])

@@ -31,6 +31,7 @@ from repfusion.config import ConfigError, load_config
 from repfusion.data.columns import scan_tar
 from repfusion.data.mixture import Mixture
 from repfusion.data.recipe import Recipe
+from repfusion.devices import placing
 from repfusion.diffusion.flow import FlowConfig
 from repfusion.flops import train_flops
 from repfusion.lineage.describe import read_lineage
@@ -297,6 +298,16 @@ def test_a_changed_seed_cannot_resume(world, tmp_path: Path):
     train(config)
     with pytest.raises(ValueError, match="seed was 0, is 1"):
         train(config.model_copy(update={"seed": 1, "num_steps": 6}))
+
+
+def test_auto_precision_is_for_good_that_of_the_machine_where_a_run_began(world, tmp_path: Path, monkeypatch):
+    engine = {"precision": "auto"}
+    for steps, has in ((1, True), (2, False)):
+        monkeypatch.setattr(placing, "multiplies_bf16", lambda _, has=has: has)
+        train(tiny_train(*world, tmp_path / "parts", engine, num_steps=steps, checkpoint_every_steps=1))
+    train(tiny_train(*world, tmp_path / "whole", {"precision": "bf16"}, num_steps=2))
+    one, two = (tiny_train(*world, tmp_path / name, num_steps=2) for name in ("parts", "whole"))
+    assert_same(weights(one), weights(two))
 
 
 def test_optimizer_state_is_kept_for_the_last_checkpoints_alone(world, tmp_path: Path):
