@@ -29,7 +29,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo doctor browse demo-edit run status plan verify retry gc evaluate export lineage flops ladder ladder-table unifusion related gpu-science bench-gpu cluster-up cluster-status submit jobs logs cancel cluster-down test test-slow test-gpu test-cluster fuzz lint format foundation base mlflow clean
+.PHONY: help setup demo doctor browse demo-edit run status plan verify retry gc evaluate compare export lineage flops ladder ladder-table unifusion related gpu-science bench-gpu cluster-up cluster-status submit jobs logs cancel cluster-down test test-slow test-gpu test-cluster fuzz lint format foundation base mlflow clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ doctor: $(STAMP) ## can this machine do it: cores, memory, GPUs, versions, disk,
 
 browse: $(STAMP) ## pictures, captions and drops of the data stages in a browser: make browse W=my.yaml (BROWSE_PORT=8090)
 	@$(BIN)/python -m pipelines.browse $(W) $(SET) --port $(or $(BROWSE_PORT),8090)
+
+compare: $(STAMP) ## evaluations side by side on one page: make compare RUNS="runs/a runs/b" (OUT=compare.html)
+	@$(BIN)/python -m pipelines.reporting.compare $(RUNS) --out $(or $(OUT),compare.html)
 
 evaluate: $(STAMP) ## score checkpoints now: make evaluate RUN=runs/demo STEP=600 (or latest, best, all)
 	@$(BIN)/python -m pipelines evaluate $(or $(RUN),$(W)) --step $(or $(STEP),latest) $(SET)

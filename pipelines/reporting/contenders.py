@@ -1,0 +1,194 @@
+"""Folders of evaluations -> what of them may be compared: the same suites and prompts, pair by pair."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from repfusion.evaluation.columns import outputs_column
+from repfusion.evaluation.record import SCORES, Evaluation, SuiteResult, read_evaluation
+from repfusion.evaluation.suites.base import Interval
+from repfusion.runs.folder import STEP_FOLDER, RunFolder, step_of
+
+ITEMS = "items.jsonl"
+DRAWS = 4000
+"""Draws of the bootstrap."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An evaluation that is compared with others."""
+
+    name: str
+    folder: Path
+    evaluation: Evaluation
+    history: Sequence[Evaluation]
+    """Evaluations of the same training with this one, by step; those without a step are left out."""
+
+    def drawn(self, suite: str) -> dict[str, "Drawn"]:
+        """The items of a suite that were drawn, by their keys.
+
+        Raises:
+            ValueError: columns of the suite are missing or do not belong together.
+        """
+        folder = self.folder / suite
+        items_path, images_path = folder / ITEMS, outputs_column(folder).path
+        for path in (items_path, images_path):
+            if not path.is_file():
+                raise ValueError(f"{path} is not there; evaluate {self.name} again")
+        try:
+            items = [json.loads(line) for line in items_path.read_text().splitlines()]
+            images = np.load(images_path, mmap_mode="r")
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}; evaluate {self.name} again") from error
+        ends = np.cumsum([item["num_outputs"] for item in items])
+        if not len(items) or ends[-1] != len(images):
+            raise ValueError(f"{images_path}: {len(images)} images for {len(items)} items; evaluate again")
+        scores = self.evaluation.suites[suite].scores
+        shares, reasons = scores.by_item, scores.reasons
+        return {
+            item["key"]: Drawn(item, part, shares.get(item["key"]), reasons.get(item["key"], ""))
+            for item, part in zip(items, np.split(images, ends[:-1]), strict=True)
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """An item, as its evaluation wrote it down, with what was drawn and judged."""
+
+    item: dict[str, Any]
+    images: UInt8[np.ndarray, "n h w 3"]
+    share: float | None
+    """Of its images that are right; None where the suite judges no single item."""
+    reason: str
+    """Why it is wrong; empty where it is right, or nothing is known."""
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What decides what is drawn of it, beside noise and sampler."""
+        return {key: value for key, value in self.item.items() if key != "truth"}
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """One suite of all contenders, on the items that they share."""
+
+    suite: str
+    contenders: Sequence[Contender]
+    rows: Sequence[tuple[str, Sequence[Drawn]]]
+    """Key, and what each contender drew of it, in the first one's order."""
+    num_left_out: int
+    """Items that not all of them drew, or drew of different requests."""
+
+    def result(self, contender: Contender) -> SuiteResult:
+        """What the suite found of a contender."""
+        return contender.evaluation.suites[self.suite]
+
+    def shares(self) -> Float[np.ndarray, "n c"]:
+        """Share of each item's images that are right, by contender; items that one of them was not judged on
+        are left out.
+        """
+        judged = [[one.share for one in row] for _, row in self.rows]
+        whole = [row for row in judged if None not in row]
+        return np.array(whole, np.float64).reshape(len(whole), len(self.contenders))
+
+    def difference(self, index: int) -> tuple[float, Interval] | None:
+        """A contender's mean share minus the first one's over the shared items, with its interval by the
+        bootstrap over items; None where no item was judged.
+        """
+        shares = self.shares()
+        return bootstrap(shares[:, index] - shares[:, 0]) if len(shares) else None
+
+
+def bootstrap(values: Float[np.ndarray, " n"], draws: int = DRAWS) -> tuple[float, Interval]:
+    """The mean of values and the percentile interval of it over draws of as many with replacement; the same
+    values give the same interval.
+    """
+    random = np.random.default_rng(0)
+    means = np.array([values[random.integers(0, len(values), len(values))].mean() for _ in range(draws)])
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(values.mean()), Interval(low=float(low), high=float(high))
+
+
+def contender_of(path: Path) -> Contender:
+    """The evaluation that a path names: of a training or a workflow's root the last one.
+
+    Raises:
+        ValueError: there is none, or one that cannot be read.
+    """
+    found = evaluations_of(path)
+    if not found:
+        raise ValueError(
+            f"{path}: no {SCORES}, neither in it nor in evaluate/ or evaluations/; name the folder of an "
+            "evaluation, a training or a workflow that was evaluated"
+        )
+    folder, evaluation = found[-1]
+    history = [one for _, one in found if one.step is not None]
+    return Contender(str(path), folder, evaluation, history)
+
+
+def evaluations_of(path: Path) -> list[tuple[Path, Evaluation]]:
+    """Folders and contents of a path's evaluations, by step."""
+    if (own := _read(path)) is not None:
+        return [(path, own)]
+    for place in (path / "evaluate", RunFolder(path).evaluations, path.parent / "evaluate"):
+        folders = [one for one in place.glob("step_*") if STEP_FOLDER.fullmatch(one.name)]
+        every = [(folder, _read(folder)) for folder in sorted(folders, key=step_of)]
+        read = [(folder, one) for folder, one in every if one is not None]
+        if read:
+            return read
+    return []
+
+
+def _read(folder: Path) -> Evaluation | None:
+    try:
+        return read_evaluation(folder)
+    except ValueError as error:
+        said = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{folder / SCORES} is no evaluation of this version: {said}; evaluate again"
+        ) from error
+
+
+def pairings(contenders: Sequence[Contender]) -> list[Pairing]:
+    """The suites that all contenders have, by the first one's order.
+
+    Raises:
+        ValueError: fewer than two contenders, or none of their suites or items is shared.
+    """
+    if len(contenders) < 2:
+        raise ValueError(f"{len(contenders)} evaluation; expected at least two to compare")
+    first, *others = contenders
+    shared = [name for name in first.evaluation.suites if all(name in o.evaluation.suites for o in others)]
+    if not shared:
+        every = "; ".join(f"{one.name}: {', '.join(one.evaluation.suites)}" for one in contenders)
+        raise ValueError(f"no suite is in all of the evaluations ({every})")
+    return [_pairing(name, contenders) for name in shared]
+
+
+def _pairing(suite: str, contenders: Sequence[Contender]) -> Pairing:
+    drawn = [one.drawn(suite) for one in contenders]
+    first, *others = drawn
+    rows = [
+        (key, [one, *(other[key] for other in others)])
+        for key, one in first.items()
+        if all(key in other and other[key].request == one.request for other in others)
+    ]
+    every = {key for one in drawn for key in one}
+    if not rows:
+        raise ValueError(f"suite {suite}: none of {len(every)} prompts was asked of all of the evaluations")
+    return Pairing(suite, contenders, rows, len(every) - len(rows))
+
+
+def differences_of_configs(contenders: Sequence[Contender]) -> list[str]:
+    """Fields of the evaluations' configurations that decide what is drawn and are not the same in all."""
+    found = []
+    for field in ("seed", "sampler", "use_ema", "dropped_taps"):
+        values = [one.evaluation.config.model_dump(mode="json")[field] for one in contenders]
+        if any(value != values[0] for value in values):
+            found.append(field)
+    return found
