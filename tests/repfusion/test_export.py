@@ -62,7 +62,7 @@ def test_the_export_of_the_shipped_base_draws_the_same_bits(base):
     assert torch.equal(draw(load_export(base)), draw(load_checkpoint(WEIGHTS / "base")))
 
 
-@pytest.mark.parametrize("use_ema", [True, False])
+@pytest.mark.parametrize("use_ema", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_every_tokenizer_projector_and_geometry_survives(elsewhere, tmp_path, use_ema):
     checkpoint = trained(elsewhere, tmp_path / "step_00000007")
     out = export(checkpoint, tmp_path / "out", use_ema)
@@ -73,8 +73,15 @@ def test_every_tokenizer_projector_and_geometry_survives(elsewhere, tmp_path, us
     assert torch.equal(one.ids, other.ids) and torch.equal(one.mask, other.mask)
 
 
-@pytest.mark.parametrize("mllm", ["llava", "language"])
-@pytest.mark.parametrize("conditioning", ["noisy_latents", "text_embed"])
+@pytest.mark.parametrize(
+    ("conditioning", "mllm"),
+    [
+        ("noisy_latents", "llava"),
+        pytest.param("noisy_latents", "language", marks=pytest.mark.slow),
+        pytest.param("text_embed", "llava", marks=pytest.mark.slow),
+        ("text_embed", "language"),
+    ],
+)
 def test_every_method_and_kind_of_language_model(tmp_path, mllm, conditioning):
     config = ModelConfig(mllm=WEIGHTS / mllm, conditioning=conditioning)
     checkpoint = trained(config, tmp_path / "step_00000007")

@@ -71,13 +71,15 @@ METHODS = {
     "metaquery": {"method": "metaquery", "num_queries": 3, "connector_depth": 1, "width": 24, "gain": 2.0},
 }
 """`model.conditioning` of every method and of its variants, by a name for tests."""
-ALIKE = ("one_layer", "channel_concat", "layer_per_block", "unifusion_references", "metaquery", "blip3o")
-"""Methods that are put together of what others in METHODS have too, but for a conditioner of a few lines."""
+DISTINCT = ("noisy_latents", "text_embed", "queries_connector", "transfusion", "key_values", "unifusion")
+"""Methods that differ most: in what the language model reads, when it reads it, and how the denoiser takes it.
+The others in METHODS are put together of what these have.
+"""
 
 
 def sparing(names: Iterable[str]) -> list[Any]:
-    """Names of methods for a test that takes long: those in ALIKE are left to the slow tests."""
-    return [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in names]
+    """Names of methods for a test that takes long: all but those in DISTINCT are left to the slow tests."""
+    return [name if name in DISTINCT else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 WORDS = ["a", "red", "green", "blue", "circle", "square", "left", "of", "and", "two"]

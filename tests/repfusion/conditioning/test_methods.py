@@ -6,7 +6,7 @@ import pytest
 import torch
 from prompting import asked, condition_tokens, prepare, read_prompts, seeds_where
 from pydantic import ValidationError
-from tiny_training import METHODS, make_foundation, tiny_model, tiny_train
+from tiny_training import METHODS, make_foundation, sparing, tiny_model, tiny_train
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from repfusion.conditioning.captioning import CaptionBatch, CaptioningConfig, caption_batch, caption_losses
@@ -96,7 +96,7 @@ def test_what_is_computed_once_changes_nothing(make_generator, latents, method):
             torch.testing.assert_close(generator.velocity(z_t, t, kept), plain, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sparing(METHODS))
 @pytest.mark.parametrize("reuse", [False, True])
 def test_the_first_prompts_of_a_batch(make_generator, latents, method, reuse):
     """They give what reading fewer prompts gives, and taking them leaves the batch as it was."""
@@ -270,10 +270,9 @@ def test_a_caption_is_told_apart_from_another_once_learned(make_generator, laten
     assert right.max() < 0.3 and (wrong > right + 0.5).all()
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "method", ["noisy_latents_trained", pytest.param("transfusion", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("method", ["noisy_latents_trained", "transfusion"])
 def test_a_trained_llm_under_the_engine(foundation, columns, tmp_path, method, stage):
     """It changes, its checkpoint holds it, and the caption loss is reported apart."""
     model, reports = tiny_model(foundation, method), []

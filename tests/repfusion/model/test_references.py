@@ -133,7 +133,7 @@ def ours(generator: TextToImage, features: torch.Tensor, reuse: bool) -> torch.T
     return generator.conditioner.condition(prepared, features, torch.zeros(len(PROMPTS))).aligned
 
 
-@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("reuse", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_conditioner_reads_features_as_llava_reads_its_own(config, llava, generator, reuse):
     """The same features into both. All prompts at once in ours, padded, whole or after a cache."""
     _, normalised = images_for(config)

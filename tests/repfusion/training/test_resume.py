@@ -176,6 +176,7 @@ def test_damage_that_one_rank_finds_is_known_to_all(world, ranks, tmp_path):
         assert "none that the training can go on from: step_00000004: ema.safetensors is missing" in log
 
 
+@pytest.mark.slow
 def test_a_bad_sample_of_one_rank_stops_both_before_the_update(world, ranks, tmp_path):
     root = make_columns(tmp_path / "data", num_samples=8)
     bad = np.zeros((GRID**2, WIDTH), np.float16)

@@ -94,6 +94,7 @@ def test_a_finished_training_does_nothing_and_says_the_same(world, tmp_path: Pat
     assert train(config) == train(config)
 
 
+@pytest.mark.slow
 def test_micro_batches_equal_one_full_batch(world, tmp_path: Path):
     whole, parts = (
         tiny_train(*world, tmp_path / "a"),
@@ -123,7 +124,9 @@ def test_torchrun_starts_two_ranks_that_equal_one(world, tmp_path: Path):
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=5e-4, msg=name)
 
 
-@pytest.mark.parametrize("conditioning", ["noisy_latents", "text_embed"])
+@pytest.mark.parametrize(
+    "conditioning", ["noisy_latents", pytest.param("text_embed", marks=pytest.mark.slow)]
+)
 def test_activations_computed_again_change_nothing(world, tmp_path: Path, conditioning: str):
     foundation, columns = world
     model = tiny_model(foundation, conditioning)

@@ -73,6 +73,7 @@ def test_a_second_call_does_nothing(asked):
     assert changed <= {".lock", "foundation.json"}
 
 
+@pytest.mark.slow
 def test_its_modules_load_neither_ray_nor_mlflow_nor_deepspeed():
     code = (
         "import sys\n"
