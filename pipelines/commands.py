@@ -14,7 +14,6 @@ from pipelines.build import build_stages, data_stages, probe_stages, source_entr
 from pipelines.config import WorkflowConfig
 from pipelines.runtime.session import StageError
 from pipelines.shards.digests import flatten
-from pipelines.shards.storage import is_store_error
 from pipelines.workflow.inspection import contents, states
 from pipelines.workflow.locks import LOCK
 from pipelines.workflow.run import run
@@ -23,7 +22,7 @@ from pipelines.workflow.trained import how_far, saved_step
 from repfusion.config import load_config, to_yaml
 from repfusion.display.redaction import redact_text
 from repfusion.display.terminal import printable_lines
-from repfusion.files import write_text
+from repfusion.files import is_store_error, write_text
 from repfusion.locks import at_work
 from repfusion.tracking import StoreError, sqlite_path
 

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+STORE_CLIENTS = {"botocore", "aiohttp", "gcsfs", "azure"}
+"""Packages that talk to stores, and raise exceptions of their own."""
 TEMPORARY = ".tmp"
 """Ends the names of files and folders that are being written."""
 NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
@@ -142,3 +144,10 @@ def weights_digest(folder: str | Path) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def is_store_error(error: BaseException) -> bool:
+    """Whether a remote store's client raised it, for want of credentials or of an answer. There is no common
+    base class.
+    """
+    return any(one.__module__.partition(".")[0] in STORE_CLIENTS for one in type(error).__mro__)

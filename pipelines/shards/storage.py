@@ -14,12 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from repfusion.files import TEMPORARY, atomic_path, create_file, flush
+from repfusion.files import TEMPORARY, atomic_path, create_file, flush, is_store_error
 
 READ_AT_ONCE = 1000
 """Files in flight, where many are read over a network."""
-STORE_CLIENTS = {"botocore", "aiohttp", "gcsfs", "azure"}
-"""Packages that talk to stores, and raise exceptions of their own."""
 
 
 @dataclass(frozen=True)
@@ -270,10 +268,3 @@ def said_at(place: str) -> Iterator[None]:
         if not (is_answer or is_store_error(error)):
             raise
         raise ValueError(f"{place}: {type(error).__name__}: {error}") from error
-
-
-def is_store_error(error: BaseException) -> bool:
-    """Whether a remote store's client raised it, for want of credentials or of an answer. There is no common
-    base class.
-    """
-    return any(one.__module__.partition(".")[0] in STORE_CLIENTS for one in type(error).__mro__)

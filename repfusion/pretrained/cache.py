@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from repfusion.files import TEMPORARY, write_json
+from repfusion.files import TEMPORARY, is_store_error, write_json
 from repfusion.locks import locked
 from repfusion.weights import cache_root, url_of
 
@@ -88,8 +88,10 @@ def _listing(url: str) -> tuple[Any, dict[str, list[Any]]]:
     try:
         files, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         found = files.find(root, detail=True)
-    # clients of stores raise classes of their own for want of credentials or of an answer
     except Exception as error:
+        # a package for the URL's scheme may be missing
+        if not (isinstance(error, OSError | ImportError | ValueError) or is_store_error(error)):
+            raise
         raise ValueError(f"{url}: {type(error).__name__}: {error}") from error
     there = {
         path.removeprefix(root).lstrip("/"): [

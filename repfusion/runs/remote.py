@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from repfusion.files import atomic_path
+from repfusion.files import atomic_path, is_store_error
 from repfusion.runs.checkpoint import expired
 from repfusion.runs.folder import (
     COMPLETE,
@@ -140,8 +140,9 @@ def _said(url: str) -> Iterator[None]:
     """Makes one class of a store's errors, which have none in common, and names the URL."""
     try:
         yield
-    # clients of stores raise classes of their own for want of credentials or of an answer
     except Exception as error:
+        if not (isinstance(error, OSError) or is_store_error(error)):
+            raise
         raise OSError(
             f"{url}: {type(error).__name__}: {error}; see that the bucket exists, that the credentials in "
             "the environment may read and write it, and run again"

@@ -72,7 +72,7 @@ METHODS = {
 }
 """`model.conditioning` of every method and of its variants, by a name for tests."""
 DISTINCT = ("noisy_latents", "text_embed", "queries_connector", "transfusion", "key_values", "unifusion")
-"""Methods that differ most: in what the language model reads, when it reads it, and how the denoiser takes it.
+"""Methods that differ most: in what the language model reads, when it reads it, how the denoiser takes it.
 The others in METHODS are put together of what these have.
 """
 
