@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from prompting import read_prompts
-from tiny_training import ALIKE, METHODS
+from tiny_training import DISTINCT, METHODS
 
 from repfusion.diffusion.sampler import SamplerConfig, noise_levels, num_evaluations, sample
 from repfusion.request import Request
@@ -65,7 +65,12 @@ SAMPLERS = {
     ("conditioning", "name"),
     [
         *(("noisy_latents", name) for name in SAMPLERS),
-        *((m, BETWEEN) for m in METHODS if m not in ("noisy_latents", *ALIKE)),
+        *((method, BETWEEN) for method in DISTINCT[1:]),
+        *(
+            pytest.param(method, BETWEEN, marks=pytest.mark.slow)
+            for method in METHODS
+            if method not in DISTINCT
+        ),
     ],
 )
 def test_the_cache_changes_nothing_in_float32(make_generator, conditioning, name):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from prompting import asked, seeds_where, training_inputs
+from slowly import all_but_one_slow
 from tiny_training import METHODS, sparing, tiny_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -80,10 +81,6 @@ BY_TORCH = (
 BY_TORCH += ("hidden_injection", "layer_per_block", "key_values", "metaquery", "blip3o", "li_dit")
 BY_HAND = [name for name in METHODS if name not in BY_TORCH]
 """Methods whose FLOPs are also written down as formulas; those of all are compared with torch's counter."""
-
-
-def all_but_one_slow(names: Iterable[str], fast: str) -> list[Any]:
-    return [name if name == fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def with_sampler(methods: Iterable[Any], sampler: str) -> list[Any]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from slowly import all_but_one_slow
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from repfusion.diffusion.sampler import SamplerConfig
@@ -116,7 +117,7 @@ def test_the_twin_has_the_geometry_of_the_llava():
     assert load_language_model(WEIGHTS / "language").projector is None
 
 
-@pytest.mark.parametrize("task", ["two_objects", "colours", "position"])
+@pytest.mark.parametrize("task", all_but_one_slow(["two_objects", "colours", "position"], "colours"))
 def test_the_base_draws_what_it_is_asked_for(task):
     generator = load_checkpoint(WEIGHTS / "base")
     prompts = [p for p in draw_prompts(20 * len(TASKS), include_new=False) if p.task == task]

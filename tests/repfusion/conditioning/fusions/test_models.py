@@ -3,6 +3,7 @@
 import pytest
 import torch
 from prompting import asked, training_inputs
+from slowly import all_but_one_slow
 from tiny_models import save_dc
 from tiny_training import tiny_model
 from whole_models import PROMPTS, check_others_change_nothing, check_prompts_are_learned
@@ -17,7 +18,7 @@ from repfusion.model.dit import DiTConfig
 FUSIONS = ["one_layer", "channel_concat", "all_layers", "hidden_injection", "layer_per_block", "key_values"]
 
 
-@pytest.mark.parametrize("method", FUSIONS)
+@pytest.mark.parametrize("method", all_but_one_slow(FUSIONS, "key_values"))
 def test_learns_which_prompt_belongs_to_which_latents(make_generator, method):
     model = make_generator(method, awake=False, dit=DiTConfig(hidden_size=32, depth=2, num_heads=2))
     check_prompts_are_learned(model, num_steps=50, lr=1e-2)
