@@ -34,7 +34,7 @@ from repfusion.files import write_text
 from repfusion.tables import html
 
 COLOURS = ("#b5532a", "#2f6db3", "#3f8f5a", "#8a5fb0", "#b08a1f", "#5f6b7a")
-"""Of the contenders, in their order; further ones begin anew."""
+"""Colours of the contenders, in their order; further ones begin anew."""
 SHARP_PX, MOST_PX = 128, 384
 """Images up to the first are kept exactly, larger ones are JPEGs of at most the second."""
 MOST_IMAGES = 4

@@ -63,7 +63,7 @@ class Drawn:
     item: dict[str, Any]
     images: UInt8[np.ndarray, "n h w 3"]
     share: float | None
-    """Of its images that are right; None where the suite judges no single item."""
+    """Share of its images that are right; None where the suite judges no single item."""
     reason: str
     """Why it is wrong; empty where it is right, or nothing is known."""
 

@@ -112,7 +112,9 @@ def test_the_database_beside_a_training_is_its_own(training: EvaluatedTraining, 
     assert find_target(training.folder, RAY).train.tracking.uri is None
 
 
-@pytest.mark.parametrize("place", all_but_one_slow([None, "s3://theirs/x", "file:///tmp/x", "../../x"], "../../x"))
+@pytest.mark.parametrize(
+    "place", all_but_one_slow([None, "s3://theirs/x", "file:///tmp/x", "../../x"], "../../x")
+)
 def test_nor_does_a_database_choose_where_files_go(tmp_path: Path, monkeypatch, place):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     training = EvaluatedTraining(tmp_path / "root", (2,))

@@ -42,8 +42,9 @@ def test_the_sizes_used_last_are_kept(make_generator, monkeypatch):
 def test_a_model_made_fast_draws_the_same_to_the_bit_under_autocast(make_generator):
     """Weights held in bfloat16 are what autocast makes of them; prompts of a bucket are new to rounding."""
     plain, fast = make_generator(), make_generator()
-    config, requests = SamplerConfig(num_steps=4, guidance_scale=2.5), [Request(one) for one in PROMPTS]
-    fast.speed_up_sampling(compiles=False)
+    config = SamplerConfig(num_steps=4, guidance_scale=2.5, precision="bf16")
+    requests = [Request(one) for one in PROMPTS]
+    fast.speed_up_sampling("bf16", compiles=False)
     fast.conditioner.llm.bucket = 1
     expected = sample(plain, requests, noise_of(plain), config)
     assert torch.equal(sample(fast, requests, noise_of(fast), config), expected)

@@ -202,6 +202,7 @@ def test_a_folder_that_is_there_gives_its_own_geometry(tmp_path: Path):
         geometry_folder(Path("models/mine"))
 
 
+@pytest.mark.slow
 def test_the_command_says_where_the_geometry_comes_from(monkeypatch, capsys):
     path = CONFIGS / "transfusion_7b.yaml"
     monkeypatch.setattr(sys, "argv", ["flops", "--config", str(path), "--ranks", "128"])
@@ -236,6 +237,7 @@ def test_the_fits_are_as_good_as_docs_say():
         assert all(difference(row, settings) > 0.05 for row in smaller)
 
 
+@pytest.mark.slow
 def test_the_settings_count_what_they_say():
     plain = Settings(30, 64, halve_causal=False, with_decoder=False, rereads_prompt=False)
     repfusion, timestep, static, text_embed = FITTED

@@ -38,8 +38,11 @@ def degrade(pixels: np.ndarray, blur_px: float, noise: float, seed: int) -> np.n
     return (blurred + np.random.default_rng(seed).normal(0, noise, pixels.shape)).astype(np.float32)
 
 
-@pytest.mark.parametrize("image_size", [32, 64])
-@pytest.mark.parametrize(("blur_px", "noise"), [(0, 0), (0.6, 0), (0, 0.03), (0.6, 0.03)])
+@pytest.mark.parametrize("image_size", [pytest.param(32, marks=pytest.mark.slow), 64])
+@pytest.mark.parametrize(
+    ("blur_px", "noise"),
+    [(0, 0), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((0.6, 0), (0, 0.03))), (0.6, 0.03)],
+)
 def test_held_out_renderings_satisfy_their_prompts_and_hardly_any_other(image_size, blur_px, noise):
     shown = held_out_set(WorldConfig(image_size=image_size), 150)
     things = [
@@ -74,7 +77,7 @@ def exact_share(config: WorldConfig, num: int, blur_px: float = 0, noise: float 
 
 @pytest.mark.parametrize("texture", [None, "stripes", "grain"])
 @pytest.mark.parametrize("background", BACKGROUNDS)
-@pytest.mark.parametrize("cells", [2, 3, 4])
+@pytest.mark.parametrize("cells", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_every_world_is_read_without_a_fault(cells, background, texture):
     config = WorldConfig(image_size=64, cells=cells, background=background, texture=texture)
     assert exact_share(config, 24) == 1

@@ -241,6 +241,7 @@ def test_a_module_without_anything_to_train_is_refused():
         Engine(Regression().requires_grad_(False), EngineConfig(**FP32, micro_batch_size=8), 8, 1)
 
 
+@pytest.mark.slow
 def test_no_compiler_is_needed(tmp_path: Path):
     """DeepSpeed's operators are not built: the engine works with an empty PATH and writes no extension."""
     script = (
