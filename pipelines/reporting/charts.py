@@ -1,4 +1,4 @@
-"""Numbers -> inline SVG line charts, and the style sheet of the report page."""
+"""Numbers -> inline SVG line charts; the style sheet and the script that pages share."""
 
 import math
 from collections.abc import Sequence
@@ -47,11 +47,35 @@ svg text { font: 11.5px system-ui, sans-serif; fill: var(--muted); }
   main { padding: 20px 14px 60px; }
   table { display: block; overflow-x: auto; }
 }
+main svg, main img { cursor: zoom-in; }
+dialog { max-width: 96vw; max-height: 96vh; padding: 14px; color: var(--text); background: var(--page);
+  border: 1px solid var(--line); }
+dialog::backdrop { background: rgb(0 0 0 / 60%); }
+dialog.whole { width: 96vw; cursor: zoom-out; }
+dialog.whole svg, dialog.whole img { display: block; width: 100%; max-height: 90vh; margin: 0;
+  object-fit: contain; image-rendering: pixelated; }
+circle.point:hover { fill: var(--muted); fill-opacity: .5; }
 .small { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr));
   gap: 10px 16px; margin: 14px 0 18px; }
 """
 
+ENLARGE = """
+const whole = document.body.appendChild(document.createElement('dialog'));
+whole.className = 'whole';
+whole.addEventListener('click', () => whole.close());
+document.querySelector('main').addEventListener('click', event => {
+  const shown = event.target.closest('svg, img');
+  if (!shown || shown.closest('dialog, a, .pictures')) return;
+  whole.replaceChildren(shown.cloneNode(true));
+  whole.showModal();
+});
+"""
+"""What a page does when somebody clicks on a chart or a picture of it: it shows that as large as the window,
+until a click or Escape.
+"""
 LEFT, RIGHT, TOP, BOTTOM = 44, 14, 26, 36
+POINTS_SAID = 200
+"""Points of a curve up to which each says its numbers to who points at it."""
 LEGEND_ROW = 18
 
 
@@ -143,6 +167,13 @@ def _curve(line: Line, places: list[tuple[float, float]]) -> list[str]:
     parts = [f'<polyline points="{path}" {style}/>']
     if len(places) <= 20:  # few enough to be told apart
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.8" fill="{line.colour}"/>' for x, y in places]
+    if len(places) <= POINTS_SAID:
+        name = f"{escape(line.name)} " if line.name else ""
+        parts += [
+            f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="7" fill="transparent">'
+            f"<title>{name}{at:g}: {value:.4g}</title></circle>"
+            for (x, y), (at, value) in zip(places, line.points, strict=True)
+        ]
     return parts
 
 

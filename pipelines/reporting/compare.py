@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.reporting.charts import STYLE, Line, chart
+from pipelines.reporting.charts import ENLARGE, STYLE, Line, chart
 from pipelines.reporting.contenders import (
     Contender,
     Drawn,
@@ -65,10 +65,7 @@ figure img { width: min(var(--side, 160px), 100%); margin: 0 4px 4px 0; border: 
   image-rendering: pixelated; cursor: zoom-in; }
 figure.right img { border-color: #268c4e; } figure.wrong img { border-color: #c83a30; }
 figure img:not(.sharp) { image-rendering: auto; }
-dialog { max-width: 96vw; padding: 18px; color: var(--text); background: var(--page);
-  border: 1px solid var(--line); }
-dialog::backdrop { background: rgb(0 0 0 / 60%); }
-dialog .drawn { --side: 480px; }
+.pictures dialog { width: auto; } .pictures dialog .drawn { --side: 480px; }
 [hidden] { display: none; }
 """
 SCRIPT = """
@@ -148,7 +145,7 @@ def compare(paths: Sequence[Path], out: Path) -> Path:
         f"<title>{escape(' / '.join(names))}: compared</title>"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}{LOOK}</style></head><body><main>{''.join(body)}</main>"
-        f"<script>{SCRIPT}</script></body></html>\n",
+        f"<script>{ENLARGE}{SCRIPT}</script></body></html>\n",
     )
     return out
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.reporting import scores
-from pipelines.reporting.charts import INK, STYLE, Line, chart
+from pipelines.reporting.charts import ENLARGE, INK, STYLE, Line, chart
 from pipelines.shards.manifest import Manifest, read_output
 from pipelines.shards.storage import Folder
 from repfusion.evaluation.record import GALLERY, Evaluation, read_evaluation
@@ -182,7 +182,7 @@ def write_report(
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}: RepFusion</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
-        f"<body><main><h1>{title}</h1>{body}</main></body></html>\n"
+        f"<body><main><h1>{title}</h1>{body}</main><script>{ENLARGE}</script></body></html>\n"
     )
     path = root / "report.html"
     write_text(path, page)

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from browser import IN_A_BROWSER, in_browser
 from tiny_shards import write_shards
 
 from pipelines.browse import server_of
@@ -92,3 +93,13 @@ def test_the_server_answers_this_machine_alone(library):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@pytest.mark.slow
+@IN_A_BROWSER
+@pytest.mark.parametrize("address", ["/", "/curate/00001"])
+def test_no_page_is_wider_than_a_phone(library, address, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_bytes(library.answer(address).body)
+    measured = "said.push(document.documentElement.scrollWidth <= window.innerWidth, window.innerWidth)"
+    assert in_browser(page, measured, width=390) == [True, 390]

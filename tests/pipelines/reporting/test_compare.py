@@ -4,14 +4,13 @@ and keys in a real browser.
 
 import json
 import re
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import IN_A_BROWSER, in_browser
 
 from pipelines.reporting.compare import compare, names_of
 from pipelines.reporting.contenders import bootstrap, contender_of, pairings
@@ -19,10 +18,9 @@ from repfusion.evaluation.columns import write_items
 from repfusion.evaluation.record import Evaluation, EvaluationConfig, SuiteResult
 from repfusion.files import write_json
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PROMPTS = 12
 TOOLS = """
-const said = [], rows = () => [...document.querySelectorAll('.row')].filter(row => !row.hidden);
+const rows = () => [...document.querySelectorAll('.row')].filter(row => !row.hidden);
 const count = () => said.push(rows().length);
 const set = (name, value) => {
   const tool = document.querySelector(`[name=${name}]`);
@@ -154,26 +152,6 @@ def test_names_are_what_tells_paths_apart(tmp_path):
     assert names_of([tmp_path / "x", tmp_path / "x/b"]) == ["x", "b"]
 
 
-def in_browser(page: Path, acts: str) -> list:
-    """What a script that runs on the page says, in a headless Chromium."""
-    script = (
-        f"<script>{TOOLS}{acts}; document.body.innerHTML = `<pre>${{JSON.stringify(said)}}</pre>`;</script>"
-    )
-    tried = page.with_name("tried.html")
-    tried.write_text(page.read_text().replace("</body>", f"{script}</body>"))
-    done = subprocess.run(
-        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", tried.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    (found,) = re.findall(r"<pre>(.*)</pre>", done.stdout)
-    return json.loads(found)
-
-
-IN_A_BROWSER = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-
-
 @pytest.mark.slow
 @IN_A_BROWSER
 def test_filters_clicks_and_keys_do_what_they_say(two, tmp_path):
@@ -181,7 +159,7 @@ def test_filters_clicks_and_keys_do_what_they_say(two, tmp_path):
     prompt = contender_of(two[0]).drawn("scenes")["00001"].item["prompt"]
     found = in_browser(
         page,
-        "count(); for (const rule of ['differ', 'right', 'wrong', '0', '1', 'all'])"
+        f"{TOOLS} count(); for (const rule of ['differ', 'right', 'wrong', '0', '1', 'all'])"
         "{ set('verdict', rule); count(); }"
         "set('group', 'counting'); count(); set('group', '');"
         f"set('search', {json.dumps(prompt.upper())}); said.push(rows()[0].dataset.prompt);"
