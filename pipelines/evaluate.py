@@ -157,7 +157,8 @@ def choose(target: Target, step: str) -> list[Path]:
             whole = latest_whole(root)
             return [] if whole is None else [whole]
         case "best":
-            best = best_checkpoint(found, RunFolder(target.train.output_dir).evaluations, _scheduled(target))
+            folder, num_steps = RunFolder(target.train.output_dir).evaluations, target.train.num_steps
+            best = best_checkpoint(found, folder, _scheduled(target), num_steps)
             if best is None:
                 raise ValueError(f"step best: none of the {len(found)} checkpoints in {root} has scores yet")
             return [best]
@@ -186,7 +187,8 @@ def evaluate_now(path: Path, step: str, overrides: Sequence[str] = (), is_urgent
     """
     target = find_target(path, overrides)
     chosen, scoring = choose(target, step), target.evaluate.scoring
-    is_scheduled = scoring == _scheduled(target).scoring
+    own = _scheduled(target)
+    is_scheduled = (scoring, target.evaluate.suite_every_steps) == (own.scoring, own.suite_every_steps)
     scheduler = EvaluationScheduler(
         target.evaluate, target.train, None if is_scheduled else config_digest(scoring)[:8]
     )
@@ -194,7 +196,7 @@ def evaluate_now(path: Path, step: str, overrides: Sequence[str] = (), is_urgent
         scheduler.run(chosen, is_idle=not is_urgent)
     for checkpoint in chosen:
         folder = scheduler.jobs.place(checkpoint)
-        evaluation = finished(folder, scoring)
+        evaluation = finished(folder, scheduler.jobs.scoring(checkpoint))
         if evaluation is None:
             print(f"step {step_of(checkpoint)}: missed, its checkpoint is gone")
             continue

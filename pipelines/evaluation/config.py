@@ -1,10 +1,10 @@
 """Which checkpoints are evaluated, when, on what and by what means."""
 
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from repfusion.evaluation.record import EvaluationConfig
+from repfusion.evaluation.record import EvaluationConfig, SuiteName
 
 
 class EvaluateConfig(EvaluationConfig):
@@ -18,6 +18,10 @@ class EvaluateConfig(EvaluationConfig):
     """Name of the workflow's training whose checkpoints these are; None takes the last."""
     every_steps: int | None = Field(default=None, ge=1)
     """Checkpoints at multiples of this, the first and the last; None takes every checkpoint."""
+    suite_every_steps: dict[SuiteName, Annotated[int, Field(ge=1)]] = {}
+    """Suites, by name, that are scored at multiples of so many steps and at the last step alone, such as one
+    of 50,000 images; the others each time.
+    """
     every_minutes: float | None = Field(default=None, gt=0)
     """Evaluates by the clock instead: each time this has passed since the last one began, the newest
     checkpoint that has no scores; the last one in any case. Changes no scores.
@@ -58,16 +62,39 @@ class EvaluateConfig(EvaluationConfig):
             raise ValueError(f"best_by {self.best_by!r} is no value of a suite; expected one of {known}")
         return self
 
+    @model_validator(mode="after")
+    def _rare_suites_are_suites_and_pick_no_best(self) -> Self:
+        for name in self.suite_every_steps:
+            if name not in self.suites:
+                raise ValueError(f"suite_every_steps names {name!r}; the suites are {', '.join(self.suites)}")
+        first = next(iter(self.suites)) if self.best_by is None else self.best_by.partition("/")[0]
+        if first in self.suite_every_steps:
+            raise ValueError(
+                f"suite {first!r} picks the best checkpoint, so every evaluation needs it; leave it out of "
+                "suite_every_steps, or name another in best_by"
+            )
+        return self
+
     @property
     def scoring(self) -> EvaluationConfig:
-        """What decides the scores."""
+        """What decides the scores where all suites are scored."""
         return EvaluationConfig(**{name: getattr(self, name) for name in EvaluationConfig.model_fields})
+
+    def scoring_at(self, step: int, num_steps: int) -> EvaluationConfig:
+        """What decides the scores of a checkpoint: the suites whose turn it is, all at the last step."""
+        due = {
+            name: suite
+            for name, suite in self.suites.items()
+            if step == num_steps or step % self.suite_every_steps.get(name, 1) == 0
+        }
+        return self.scoring.model_copy(update={"suites": due})
 
     @property
     def decides(self) -> dict[str, Any]:
         """What decides the scores and of which checkpoints there are any."""
         fields = self.scoring.model_dump(mode="json")
-        return {**fields, "versions": self.versions(), "every_steps": self.every_steps}
+        rare = {"suite_every_steps": self.suite_every_steps} if self.suite_every_steps else {}
+        return {**fields, "versions": self.versions(), "every_steps": self.every_steps, **rare}
 
     @property
     def resources(self) -> dict[str, float]:

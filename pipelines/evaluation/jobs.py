@@ -19,6 +19,7 @@ from pipelines.runtime.metrics import TrainingMetrics, to_ray
 from pipelines.runtime.session import PATIENCE_SEC, StageError, brief, check_ray_lives
 from pipelines.runtime.tasks import AtWork
 from repfusion.display.redaction import redact_text
+from repfusion.evaluation.record import EvaluationConfig
 from repfusion.evaluation.shown import in_brief
 from repfusion.runs.folder import RunFolder, step_of
 from repfusion.train import TrainConfig
@@ -82,6 +83,12 @@ class EvaluationJobs:
         name = checkpoint.name if self.variant is None else f"{checkpoint.name}.{self.variant}"
         return self.folder / name
 
+    def scoring(self, checkpoint: Path) -> EvaluationConfig:
+        """What decides the scores of a checkpoint; a variant has all suites."""
+        if self.variant is not None:
+            return self.config.scoring
+        return self.config.scoring_at(step_of(checkpoint), self.train.num_steps)
+
     def has_room(self) -> bool:
         """Whether the cluster has the resources of one more evaluation free: one that waits in Ray's queue
         could take what ranks that are being restarted need.
@@ -100,7 +107,7 @@ class EvaluationJobs:
         out = self.place(checkpoint)
         if (lock := hold(out)) is None:
             return False
-        record = read_record(out, self.config.scoring)
+        record = read_record(out, self.scoring(checkpoint))
         if record.attempts and record.attempts[-1].status == "running":
             # its driver is gone, or the lock would be held
             record = self._cut_short(checkpoint, record)
@@ -128,7 +135,7 @@ class EvaluationJobs:
             "directory": os.getcwd(),
             "checkpoint": str(checkpoint),
             "out": str(self.place(checkpoint)),
-            "config": self.config.scoring.model_dump(mode="json"),
+            "config": self.scoring(checkpoint).model_dump(mode="json"),
             "best_by": self.config.best_by,
             "tracking": tracking_of(self.train),
             "attempt": attempt,
@@ -205,7 +212,7 @@ class EvaluationJobs:
         self._report(job.task, "FAILED", error, traceback)
 
     def _say(self, job: _Job) -> None:
-        evaluation = finished(job.out, self.config.scoring)
+        evaluation = finished(job.out, self.scoring(job.checkpoint))
         if evaluation is None:
             return
         step, seconds = step_of(job.checkpoint), evaluation.seconds

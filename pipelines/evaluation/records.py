@@ -25,7 +25,7 @@ from pipelines.evaluation.config import EvaluateConfig
 from repfusion.config import Strict
 from repfusion.evaluation.record import Evaluation, EvaluationConfig, read_evaluation
 from repfusion.files import digest_of, write_json
-from repfusion.runs.folder import BEST, PINS
+from repfusion.runs.folder import BEST, PINS, step_of
 
 ATTEMPTS, LOGGED = "attempts.json", "logged.json"
 PIN = "evaluate"
@@ -138,20 +138,22 @@ def unpin(checkpoint: Path, name: str = PIN) -> None:
         os.rmdir(pins)  # refused while it holds another
 
 
-def best_checkpoint(checkpoints: Sequence[Path], folder: Path, config: EvaluateConfig) -> Path | None:
+def best_checkpoint(
+    checkpoints: Sequence[Path], folder: Path, config: EvaluateConfig, num_steps: int
+) -> Path | None:
     """The one with the highest value of `best_by`, the first of several; None where none has it."""
     scores: dict[Path, float] = {}
     for checkpoint in checkpoints:
-        evaluation = finished(folder / checkpoint.name, config.scoring)
+        evaluation = finished(folder / checkpoint.name, config.scoring_at(step_of(checkpoint), num_steps))
         if evaluation is not None:
             metrics, metric = evaluation.metrics(), evaluation.best_metric(config.best_by)
             scores |= {checkpoint: metrics[metric]} if metric in metrics else {}
     return max(scores, key=lambda checkpoint: scores[checkpoint], default=None)
 
 
-def pin_best(checkpoints: Sequence[Path], folder: Path, config: EvaluateConfig) -> None:
+def pin_best(checkpoints: Sequence[Path], folder: Path, config: EvaluateConfig, num_steps: int) -> None:
     """Retention leaves the best checkpoint, until another is better."""
-    best = best_checkpoint(checkpoints, folder, config)
+    best = best_checkpoint(checkpoints, folder, config, num_steps)
     if best is None:
         return
     pin(best, BEST)

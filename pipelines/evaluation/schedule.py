@@ -133,7 +133,7 @@ class EvaluationScheduler:
         if checkpoint.name in self._done:
             return True
         out = self.jobs.place(checkpoint)
-        if checkpoint.name in self.jobs.running or finished(out, self.config.scoring) is None:
+        if checkpoint.name in self.jobs.running or finished(out, self.jobs.scoring(checkpoint)) is None:
             return False
         if self.jobs.variant is None and tracking_of(self.train) and not (out / LOGGED).exists():
             return False
@@ -146,12 +146,12 @@ class EvaluationScheduler:
         if not self._to_unpin:
             return
         if self.jobs.variant is None:
-            pin_best(self.checkpoints(), self.folder, self.config)
+            pin_best(self.checkpoints(), self.folder, self.config, self.train.num_steps)
         while self._to_unpin:
             unpin(self._to_unpin.pop())
 
     def _record(self, checkpoint: Path) -> Record:
-        return read_record(self.jobs.place(checkpoint), self.config.scoring)
+        return read_record(self.jobs.place(checkpoint), self.jobs.scoring(checkpoint))
 
     def _has_attempts_left(self, checkpoint: Path) -> bool:
         if self._record(checkpoint).num_failed < self.config.max_attempts:
@@ -180,7 +180,7 @@ class EvaluationScheduler:
         return [path for path in left if not self._record(path).attempts and not self.is_done(path)][-1:]
 
     def _attempts(self, folder: Path) -> tuple[Attempt, ...]:
-        return read_record(folder, self.config.scoring).attempts
+        return read_record(folder, self.jobs.scoring(folder)).attempts
 
     def _folders(self) -> list[Path]:
         """Folders of all evaluations, by step; those of checkpoints that are gone as well."""
@@ -284,7 +284,7 @@ class EvaluationScheduler:
         finally:
             self._note_missed(0.0)
             self.jobs.collect_reports(60 * POLL_SEC)
-        found = [(folder, finished(folder, self.config.scoring)) for folder in self._folders()]
+        found = [(folder, finished(folder, self.jobs.scoring(folder))) for folder in self._folders()]
         chosen = {path.name for path in wanted}
         return [
             (folder, one)

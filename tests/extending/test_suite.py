@@ -49,7 +49,7 @@ config = evaluate_config(suites=suites, best_by="brightness/mean", device="cpu")
 jobs, checkpoints = EvaluationJobs(config, training.train), [training.checkpoint(step) for step in (2, 4)]
 for checkpoint in checkpoints:
     Evaluator(jobs.task(checkpoint, 1, is_idle=False)).evaluate()
-pin_best(checkpoints, jobs.folder, config)
+pin_best(checkpoints, jobs.folder, config, training.train.num_steps)
 found = [(jobs.place(path), finished(jobs.place(path), config.scoring)) for path in checkpoints]
 names = ("eval/mean", "eval/bright", "eval/scenes/overall")
 print(json.dumps({

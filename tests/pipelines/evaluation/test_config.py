@@ -39,3 +39,35 @@ def test_scores_are_decided_by_suites_their_judges_and_rules_and_not_by_what_pic
     other = config.model_copy(update={"best_by": "scenes/task/counting", "max_concurrent": 1})
     assert other.decides == config.decides
     assert config.model_copy(update={"seed": 1}).decides != config.decides
+
+
+SUITES = {"scenes": {}, "many": {"kind": "scenes", "num_prompts": 600}}
+RARE = {"suites": SUITES, "suite_every_steps": {"many": 100}}
+
+
+def test_a_rare_suite_has_its_turn_at_its_steps_and_the_last():
+    config = EvaluateConfig.model_validate(RARE)
+    turns = {step: list(config.scoring_at(step, 250).suites) for step in (0, 50, 100, 150, 200, 250)}
+    both = ["scenes", "many"]
+    assert turns == {0: both, 50: ["scenes"], 100: both, 150: ["scenes"], 200: both, 250: both}
+    assert config.scoring_at(250, 250) == config.scoring
+    oftener = config.model_copy(update={"suite_every_steps": {"many": 50}})
+    assert oftener.decides != config.decides
+    assert EvaluateConfig().scoring_at(1, 2) == EvaluateConfig().scoring
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"suite_every_steps": {"much": 5}}, "suite_every_steps names 'much'; the suites are scenes, many"),
+        (
+            {"suite_every_steps": {"scenes": 5}},
+            "suite 'scenes' picks the best .*, so every evaluation",
+        ),
+        ({"best_by": "many/overall"}, "suite 'many' picks the best checkpoint"),
+        ({"suite_every_steps": {"many": 0}}, "greater than or equal to 1"),
+    ],
+)
+def test_a_rare_suite_is_one_of_the_suites_and_picks_no_best(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(EvaluateConfig, {**RARE, **changes})

@@ -49,11 +49,11 @@ def test_a_pinned_checkpoint_and_the_best_one_stay(training: EvaluatedTraining):
     score(training, 6, 0.4)
     folder, config = training.folder / "evaluations", evaluate_config()
     found = complete_checkpoints(training.folder / "checkpoints")
-    pin_best(found, folder, config)
+    pin_best(found, folder, config, 8)
     assert pin(training.checkpoint(4))
     assert left(training) == [2, 4, 8]
     score(training, 8, 0.6)
-    pin_best(complete_checkpoints(training.folder / "checkpoints"), folder, config)
+    pin_best(complete_checkpoints(training.folder / "checkpoints"), folder, config, 8)
     unpin(training.checkpoint(4))
     assert left(training) == [8]
     assert not pin(training.checkpoint(4))  # gone, and not made again
@@ -67,10 +67,10 @@ def test_the_best_one_may_be_picked_by_another_value(
     score(training, 6, 0.4, counting=0.2)
     folder, found = training.folder / "evaluations", complete_checkpoints(training.folder / "checkpoints")
     by_counting = evaluate_config(best_by="scenes/task/counting")
-    assert best_checkpoint(found, folder, evaluate_config()) == training.checkpoint(2)
-    assert best_checkpoint(found, folder, by_counting) == training.checkpoint(6)
+    assert best_checkpoint(found, folder, evaluate_config(), 8) == training.checkpoint(2)
+    assert best_checkpoint(found, folder, by_counting, 8) == training.checkpoint(6)
     by_new_concept = evaluate_config(best_by="scenes/new_concept")
-    assert best_checkpoint(found, folder, by_new_concept) is None  # no item was about it
+    assert best_checkpoint(found, folder, by_new_concept, 8) is None  # no item was about it
     with pytest.raises(
         ValueError, match=r"best_by 'scenes/speed' is no value of a suite; .*'scenes/overall'"
     ):

@@ -68,6 +68,19 @@ def test_scores_land_in_the_training_s_run(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_a_rare_suite_is_scored_in_its_turn_and_again_when_all_are_asked_for(tmp_path: Path):
+    training = EvaluatedTraining(tmp_path, (2, 4, 6), num_steps=6)
+    suites = {"scenes": {"num_prompts": 6}, "other": {"kind": "scenes", "num_prompts": 12}}
+    config = evaluate_config(suites=suites, suite_every_steps={"other": 4})
+    found = EvaluationScheduler(config, training.train).finish()
+    assert [list(one.suites) for _, one in found] == [["scenes"], ["scenes", "other"], ["scenes", "other"]]
+    steps = [step for step, _ in metric_history(training.uri, training.run_id, "eval/other/overall")]
+    assert steps == [4, 6]
+    again = EvaluationScheduler(evaluate_config(suites=suites), training.train).finish()
+    assert [list(one.suites) for _, one in again] == [["scenes", "other"]] * 3
+
+
+@pytest.mark.slow
 def test_beside_a_training_old_and_new_checkpoints_are_caught_up_in_idle_time(tmp_path: Path):
     training = EvaluatedTraining(tmp_path, (2,), tracked=False)
     training.hang(2)
