@@ -7,11 +7,12 @@ from pydantic import Field
 from repfusion.evaluation.suites.base import Suite
 from repfusion.evaluation.suites.edits import EditsSuite, EditsSuiteConfig
 from repfusion.evaluation.suites.prompts import PromptsSuite, PromptsSuiteConfig
+from repfusion.evaluation.suites.published.geneval import GenEvalSuite, GenEvalSuiteConfig
 from repfusion.evaluation.suites.references import ReferencesSuite, ReferencesSuiteConfig
 from repfusion.evaluation.suites.scenes import ScenesSuite, ScenesSuiteConfig
 
 SuiteConfig = Annotated[
-    ScenesSuiteConfig | EditsSuiteConfig | ReferencesSuiteConfig | PromptsSuiteConfig,
+    ScenesSuiteConfig | EditsSuiteConfig | ReferencesSuiteConfig | PromptsSuiteConfig | GenEvalSuiteConfig,
     Field(discriminator="kind"),
 ]
 """A union of the suites' configurations, told apart by `kind`."""
@@ -28,3 +29,5 @@ def build_suite(config: SuiteConfig, seed: int) -> Suite:
             return PromptsSuite(config, seed)
         case ReferencesSuiteConfig():
             return ReferencesSuite(config, seed)
+        case GenEvalSuiteConfig():
+            return GenEvalSuite(config)
