@@ -52,7 +52,12 @@ def save_mask2former(to: Path, labels: Sequence[str] = LABELS) -> Path:
 
 
 def clip_tokenizer() -> PreTrainedTokenizerFast:
-    special = ["<pad>", "<s>", "<unused>", "</s>"]  # with an end of number 2, CLIP looks for the largest number
+    special = [
+        "<pad>",
+        "<s>",
+        "<unused>",
+        "</s>",
+    ]  # with an end of number 2, CLIP looks for the largest number
     return byte_tokenizer(special, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 

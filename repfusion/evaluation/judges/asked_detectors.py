@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from repfusion.evaluation.judges.detections import Box, Detection
-from repfusion.evaluation.judges.detectors import WHAT
 from repfusion.evaluation.judges.folders import processor_of
+from repfusion.evaluation.judges.vocabulary import WHAT
 from repfusion.evaluation.suites.base import Image
 from repfusion.llm.tokenizer import load_tokenizer, plain_ids
 from repfusion.pretrained.weights import load_transformers

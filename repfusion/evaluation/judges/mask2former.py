@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from repfusion.evaluation.judges.detections import Box, Detection
-from repfusion.evaluation.judges.detectors import WHAT, class_ids
 from repfusion.evaluation.judges.folders import processor_of
+from repfusion.evaluation.judges.vocabulary import WHAT, class_ids
 from repfusion.evaluation.suites.base import Image
 from repfusion.pretrained.weights import load_transformers
 

@@ -15,8 +15,8 @@ from repfusion.evaluation.suites.published.files import check_number, read_csv
 from repfusion.evaluation.suites.published.outputs import (
     BESIDE,
     MISSING,
+    ImageVerdict,
     Record,
-    Verdict,
     alone,
     first_items,
     judged,
@@ -86,8 +86,8 @@ def _question(row: Mapping[str, str], place: str) -> dict[str, Any]:
         depends = [int(one) for one in row["dependency"].split(",")]
     except ValueError as error:
         raise ValueError(
-            f"{place}: proposition_id {row['proposition_id']!r} and dependency {row['dependency']!r}; expected "
-            "a number, and numbers between commas"
+            f"{place}: proposition_id {row['proposition_id']!r} and dependency {row['dependency']!r}; "
+            "expected a number, and numbers between commas"
         ) from error
     if number in depends:
         raise ValueError(f"{place}: question {number} depends on itself")
@@ -148,31 +148,45 @@ class DPGSuite:
             ValueError: where items and answers differ in number, or there are none.
         """
         official = self.config.official
-        failed = [_fails(item) for item in items] if official else [False] * len(items)
         verdicts = verdicts_of(items, answers, self._verdict)
-        complete = [i for i, own in enumerate(verdicts) if all(v.is_judged for v in own)]
-        counted = [i for i in range(len(items)) if not official or (i in complete and not failed[i])]
-        kept = judged([items[i] for i in counted], [verdicts[i] for i in counted], drops_missing=False)
+        pairs = [one for one in zip(items, answers, strict=True) if not official or not self._fails(*one)]
+        counted = {item.key for item, _ in pairs}
+        kept = [one for one in judged(items, verdicts, drops_missing=False) if one.item.key in counted]
         prompts = [one.score for one in kept]
         values = {"dpg": mean(prompts)}
-        for prefix, found in self._categories([(items[i], answers[i]) for i in counted]).items():
+        for prefix, found in self._categories(pairs).items():
             values |= {f"{prefix}/{name}": mean(own) for name, own in sorted(found.items())}
         strata = {"dpg": alone(prompts)} if prompts else {}
-        counts = {"prompts": Count(correct=len(kept), total=len(items))}
+        counts = {"prompts": Count(correct=len(kept), total=len(items)), "orphans": _orphans(items)}
         return scores_of("dpg", values, items, verdicts, strata, counts)
 
-    def _verdict(self, item: Item, record: Record) -> Verdict:
+    def _verdict(self, item: Item, record: Record) -> ImageVerdict:
         scores = self._scores(item, record)
         said = [yes_or_no(one) for one in record["said"]]
         wrong = [one["question"] for one in item.truth["questions"] if not scores[one["number"]]]
         unexpected = sum(one is None for one in said)
-        return Verdict(float(np.mean(list(scores.values()))), "; ".join(wrong), None, len(said), unexpected)
+        return ImageVerdict(
+            float(np.mean(list(scores.values()))), "; ".join(wrong), None, len(said), unexpected
+        )
 
     def _scores(self, item: Item, record: Record) -> dict[int, float]:
         """Scores of an image's questions by number, with those zeroed that a no takes with it."""
         raw, depends = self._raw(item, record), depends_of(item)
         known = {number: [one for one in own if one in raw] for number, own in depends.items()}
         return zeroed(raw, known, "in_order" if self.config.official else "ancestors")
+
+    def _fails(self, item: Item, records: Answer) -> bool:
+        """Whether the published scorer fails at an item, which it then leaves out: an image is not there, or
+        it comes to a question that depends on one that it did not read.
+        """
+        try:
+            for record in records:
+                if MISSING in record:
+                    return True
+                zeroed(self._raw(item, record), depends_of(item), "in_order")
+        except KeyError:
+            return True
+        return False
 
     def _raw(self, item: Item, record: Record) -> dict[int, float]:
         """Officially nothing but `yes`, to the letter, is a yes."""
@@ -204,9 +218,8 @@ class DPGSuite:
         return first_items(items)
 
 
-def _fails(item: Item) -> bool:
-    """Whether the published scorer fails at an item, which it then leaves out: a question depends on one that
-    it did not read.
-    """
-    depends = depends_of(item)
-    return any(one and one not in depends for own in depends.values() for one in own)
+def _orphans(items: Sequence[Item]) -> Count:
+    """Questions that depend on one that the file lacks, of all."""
+    found = [(one, depends) for depends in map(depends_of, items) for one in depends.values()]
+    lost = sum(any(parent and parent not in depends for parent in one) for one, depends in found)
+    return Count(correct=lost, total=len(found))

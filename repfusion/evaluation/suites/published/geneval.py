@@ -13,8 +13,9 @@ from pydantic import Field
 from repfusion.config import Config, Strict
 from repfusion.evaluation.judges.colours import COLOURS, ColourJudge
 from repfusion.evaluation.judges.detections import Detection
-from repfusion.evaluation.judges.detectors import check_classes, load_detector
+from repfusion.evaluation.judges.detectors import load_detector
 from repfusion.evaluation.judges.folders import JudgeFolder, version_of
+from repfusion.evaluation.judges.vocabulary import check_classes
 from repfusion.evaluation.suites.base import Answer, Count, Image, Item, Judge, Scores, Value
 from repfusion.evaluation.suites.published.files import read_json_lines
 from repfusion.evaluation.suites.published.geneval_rule import MAX_OBJECTS, GenEvalRule, check_image
@@ -222,8 +223,8 @@ class GenEvalJudge:
         self.colours = ColourJudge(clip, device)
 
     def __call__(self, item: Item, image: Image) -> Record:
-        """By class, the box of each thing and how sure the detector is, the surest first; cosines to the ten
-        colours of the things that the rule may look at.
+        """Things by class, each with its box and how sure the detector is, the surest first; cosines to the
+        ten colours of those that the rule may look at.
         """
         truth = item.truth
         asked = [one["class"] for one in (*truth["include"], *truth["exclude"])]

@@ -3,7 +3,7 @@ about an image's objects, attributes, numbers and relations are.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,8 +16,8 @@ from repfusion.evaluation.suites.base import Answer, Image, Item, Judge, Scores,
 from repfusion.evaluation.suites.published.files import check_number, read_json_lines
 from repfusion.evaluation.suites.published.outputs import (
     BESIDE,
+    ImageVerdict,
     Record,
-    Verdict,
     alone,
     first_items,
     judge_each,
@@ -63,7 +63,9 @@ class GenEval2Line(Strict):
     @model_validator(mode="after")
     def _a_skill_a_question(self) -> "GenEval2Line":
         if len(self.skills) != len(self.vqa_list):
-            raise ValueError(f"{len(self.vqa_list)} questions and {len(self.skills)} skills; expected as many")
+            raise ValueError(
+                f"{len(self.vqa_list)} questions and {len(self.skills)} skills; expected as many"
+            )
         return self
 
 
@@ -137,8 +139,8 @@ class GenEval2Suite:
         return judge_each(look)
 
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> Scores:
-        """Means over prompts of the geometric and the arithmetic mean over questions, and means over questions
-        by skill.
+        """Means over prompts of the geometric and the arithmetic mean over questions, and means over
+        questions by skill.
 
         Raises:
             ValueError: where items and answers differ in number, or there are none.
@@ -166,7 +168,7 @@ def soft_scores(record: Record, official: bool) -> list[float]:
     return [_soft_score(one["variants"].values(), official) for one in record["answers"]]
 
 
-def _soft_score(variants, official: bool) -> float:
+def _soft_score(variants: Collection[tuple[int, str, float]], official: bool) -> float:
     if official:
         return float(sum(probability for _, _, probability in variants))
     return float(sum({id: likely for id, text, likely in variants if text.strip()}.values()))
@@ -177,12 +179,13 @@ def geometric_mean(scores: Sequence[float]) -> float:
     return 0.0 if min(scores) <= 0 else float(np.exp(np.mean(np.log(scores))))
 
 
-def _verdict(item: Item, record: Record, official: bool) -> Verdict:
+def _verdict(item: Item, record: Record, official: bool) -> ImageVerdict:
     scores = soft_scores(record, official)
     wrong = [pair[0] for pair, score in zip(item.truth["questions"], scores, strict=True) if score < 0.5]
-    said = [(one["said"].strip().lower(), pair[1]) for one, pair in zip(record["answers"], item.truth["questions"], strict=True)]
+    pairs = zip(record["answers"], item.truth["questions"], strict=True)
+    said = [(one["said"].strip().lower(), answer) for one, (_, answer) in pairs]
     unexpected = sum(not _may_be_said(word, answer) for word, answer in said)
-    return Verdict(geometric_mean(scores), "; ".join(wrong), None, len(said), unexpected)
+    return ImageVerdict(geometric_mean(scores), "; ".join(wrong), None, len(said), unexpected)
 
 
 def _may_be_said(word: str, answer: str) -> bool:

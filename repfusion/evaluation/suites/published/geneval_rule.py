@@ -10,12 +10,12 @@ import numpy as np
 
 from repfusion.evaluation.judges.colours import COLOURS
 from repfusion.evaluation.judges.detections import Box, overlap
-from repfusion.evaluation.suites.published.outputs import Record, Verdict
+from repfusion.evaluation.suites.published.outputs import ImageVerdict, Record
 
 THRESHOLD = 0.3
 """Things that the detector is surer of count."""
 COUNTING_THRESHOLD = 0.9
-"""The same for the task of counting."""
+"""Things that it has to be surer of in the task of counting."""
 MAX_OBJECTS = 16
 """Things of a class that are looked at, the surest."""
 MARGIN = 0.1
@@ -40,7 +40,7 @@ class _Seen(NamedTuple):
     colour: str | None
 
 
-def check_image(truth: Mapping[str, Any], record: Record, rule: GenEvalRule) -> Verdict:
+def check_image(truth: Mapping[str, Any], record: Record, rule: GenEvalRule) -> ImageVerdict:
     """The verdict on one image.
 
     Args:
@@ -60,7 +60,7 @@ def check_image(truth: Mapping[str, Any], record: Record, rule: GenEvalRule) -> 
         number = len(_kept(record["objects"].get(unwanted["class"], ()), truth["tag"], rule))
         if number >= unwanted["count"]:
             reasons.append(f"expected {unwanted['class']}<{unwanted['count']}, found {number}")
-    return Verdict(float(not reasons), "; ".join(reasons))
+    return ImageVerdict(float(not reasons), "; ".join(reasons))
 
 
 def _kept(found: Sequence[Mapping[str, Any]], tag: str, rule: GenEvalRule) -> list[_Seen]:

@@ -4,7 +4,7 @@ broken has a record too, which says so: it is counted, and never vanishes.
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,11 +29,11 @@ BESIDE = (JUDGED, UNEXPECTED)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ImageVerdict:
     """What a rule says of one image."""
 
     score: float
-    """In [0, 1]."""
+    """A share in [0, 1]."""
     reason: str = ""
     """Why it is not 1, in words."""
     missing: str | None = None
@@ -41,7 +41,7 @@ class Verdict:
     num_answers: int = 0
     """Answers that the judge gave, where it answers in words."""
     num_unexpected: int = 0
-    """Those that are none of the answers that it may give."""
+    """How many are none of the answers that it may give."""
 
     @property
     def is_judged(self) -> bool:
@@ -49,7 +49,9 @@ class Verdict:
         return self.missing is None
 
 
-Rule = Callable[[Item, Record], Verdict]
+Verdicts = Sequence[Sequence[ImageVerdict]]
+"""A verdict for each image of each item."""
+Rule = Callable[[Item, Record], ImageVerdict]
 
 
 def judge_each(look: Callable[[Item, Image], Record]) -> Judge:
@@ -67,7 +69,7 @@ def missing_record(reason: str, detail: str) -> Record:
     return {MISSING: reason, "detail": detail}
 
 
-def verdicts_of(items: Sequence[Item], answers: Sequence[Answer], rule: Rule) -> list[list[Verdict]]:
+def verdicts_of(items: Sequence[Item], answers: Sequence[Answer], rule: Rule) -> list[list[ImageVerdict]]:
     """A verdict for each image of each item; one that is missing scores 0.
 
     Raises:
@@ -84,9 +86,9 @@ def verdicts_of(items: Sequence[Item], answers: Sequence[Answer], rule: Rule) ->
     return found
 
 
-def _verdict(item: Item, record: Record, rule: Rule) -> Verdict:
+def _verdict(item: Item, record: Record, rule: Rule) -> ImageVerdict:
     if MISSING in record:
-        return Verdict(0.0, f"{record[MISSING]}: {record['detail']}", missing=record[MISSING])
+        return ImageVerdict(0.0, f"{record[MISSING]}: {record['detail']}", missing=record[MISSING])
     return rule(item, record)
 
 
@@ -95,7 +97,7 @@ class Judged:
     """An item's verdicts that count towards a score: all, or those of images that there are."""
 
     item: Item
-    verdicts: Sequence[Verdict]
+    verdicts: Sequence[ImageVerdict]
 
     @property
     def score(self) -> float:
@@ -103,7 +105,7 @@ class Judged:
         return float(np.mean([one.score for one in self.verdicts]))
 
 
-def judged(items: Sequence[Item], verdicts: Sequence[Sequence[Verdict]], drops_missing: bool) -> list[Judged]:
+def judged(items: Sequence[Item], verdicts: Verdicts, drops_missing: bool) -> list[Judged]:
     """The items with what counts of their verdicts; those of which nothing does are left out."""
     pairs = zip(items, verdicts, strict=True)
     kept = [Judged(item, [v for v in own if v.is_judged or not drops_missing]) for item, own in pairs]
@@ -114,7 +116,7 @@ def scores_of(
     headline: str,
     values: Mapping[str, float],
     items: Sequence[Item],
-    verdicts: Sequence[Sequence[Verdict]],
+    verdicts: Verdicts,
     strata: Mapping[str, Sequence[Stratum]],
     counts: Mapping[str, Count] = {},
 ) -> Scores:
@@ -146,7 +148,7 @@ def scores_of(
     )
 
 
-def _beside(verdicts: Sequence[Verdict]) -> dict[str, Count]:
+def _beside(verdicts: Sequence[ImageVerdict]) -> dict[str, Count]:
     total = len(verdicts)
     why = Counter(one.missing for one in verdicts if one.missing is not None)
     answers = sum(one.num_answers for one in verdicts)
@@ -158,18 +160,8 @@ def _beside(verdicts: Sequence[Verdict]) -> dict[str, Count]:
     }
 
 
-def _reasons(verdicts: Sequence[Verdict]) -> str:
+def _reasons(verdicts: Sequence[ImageVerdict]) -> str:
     return "; ".join(dict.fromkeys(one.reason for one in verdicts if one.reason))
-
-
-def merged(verdicts: Sequence[Verdict]) -> Verdict:
-    """Verdicts on the questions about one image as one: the mean of their scores."""
-    assert verdicts
-    return replace(
-        Verdict(float(np.mean([one.score for one in verdicts])), _reasons(verdicts)),
-        num_answers=sum(one.num_answers for one in verdicts),
-        num_unexpected=sum(one.num_unexpected for one in verdicts),
-    )
 
 
 def first_items(items: Sequence[Item]) -> Mapping[str, Sequence[int]]:

@@ -4,11 +4,11 @@ only if those that it depends on are answered with yes.
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from repfusion.evaluation.judges.questions import QuestionJudge, QuestionJudgeConfig
 from repfusion.evaluation.suites.base import Image, Item, Judge
-from repfusion.evaluation.suites.published.outputs import Record, judge_each
+from repfusion.evaluation.suites.published.outputs import Record, judge_each, missing_record
 
 MAX_NEW_TOKENS = 8
 """Tokens of an answer: yes or no, and what a judge puts beside it."""
@@ -20,13 +20,15 @@ Dependencies = Mapping[int, Sequence[int]]
 """The questions that each depends on, by number; 0 is none."""
 
 
-def ask_all(config: QuestionJudgeConfig, device: str, wording: str) -> Judge:
+def ask_all(config: QuestionJudgeConfig, device: str, wording: str, skips_black: bool = False) -> Judge:
     """A judge that writes what a model answers to each of an item's `questions`, each put as `wording` has
-    it in the place of `{}`.
+    it in the place of `{}`; of an image that is black all over, on request, that there is none.
     """
     model = QuestionJudge(config, device)
 
     def look(item: Item, image: Image) -> Record:
+        if skips_black and not image.any():
+            return missing_record("black_image", "black all over")
         asked = [wording.format(one["question"]) for one in item.truth["questions"]]
         return {"said": model.written(image, asked, MAX_NEW_TOKENS)}
 
@@ -64,17 +66,6 @@ def _ancestors(number: int, depends: Dependencies) -> set[int]:
             seen.add(one)
             left += [parent for parent in depends.get(one, ()) if parent]
     return seen
-
-
-def truth_of(numbers: Sequence[int], questions: Sequence[str], depends: Dependencies) -> dict[str, Any]:
-    """Questions as an item's truth, in their order."""
-    pairs = zip(numbers, questions, strict=True)
-    return {
-        "questions": [
-            {"number": number, "question": question, "depends": list(depends[number])}
-            for number, question in pairs
-        ]
-    }
 
 
 def depends_of(item: Item) -> dict[int, list[int]]:

@@ -10,7 +10,8 @@ from tiny_judges import LABELS, save_clip, save_grounding_dino, save_mask2former
 
 from repfusion.evaluation.judges.colours import COLOURS, ColourJudge, cut_out
 from repfusion.evaluation.judges.detections import Detection
-from repfusion.evaluation.judges.detectors import check_classes, class_ids, load_detector
+from repfusion.evaluation.judges.detectors import load_detector
+from repfusion.evaluation.judges.vocabulary import check_classes, class_ids
 from repfusion.evaluation.suites.base import Item
 from repfusion.evaluation.suites.published.geneval import GenEvalSuite, GenEvalSuiteConfig, read_geneval
 from repfusion.evaluation.suites.published.geneval_rule import GenEvalRule, check_image, relations
@@ -156,7 +157,7 @@ def test_files_of_other_versions_are_refused(tmp_path):
     with pytest.raises(ValueError, match="dog is left of thing 0, which does not come before it"):
         read_geneval(written(tmp_path / "p.jsonl", [ahead]), False)
     (tmp_path / "p.jsonl").write_text("{")
-    with pytest.raises(ValueError, match="p.jsonl:1: no JSON"):
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: no JSON"):
         read_geneval(tmp_path / "p.jsonl", False)
 
 
@@ -218,7 +219,9 @@ def test_the_whole_way_from_an_image_to_a_verdict(folders, tmp_path):
     assert sum(map(len, found.values())) == 2 * len(likely)  # 24 pairs, all of them among the 100
     best = found["dog"][0]
     height, width = int(inputs["pixel_mask"][0].any(1).sum()), int(inputs["pixel_mask"][0].any(0).sum())
-    logits = torch.nn.functional.interpolate(out.masks_queries_logits, inputs["pixel_mask"].shape[1:], mode="bilinear")
+    logits = torch.nn.functional.interpolate(
+        out.masks_queries_logits, inputs["pixel_mask"].shape[1:], mode="bilinear"
+    )
     logits = torch.nn.functional.interpolate(logits[..., :height, :width], (40, 56), mode="bilinear")[0]
     scored = [
         float(likely[q, 1]) * float(mask.sigmoid()[mask > 0].mean() if (mask > 0).any() else 0)
