@@ -1,10 +1,10 @@
 """Counts of right outputs -> 95% confidence intervals of their shares, over the draw of prompts and noise.
 
-Both are closed formulas, so the same counts give the same interval.
+All are closed formulas, so the same counts give the same interval.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from repfusion.evaluation.suites.base import Count, Interval
 
@@ -50,3 +50,28 @@ def _wilson(share: float, total: float) -> Interval:
     # rounding may put a limit 1e-17 beyond a share of 0 or 1
     low, high = max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
     return Interval(low=min(share, low), high=max(share, high))
+
+
+Stratum = tuple[float, Sequence[float]]
+"""A weight, and scores of prompts."""
+
+
+def prompts_interval(strata: Sequence[Stratum]) -> Interval:
+    """The interval of a weighted sum of means over prompts of scores in [0, 1], which need not be 0 or 1:
+    normal, of variances smoothed by half a prompt at either end, so that it has a width where all are alike.
+
+    Raises:
+        ValueError: where there is no stratum, or one without scores.
+    """
+    if not strata or not all(scores for _, scores in strata):
+        raise ValueError(f"{len(strata)} groups of scores; expected at least one, each of one prompt or more")
+    middle = math.fsum(weight * math.fsum(scores) / len(scores) for weight, scores in strata)
+    variance = math.fsum(weight**2 * _smoothed_variance(scores) / len(scores) for weight, scores in strata)
+    spread = Z_95 * math.sqrt(variance)
+    return Interval(low=max(0.0, middle - spread), high=min(1.0, middle + spread))
+
+
+def _smoothed_variance(scores: Sequence[float]) -> float:
+    number = len(scores) + 1
+    first = (math.fsum(scores) + 0.5) / number
+    return max((math.fsum(score**2 for score in scores) + 0.5) / number - first**2, 0.0)
