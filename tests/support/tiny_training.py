@@ -71,6 +71,10 @@ METHODS = {
     "metaquery": {"method": "metaquery", "num_queries": 3, "connector_depth": 1, "width": 24, "gain": 2.0},
 }
 """`model.conditioning` of every method and of its variants, by a name for tests."""
+APART = {"llm_controller": {"method": "llm_controller", "adds_noise": False, "trains_generator": True}}
+"""Those of methods that have their whole models' tests of their own (conditioning/related/), most of them
+slow.
+"""
 ALIKE = ("one_layer", "channel_concat", "layer_per_block", "unifusion_references", "metaquery", "blip3o")
 """Methods that are put together of what others in METHODS have too, but for a conditioner of a few lines."""
 
@@ -201,9 +205,9 @@ def make_columns(
 
 
 def tiny_model(foundation: Path, conditioning: str = "noisy_latents", **changes) -> ModelConfig:
-    """`conditioning` is a name in METHODS, `changes` are the DiT's."""
+    """`conditioning` is a name in METHODS or APART, `changes` are the DiT's."""
     return ModelConfig(
-        conditioning=METHODS[conditioning],
+        conditioning=(METHODS | APART)[conditioning],
         mllm=foundation / "llava",
         encoder=EncoderConfig(path=foundation / "vision_tower"),
         decoder=foundation / "decoder",
