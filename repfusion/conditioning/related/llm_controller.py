@@ -35,7 +35,7 @@ from repfusion.llm.base import LanguageModel, Prefix
 from repfusion.request import Branch, Request
 
 FIRST_NOISE = -6.0
-"""Of h(t) = softplus(this) = 0.0025 at first, noise has a standard deviation of 0.07 a layer."""
+"""h(t) is softplus of this at first, 0.0025: a standard deviation of 0.07 a layer."""
 
 
 class LlmControllerConfig(MethodConfig):
