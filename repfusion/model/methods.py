@@ -18,6 +18,7 @@ from repfusion.conditioning.related.gill import GillConditioner, GillConfig
 from repfusion.conditioning.related.li_dit import LiDitConditioner, LiDitConfig
 from repfusion.conditioning.related.llm_controller import LlmControllerConditioner, LlmControllerConfig
 from repfusion.conditioning.related.metaquery import MetaQueryConditioner, MetaQueryConfig
+from repfusion.conditioning.related.query_kontext import QueryKontextConditioner, QueryKontextConfig
 from repfusion.conditioning.text_embed import TextEmbedConditioner, TextEmbedConfig
 from repfusion.conditioning.transfusion import TransfusionConfig
 from repfusion.conditioning.unifusion import UniFusionConditioner, UniFusionConfig
@@ -46,6 +47,7 @@ ConditioningConfig = (
     | LiDitConfig
     | GillConfig
     | LlmControllerConfig
+    | QueryKontextConfig
 )
 """Settings of every method, told apart by `method`."""
 
@@ -109,6 +111,8 @@ def conditioner_and_denoiser(
         case LlmControllerConfig():
             conditioner = LlmControllerConditioner(llm, method, second)
             kind = MixedDiT if method.trains_generator else controlled_dit
+        case QueryKontextConfig():
+            conditioner = QueryKontextConditioner(llm, method)
         case UniFusionConfig():
             conditioner = UniFusionConditioner(llm, method)
             kind = ReferencesDiT if method.kept_references else kind
