@@ -65,8 +65,8 @@ def _run(
     if after is not None:
         if more:
             raise ValueError(
-                f"MLLM {llm.folder}: of images it reads {', '.join(more)} beside tokens, after which no others "
-                "can follow; use a LLaVA, a Qwen2.5-VL or an InternVL"
+                f"MLLM {llm.folder}: of images it reads {', '.join(more)} beside tokens, after which no "
+                "others can follow; use a LLaVA, a Qwen2.5-VL or an InternVL"
             )
         embeds = torch.cat([embeds, after.to(embeds.dtype)], dim=1)
         mask = torch.cat([mask, mask.new_ones(after.shape[:2])], dim=1)
