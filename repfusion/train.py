@@ -48,6 +48,7 @@ from repfusion.runs.checkpoint import (
     continued_model,
     files_to_load,
     frozen_digests,
+    load_start,
     load_weights,
     prune,
 )
@@ -137,6 +138,15 @@ class TrainConfig(RecipeConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _frozen_parts_come_from_a_start(self) -> "TrainConfig":
+        if self.model.conditioning.needs_start and self.init_from is None:
+            raise ValueError(
+                f"init_from is not given: the method {self.model.conditioning.method!r}, as it is set, keeps "
+                "weights frozen that come from a checkpoint; name one, or have them trained too"
+            )
+        return self
+
     @field_validator("output_dir", "output_url")
     @classmethod
     def _one_is_local(cls, place: Path | str | None) -> Path | str | None:
@@ -190,9 +200,17 @@ def build_trainable(config: TrainConfig, dataset: Mixture, resume_from: Path | N
     statistics = LatentStatistics.load(source / STATISTICS)
     torch.manual_seed(config.seed)
     model = build_model(config.model, statistics)
-    if start is not None:
-        load_weights(model, start, use_ema=resume_from is None)
+    if resume_from is not None:
+        load_weights(model, resume_from, use_ema=False)
+        check_continues(model, resume_from)
+    elif start is not None:
+        load_start(model, start)
         check_continues(model, start)
+    if model.kept and config.engine.zero_stage == 3:
+        raise ValueError(
+            f"engine.zero_stage 3 shards the frozen weights of {config.model.conditioning.method!r}, which "
+            "checkpoints hold whole; set engine.zero_stage: 2"
+        )
     if config.engine.activation_checkpointing != "none":
         model.checkpoint_activations(config.engine.activation_checkpointing)
     model.conditioner.llm.reads_apart = config.engine.reads_prompts_apart

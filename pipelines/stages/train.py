@@ -24,7 +24,7 @@ from repfusion.data.columns import manifest_digest
 from repfusion.data.config import CAPTIONS, DataConfig
 from repfusion.model.build import columns_of
 from repfusion.model.check import check_model
-from repfusion.runs.checkpoint import load_weights
+from repfusion.runs.checkpoint import load_start
 from repfusion.runs.completion import latest_whole
 from repfusion.runs.folder import RunFolder, complete_checkpoints
 from repfusion.tracking import prepare_store
@@ -226,7 +226,7 @@ def train_stage(
         model = check_model(config.model, f"trainings.{name}.model")
         if config.init_from is not None and Reference.of(config.init_from) is None:
             with naming(f"trainings.{name}.init_from"):
-                load_weights(model, config.init_from, on_meta=True)
+                load_start(model, config.init_from, on_meta=True)
 
     fields = fingerprint_fields(name, config, place.digests)
     stage = WholeStage(name, fields, Folder(str(place.root / name)), upstream, execute, check=check)

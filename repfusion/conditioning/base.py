@@ -30,6 +30,16 @@ ContextInterface = Literal["cross_attention", "in_context"]
 """How a denoiser takes a context: it attends to it in every block, or has it in its own sequence."""
 
 
+@dataclass(frozen=True)
+class Handover:
+    """What a training takes of a checkpoint of another model; the rest of either stays out."""
+
+    weights: tuple[str, ...]
+    """How the names of the weights begin."""
+    mllm: str = "mllm"
+    """The part (`ModelConfig.parts`) that has to be the checkpoint's language model."""
+
+
 class MethodConfig(Config):
     """The settings of a conditioning method, which has its name as `method`, and what the model has to know
     of it before it is built.
@@ -67,9 +77,20 @@ class MethodConfig(Config):
         """Whether the language model's head is needed, which scores the next token."""
         return False
 
+    @property
+    def needs_start(self) -> bool:
+        """Whether a training has to start from a checkpoint, which holds what the method keeps frozen."""
+        return False
+
     def tokens_beside(self, num_latents: int) -> int:
         """Tokens that the language model reads after a prompt, where the latents have `num_latents`."""
         return 0
+
+    def handover(self, before: "MethodConfig") -> Handover | None:
+        """What a training takes of a checkpoint of the method `before`; None is all of it, of a model that
+        has to be the same.
+        """
+        return None
 
 
 @dataclass(frozen=True)

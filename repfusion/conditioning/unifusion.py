@@ -25,6 +25,7 @@ from repfusion.conditioning.base import (
     frozen_reading,
 )
 from repfusion.conditioning.lap import LapSettings
+from repfusion.conditioning.related.maven import ImageTokens, ReferenceSelection, SelectionConfig
 from repfusion.config import Config
 from repfusion.data.order import fraction
 from repfusion.data.readers import REWRITES, CaptionArray, Reader
@@ -69,6 +70,8 @@ class UniFusionConfig(MethodConfig):
     """Whether image tokens see each other alone in the DiT, as at noise level 0, so that their keys and
     values are computed once for all steps (FLUX.2 klein). Only in context: cross-attention keeps all.
     """
+    selection: SelectionConfig | None = None
+    """Which tokens of images reach the DiT, beside discrete ones of theirs (MaVEn); None is all."""
 
     @model_validator(mode="after")
     def _kept_in_context(self) -> "UniFusionConfig":
@@ -112,6 +115,10 @@ class UniFusionConditioner(Conditioner):
         self.context_widths = (llm.width,) * (2 if config.kept_references else 1)
         self.lap = config.lap.pooling(llm)
         self.image_lap = config.lap.pooling(llm) if config.image_lap else None
+        self.select: ReferenceSelection | None = None
+        self.selection = config.selection
+        if config.selection is not None:
+            self.select = ReferenceSelection(llm.width, config.selection)
 
     def collate(
         self, requests: Sequence[Request], branches: Sequence[Branch], seeds: Sequence[int] | None = None
@@ -126,7 +133,7 @@ class UniFusionConditioner(Conditioner):
         batch = tokenise_chats(self.llm, chats, [one.written for one in asked], room)
         return {
             "chats": batch,
-            "kept": _Kept.of(batch),
+            "kept": _Kept.of(batch, self.selection),
             "open": [one.is_open for one in asked],
             "prompts": [chat.instruction for chat in chats],
         }
@@ -157,13 +164,26 @@ class UniFusionConditioner(Conditioner):
         with frozen_reading(batch.ids.device):
             if any(inputs["open"]):
                 batch = self._written(batch, inputs["open"], inputs["prompts"])
-                which = _Kept.of(batch)
-            states = read_chats(self.llm, batch, self.taps)
-        packed, mask = pack([state.float() for state in states], which.keep, which.most)
+                which = _Kept.of(batch, self.selection)
+            # the embeddings first, by which images are told apart
+            states = read_chats(self.llm, batch, self.taps if self.select is None else (0, *self.taps))
+        states, keep = [state.float() for state in states], which.keep
+        selected = None
+        if self.select is not None and which.images is not None:
+            is_text = keep & ~batch.is_any(ChatPart.IMAGE)
+            selected = self.select(states.pop(0), states[-1], is_text, which.images)
+            keep = is_text | selected.keep
+        packed, mask = pack(states, keep, which.most)
         beside = batch.is_any(ChatPart.IMAGE)[..., None], positions_of(batch, which.keep)
-        (is_image, positions), _ = pack(beside, which.keep, which.most)
+        (is_image, positions), _ = pack(beside, keep, which.most)
         is_image = is_image[..., 0]
         context = Context(self._pooled(packed, mask, is_image), mask, positions)
+        if selected is not None and which.images is not None:
+            (gates,), _ = pack([selected.gates[..., None]], keep, which.most)
+            places = which.images.places
+            context = _beside(context, gates, Context(selected.tokens, selected.mask, places))
+            mask = torch.cat([mask, selected.mask], dim=1)
+            is_image = torch.cat([is_image, torch.ones_like(selected.mask)], dim=1)
         if not self.kept_references:
             return Prepared(static=(context,))
         parts = (mask & ~is_image, which.most_text), (mask & is_image, which.most_images)
@@ -214,11 +234,32 @@ class _Kept:
     most: int
     most_text: int
     most_images: int
+    images: ImageTokens | None = None
+    """Where images are, of which a share of `keep` is selected; discrete tokens count among those of images,
+    and not in `most`.
+    """
 
     @classmethod
-    def of(cls, batch: ChatBatch) -> "_Kept":
+    def of(cls, batch: ChatBatch, selection: SelectionConfig | None = None) -> "_Kept":
         keep, is_image = kept(batch), batch.is_any(ChatPart.IMAGE)
-        return cls(keep, num_kept(keep), num_kept(keep & ~is_image), num_kept(keep & is_image))
+        most_text = num_kept(keep & ~is_image)
+        if selection is None:
+            return cls(keep, num_kept(keep), most_text, num_kept(keep & is_image))
+        images = ImageTokens.of(batch, selection)
+        of_text = (keep & ~is_image).sum(1).tolist()
+        most = max(1, *(text + of_row for text, of_row in zip(of_text, images.num_kept, strict=True)))
+        discrete = (images.slots < len(images.sizes) - 1).sum(1).tolist()
+        of_images = (more + of_row for more, of_row in zip(discrete, images.num_kept, strict=True))
+        return cls(keep, most, most_text, max(1, *of_images), images)
+
+
+def _beside(context: Context, gates: Float[Tensor, "b m 1"], discrete: Context) -> Context:
+    """Weighed tokens, with discrete ones behind them."""
+    parts = Context(context.tokens * gates, context.mask, context.positions), discrete
+    masks = [one.mask for one in parts if one.mask is not None]
+    positions = [one.positions for one in parts if one.positions is not None]
+    tokens = torch.cat([one.tokens for one in parts], dim=1)
+    return Context(tokens, torch.cat(masks, dim=1), torch.cat(positions, dim=1))
 
 
 def _part(context: Context, keep: Bool[Tensor, "b m"], most: int) -> Context:

@@ -18,6 +18,7 @@ from repfusion.config import Config
 from repfusion.layers import TimestepEmbedder, rotary_2d, rotary_at, sin_cos_positions
 from repfusion.model.blocks.adaln import AdaLNBlock
 from repfusion.model.blocks.cross_attention import CrossAttentionBlock
+from repfusion.model.blocks.mixed_attention import MixedAttentionBlock
 from repfusion.model.denoiser import Denoiser, Prefilled
 
 
@@ -92,7 +93,7 @@ class DiT(Denoiser):
         self.after_grid = max(grid)
         """Row and column after the latents' grid, from which positions of contexts count."""
         self.embed = nn.Linear(latent_dim, dim)
-        signal_width = aligned_width or max(context_widths, default=dim)
+        signal_width = aligned_width or (*context_widths, dim)[0]
         self.time = TimestepEmbedder(signal_width)
         self.modulation = nn.Linear(signal_width, 6 * dim)
         self.blocks = nn.ModuleList(
@@ -159,3 +160,40 @@ class DiT(Denoiser):
             rearrange(self.final_modulation(signal), "b k (s d) -> b k s d", s=2) + self.final_table
         ).unbind(2)
         return self.out(self.final_norm(x) * (1 + scale) + shift)
+
+
+class MixedDiT(DiT):
+    """A DiT that attends to two contexts, mixed in every block (LLMDiff-Adapter, arXiv 2502.04412). Its
+    weights but the blocks' `added` are those of a DiT of the first context.
+
+    Raises:
+        ValueError: a width does not divide or is below the latent width, or the conditioner gives anything
+            but two contexts.
+    """
+
+    @staticmethod
+    def new_block(
+        config: DiTConfig, aligned_width: int | None, context_widths: tuple[int, ...]
+    ) -> MixedAttentionBlock:
+        """A block for both contexts. Raises ValueError where the conditioner gives anything else."""
+        if aligned_width is not None or len(context_widths) != 2:
+            raise ValueError(
+                f"mixed are two contexts; the method gives aligned tokens of width {aligned_width} and "
+                f"contexts of widths {context_widths}"
+            )
+        sizes = config.hidden_size, config.num_heads, config.mlp_ratio
+        return MixedAttentionBlock(*sizes, *context_widths)
+
+
+def controlled_dit(
+    config: DiTConfig,
+    latent_dim: int,
+    grid: tuple[int, int],
+    aligned_width: int | None,
+    context_widths: tuple[int, ...],
+) -> MixedDiT:
+    """A MixedDiT that is frozen but for what its blocks have for the second context; raises as it does."""
+    made = MixedDiT(config, latent_dim, grid, aligned_width, context_widths)
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(".added." in name)
+    return made

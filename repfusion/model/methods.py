@@ -16,13 +16,15 @@ from repfusion.conditioning.queries import QueriesConditioner, QueriesConfig
 from repfusion.conditioning.related.blip3o import Blip3oConditioner, Blip3oConfig
 from repfusion.conditioning.related.gill import GillConditioner, GillConfig
 from repfusion.conditioning.related.li_dit import LiDitConditioner, LiDitConfig
+from repfusion.conditioning.related.llm_controller import LlmControllerConditioner, LlmControllerConfig
 from repfusion.conditioning.related.metaquery import MetaQueryConditioner, MetaQueryConfig
+from repfusion.conditioning.related.query_kontext import QueryKontextConditioner, QueryKontextConfig
 from repfusion.conditioning.text_embed import TextEmbedConditioner, TextEmbedConfig
 from repfusion.conditioning.transfusion import TransfusionConfig
 from repfusion.conditioning.unifusion import UniFusionConditioner, UniFusionConfig
 from repfusion.llm.base import LanguageModel
 from repfusion.model.denoiser import Denoiser
-from repfusion.model.dit import DiT, DiTConfig
+from repfusion.model.dit import DiT, DiTConfig, MixedDiT, controlled_dit
 from repfusion.model.in_context import InContextDiT, ReferencesDiT
 from repfusion.model.per_block import InjectedDiT, JointKeysDiT
 from repfusion.model.velocity_head import VelocityHead
@@ -44,6 +46,8 @@ ConditioningConfig = (
     | Blip3oConfig
     | LiDitConfig
     | GillConfig
+    | LlmControllerConfig
+    | QueryKontextConfig
 )
 """Settings of every method, told apart by `method`."""
 
@@ -104,6 +108,11 @@ def conditioner_and_denoiser(
         case GillConfig():
             assert second is not None
             conditioner = GillConditioner(llm, second, latent_dim, method)
+        case LlmControllerConfig():
+            conditioner = LlmControllerConditioner(llm, method, second)
+            kind = MixedDiT if method.trains_generator else controlled_dit
+        case QueryKontextConfig():
+            conditioner = QueryKontextConditioner(llm, method)
         case UniFusionConfig():
             conditioner = UniFusionConditioner(llm, method)
             kind = ReferencesDiT if method.kept_references else kind

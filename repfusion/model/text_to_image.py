@@ -83,6 +83,9 @@ class TextToImage(Trainable):
         self.conditioner = conditioner
         self.denoiser = denoiser
         self.fixed = {f"conditioner.{name}": self.latent_shape for name in conditioner.fixed}
+        read = {id(p) for llm in conditioner.language_models for p in llm.parameters()}
+        own = ((name, p) for name, p in self.named_parameters() if id(p) not in read)
+        self.kept = {name: p for name, p in own if not p.requires_grad}
         self.columns = {IMAGE_FEATURES: SampleArray(), **config.conditioning.columns}
         self.graphs: StepGraphs | None = None
 

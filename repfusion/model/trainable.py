@@ -63,6 +63,8 @@ class Trainable(nn.Module):
     """Shapes of the buffers, by name, that are saved with the trained weights, since those mean something
     else without; a model has all of them or none.
     """
+    kept: Mapping[str, nn.Parameter] = {}
+    """Frozen parameters, by name, that are saved with the trained weights, since no folder holds them."""
 
     def collate(self, samples: Sequence[Sample], recipe: Recipe, seeds: Sequence[int]) -> Inputs:
         """Inputs of a micro-batch on the CPU, with all randomness, from each sample's 64-bit seed. This runs
@@ -106,7 +108,8 @@ class Trainable(nn.Module):
     def fixed_state(self) -> dict[str, Tensor]:
         """What is saved with the trained weights and no step changes, by name."""
         buffers = {name: self.get_buffer(name) for name in self.fixed}
-        return {name: buffer for name, buffer in buffers.items() if buffer is not None}
+        found = {name: buffer for name, buffer in buffers.items() if buffer is not None}
+        return {**found, **{name: parameter.detach() for name, parameter in self.kept.items()}}
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """Copies the trained parameters, strictly. Raises ValueError naming what is missing, unknown or of
@@ -114,23 +117,40 @@ class Trainable(nn.Module):
         """
         own = self.trainable_state()
         check_shapes(state, {name: parameter.shape for name, parameter in own.items()})
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
+        copy_into(own, state)
 
     def load_saved_state(self, state: Mapping[str, Tensor]) -> None:
-        """Copies what a file holds, strictly: the trained parameters, and the buffers saved with them. Where
-        it has no such buffers, the model has none from now on. Raises as `load_trainable_state`.
+        """Copies what a file holds, strictly: the trained parameters, the frozen ones that are saved with
+        them, and such buffers. Where it has no such buffers, the model has none from now on. Raises as
+        `load_trainable_state`.
         """
-        own = self.trainable_state()
+        own = {**self.trainable_state(), **self.kept}
         has_fixed = not state.keys().isdisjoint(self.fixed)
         shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
         check_shapes(state, {**shapes, **(self.fixed if has_fixed else {})})
-        self.load_trainable_state({name: state[name] for name in own})
+        copy_into(own, state)
         for name in self.fixed:
             module, _, buffer = name.rpartition(".")
             value = state[name].to(self.device, torch.float32) if has_fixed else None
             setattr(self.get_submodule(module), buffer, value)
+
+    def load_part(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Copies some of what is saved, and all of the frozen parameters; returns the names of the trained
+        ones that stay as they are. Raises ValueError naming what is unknown, of another shape, or frozen and
+        missing.
+        """
+        own = {**self.trainable_state(), **self.kept}
+        expected = {name: tuple(own[name].shape) for name in own.keys() & state.keys() | self.kept.keys()}
+        check_shapes(state, expected)
+        copy_into({name: own[name] for name in expected}, state)
+        return sorted(own.keys() - expected.keys())
+
+
+def copy_into(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Gives parameters the values of a state that has all of them."""
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
 
 
 def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> None:

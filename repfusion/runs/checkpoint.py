@@ -9,7 +9,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -192,12 +193,43 @@ def load_weights(model: TextToImage, folder: Path, use_ema: bool = True, on_meta
         ValueError: of another geometry, naming the first tensors, and the config fields in which the two
             models differ.
     """
+    with _fitting(model, folder):
+        model.load_saved_state(_state_of(folder, use_ema, on_meta))
+
+
+def load_start(model: TextToImage, folder: Path, on_meta: bool = False) -> None:
+    """Averaged weights of a checkpoint that a training starts from, as `load_weights` reads them: all of
+    them, or what the model's method takes of another's (`MethodConfig.handover`). The log says what is read,
+    what is left and what is fresh.
+
+    Raises:
+        ValueError: as `load_weights`; what is taken is of another geometry, or lacks frozen weights.
+    """
+    before, _ = read_config(folder)
+    wanted = model.config.conditioning.handover(before.conditioning)
+    if wanted is None:
+        load_weights(model, folder, on_meta=on_meta)
+        return
+    with _fitting(model, folder):
+        whole = _state_of(folder, True, on_meta)
+        state = {name: weight for name, weight in whole.items() if name.startswith(wanted.weights)}
+        fresh = model.load_part(state)
+    said = "start from %s (%s): %d weights of it are taken, %d left out, %d of the model are fresh"
+    counts = len(state), len(whole) - len(state), len(fresh)
+    log.info(said, folder, before.conditioning.method, *counts)
+
+
+def _state_of(folder: Path, use_ema: bool, on_meta: bool) -> Mapping[str, Tensor]:
+    if on_meta:
+        return read_headers([folder / (AVERAGES if use_ema else WEIGHTS_FILE)], "checkpoint")
+    return read_weights(folder, use_ema)
+
+
+@contextmanager
+def _fitting(model: TextToImage, folder: Path) -> Iterator[None]:
+    """Puts before the message of a ValueError which checkpoint does not fit, and after it why."""
     try:
-        if on_meta:
-            state = read_headers([folder / (AVERAGES if use_ema else WEIGHTS_FILE)], "checkpoint")
-        else:
-            state = read_weights(folder, use_ema)
-        model.load_saved_state(state)
+        yield
     except ValueError as error:
         saved, _ = read_config(folder)
         fields = differences(saved.model_dump(mode="json"), model.config.model_dump(mode="json"))
@@ -246,12 +278,19 @@ def check_continues(model: TextToImage, folder: Path) -> None:
     """A run that continues from a checkpoint must keep its encoder and noise levels, which no tensor's
     shape tells apart.
 
-    Another MLLM of the same geometry is a legitimate experiment: that is only said.
+    Another MLLM of the same geometry is a legitimate experiment: that is only said. What is taken of another
+    method's checkpoint was trained on what its MLLM says, and has to go on so.
     """
     saved, digests = read_config(folder)
     present = frozen_digests(model)
     check_digests(folder, {"encoder": digests["encoder"]}, present)
-    if digests["mllm"] != present["mllm"]:
+    wanted = model.config.conditioning.handover(saved.conditioning)
+    if wanted is not None and digests["mllm"] != present[wanted.mllm]:
+        raise ValueError(
+            f"checkpoint {folder} was trained with mllm weights {digests['mllm'][:12]}, what is taken of it "
+            f"reads with {wanted.mllm}, which holds {present[wanted.mllm][:12]}; name the checkpoint's there"
+        )
+    if wanted is None and digests["mllm"] != present["mllm"]:
         log.warning("continuing from %s with another MLLM than it was trained with", folder)
     before, now = (_encoder_view(one, model) for one in (saved, model.config))
     if before != now:

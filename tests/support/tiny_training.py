@@ -75,6 +75,10 @@ DISTINCT = ("noisy_latents", "text_embed", "queries_connector", "transfusion", "
 """Methods that differ most: in what the language model reads, when it reads it, how the denoiser takes it.
 The others in METHODS are put together of what these have.
 """
+APART = {"llm_controller": {"method": "llm_controller", "adds_noise": False, "trains_generator": True}}
+"""Those of methods that have their whole models' tests of their own (conditioning/related/), most of them
+slow.
+"""
 
 
 def sparing(names: Iterable[str]) -> list[Any]:
@@ -203,9 +207,9 @@ def make_columns(
 
 
 def tiny_model(foundation: Path, conditioning: str = "noisy_latents", **changes) -> ModelConfig:
-    """`conditioning` is a name in METHODS, `changes` are the DiT's."""
+    """`conditioning` is a name in METHODS or APART, `changes` are the DiT's."""
     return ModelConfig(
-        conditioning=METHODS[conditioning],
+        conditioning=(METHODS | APART)[conditioning],
         mllm=foundation / "llava",
         encoder=EncoderConfig(path=foundation / "vision_tower"),
         decoder=foundation / "decoder",

@@ -13,6 +13,8 @@ BLIP3O = {"method": "blip3o", **QUERIES}
 LI_DIT = {"method": "li_dit", "instruction": "describe the image"}
 """The instruction is the one under which the language model learned to caption."""
 GILL = {"method": "gill", "num_queries": 24, "width": 128}
+CONTROLLER = {"method": "llm_controller", "trains_generator": True}
+"""No text-conditioned DiT lies ready here, so that the rows train it beside what is added."""
 
 LISTED = (
     Row("metaquery", "MetaQuery", "llava", METAQUERY),
@@ -30,6 +32,14 @@ LISTED = (
     Row("li_dit_two", "LI-DiT, two language models", "llava", LI_DIT, second="language"),
     Row("gill", "GILL", "llava", GILL, second="language"),
     Row("gill_text_encoder", "GILL's text encoder itself", "language", {"method": "text_embed"}),
+    Row("llm_controller", "LLM controller", "llava", CONTROLLER, second="language"),
+    Row(
+        "llm_controller_whole",
+        "LLM controller, whole updates",
+        "llava",
+        {**CONTROLLER, "subtracts_alone": False},
+        second="language",
+    ),
 )
 
 LADDERS = {
@@ -46,6 +56,11 @@ LADDERS = {
         Step("li_dit", "+ refiner", "li_dit_bare"),
         Step("li_dit_two", "+ a second language model", "li_dit"),
     ),
+    "LLM controller": (
+        Step("gill_text_encoder", "a text encoder"),
+        Step("llm_controller_whole", "+ summed updates of a language model", "gill_text_encoder"),
+        Step("llm_controller", "+ less those of the token alone", "llm_controller_whole"),
+    ),
 }
 
 CLAIMS = (
@@ -54,12 +69,14 @@ CLAIMS = (
     Claim("a gated refiner helps", ("li_dit", "li_dit_bare")),
     Claim("an instruction before the prompt helps", ("li_dit", "li_dit_uninstructed")),
     Claim("a second language model helps", ("li_dit_two", "li_dit")),
+    Claim("a language model beside the text encoder helps", ("llm_controller", "gill_text_encoder")),
 )
 
 DESCRIBED = (
     Claim("a text encoder beats what GILL maps to it", ("gill_text_encoder", "gill")),
     Claim("MetaQuery beats BLIP3-o", ("metaquery", "blip3o")),
     Claim("an instructed reading beats queries", ("li_dit", "metaquery")),
+    Claim("what context adds beats whole updates", ("llm_controller", "llm_controller_whole")),
 )
 
 RELATED = Plan(

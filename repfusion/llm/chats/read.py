@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from repfusion.llm.base import LAST, LanguageModel, states_of
@@ -27,13 +27,18 @@ class Writing(NamedTuple):
 
 
 def read_chats(
-    llm: LanguageModel, batch: ChatBatch, layers: Sequence[int] = LAST
-) -> tuple[Float[Tensor, "b n c"], ...]:
+    llm: LanguageModel,
+    batch: ChatBatch,
+    layers: Sequence[int] = LAST,
+    after: Float[Tensor, "b q c"] | None = None,
+) -> tuple[Float[Tensor, "b _ c"], ...]:
     """Hidden states of chats in several layers, as transformers counts them: 0 are the embeddings, -1 the
-    last layer's after the final norm. What they are in padding means nothing.
+    last layer's after the final norm; then those of the tokens `after` each chat, where there are some. What
+    they are in padding means nothing.
 
     Raises:
-        ValueError: a layer lies beyond the model's.
+        ValueError: a layer lies beyond the model's; tokens follow images of which the model reads more than
+            tokens.
     """
     num_layers = len(llm.layers)
     for layer in layers:
@@ -43,24 +48,40 @@ def read_chats(
                 f"{num_layers}, or -1 to {-num_layers - 1} from the last"
             )
     is_last = tuple(layers) == LAST
-    return states_of(_run(llm, batch, use_cache=False, output_hidden_states=not is_last), layers)
+    return states_of(_run(llm, batch, after, use_cache=False, output_hidden_states=not is_last), layers)
 
 
-def _run(llm: LanguageModel, batch: ChatBatch, **options: Any) -> Any:
-    """The language model over a batch, image tokens in the place of their marks."""
+def _run(
+    llm: LanguageModel, batch: ChatBatch, after: Float[Tensor, "b q c"] | None = None, **options: Any
+) -> Any:
+    """The language model over a batch, image tokens in the place of their marks, and the tokens after it."""
     embeds, more = llm.embed(batch.ids), {}
     if batch.images:
         assert llm.eyes is not None
         is_image = batch.is_any(ChatPart.IMAGE)
         tokens, more = llm.eyes.see(batch.images, is_image)
         embeds = embeds.masked_scatter(is_image[..., None], tokens.to(embeds.dtype))
+    mask, positions = batch.mask.long(), batch.positions
+    if after is not None:
+        if more:
+            raise ValueError(
+                f"MLLM {llm.folder}: of images it reads {', '.join(more)} beside tokens, after which no "
+                "others can follow; use a LLaVA, a Qwen2.5-VL or an InternVL"
+            )
+        embeds = torch.cat([embeds, after.to(embeds.dtype)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(after.shape[:2])], dim=1)
+        numbers = torch.arange(after.shape[1], device=mask.device)
+        following = next_position(positions) + numbers
+        positions = torch.cat([positions, following.expand(*positions.shape[:-1], -1)], dim=-1)
     return llm.language_model(
-        inputs_embeds=embeds,
-        attention_mask=batch.mask.long(),
-        position_ids=batch.positions,
-        **more,
-        **options,
+        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, **more, **options
     )
+
+
+def next_position(positions: Int[Tensor, "*axes b n"]) -> Int[Tensor, "b 1"]:
+    """The position of what follows each row."""
+    axes = [axis for axis in range(positions.ndim) if axis != positions.ndim - 2]
+    return positions.amax(axes)[:, None] + 1
 
 
 @torch.no_grad()
@@ -92,8 +113,7 @@ def _decode(llm: LanguageModel, batch: ChatBatch, max_new_tokens: int, ends: Ten
     out = _run(llm, batch, use_cache=True)
     mask, columns = batch.mask.long(), []
     is_writing = torch.ones_like(batch.ids[:, 0], dtype=torch.bool)
-    axes = [axis for axis in range(batch.positions.ndim) if axis != batch.positions.ndim - 2]
-    position = batch.positions.amax(axes)[:, None] + 1
+    position = next_position(batch.positions)
     while len(columns) < max_new_tokens:
         columns.append(llm.logits(out.last_hidden_state[:, -1:])[:, 0].argmax(-1))
         is_writing &= ~torch.isin(columns[-1], ends)

@@ -2,11 +2,18 @@
 a batch changes nothing.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from tiny_training import tiny_model, tiny_train
+from prompting import asked, read_prompts, training_inputs
+from tiny_training import APART, tiny_model, tiny_train
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from whole_models import check_others_change_nothing, check_prompts_are_learned
 
+from repfusion.diffusion.sampler import SamplerConfig, sample
+from repfusion.flops.count import sample_flops, train_flops
 from repfusion.model.dit import DiTConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import load_checkpoint
@@ -14,7 +21,7 @@ from repfusion.runs.folder import checkpoint_folder
 from repfusion.train import train
 from repfusion.weights import WEIGHTS
 
-SYSTEMS = ["metaquery", "blip3o", "li_dit"]
+SYSTEMS = ["metaquery", "blip3o", "li_dit", *APART]
 
 
 def speak_up(model: TextToImage) -> None:
@@ -38,6 +45,42 @@ def test_learns_which_prompt_belongs_to_which_latents(make_generator, method):
 @pytest.mark.parametrize("method", SYSTEMS)
 def test_padding_and_other_prompts_change_nothing(make_generator, method):
     check_others_change_nothing(make_generator(method))
+
+
+def flops_of(work: Callable[[], object]) -> int:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", APART)
+def test_flops_of_training_and_of_an_image_are_counted_exactly(make_generator, method):
+    model = make_generator(method)
+    prompts = ["a red circle", "a green square"]
+    inputs = training_inputs(model, prompts, [1, 2], model.shift)
+    num_tokens = 4
+    got = flops_of(lambda: torch.stack([one.mean() for one in model(inputs).values()]).sum().backward())
+    assert got == 2 * train_flops(model, num_tokens)
+    config = SamplerConfig(num_steps=2, guidance_scale=3.0, precision="fp32")
+    noise = torch.randn(2, *model.latent_shape)
+    got = flops_of(lambda: sample(model.requires_grad_(False), asked(prompts)[0], noise, config))
+    assert got == 2 * sample_flops(model, num_tokens, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", APART)
+def test_what_is_computed_once_changes_nothing(make_generator, method):
+    model = make_generator(method)
+    prompts = ["a red circle", "two blue square", ""]
+    z_t = torch.randn(3, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        kept = read_prompts(model, prompts, reuse=True)
+        for t in (torch.tensor([0.9, 0.3, 0.6]), torch.tensor([0.1, 0.2, 0.3])):
+            plain = model.velocity(z_t, t, read_prompts(model, prompts))
+            torch.testing.assert_close(model.velocity(z_t, t, kept), plain, atol=1e-5, rtol=1e-5)
+            fewer = model.velocity(z_t[:2], t[:2], kept.first(2))
+            torch.testing.assert_close(fewer, plain[:2], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
