@@ -6,12 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from repfusion.conditioning.base import Losses
 from repfusion.config import Config
@@ -44,11 +39,16 @@ def keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Che
 
 def computed_again(forward: Callable[..., Any], which: Literal["selective", "full"]) -> Callable[..., Any]:
     """A layer's function, of whose activations only some are kept; see `Trainable.checkpoint_activations`."""
-    keep = partial(create_selective_checkpoint_contexts, keep_products)
-    contexts = keep if which == "selective" else noop_context_fn
+    if which == "full":  # without a context: the compiler takes only one that it can look into
 
-    def checkpointed(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        def checkpointed(*args: Any, **kwargs: Any) -> Any:
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    else:
+        keep = partial(create_selective_checkpoint_contexts, keep_products)
+
+        def checkpointed(*args: Any, **kwargs: Any) -> Any:
+            return checkpoint(forward, *args, use_reentrant=False, context_fn=keep, **kwargs)
 
     return checkpointed
 

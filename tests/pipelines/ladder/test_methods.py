@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from diffusers import AutoencoderDC
-from tiny_training import make_foundation
+from tiny_training import IMAGE_SIZE, make_foundation
 from transformers import AutoTokenizer, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from pipelines.ladder.config import LadderConfig
@@ -73,7 +73,10 @@ def make_tasks(plan: PlanName, weights: Path, root: Path) -> dict[str, Task]:
             "tracking_uri": None,
             "seeds": [0],
             "dit": {"hidden_size": 16, "depth": 1, "num_heads": 2},
-            "data": {"scenes": {"num_samples": 24, "wording": "terse"}, "num_validation": 6},
+            "data": {
+                "scenes": {"num_samples": 24, "wording": "terse", "world": {"image_size": IMAGE_SIZE}},
+                "num_validation": 6,
+            },
             "training": {"num_steps": 3, "global_batch_size": 4, "engine": {"micro_batch_size": 4}},
             "scoring": {
                 "final": {"suites": {"scenes": {"num_prompts": 12}}, "sampler": {"num_steps": 2}},

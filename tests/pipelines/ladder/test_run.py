@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_training import make_foundation
+from tiny_training import IMAGE_SIZE, make_foundation
 
 from pipelines.ladder.compute import run_compute
 from pipelines.ladder.config import LadderConfig
@@ -21,7 +21,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray]
 def config(tmp_path: Path) -> LadderConfig:
     docs = tmp_path / "docs"
     make_foundation(tmp_path / "weights")
-    shutil.move(tmp_path / "weights" / "llava", tmp_path / "weights" / "llava")
     return LadderConfig.model_validate(
         {
             "root": tmp_path / "runs",
@@ -33,7 +32,10 @@ def config(tmp_path: Path) -> LadderConfig:
             "rows": ["repfusion_language", "static_queries"],
             "seeds": [0],
             "dit": {"hidden_size": 16, "depth": 1, "num_heads": 2},
-            "data": {"scenes": {"num_samples": 24}, "num_validation": 6},
+            "data": {
+                "scenes": {"num_samples": 24, "world": {"image_size": IMAGE_SIZE}},
+                "num_validation": 6,
+            },
             "training": {"num_steps": 4, "global_batch_size": 4, "engine": {"micro_batch_size": 4}},
             "scoring": {
                 "final": {"suites": {"scenes": {"num_prompts": 12}}, "sampler": {"num_steps": 2}},

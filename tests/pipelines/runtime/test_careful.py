@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -104,7 +105,12 @@ class PoisonedMaker(SampleMaker):
     """Obeys captions."""
 
     def __call__(
-        self, key: str, image: bytes | None, caption: str | None, metadata: dict[str, Any]
+        self,
+        key: str,
+        image: bytes | None,
+        caption: str | None,
+        metadata: dict[str, Any],
+        sources: Sequence[bytes | None] = (),
     ) -> dict[str, bytes]:
         match (caption or "").split():
             case ["die"]:
@@ -112,7 +118,7 @@ class PoisonedMaker(SampleMaker):
             case ["die", "once", flag] if not os.path.exists(flag):
                 open(flag, "w").close()
                 os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(key, image, caption, metadata)
+        return super().__call__(key, image, caption, metadata, sources)
 
 
 class PoisonedFolderWorker(FolderWorker):

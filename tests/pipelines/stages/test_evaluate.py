@@ -57,10 +57,10 @@ def test_scores_land_in_the_training_s_run(tmp_path: Path):
     experiment = training.client.get_run(training.run_id).info.experiment_id
     models = training.client.search_logged_models([experiment])
     scored = {
-        model.name: [one.value for one in model.metrics or [] if one.key == "eval/overall"]
+        model.tags["step"]: [one.value for one in model.metrics or [] if one.key == "eval/overall"]
         for model in models
     }
-    assert scored == {"step_00000002": [], "step_00000004": [0.0], "step_00000006": [0.0]}
+    assert scored == {"2": [], "4": [0.0], "6": [0.0]}
     assert training.client.get_model_version_by_alias("repfusion", "best").tags["step"] == "4"
     assert (training.checkpoint(4) / "pins" / "best").exists() and not (
         training.checkpoint(6) / "pins"
