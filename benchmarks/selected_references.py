@@ -52,7 +52,7 @@ class Reader(nn.Module):
         self.select, self.images = ReferenceSelection(width, config), ImageTokens.of(batch, config)
 
     def contexts(self, states: Sequence[Tensor], selects: bool) -> tuple[Context, Context]:
-        """As UniFusion makes them; the first state is that of the embeddings."""
+        """Both contexts, as UniFusion makes them; the first state is that of the embeddings."""
         is_image, keep, gates = self.batch.is_any(ChatPart.IMAGE), self.batch.mask, None
         num_text = int((~is_image[0]).sum())
         num_images = is_image.shape[1] - num_text

@@ -63,7 +63,7 @@ class ImageTokens:
 
     @classmethod
     def of(cls, batch: ChatBatch, config: SelectionConfig) -> "ImageTokens":
-        """Of chats whose images have so many tokens or more.
+        """The images of a batch of chats.
 
         Raises:
             ValueError: an image has fewer tokens than `num_discrete`.
@@ -127,7 +127,7 @@ class Selected:
     keep: Bool[Tensor, "b n"]
     """Continuous tokens that are kept."""
     gates: Float[Tensor, "b n"]
-    """By how much each is weighed, about 1 at first; 1 of tokens that are of no image."""
+    """The weight of each, about 1 at first; 1 of tokens that are of no image."""
     tokens: Float[Tensor, "b k c"]
     """Discrete tokens of each row."""
     mask: Bool[Tensor, "b k"]

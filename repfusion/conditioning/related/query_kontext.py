@@ -55,7 +55,7 @@ class QueryKontextConfig(MethodConfig):
         return self.num_queries
 
     def handover(self, before: MethodConfig) -> Handover | None:
-        """Of the training before: the conditioner, and the DiT unless it is replaced."""
+        """The conditioner of the training before, and its DiT unless it is replaced."""
         if not isinstance(before, QueryKontextConfig) or before.low_level > self.low_level:
             return None
         if self.replaces_dit and not before.replaces_dit:
