@@ -57,8 +57,7 @@ LADDERS = {
         Step("li_dit_two", "+ a second language model", "li_dit"),
     ),
     "LLM controller": (
-        Step("gill_text_encoder", "a text encoder"),
-        Step("llm_controller_whole", "+ summed updates of a language model", "gill_text_encoder"),
+        Step("llm_controller_whole", "a text encoder and summed updates of a language model"),
         Step("llm_controller", "+ less those of the token alone", "llm_controller_whole"),
     ),
 }
