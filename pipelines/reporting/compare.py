@@ -25,7 +25,6 @@ from pipelines.reporting.contenders import (
     pairings,
 )
 from pipelines.reporting.scores import number, percent
-from repfusion.config import ConfigError
 from repfusion.display.redaction import redact_text
 from repfusion.display.terminal import printable_lines
 from repfusion.evaluation.suites.base import Value
@@ -218,8 +217,8 @@ def _difference(pairing: Pairing, index: int) -> str:
     found = pairing.difference(index) if index else None
     if found is None:
         return "&ndash;"
-    mean, interval = (100 * found[0], found[1])
-    return f"{mean:+.1f}<small>{100 * interval.low:+.1f} to {100 * interval.high:+.1f}</small>"
+    mean, interval = found
+    return f"{100 * mean:+.1f}<small>{100 * interval.low:+.1f} to {100 * interval.high:+.1f}</small>"
 
 
 def _curves(pairing: Pairing, names: Sequence[str]) -> str:
@@ -333,7 +332,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         print(compare(args.runs, args.out))
-    except (ValueError, OSError, ConfigError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(printable_lines(redact_text(f"error: {error}")))
 
 

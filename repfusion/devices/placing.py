@@ -63,12 +63,13 @@ def find_device(on_gpu: bool, precision: Precision, key: str) -> torch.device:
                 else "it was built without CUDA; install torch's wheel for the driver's CUDA"
             )
         )
-    if precision == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    device = torch.device("cuda", torch.cuda.current_device())
+    if precision == "bfloat16" and not multiplies_bf16(device):
         raise ValueError(
             f"{torch.cuda.get_device_name()} has no bfloat16: set {key} to float32, or to float16 for a "
             "tower that stays within its range"
         )
-    return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def is_out_of_memory(error: BaseException) -> bool:

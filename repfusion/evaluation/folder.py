@@ -19,6 +19,8 @@ import torch
 from pydantic import Field
 
 from repfusion.config import Config, load_config
+from repfusion.display.redaction import redact_text
+from repfusion.display.terminal import printable_lines
 from repfusion.evaluation.columns import answers_column, known, scores_column, write_items
 from repfusion.evaluation.record import SuiteResult
 from repfusion.evaluation.suites.base import Answer, Image, Item, Suite
@@ -150,8 +152,8 @@ def main() -> None:
     try:
         config = load_config(ScoredFolderConfig, args.config, args.overrides)
         result = score_folder(args.images, config, args.out)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError) as error:
+        sys.exit(printable_lines(redact_text(f"error: {error}")))
     counts, values = result.scores.counts, result.scores.values
     for name, value in values.items():
         of = f"  ({counts[name].correct}/{counts[name].total})" if name in counts else ""
