@@ -46,7 +46,7 @@ $(STAMP): requirements.lock pyproject.toml
 
 setup: $(STAMP) ## create .venv with the locked versions (the other targets do this themselves)
 
-demo: $(STAMP) ## the whole pipeline on the embedded world: data -> training -> images, 7 to 15 minutes on 2 cores
+demo: $(STAMP) ## the whole pipeline on the embedded world: data -> training -> images, 7 to 19 minutes on 2 cores
 	@$(BIN)/python -m pipelines run $(DEMO)
 
 # BASE=folder of a UniFusion checkpoint stands in for the training of the first half, whose data are made all the same.

@@ -13,6 +13,7 @@ from repfusion.evaluation.columns import outputs_column
 from repfusion.evaluation.record import SCORES, Evaluation, SuiteResult, read_evaluation
 from repfusion.evaluation.suites.base import Interval
 from repfusion.runs.folder import STEP_FOLDER, RunFolder, step_of
+from repfusion.runs.named import trainings_below
 
 ITEMS = "items.jsonl"
 DRAWS = 4000
@@ -39,7 +40,10 @@ class Contender:
         items_path, images_path = folder / ITEMS, outputs_column(folder).path
         for path in (items_path, images_path):
             if not path.is_file():
-                raise ValueError(f"{path} is not there; evaluate {self.name} again")
+                raise ValueError(
+                    f"{path} is not there, which holds what was asked or drawn; name the training in place "
+                    f"of a copy of its scores, or evaluate {self.name} again"
+                )
         try:
             items = [json.loads(line) for line in items_path.read_text().splitlines()]
             images = np.load(images_path, mmap_mode="r")
@@ -123,7 +127,7 @@ def contender_of(path: Path) -> Contender:
     found = evaluations_of(path)
     if not found:
         raise ValueError(
-            f"{path}: no {SCORES}, neither in it nor in evaluate/ or evaluations/; name the folder of an "
+            f"{path}: no {SCORES}, neither in it nor in evaluations/ or evaluate/; name the folder of an "
             "evaluation, a training or a workflow that was evaluated"
         )
     folder, evaluation = found[-1]
@@ -132,16 +136,36 @@ def contender_of(path: Path) -> Contender:
 
 
 def evaluations_of(path: Path) -> list[tuple[Path, Evaluation]]:
-    """Folders and contents of a path's evaluations, by step."""
+    """Folders and contents of a path's evaluations, by step: its own, those of the training that it is, or
+    those of the one training below it that was evaluated. A workflow's `evaluate/` holds the scores of these
+    alone, without the images.
+
+    Raises:
+        ValueError: several trainings below it were evaluated, or an evaluation cannot be read.
+    """
     if (own := _read(path)) is not None:
         return [(path, own)]
-    for place in (path / "evaluate", RunFolder(path).evaluations, path.parent / "evaluate"):
-        folders = [one for one in place.glob("step_*") if STEP_FOLDER.fullmatch(one.name)]
-        every = [(folder, _read(folder)) for folder in sorted(folders, key=step_of)]
-        read = [(folder, one) for folder, one in every if one is not None]
-        if read:
-            return read
-    return []
+    if not path.is_dir():
+        return []
+    if RunFolder(path).checkpoints.is_dir():
+        return _of_training(path)
+    below = {root.parent: _of_training(root.parent) for root in trainings_below(path)}
+    evaluated = {folder: read for folder, read in below.items() if read}
+    if len(evaluated) > 1:
+        names = ", ".join(map(str, evaluated))
+        raise ValueError(f"{path}: {len(evaluated)} trainings were evaluated; name one: {names}")
+    return next(iter(evaluated.values()), [])
+
+
+def _of_training(folder: Path) -> list[tuple[Path, Evaluation]]:
+    """The evaluations that a workflow made, or else those of `python -m repfusion.evaluation`."""
+    return _steps_in(RunFolder(folder).evaluations) or _steps_in(folder / "evaluate")
+
+
+def _steps_in(place: Path) -> list[tuple[Path, Evaluation]]:
+    folders = [one for one in place.glob("step_*") if STEP_FOLDER.fullmatch(one.name)]
+    every = [(folder, _read(folder)) for folder in sorted(folders, key=step_of)]
+    return [(folder, one) for folder, one in every if one is not None]
 
 
 def _read(folder: Path) -> Evaluation | None:

@@ -4,6 +4,7 @@ and keys in a real browser.
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -106,20 +107,39 @@ def test_prompts_that_are_not_the_same_are_left_out_and_counted(two):
     assert "3 prompts are not the same in all" in page
 
 
-def test_a_training_and_a_workflow_stand_for_their_last_evaluation(tmp_path):
+def trained(folder: Path, place: str = "evaluations") -> Path:
+    """A training with two evaluations."""
+    (folder / "checkpoints").mkdir(parents=True)
     for step in (10, 200):
-        evaluated(tmp_path / "workflow" / "evaluate" / f"step_{step:08d}", step=step)
-        evaluated(tmp_path / "training" / "evaluations" / f"step_{step:08d}", step=step)
-    for name in ("workflow", "training"):
-        found = contender_of(tmp_path / name)
+        evaluated(folder / place / f"step_{step:08d}", step=step)
+    return folder
+
+
+def test_a_training_and_a_workflow_stand_for_their_last_evaluation(tmp_path):
+    """A workflow keeps copies of scores, without images, in evaluate/."""
+    workflow = trained(tmp_path / "workflow" / "train").parent
+    shutil.copytree(workflow / "train" / "evaluations", workflow / "evaluate", ignore=lambda *_: {"scenes"})
+    by_hand = trained(tmp_path / "by_hand", "evaluate")
+    for path in (workflow, workflow / "train", by_hand):
+        found = contender_of(path)
         assert found.evaluation.step == 200 and [one.step for one in found.history] == [10, 200]
+        assert found.drawn("scenes")
+    compare([workflow, by_hand], tmp_path / "page.html")
+    trained(workflow / "other")
+    with pytest.raises(ValueError, match=r"workflow: 2 trainings were evaluated; name one: .*other, .*train"):
+        contender_of(workflow)
+    with pytest.raises(ValueError, match="in place of a copy of its scores"):
+        contender_of(workflow / "evaluate" / "step_00000200").drawn("scenes")
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda a, b: (b / "scores.json").unlink(), r"b: no scores\.json, neither in it nor in evaluate/"),
-        (lambda a, b: (b / "scenes/items.jsonl").unlink(), r"items\.jsonl is not there; evaluate .*b again"),
+        (lambda a, b: (b / "scores.json").unlink(), r"b: no scores\.json, neither in it nor in evaluations/"),
+        (
+            lambda a, b: (b / "scenes/items.jsonl").unlink(),
+            r"items\.jsonl is not there, .*b again",
+        ),
         (lambda a, b: np.save(b / "scenes/outputs.npy", np.zeros((3, 8, 8, 3), np.uint8)), "3 images for 12"),
         (lambda a, b: (b / "scenes/outputs.npy").write_bytes(b"\x80\x04."), "scenes: .*; evaluate .*b again"),
         (lambda a, b: (b / "scores.json").write_text("{}"), r"scores\.json is no evaluation"),

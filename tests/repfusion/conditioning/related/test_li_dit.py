@@ -112,7 +112,7 @@ def test_the_refiner_equals_a_slow_reference_and_sees_no_padding(widths):
             states = [one.tokens[row, one.mask[row]] for one in contexts]
             assert found.mask is not None
             real = found.tokens[row, found.mask[row]]
-            torch.testing.assert_close(real, refined(refiner, states, t[row]), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(real, refined(refiner, states, t[row]), rtol=1e-6, atol=1e-5)
 
 
 def test_at_first_the_refiner_is_not_there(foundation):
