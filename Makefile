@@ -29,7 +29,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo doctor browse demo-edit run status plan verify retry gc evaluate compare export lineage flops ladder ladder-table unifusion related gpu-science bench-gpu cluster-up cluster-status submit jobs logs cancel cluster-down test test-slow test-gpu test-cluster fuzz lint format foundation base mlflow clean
+.PHONY: help setup demo doctor browse demo-edit run status plan verify retry gc evaluate compare export lineage flops ladder ladder-table unifusion related gpu-science bench-gpu cluster-up cluster-status submit jobs logs cancel cluster-down test test-slow test-gpu test-cluster fuzz lint format foundation base unifusion-base mlflow clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,9 +49,9 @@ setup: $(STAMP) ## create .venv with the locked versions (the other targets do t
 demo: $(STAMP) ## the whole pipeline on the embedded world: data -> training -> images, 7 to 19 minutes on 2 cores
 	@$(BIN)/python -m pipelines run $(DEMO)
 
-# BASE=folder of a UniFusion checkpoint stands in for the training of the first half, whose data are made all the same.
-demo-edit: $(STAMP) ## UniFusion edits: scenes and rewritings -> a text-to-image base -> fine-tune on edits -> scores; make demo-edit BASE=folder
-	@$(BIN)/python -m pipelines run pipelines/configs/demo_edit_base.yaml $(if $(BASE),last_stage=rewrites)
+# Some of the base's scenes are mixed into the edits. BASE=folder of another UniFusion checkpoint to go on from.
+demo-edit: $(STAMP) ## UniFusion learns to edit: scenes, edits, rewritings in sight of the images -> fine-tune of the shipped base -> scores
+	@$(BIN)/python -m pipelines run pipelines/configs/unifusion_base.yaml root=runs/demo_edit_scenes source.num_samples=4000 last_stage=rewrites
 	@$(BIN)/python -m pipelines run pipelines/configs/demo_edit.yaml $(if $(BASE),trainings.edit.init_from=$(BASE))
 
 run: $(STAMP) ## bring a workflow up to date: make run W=workflow.yaml SET="key.path=value ..."; so do the next five
@@ -177,6 +177,10 @@ base: $(STAMP) ## pre-train the shipped base checkpoint on the foundation (about
 	$(BIN)/python -m repfusion.foundation.base prepare --root runs/base
 	$(BIN)/python -m repfusion.train repfusion/foundation/base.yaml
 	$(BIN)/python -m repfusion.foundation.base release --checkpoints runs/base/train/checkpoints
+
+unifusion-base: $(STAMP) ## train the shipped UniFusion checkpoint on the foundation (about an hour on 2 cores)
+	$(BIN)/python -m pipelines run pipelines/configs/unifusion_base.yaml $(SET)
+	$(BIN)/python -m repfusion.foundation.base release --checkpoints runs/unifusion_base/train/checkpoints --out repfusion/weights/unifusion
 
 mlflow: $(STAMP) ## the tracked runs, on http://127.0.0.1:5000 (PORT=... for another): make mlflow ROOT=runs/my, or where MLFLOW_TRACKING_URI says
 	@$(BIN)/python -m repfusion.tracking --port $(PORT) $(if $(ROOT),--root $(ROOT))

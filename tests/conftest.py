@@ -54,10 +54,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def process_as_others_find_it() -> Iterator[None]:
     """Sums differ in the last bits by the number of threads, which an engine sets, and by who multiplies:
     under ZeRO-3 DeepSpeed puts a function of its own in the place of torch's for the rest of the process. A
-    task of Ray goes to the directory of its driver, also where a test calls it.
+    task of Ray goes to the directory of its driver, also where a test calls it. MLflow's databases are made
+    once.
     """
     import torch
+    from quick_stores import make_stores_quick
 
+    make_stores_quick()
     linear, directory = torch.nn.functional.linear, Path.cwd()
     torch.set_num_threads(1)
     yield

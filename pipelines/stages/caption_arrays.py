@@ -2,7 +2,8 @@
 
 `KEY.COLUMN.npy` belongs to the main caption, `KEY.long.COLUMN.npy` to the column `long`. What is made of each
 distinct caption of a shard is made and stored once; where the caption returns, `KEY.COLUMN.ref` holds the
-name of the member that stores it.
+name of the member that stores it. A column that reads instructions with their source images holds these
+encoded, those of one shard at a time.
 """
 
 import itertools
@@ -25,7 +26,7 @@ from pipelines.shards.tars import read_samples, tar_shard
 from repfusion.config import Config, WeightsFolder, naming
 from repfusion.data.config import CAPTION
 from repfusion.data.readers import CaptionArray
-from repfusion.data.source_images import is_source
+from repfusion.data.source_images import is_source, source_members
 
 
 class CaptionArrayConfig(Config):
@@ -68,6 +69,14 @@ class Reading:
     """Which of these are read."""
 
 
+@dataclass(frozen=True, order=True)
+class AskedCaption:
+    """A caption, and the encoded source images that it is an instruction for, where they are read with it."""
+
+    caption: str
+    sources: tuple[bytes, ...] = ()
+
+
 @dataclass(frozen=True)
 class Made:
     """An array, and the reason for which it is not what was asked for, which is counted."""
@@ -78,7 +87,7 @@ class Made:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Where a caption's npy bytes lie in the scratch file."""
+    """Where the npy bytes of a caption, or of an instruction, lie in the scratch file."""
 
     offset: int
     size: int
@@ -111,8 +120,8 @@ class CaptionArrayWorker:
     """Kind of the column, the name of its members."""
     with_head: ClassVar[bool] = False
     """Whether the language model scores next tokens."""
-    takes_edits: ClassVar[bool] = True
-    """Whether captions that are instructions for source pictures are taken without these."""
+    reads_sources: ClassVar[bool] = False
+    """Whether captions that are instructions for source images are read with these, or by themselves."""
 
     def __init__(
         self,
@@ -128,7 +137,7 @@ class CaptionArrayWorker:
         import torch
 
         from repfusion.devices.placing import BatchRoom, find_device
-        from repfusion.llm.load import load_language_model
+        from repfusion.llm.load import family_of, load_language_model
 
         if names and captions is None:
             raise ValueError(f"captions {', '.join(names)} are asked for, but there is no folder of captions")
@@ -139,21 +148,24 @@ class CaptionArrayWorker:
         self.device = find_device(actors.num_gpus > 0, mllm_dtype, f"{key}.mllm_dtype")
         self._room = BatchRoom(batch_size, self.device, f"{key}.batch_size")
         dtype = getattr(torch, mllm_dtype)
-        self.mllm = load_language_model(mllm, dtype, self.with_head).to(self.device)
+        sees = self.reads_sources and family_of(mllm).sees
+        self.mllm = load_language_model(mllm, dtype, self.with_head, with_eyes=sees).to(self.device)
         self._computing = Lock()
 
-    def make(self, captions: Sequence[str], shard: Path | Folder) -> list[Made]:
+    def make(self, asked: Sequence[AskedCaption], shard: Path | Folder) -> list[Made]:
         """What each caption becomes; `shard` is where they are from, for messages. Raises ShardError."""
         raise NotImplementedError
 
-    def check(self, captions: Sequence[str]) -> None:
-        """Raises PromptTooLong where a caption does not fit into the language model's context."""
-        self.mllm.check_lengths(captions)
+    def check(self, asked: Sequence[AskedCaption]) -> None:
+        """Raises PromptTooLong where a caption does not fit into the language model's context, and ValueError
+        where its images are not readable for that model.
+        """
+        self.mllm.check_lengths([one.caption for one in asked])
 
     def __call__(self, job: ShardJob) -> Sidecar:
-        captions = self._read(job.name)
-        self._refuse_long(captions, job.name)
-        distinct = {caption for own in captions.values() for caption in own.values()}
+        asked = self._read(job.name)
+        self._refuse_unreadable(asked, job.name)
+        distinct = {one for own in asked.values() for one in own.values()}
         with (
             ShardCommit(
                 self.folder, job.name, job.fingerprint, job.inputs, ("torch", "transformers")
@@ -162,92 +174,101 @@ class CaptionArrayWorker:
         ):
             with self._computing:
                 kept = self._keep(distinct, scratch, job.name)
-            for key, own in captions.items():
-                for caption in own.values():
-                    if (reason := kept[caption].reason) is not None:
-                        commit.drop(key, reason, caption)
-            self._write(captions, kept, scratch, commit)
+            for key, own in asked.items():
+                for one in own.values():
+                    if (reason := kept[one].reason) is not None:
+                        commit.drop(key, reason, one.caption)
+            self._write(asked, kept, scratch, commit)
             return commit.commit(f"{job.name}.tar")
 
     def member(self, caption: str) -> str:
         """The member that belongs to a caption, `txt` or `NAME.txt`."""
         return CaptionArray().member(self.column, caption)
 
-    def _read(self, name: str) -> dict[str, dict[str, str]]:
-        """Captions of each key, by the member that will hold what they become."""
-        captions: dict[str, dict[str, str]] = {}
-        for key, members in self._samples(self.source, name, _CaptionAndSources()):
-            if len(members) > 1 and not self.takes_edits:
-                raise ShardError(
-                    f"shard {self.source / name}.tar, key {key}: an editing sample, whose instruction would "
-                    f"be read without its source images; leave the column {self.column!r} out for such data"
-                )
-            captions[key] = {self.member(CAPTION): members[CAPTION].decode().strip()}
+    def _read(self, name: str) -> dict[str, dict[str, AskedCaption]]:
+        """What is asked of each key, by the member that will hold what becomes of it."""
+        asked: dict[str, dict[str, AskedCaption]] = {}
+        wanted = _CaptionAndSources() if self.reads_sources else (CAPTION,)
+        sources = {}
+        for key, members in self._samples(self.source, name, wanted):
+            try:
+                sources[key] = tuple(members[one] for one in source_members(members))
+            except ValueError as error:
+                raise ShardError(f"shard {self.source / name}.tar, key {key}: {error}") from error
+            asked[key] = {self.member(CAPTION): self._one(members[CAPTION], sources[key])}
         if self.captions is None or not self.names:
-            return captions
+            return asked
         for key, members in self._samples(self.captions, name, [f"{name}.{CAPTION}" for name in self.names]):
-            if key not in captions:
+            if key not in asked:
                 raise ShardError(
                     f"shard {self.captions / name}.tar, key {key}: not among the keys of "
                     f"{self.source / name}.tar; re-run the stage 'captions'"
                 )
-            captions[key] |= {self.member(member): data.decode().strip() for member, data in members.items()}
-        return captions
+            asked[key] |= {self.member(one): self._one(text, sources[key]) for one, text in members.items()}
+        return asked
+
+    @staticmethod
+    def _one(caption: bytes, sources: tuple[bytes, ...]) -> AskedCaption:
+        return AskedCaption(caption.decode().strip(), sources)
 
     def _samples(
         self, folder: Folder, name: str, wanted: Container[str]
     ) -> Iterable[tuple[str, dict[str, bytes]]]:
         return read_samples(folder, f"{name}.tar", read_sidecar(folder, name), wanted)
 
-    def _refuse_long(self, captions: Mapping[str, Mapping[str, str]], name: str) -> None:
-        """Raises ShardError, naming the first key, where a caption does not fit into the MLLM's context."""
+    def _refuse_unreadable(self, asked: Mapping[str, Mapping[str, AskedCaption]], name: str) -> None:
+        """Raises ShardError, naming the first key, where the language model cannot read what is asked."""
         from repfusion.llm.base import PromptTooLong
 
-        for key, own in captions.items():
+        for key, own in asked.items():
+            place = f"shard {self.source / name}.tar, key {key}"
             try:
                 self.check(list(own.values()))
             except PromptTooLong as error:
                 raise ShardError(
-                    f"shard {self.source / name}.tar, key {key}: a caption does not fit the MLLM "
-                    f"{self.mllm.folder}: {error} (curate.max_caption_tokens, and max_tokens of a captions "
-                    "column, leave such ones out and count them)"
+                    f"{place}: a caption does not fit the MLLM {self.mllm.folder}: {error} "
+                    "(curate.max_caption_tokens, and max_tokens of a captions column, leave such ones out "
+                    "and count them)"
                 ) from error
+            except ValueError as error:
+                raise ShardError(f"{place}: {error}") from error
 
-    def _keep(self, captions: set[str], scratch: IO[bytes], name: str) -> dict[str, _Kept]:
-        """Writes each caption's npy bytes to `scratch`: a shard's arrays may not fit into memory. Captions of
-        like length share a batch, so that little is padded.
+    def _keep(self, asked: set[AskedCaption], scratch: IO[bytes], name: str) -> dict[AskedCaption, _Kept]:
+        """Writes the npy bytes of what each becomes to `scratch`: a shard's arrays may not fit into memory.
+        Captions of like length share a batch, so that little is padded, those with images and those without
+        apart.
         """
-        kept: dict[str, _Kept] = {}
-        texts = sorted(captions)
+        kept: dict[AskedCaption, _Kept] = {}
+        texts = sorted({one.caption for one in asked})
         lengths = dict(zip(texts, map(len, self.mllm.token_ids(texts)), strict=True))
-        ordered = sorted(texts, key=lambda caption: (lengths[caption], caption))
+        ordered = sorted(asked, key=lambda one: (len(one.sources), lengths[one.caption], one))
         for start in range(0, len(ordered), self._room.most):
             batch = ordered[start : start + self._room.most]
             parts = self._room(lambda some: self.make(some, self.source / name), batch)
-            for caption, made in zip(batch, itertools.chain(*parts), strict=True):
+            for one, made in zip(batch, itertools.chain(*parts), strict=True):
                 data = npy_bytes(made.array)
-                kept[caption] = _Kept(scratch.tell(), len(data), made.reason)
+                kept[one] = _Kept(scratch.tell(), len(data), made.reason)
                 scratch.write(data)
         return kept
 
     @staticmethod
     def _write(
-        captions: Mapping[str, Mapping[str, str]],
-        kept: Mapping[str, _Kept],
+        asked: Mapping[str, Mapping[str, AskedCaption]],
+        kept: Mapping[AskedCaption, _Kept],
         scratch: IO[bytes],
         commit: ShardCommit,
     ) -> None:
-        homes: dict[str, str] = {}
+        homes: dict[AskedCaption, str] = {}
         with tar_shard(commit) as samples:
-            for key, own in captions.items():
+            for key, own in asked.items():
                 members: dict[str, bytes] = {}
-                for member, caption in sorted(own.items()):
-                    if (home := homes.get(caption)) is not None:
+                for member, one in sorted(own.items()):
+                    if (home := homes.get(one)) is not None:
                         members[f"{member.removesuffix('.npy')}.ref"] = home.encode()
                         continue
-                    homes[caption] = f"{key}.{member}"
-                    scratch.seek(kept[caption].offset)
-                    members[member] = scratch.read(kept[caption].size)
+                    homes[one] = f"{key}.{member}"
+                    scratch.seek(kept[one].offset)
+                    members[member] = scratch.read(kept[one].size)
                 samples.write(key, members)
 
 
@@ -264,10 +285,11 @@ def caption_array_stage(
     """
 
     def check() -> None:
-        from repfusion.llm.load import load_language_model
+        from repfusion.llm.load import family_of, load_language_model
 
         with naming(reading.key):
-            load_language_model(reading.mllm, with_head=worker.with_head, on_meta=True)
+            sees = worker.reads_sources and family_of(reading.mllm).sees
+            load_language_model(reading.mllm, with_head=worker.with_head, on_meta=True, with_eyes=sees)
 
     decides = {
         "mllm": place.digests.folder(reading.mllm, reading.key),

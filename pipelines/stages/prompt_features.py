@@ -10,6 +10,7 @@ from pipelines.dag import Place, ShardStage
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardError
 from pipelines.stages.caption_arrays import (
+    AskedCaption,
     CaptionArrayConfig,
     CaptionArrayWorker,
     Made,
@@ -59,13 +60,14 @@ class PromptFeaturesWorker(CaptionArrayWorker):
             what = "the language model's layers"
             self.mllm.compile_layers(compilation_for(self.device.type, what, COST_OF_EAGER))
 
-    def make(self, captions: Sequence[str], shard: Path | Folder) -> list[Made]:
-        """Last-layer states, unpadded. Raises ShardError where one is not finite as it is stored."""
+    def make(self, asked: Sequence[AskedCaption], shard: Path | Folder) -> list[Made]:
+        """Last-layer states of captions, unpadded. Raises ShardError where one is not finite as kept."""
         import torch
 
         from repfusion.conditioning.text_embed import encode_text
         from repfusion.inputs import to_device
 
+        captions = [one.caption for one in asked]
         filling = [captions[0]] * (self._room.most - len(captions)) if self.is_static else []
         prefix = to_device(self.mllm.tokenise([*captions, *filling]), self.device)
         rows = encode_text(self.mllm, prefix)[: len(captions)]

@@ -1,12 +1,13 @@
 """Image shards and their alternative captions -> a column of rewritten captions, as token ids [k], for a
-model that rewrites prompts (UniFusion's VERIFI): training reads them at once, which costs no decoding.
+model that rewrites prompts (UniFusion's VERIFI): training reads them at once, which costs no decoding. An
+instruction of an editing sample is rewritten in sight of its source images, as a call would have it.
 
 An empty array says that the caption itself serves; why is counted in the sidecar.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -14,6 +15,7 @@ from pydantic import Field
 from pipelines.dag import Place, ShardStage
 from pipelines.shards.storage import Folder
 from pipelines.stages.caption_arrays import (
+    AskedCaption,
     CaptionArrayConfig,
     CaptionArrayWorker,
     Made,
@@ -21,6 +23,9 @@ from pipelines.stages.caption_arrays import (
     caption_array_stage,
 )
 from repfusion.data.readers import REWRITES
+
+if TYPE_CHECKING:
+    from repfusion.llm.chats.format import Chat
 
 
 class RewritesConfig(CaptionArrayConfig):
@@ -38,31 +43,36 @@ class RewritesWorker(CaptionArrayWorker):
 
     column: ClassVar[str] = REWRITES
     with_head: ClassVar[bool] = True
-    takes_edits: ClassVar[bool] = False
+    reads_sources: ClassVar[bool] = True
 
     def __init__(self, folder: Folder, source: Folder, config: RewritesConfig, **reading: Any):
         self.system, self.max_new_tokens = config.system, config.max_new_tokens
         super().__init__(folder, source, config.batch_size, config.actors, **reading)
 
-    def check(self, captions: Sequence[str]) -> None:
-        """Raises PromptTooLong where a caption's chat, with room for its rewriting, is too long."""
+    def check(self, asked: Sequence[AskedCaption]) -> None:
+        """Raises PromptTooLong where a caption's chat, with room for its rewriting, is too long, and
+        ValueError where its images do not fit or the language model does not see.
+        """
         from repfusion.llm.chats.batch import tokenise_chats
+
+        tokenise_chats(self.mllm, self._chats(asked), room=self.max_new_tokens)
+
+    def _chats(self, asked: Sequence[AskedCaption]) -> "list[Chat]":
+        from repfusion.images.decode import read_pixels
         from repfusion.llm.chats.format import Chat
 
-        chats = [Chat(caption, system=self.system) for caption in captions]
-        tokenise_chats(self.mllm, chats, room=self.max_new_tokens)
+        return [Chat(one.caption, [*map(read_pixels, one.sources)], self.system) for one in asked]
 
-    def make(self, captions: Sequence[str], shard: Path | Folder) -> list[Made]:
+    def make(self, asked: Sequence[AskedCaption], shard: Path | Folder) -> list[Made]:
         """Token ids; none, with the reason, where nothing or no end was written. What a caption has in quotes
         and the language model did not keep is put right, and counted.
         """
         from repfusion.inputs import to_device
         from repfusion.llm.chats.batch import tokenise_chats
-        from repfusion.llm.chats.format import Chat
         from repfusion.llm.chats.rewriting import rewrite
 
-        chats = tokenise_chats(self.mllm, [Chat(caption, system=self.system) for caption in captions])
-        found = rewrite(self.mllm, to_device(chats, self.device), captions, self.max_new_tokens)
+        chats = to_device(tokenise_chats(self.mllm, self._chats(asked)), self.device)
+        found = rewrite(self.mllm, chats, [one.caption for one in asked], self.max_new_tokens)
         return [
             Made(
                 np.array(one.ids, np.int32),

@@ -84,7 +84,7 @@ class UniFusionConfig(MethodConfig):
 
     @property
     def columns(self) -> Mapping[str, Reader]:
-        return {} if self.rewriting is None else {REWRITES: CaptionArray(is_required=True)}
+        return {} if self.rewriting is None else {REWRITES: CaptionArray(is_required=True, sees_images=True)}
 
     @property
     def needs_head(self) -> bool:

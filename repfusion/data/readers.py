@@ -22,6 +22,11 @@ class Reader(Protocol):
         """Whether all members of a data set have one shape and dtype; else all but their first axis."""
         ...
 
+    @property
+    def sees_images(self) -> bool:
+        """Whether what it holds of an editing sample was made of the source images too."""
+        ...
+
     def member(self, column: str, caption: str) -> str:
         """Extension of the member that belongs to a caption (`txt`, or `NAME.txt`)."""
         ...
@@ -33,6 +38,7 @@ class SampleArray:
 
     is_required: bool = True
     is_dense: bool = True
+    sees_images: bool = False
 
     def member(self, column: str, caption: str) -> str:
         return f"{column}.npy"
@@ -46,6 +52,7 @@ class CaptionArray:
 
     is_required: bool = False
     is_dense: bool = False
+    sees_images: bool = False
 
     def member(self, column: str, caption: str) -> str:
         return f"{caption.removesuffix('txt')}{column}.npy"

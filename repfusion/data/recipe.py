@@ -71,7 +71,10 @@ class Recipe:
             return shown, "full"
         else:
             has_images = False
-        arrays = {column: sample.read(column, name) for column in columns}
+        # what was written in sight of the images belongs to them, and is left out with them
+        is_blind = sample.num_sources > 0 and not has_images
+        readable = [column for column, reader in columns.items() if not (is_blind and reader.sees_images)]
+        arrays = {column: sample.read(column, name) for column in readable}
         computed = {column: torch.tensor(array) for column, array in arrays.items() if array is not None}
         return Request(caption, sample.sources() if has_images else (), computed=computed), "full"
 
@@ -100,7 +103,9 @@ class RecipeConfig(Config):
     without the instruction: the middle branch of guidance with a scale for text and one for images.
     """
     image_dropout: float = Field(default=0.0, ge=0, le=1)
-    """Fraction of the editing samples, likewise, trained on the instruction without its images."""
+    """Fraction of the editing samples, likewise, trained on the instruction without its images, as it is
+    where a rewriting of it was made of them.
+    """
 
     @model_validator(mode="after")
     def _drops_leave_something(self) -> "RecipeConfig":

@@ -37,6 +37,7 @@ def test_what_an_input_may_not_do(tmp_path, monkeypatch):
     HELD.pop().close()
 
 
+@pytest.mark.slow
 def test_an_input_that_ends_its_process_is_kept(tmp_path):
     found = drive([], 0, 120.0, tmp_path, max_findings=1)
     assert found.findings and "the process ended with status 1" in found.findings[0].text

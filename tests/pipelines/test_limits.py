@@ -116,6 +116,7 @@ def test_a_missing_folder_is_named_with_its_key_unless_nothing_is_counted(make_c
     assert limits(free) == []
 
 
+@pytest.mark.slow
 def test_a_caption_that_does_not_fit_is_a_counted_drop_with_its_key(make_config: Make, tmp_path, pool):
     """The tests' LLaVA takes 47 tokens beside the begin token."""
     (tmp_path / "images").mkdir()

@@ -113,7 +113,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture(scope="session", params=["bytes", "words"])
+@pytest.fixture(scope="session", params=["bytes", pytest.param("words", marks=pytest.mark.slow)])
 def elsewhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     """The config of a LLaVA made elsewhere: other widths, depths, patch size, tokenizer, grouped queries."""
     torch.manual_seed(5)

@@ -44,6 +44,7 @@ def drawn(pipe: RepFusionPipeline, prompt=PROMPTS[0], seed: int = 0, **changes) 
     return pipe(prompt, generator=seeded(seed), **{**INPUTS, **changes}).images
 
 
+@pytest.mark.slow
 def test_it_is_imported_from_the_package_which_loads_no_torch_for_it():
     assert repfusion.RepFusionPipeline is RepFusionPipeline
     code = "import sys, repfusion; assert 'torch' not in sys.modules; from repfusion import RepFusionPipeline"

@@ -89,6 +89,7 @@ def test_every_method_and_kind_of_language_model(tmp_path, mllm, conditioning):
     assert torch.equal(draw(load_export(out)), draw(load_checkpoint(checkpoint)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "conditioning",
     [
@@ -111,6 +112,7 @@ def test_a_second_language_model_goes_along(tmp_path, conditioning):
     assert index["second_language_model"] == ["transformers", "LlamaForCausalLM"]
 
 
+@pytest.mark.slow
 def test_a_vae_goes_along(tmp_path):
     vae = {"path": WEIGHTS / "vae", "image_size": 32}
     config = ModelConfig(mllm=WEIGHTS / "language", encoder=vae, decoder=WEIGHTS / "vae")
@@ -123,6 +125,7 @@ def test_a_vae_goes_along(tmp_path):
     assert torch.equal(draw(load_export(out)), draw(load_checkpoint(checkpoint)))
 
 
+@pytest.mark.slow
 def test_a_bfloat16_language_model_is_stored_as_it_is_used(tmp_path):
     config = ModelConfig(mllm_dtype="bfloat16")
     checkpoint = trained(config, tmp_path / "step_00000007")
@@ -132,6 +135,7 @@ def test_a_bfloat16_language_model_is_stored_as_it_is_used(tmp_path):
     assert torch.equal(draw(load_export(out)), draw(load_checkpoint(checkpoint)))
 
 
+@pytest.mark.slow
 def test_it_generates_where_nothing_else_is_at_hand(base, tmp_path):
     """Another folder, another process, and none of the shipped weights."""
     moved = tmp_path / "far" / "away"

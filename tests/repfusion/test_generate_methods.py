@@ -29,7 +29,7 @@ PROMPT = "a red circle left of two blue square"
 SAMPLER = SamplerConfig(num_steps=3, solver="heun", guidance_scale=3, guidance_interval=(0.05, 1.0))
 
 
-@pytest.fixture(params=sparing(METHODS))
+@pytest.fixture(params=sparing(METHODS, ("noisy_latents", "key_values", "unifusion")))
 def generator(request: pytest.FixtureRequest, make_generator) -> TextToImage:
     return make_generator(request.param)
 

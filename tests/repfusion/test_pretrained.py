@@ -2,6 +2,7 @@
 whole.
 """
 
+import itertools
 import json
 import random
 import shutil
@@ -61,8 +62,21 @@ def test_a_whole_folder_loads_and_its_headers_say_the_same_shapes(name, folders)
     assert is_vae or {parameter.device.type for parameter in bare.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("fault", ["missing", "misnamed", "misshapen", "not finite"])
-@pytest.mark.parametrize("name", FAMILIES)
+FAULTS = ("missing", "misnamed", "misshapen", "not finite")
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        *(("llava", fault) for fault in FAULTS),
+        *((name, "missing") for name in FAMILIES if name != "llava"),
+        *(
+            pytest.param(name, fault, marks=pytest.mark.slow)
+            for name, fault in itertools.product(FAMILIES, FAULTS[1:])
+            if name != "llava"
+        ),
+    ],
+)
 def test_any_tensor_that_is_missing_misnamed_misshapen_or_not_finite_is_named(name, fault, copied):
     family, folder = FAMILIES[name], copied(name)
     names = sorted(key for key in load_file(folder / family.file) if key.startswith(family.own))

@@ -4,7 +4,7 @@ seconds to make.
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +75,17 @@ DISTINCT = ("noisy_latents", "text_embed", "queries_connector", "transfusion", "
 """Methods that differ most: in what the language model reads, when it reads it, how the denoiser takes it.
 The others in METHODS are put together of what these have.
 """
+CONTRARY = ("noisy_latents", "unifusion")
+"""The two of DISTINCT that differ most: read at every step and added to tokens, read once and in context."""
 APART = {"llm_controller": {"method": "llm_controller", "adds_noise": False, "trains_generator": True}}
 """Those of methods that have their whole models' tests of their own (conditioning/related/), most of them
 slow.
 """
 
 
-def sparing(names: Iterable[str]) -> list[Any]:
-    """Names of methods for a test that takes long: all but those in DISTINCT are left to the slow tests."""
-    return [name if name in DISTINCT else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def sparing(names: Iterable[str], fast: Sequence[str] = DISTINCT) -> list[Any]:
+    """Names of methods for a test that takes long: all but those in `fast` are left to the slow tests."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 WORDS = ["a", "red", "green", "blue", "circle", "square", "left", "of", "and", "two"]

@@ -44,6 +44,10 @@ class EditsSuiteConfig(Config):
     """Edits to a combination that no training image shows, or to such as training shows."""
     wording: Wording = "plain"
     """How instructions are put."""
+    rewrite: str | Literal[False] | None = None
+    """System prompt under which a model that rewrites instructions does so, in sight of the source; False:
+    it leaves them as they are; None: its own habit.
+    """
     world: WorldConfig = WorldConfig()
     """Size of the source images, shapes, colours and cells."""
 
@@ -77,7 +81,7 @@ class EditsSuite:
             )
             for i in range(config.num_edits)
         ]
-        return [_item(number, edit, config.world) for number, edit in enumerate(edits)]
+        return [_item(number, edit, config) for number, edit in enumerate(edits)]
 
     def judge(self, device: str) -> Judge:
         return self._look
@@ -141,16 +145,15 @@ def first_seed(seed: int) -> int:
     return (seed << 32) + (1 << 31)
 
 
-def _item(number: int, edit: Edit, world: WorldConfig) -> Item:
+def _item(number: int, edit: Edit, config: EditsSuiteConfig) -> Item:
     truth = {
         "kind": edit.kind,
         "described": edit.described,
         "source": edit.source.facts,
         "target": edit.target.facts,
     }
-    return Item(
-        f"{number:05d}", Request(edit.instruction, (to_uint8(render(edit.source, world)),)), truth=truth
-    )
+    source = to_uint8(render(edit.source, config.world))
+    return Item(f"{number:05d}", Request(edit.instruction, (source,), rewrite=config.rewrite), truth=truth)
 
 
 def edit_of(item: Item) -> Edit:

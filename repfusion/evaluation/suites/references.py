@@ -43,6 +43,10 @@ class ReferencesSuiteConfig(Config):
     """Prompts, each with two reference images."""
     split: Split = "held_out"
     """Pairs and relations that no training image shows, or such as training shows."""
+    rewrite: str | Literal[False] | None = None
+    """System prompt under which a model that rewrites prompts does so, in sight of the references; False:
+    it leaves them as they are; None: its own habit.
+    """
     world: WorldConfig = WorldConfig()
     """Size of the reference images, shapes, colours and cells."""
 
@@ -75,7 +79,7 @@ class ReferencesSuite:
         ]
         items = items_of([one.prompt for one in drawn])
         return [
-            Item(item.key, Request(item.request.prompt, own), truth=item.truth)
+            Item(item.key, Request(item.request.prompt, own, rewrite=config.rewrite), truth=item.truth)
             for item, own in zip(items, images, strict=True)
         ]
 

@@ -133,6 +133,7 @@ def test_the_order_of_sources_is_that_of_the_configuration(kind, tmp_path):
         assert (first["source.png"], first["source2.png"]) == (second["source2.png"], second["source.png"])
 
 
+@pytest.mark.slow
 def test_the_same_bytes_again_also_from_a_process_of_its_own(tmp_path):
     build, module, worker = KINDS["tars"]
     config = build(tmp_path, ("before", "style"))

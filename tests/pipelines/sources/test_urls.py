@@ -284,6 +284,7 @@ def test_lists_of_all_formats_by_one_pattern(folder, tmp_path):
         assert urls.read(range(0, 40, 7))[0]["url"].to_pylist() == [f"u{i}" for i in range(0, 40, 7)]
 
 
+@pytest.mark.slow
 def test_large_jsonl_files_need_little_memory(tmp_path):
     """A block at a time: the peak is measured in a process of its own."""
     with (tmp_path / "l.jsonl").open("w") as stream:

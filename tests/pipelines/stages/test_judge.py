@@ -178,6 +178,7 @@ def test_a_changed_byte_in_the_source_fails_the_shard(tmp_path):
     assert not list((tmp_path / "judge").iterdir())
 
 
+@pytest.mark.slow
 def test_another_process_writes_the_same_bytes(tmp_path):
     """Also the details of what cannot be decoded."""
     source = Folder.at(tmp_path / "ingest")

@@ -89,6 +89,7 @@ def check_columns(config, results) -> None:
     np.testing.assert_allclose(statistics.var.numpy(), values.var(0), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_one_or_two_actors_and_a_restart_give_the_same_bytes(pool, make_config):
     def sections(number: int) -> dict[str, dict]:
         actors = {"actors": {"num_actors": number}}

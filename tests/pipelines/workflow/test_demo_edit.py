@@ -1,4 +1,6 @@
-"""The editing demo, a few steps long: its two workflows as they are shipped, on the shipped weights."""
+"""The UniFusion base and the editing demo, a few steps long: their workflows as they are shipped, on the
+shipped language model.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ CONFIGS = Path(__file__).parents[3] / "pipelines" / "configs"
 STEPS = 4
 
 
-def small(name: str, training: str, **more: Any) -> list[str]:
+def small(training: str, **more: Any) -> list[str]:
     """Overrides that leave of a shipped workflow what takes seconds."""
     values = {
         "source.num_samples": 48,
@@ -41,12 +43,12 @@ def small(name: str, training: str, **more: Any) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def test_the_demo_edits_from_a_base_of_its_own(pool, tmp_path, monkeypatch):
+def test_the_demo_edits_from_a_base(pool, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[3])
-    first = tmp_path / "demo_edit_base"
+    first = tmp_path / "unifusion_base"
     shorter = {"evaluate.suites.as_they_are.num_prompts": 6}
-    overrides = small("demo_edit_base", "train", root=first, **shorter)
-    base = load_config(WorkflowConfig, CONFIGS / "demo_edit_base.yaml", overrides)
+    overrides = small("train", root=first, **shorter)
+    base = load_config(WorkflowConfig, CONFIGS / "unifusion_base.yaml", overrides)
     made = manifests(run_all(base, pool)[0])
     assert made["rewrites"].samples == made["curate"].samples == 48
     evaluated = read_evaluation(first / "evaluate" / f"step_{STEPS:08d}")
@@ -55,20 +57,31 @@ def test_the_demo_edits_from_a_base_of_its_own(pool, tmp_path, monkeypatch):
 
     mix = {
         f"trainings.edit.data.mix.scenes.{key}": first / stage
-        for key, stage in {"images": "curate", "columns.image_features": "image_features"}.items()
+        for key, stage in {
+            "images": "curate",
+            "columns.image_features": "image_features",
+            "columns.rewrites": "rewrites",
+        }.items()
     }
-    sizes = {"evaluate.suites.edits.num_edits": 12, "evaluate.suites.references.num_compositions": 4}
+    sizes = {
+        "evaluate.suites.edits.num_edits": 12,
+        "evaluate.suites.edits_as_they_are.num_edits": 12,
+        "evaluate.suites.references.num_compositions": 4,
+    }
     start = {"root": tmp_path / "demo_edit", "trainings.edit.init_from": checkpoint}
-    overrides = small("demo_edit", "edit", **start, **mix, **sizes)
+    overrides = small("edit", **start, **mix, **sizes)
     config = load_config(WorkflowConfig, CONFIGS / "demo_edit.yaml", overrides)
-    # the base's geometry, and no rewriting, since instructions have no column
+    # the base's geometry and habits
     assert config.trainings["edit"].model.dit == base.trainings["train"].model.dit
-    assert config.trainings["edit"].model.conditioning.rewriting is None
+    assert config.trainings["edit"].model.conditioning == base.trainings["train"].model.conditioning
     results, _ = run_all(config, pool)
     assert "edit" in ran(results) and ran(run_all(config, pool)[0]) == []
+    # the language model writes what the edited image shows
+    assert (made := manifests(results)["rewrites"]).samples == 48 and made.drops == {}
 
     evaluation = read_evaluation(config.root / "evaluate" / f"step_{STEPS:08d}")
-    assert evaluation is not None and set(evaluation.suites) == {"edits", "references", "scenes"}
+    assert evaluation is not None
+    assert set(evaluation.suites) == {"edits", "edits_as_they_are", "references", "scenes"}
     assert evaluation.first.scores.values["copy_kept"] > evaluation.first.scores.values["chance_kept"]
     page = (config.root / "report.html").read_text()
     assert "a copy of the source, kept" in page and "<code>" + str(checkpoint) in page

@@ -174,6 +174,7 @@ def test_a_run_after_damage_makes_what_is_gone_and_nothing_else(run_copy, pool):
     assert set(statuses(run_copy).values()) == {"fresh"}
 
 
+@pytest.mark.slow
 def test_another_image_size_of_the_encoder_makes_the_image_features_alone_anew(make_config, pool):
     def sections(size: int) -> dict:
         return {
@@ -200,6 +201,7 @@ def test_another_image_size_of_the_encoder_makes_the_image_features_alone_anew(m
     assert again == {name for name in after if name.startswith("image_features/")}
 
 
+@pytest.mark.slow
 def test_fewer_shards_leave_none_of_the_old_ones(run_copy, configure, make_config, pool):
     larger = {"source": {"shard_size": 20}}
     fewer, anew = configure(run_copy.root, **larger), make_config("anew", **larger)

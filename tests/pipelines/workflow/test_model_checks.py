@@ -108,6 +108,7 @@ def test_plan_says_the_same_and_status_does_not_look(
     assert err.count(f"MLLM folder {folder}: no tokenizer; expected tokenizer.json") == 2
 
 
+@pytest.mark.slow
 def test_what_is_fresh_is_not_looked_at_again(run_copy, monkeypatch):
     """A run with nothing to do reads no model."""
     stages = build_stages(run_copy)

@@ -28,6 +28,7 @@ def test_the_bytes_are_those_of_stage_by_stage(
     assert ran(results) == []
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_is_made(
     configure: Configure, complete_run: WorkflowConfig, pool: ActorPool, tmp_path: Path
 ):

@@ -126,6 +126,7 @@ def test_retry_wants_a_complete_ingest(pool, make_workflow):
         retry(data_stages(config), config.root, config.ray, None, print, pool)
 
 
+@pytest.mark.slow
 def test_another_list_makes_everything_stale_the_same_list_elsewhere_nothing(
     pool, make_workflow, configure, tmp_path, server
 ):

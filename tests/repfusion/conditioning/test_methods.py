@@ -289,6 +289,7 @@ def test_a_trained_llm_under_the_engine(foundation, columns, tmp_path, method, s
         assert not any(torch.equal(before[name], after[name]) for name in before if "inv_freq" not in name)
 
 
+@pytest.mark.slow
 def test_tied_embeddings_are_trained_once(tmp_path: Path, columns):
     """As in Llama-3.2-1B: the head is the embedding table."""
     foundation = make_foundation(tmp_path / "foundation")

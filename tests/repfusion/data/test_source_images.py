@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny_columns import READERS, folders
-from tiny_training import write_tar
+from tiny_training import npy, write_tar
 
 from repfusion.data.dataset import ColumnDataset
-from repfusion.data.readers import PROMPT_FEATURES
+from repfusion.data.readers import PROMPT_FEATURES, CaptionArray
 from repfusion.data.recipe import RECONSTRUCTIONS, Recipe, RecipeConfig
 from repfusion.request import Branch, Request
 from repfusion.train import TrainConfig
@@ -119,6 +119,23 @@ def test_text_images_or_all_are_dropped_as_often_as_the_recipe_says(edits):
     assert set(found) == set(expected)
     for case, share in expected.items():
         assert found.count(case) / len(SEEDS) == pytest.approx(share, abs=0.08), case
+
+
+def test_what_was_made_in_sight_of_the_images_is_left_out_with_them(edits):
+    for name, keys in SHARDS.items():
+        members = [(key, {"rewrites.npy": npy(np.arange(3))}) for key in keys]
+        write_tar(edits / "rewrites" / name, members)
+    for sees, blind in ((True, set()), (False, {"rewrites"})):
+        readers = {"rewrites": CaptionArray(sees_images=sees)}
+        dataset = ColumnDataset(
+            edits / "curate", {"rewrites": edits / "rewrites"}, readers, reads_images=True
+        )
+        shown = [Recipe(image_dropout=0.5).draw(dataset[2], seed, readers)[0] for seed in SEEDS]
+        assert {bool(one.images) for one in shown} == {True, False}
+        for one in shown:
+            assert set(one.computed) == ({"rewrites"} if one.images else blind)
+        # a sample without sources has its column whatever is dropped
+        assert set(Recipe(image_dropout=1.0).draw(dataset[0], 1, readers)[0].computed) == {"rewrites"}
 
 
 def test_a_share_of_other_samples_is_asked_for_itself(edits):

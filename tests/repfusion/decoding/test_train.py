@@ -46,6 +46,7 @@ def config(images, foundation, tmp_path) -> DecoderTrainingConfig:
     )
 
 
+@pytest.mark.slow
 def test_it_learns_to_rebuild_what_it_never_saw(config):
     untrained = train_decoder(config.model_copy(update={"length": LengthConfig(num_steps=1, batch_size=8)}))
     state_of(config.out).unlink()

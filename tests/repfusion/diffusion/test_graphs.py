@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from slowly import all_but_one_slow
 
 from repfusion.diffusion import graphs
 from repfusion.diffusion.graphs import StepGraphs
@@ -16,7 +17,10 @@ def noise_of(model, num: int = 3) -> torch.Tensor:
     return torch.randn(num, *model.latent_shape, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("conditioning", ["noisy_latents", "text_embed_in_context", "queries", "unifusion"])
+@pytest.mark.parametrize(
+    "conditioning",
+    all_but_one_slow(["noisy_latents", "text_embed_in_context", "queries", "unifusion"], "unifusion"),
+)
 def test_every_batch_is_drawn_as_it_was(make_generator, conditioning):
     model = make_generator(conditioning)
     config = SamplerConfig(precision="fp32", **BETWEEN)

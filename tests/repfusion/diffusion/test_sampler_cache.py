@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from prompting import read_prompts
-from tiny_training import DISTINCT, METHODS
+from tiny_training import METHODS
 
 from repfusion.diffusion.sampler import SamplerConfig, noise_levels, num_evaluations, sample
 from repfusion.request import Request
@@ -64,12 +64,18 @@ SAMPLERS = {
 @pytest.mark.parametrize(
     ("conditioning", "name"),
     [
-        *(("noisy_latents", name) for name in SAMPLERS),
-        *((method, BETWEEN) for method in DISTINCT[1:]),
+        ("noisy_latents", "guided"),
+        ("transfusion", BETWEEN),
+        ("unifusion", BETWEEN),
+        *(
+            pytest.param("noisy_latents", name, marks=pytest.mark.slow)
+            for name in SAMPLERS
+            if name != "guided"
+        ),
         *(
             pytest.param(method, BETWEEN, marks=pytest.mark.slow)
             for method in METHODS
-            if method not in DISTINCT
+            if method not in ("noisy_latents", "transfusion", "unifusion")
         ),
     ],
 )

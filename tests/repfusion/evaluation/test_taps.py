@@ -37,6 +37,7 @@ def outputs(folder: Path) -> np.ndarray:
     return np.load(folder / "scenes" / "outputs.npy")
 
 
+@pytest.mark.slow
 def test_every_set_is_drawn_scored_and_written_beside_all_taps(checkpoint, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     command(

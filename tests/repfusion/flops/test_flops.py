@@ -13,7 +13,7 @@ import pytest
 import torch
 from prompting import asked, seeds_where, training_inputs
 from slowly import all_but_one_slow
-from tiny_training import METHODS, sparing, tiny_model
+from tiny_training import CONTRARY, METHODS, sparing, tiny_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -138,6 +138,7 @@ def test_a_training_sample_of_the_shipped_base_is_counted_exactly(base):
     assert sum(cost.total for cost in costs.values()) == train_flops(base, text)
 
 
+@pytest.mark.slow
 def test_a_training_sample_of_another_geometry_is_counted_exactly(elsewhere):
     """Grouped queries, biases, several patch sizes."""
     generator = with_statistics(elsewhere)
@@ -183,12 +184,13 @@ def without_captions(generator: TextToImage, text: int) -> Costs:
     return costs
 
 
-@pytest.mark.parametrize("method", sparing(METHODS))
+@pytest.mark.parametrize("method", sparing(METHODS, CONTRARY))
 def test_a_training_sample_of_every_method_is_counted_exactly(make_generator, method):
     generator = make_generator(method)
     assert_exact(generator, without_captions(generator, num_tokens(generator)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["noisy_latents_trained", "transfusion"])
 def test_captioned_samples_are_counted_exactly(make_generator, method):
     """Both samples of the batch are drawn, one of them is captioned: as many as the share says."""
@@ -211,7 +213,7 @@ SAMPLERS = {
 @pytest.mark.parametrize(
     ("method", "sampler"),
     [
-        *with_sampler(sparing(METHODS), "guided"),
+        *with_sampler(sparing(METHODS, CONTRARY), "guided"),
         *with_sampler(all_but_one_slow(METHODS, "noisy_latents"), "plain"),
         *with_sampler(all_but_one_slow(METHODS, "noisy_latents"), "heun"),
     ],
@@ -248,11 +250,12 @@ def check_formulas(model: TextToImage, text: int) -> None:
         assert once[part] == Cost(row.once.get(part, 0)) and each[part] == Cost(row.each.get(part, 0))
 
 
-@pytest.mark.parametrize("method", sparing(BY_HAND))
+@pytest.mark.parametrize("method", sparing(BY_HAND, CONTRARY))
 def test_counts_are_those_of_the_formulas(make_generator, method):
     check_formulas(make_generator(method), 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", all_but_one_slow(BY_HAND, "text_embed"))
 def test_between_whole_numbers_of_tokens_counts_are_those_of_the_formulas(make_generator, method):
     """Of means, of a begin token alone, and of captions that are longer than the prompts."""
@@ -267,6 +270,7 @@ def test_between_whole_numbers_of_tokens_counts_are_those_of_the_formulas(make_g
     assert got == pytest.approx(formulas.sample_costs(model, 3.7, config, decoder), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_every_sample_may_be_captioned(foundation, statistics):
     config = tiny_model(foundation, "transfusion")
     method = TransfusionConfig(captioning=CaptioningConfig(share=1))
@@ -316,6 +320,7 @@ def test_layers_that_differ_are_all_run(make_generator):
     assert batch_flops(model, inputs) == training(model, inputs)
 
 
+@pytest.mark.slow
 def test_activations_that_are_computed_again_do_not_count(make_generator):
     expected = train_costs(make_generator(), 5)
     model = make_generator()
@@ -362,6 +367,7 @@ def test_another_trainable_is_counted_over_a_batch():
     assert flops == 2 * 5 * 8 * 8 * (1 + 2 + 3)
 
 
+@pytest.mark.slow
 def test_counting_takes_moments(base):
     train_flops(base, 9.5)
     started = time.process_time()
@@ -412,6 +418,7 @@ def test_the_sizes_tell_eyes_from_the_language_model(make_generator):
     assert EYES not in sizes(make_generator("lap"))
 
 
+@pytest.mark.slow
 def test_static_queries_cost_the_language_model_once_and_timestep_queries_at_every_step(make_generator):
     config = {steps: SamplerConfig(num_steps=steps) for steps in (1, 9)}
     static, timestep, repfusion = (
@@ -539,6 +546,7 @@ def test_the_command_prints_parts_that_add_up(base, monkeypatch, capsys):
     assert float(rows["all"][3]) == pytest.approx(train_flops(base, 8) / 1e9, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_the_command_reads_a_config(monkeypatch, capsys, tmp_path: Path):
     path = tmp_path / "train.yaml"
     path.write_text("model:\n  dit: {hidden_size: 96, depth: 2}\n")
@@ -563,6 +571,7 @@ def test_the_command_reads_a_config(monkeypatch, capsys, tmp_path: Path):
         run_main(monkeypatch, capsys, "--config", path)
 
 
+@pytest.mark.slow
 def test_the_command_counts_images(monkeypatch, capsys, tmp_path: Path):
     """Of the shipped LLaVA, whose tower is 5 x 64: 16 patches of 8 px and a class token."""
     path = tmp_path / "train.yaml"

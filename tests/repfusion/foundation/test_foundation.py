@@ -136,6 +136,7 @@ def test_a_folder_of_other_sizes_is_refused(trained):
         recipe.bring_up_to_date(recipe.Foundation(other, trained), ("perception",))
 
 
+@pytest.mark.slow
 def test_a_part_does_not_begin_before_what_it_reads(tmp_path):
     with pytest.raises(ValueError, match="large begins from judgement; train it first"):
         recipe.bring_up_to_date(recipe.Foundation(TINY, tmp_path), ("large", "polish", "vae"))
@@ -415,6 +416,7 @@ def test_the_vae_is_a_latent_space_of_the_towers_grid(trained):
     assert {v.dtype for v in stored.values()} == {torch.float16}
 
 
+@pytest.mark.slow
 def test_the_vae_learns_to_rebuild_one_batch(trained, tmp_path):
     """The loss falls: encoder and decoder are both trained, through the noise."""
     length = LengthConfig(num_steps=25, batch_size=6, lr=1e-2)

@@ -23,6 +23,7 @@ from repfusion.runs.checkpoint import load_checkpoint
 from repfusion.scenes.captions import TASKS, draw_prompts, possible_tasks, write_prompt
 from repfusion.scenes.claims import KINDS
 from repfusion.scenes.detector import score_image
+from repfusion.scenes.rewriting import put_tersely
 from repfusion.scenes.world import WorldConfig, draw_scene, render
 from repfusion.weights import WEIGHTS
 
@@ -54,6 +55,7 @@ def test_who_reads_the_texts_alone_is_at_chance(quality):
     assert np.mean(list(quality["language"]["fresh"].values())) == pytest.approx(0.5, abs=0.03)
 
 
+@pytest.mark.slow
 def test_the_record_is_what_the_shipped_llava_tells():
     """Over fewer texts; as recorded but for their scatter."""
     bench = Bench(WEIGHTS, FoundationConfig(), 20)
@@ -124,3 +126,16 @@ def test_the_base_draws_what_it_is_asked_for(task):
     requests, sampler = [Request(p.text) for p in prompts], SamplerConfig(num_steps=20)
     pixels = generate(generator, generator.load_decoder(), requests, 1, sampler).numpy()
     assert np.mean([score_image(*pair) for pair in zip(pixels, prompts, strict=True)]) >= 0.75
+
+
+def test_the_unifusion_base_draws_what_it_writes_of_terse_prompts():
+    """And what plain words ask for, which it leaves as they are on request."""
+    generator, rng = load_checkpoint(WEIGHTS / "unifusion"), np.random.default_rng(0)
+    drawn = draw_prompts(4 * len(TASKS), include_new=False, split="train")
+    plain = [prompt for prompt in drawn if prompt.task in ("two_objects", "colours", "colour_attribution")]
+    terse = [put_tersely(prompt, rng) for prompt in plain]
+    assert not {prompt.text for prompt in plain} & {prompt.text for prompt in terse}
+    requests = [*(Request(one.text) for one in terse), *(Request(one.text, rewrite=False) for one in plain)]
+    pixels = generate(generator, generator.load_decoder(), requests, 1, SamplerConfig(num_steps=20)).numpy()
+    right = [score_image(*pair) for pair in zip(pixels, terse + plain, strict=True)]
+    assert np.mean(right[: len(terse)]) >= 0.75 and np.mean(right[len(terse) :]) >= 0.75

@@ -251,6 +251,7 @@ def test_the_command_prints_a_table(world, monkeypatch, capsys):
         assert row[name_width + state_width + 4 :] == f"{link.value}  {link.note}".rstrip()
 
 
+@pytest.mark.slow
 def test_the_command_tells_scripts_by_its_exit_status_and_json(world):
     write_manifest(world.columns / "image_features", "other")
     command = [sys.executable, "-m", "repfusion.lineage", str(world.checkpoint), "--json"]

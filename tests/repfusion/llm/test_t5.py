@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from prompting import prepare, read_prompts, training_inputs
+from slowly import all_but_one_slow
 from tiny_models import save_t5, t5_tokenizer
 from tiny_training import METHODS, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -121,7 +122,10 @@ def learned(model: TextToImage, num_steps: int) -> tuple[float, float]:
     return losses[0], losses[-1]
 
 
-@pytest.mark.parametrize("method", ["text_embed", "one_layer", "hidden_injection", "layer_per_block"])
+@pytest.mark.parametrize(
+    "method",
+    all_but_one_slow(["text_embed", "one_layer", "hidden_injection", "layer_per_block"], "one_layer"),
+)
 def test_a_method_of_the_prompt_alone_trains_on_it(config, statistics, method):
     model = build_model(ModelConfig(**{**config.model_dump(), "conditioning": METHODS[method]}), statistics)
     frozen = {name: value.clone() for name, value in model.conditioner.llm.state_dict().items()}

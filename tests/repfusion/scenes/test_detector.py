@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
+from slowly import all_but_one_slow
 
 from repfusion.scenes.captions import TASKS, Prompt, Wanted, possible_tasks, write_prompt
 from repfusion.scenes.detector import background_of, check, detect, score_image
@@ -75,7 +76,7 @@ def exact_share(config: WorldConfig, num: int, blur_px: float = 0, noise: float 
     )
 
 
-@pytest.mark.parametrize("texture", [None, "stripes", "grain"])
+@pytest.mark.parametrize("texture", all_but_one_slow([None, "stripes", "grain"], "grain"))
 @pytest.mark.parametrize("background", BACKGROUNDS)
 @pytest.mark.parametrize("cells", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_every_world_is_read_without_a_fault(cells, background, texture):
@@ -97,7 +98,7 @@ def test_small_and_large_things_are_read_without_a_fault(image_size, cells, size
     assert exact_share(WorldConfig(image_size=image_size, cells=cells, sizes=sizes), 40) == 1
 
 
-@pytest.mark.parametrize("background", BACKGROUNDS)
+@pytest.mark.parametrize("background", all_but_one_slow(BACKGROUNDS, "navy"))
 @pytest.mark.parametrize(("cells", "blur_px", "least"), [(2, 1.2, 0.99), (3, 1.2, 0.9), (4, 0.6, 0.95)])
 def test_blur_and_noise_cost_little_in_every_world(background, cells, blur_px, least):
     config = WorldConfig(image_size=64, cells=cells, background=background, texture="grain")

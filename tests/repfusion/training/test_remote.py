@@ -13,6 +13,7 @@ import torch
 from ranks import Job, Ranks, rank_server
 from safetensors.torch import load_file
 from services import s3_server
+from slowly import all_but_one_slow
 from tiny_training import make_columns, make_foundation, tiny_train
 
 from repfusion.config import ConfigError, validate
@@ -93,6 +94,7 @@ def test_a_machine_that_never_saw_the_run_goes_on_from_the_newest(trained, store
     assert RemoteRun(config.output_url).steps() == [2, 4, 6]
 
 
+@pytest.mark.slow
 def test_a_complete_training_is_fetched_and_not_repeated(trained, store, tmp_path):
     config = copied(store, trained, "complete", tmp_path)
     assert train(config) == json.loads((trained.output_dir / "train.json").read_text())
@@ -122,7 +124,9 @@ def corrupt(store, path: str) -> None:
     store.pipe_file(path, bytes(data))
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "resume/loop.json", "complete.json"])
+@pytest.mark.parametrize(
+    "file", all_but_one_slow(["model.safetensors", "resume/loop.json", "complete.json"], "complete.json")
+)
 def test_a_damaged_one_is_set_aside_and_the_one_before_taken(trained, store, tmp_path, file):
     name = f"damaged-{file[0]}"
     config, said = copied(store, trained, name, tmp_path), []
@@ -136,6 +140,7 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_taken(trained, store, tmp
     assert_same_weights(config, trained)
 
 
+@pytest.mark.slow
 def test_a_file_that_was_deleted_is_damage_too(trained, store, tmp_path):
     config, said = copied(store, trained, "deleted", tmp_path), []
     store.rm(f"runs/deleted/checkpoints/{STEPS[2]}/ema.safetensors")

@@ -124,6 +124,7 @@ def test_torchrun_starts_two_ranks_that_equal_one(world, tmp_path: Path):
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=5e-4, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "conditioning", ["noisy_latents", pytest.param("text_embed", marks=pytest.mark.slow)]
 )
@@ -168,6 +169,7 @@ def test_compiled_blocks_train_as_the_others_do(world, tmp_path: Path, changes: 
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_report_says_how_it_goes(world, tmp_path: Path):
     reports: list[Report] = []
     config = tiny_train(*world, tmp_path, log_every_steps=2, num_steps=4, condition_dropout=0.0)
@@ -186,6 +188,7 @@ def test_a_report_says_how_it_goes(world, tmp_path: Path):
     assert train_flops(generator, num_tokens) < rate < train_flops(generator, num_tokens + 1)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_knows_where_it_comes_from(world, tmp_path: Path):
     config = tiny_train(*world, tmp_path / "run", tracking={"uri": f"sqlite:///{tmp_path}/mlflow.db"})
     train(config)

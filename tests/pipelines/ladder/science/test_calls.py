@@ -38,6 +38,7 @@ def bench(asked) -> Workbench:
     return Workbench(asked.out / "foundation", plan, DEVICE, asked.out)
 
 
+@pytest.mark.slow
 def test_a_call_leaves_a_line_with_everything_the_plan_asks_for(asked):
     (line,) = read_results(asked.out / FILE)
     plan = read_plan(asked.out)

@@ -193,6 +193,7 @@ def test_tokens_of_two_language_models_stand_behind_each_other_and_both_are_froz
     assert len(two.frozen_parts()) == 2 and len(two.layers()) == 2 + 2 + 2
 
 
+@pytest.mark.slow
 def test_flops_and_sizes_count_both_language_models(two):
     prompts = ["a red circle", "a green square"]
     inputs = training_inputs(two, prompts, [1, 2], two.shift)
