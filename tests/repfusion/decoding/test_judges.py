@@ -2,12 +2,10 @@
 folders that hold something else.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_judges import write_dino, write_lpips
+from tiny_judges import write_dino
 
 from repfusion.decoding.discriminator import (
     BLOCKS,
@@ -23,16 +21,6 @@ TORCHVISION = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
 """Places of the convolutions in torchvision's VGG-16."""
 COMPARED = {2: 0, 7: 1, 14: 2, 21: 3, 28: 4}
 """Convolutions whose ReLUs LPIPS compares, and the numbers of the heads; a pooling follows."""
-
-
-@pytest.fixture(scope="module")
-def lpips_folder(tmp_path_factory) -> Path:
-    return write_lpips(tmp_path_factory.mktemp("lpips") / "lpips")
-
-
-@pytest.fixture(scope="module")
-def dino(tmp_path_factory) -> Path:
-    return write_dino(tmp_path_factory.mktemp("dino") / "dino")
 
 
 def pair(side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
