@@ -1,5 +1,5 @@
-"""`python -m repfusion.decoding CONFIG.yaml [key.path=value ...]`: trains an RAE decoder on image shards, under
-torchrun on several ranks.
+"""`python -m repfusion.decoding CONFIG.yaml [key.path=value ...]`: trains an RAE decoder on image shards;
+under torchrun on several ranks.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
         found = train_decoder(config)
     except (ValueError, OSError, NonFiniteError) as error:
         sys.exit(printable_lines(redact_text(f"error: {error}")))
-    finally:
+    if "RANK" in os.environ:
         shut_down()
     if os.environ.get("RANK", "0") == "0":
         print(f"{config.out}: PSNR {found['psnr_db']:.2f} dB of {found['num_measured']:.0f} images held out")

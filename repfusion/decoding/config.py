@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from repfusion.config import Config, WeightsFolder
 from repfusion.foundation.config import LengthConfig
 from repfusion.latents.load import EncoderConfig
+from repfusion.tracking import TrackingConfig
 
 
 class PerceptualConfig(Config):
@@ -88,6 +89,10 @@ class DecoderTrainingConfig(Config):
     """Images of one pass of one rank; accumulation makes up the rest of `length.batch_size`. None takes a
     rank's share at once. Changes rounding alone.
     """
+    measure_every_steps: int | None = Field(default=None, ge=1)
+    """Steps after which what is held out is measured, and some of it drawn, before the end too; None measures
+    at the end alone.
+    """
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides the first weights, and each step's images and noise."""
     device: str = "cpu"
@@ -98,3 +103,5 @@ class DecoderTrainingConfig(Config):
     """Whether the loss and its gradients are compiled."""
     save_every_sec: float = Field(default=120.0, gt=0)
     """How often the state is written."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where losses, measures and pictures are logged."""

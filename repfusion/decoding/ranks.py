@@ -70,8 +70,3 @@ class Ranks:
         dist.all_reduce(flat)
         parts = (flat / self.world_size).split([one.numel() for one in tensors])
         return [part.view_as(one) for part, one in zip(parts, tensors, strict=True)]
-
-    def wait(self) -> None:
-        """Returns once every rank is here."""
-        if self.world_size > 1:
-            dist.barrier()

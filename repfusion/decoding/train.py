@@ -5,6 +5,7 @@ averaged weights.
 
 import math
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from repfusion.foundation.optimise import COST_OF_EAGER, MAX_GRAD_NORM, forward_
 from repfusion.latents.encoder import PixelEncoder
 from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
 from repfusion.pretrained.cache import fetch
+from repfusion.tracking import StoreError, Tracker, TrackingConfig, store_identity
 from repfusion.training.distributed import broadcast_object
 from repfusion.training.engine import NonFiniteError
 
@@ -173,6 +175,20 @@ class DecoderTraining:
             f"{self.path} holds the state of some steps before, where there is one"
         )
 
+    def measure(self, path: Path, tracker: Tracker) -> dict[str, float]:
+        """How well the weights that would be written rebuild what is held out; some of it is drawn into the
+        file. Both are logged.
+        """
+        with self.state.averaged():
+            rebuilt = self.held_out.rebuilt(self.decoder.eval())
+        self.decoder.train()
+        self.held_out.draw(rebuilt, path)
+        found = self.held_out.measures(rebuilt, self.perceptual)
+        tracker.log_metrics({f"eval/{name}": value for name, value in found.items()}, self.progress.step)
+        tracker.log_image(path, "reconstructions", self.progress.step)
+        return found
+
+    @cached_property
     def held_out(self) -> HeldOut:
         """What the decoder is measured on."""
         images = self.pictures.measured(self.config.num_measured).to(self.device)
@@ -192,51 +208,93 @@ def train_decoder(config: DecoderTrainingConfig) -> dict[str, Any]:
 
     Raises:
         ValueError: no images, an encoder or a judge that is none, a batch that the ranks cannot share, or a
-            state of another training.
+            state of another training, or a tracking store that cannot be reached.
         NonFiniteError: a loss or a gradient is not finite; nothing was updated.
     """
     fetch(weights_of(config).values())
     ranks = Ranks.join()
     training = DecoderTraining(config, ranks)
     progress, num_steps = training.progress, config.length.num_steps
-    saved_at, shows = time.monotonic(), ranks.is_main
+    tracker = start_tracking(training)
+    status, saved_at = "FAILED", time.monotonic()
     bar = tqdm(
         range(progress.step, num_steps),
         desc=training.path.stem,
         mininterval=10,
         initial=progress.step,
-        disable=not shows,
+        disable=not ranks.is_main,
     )
-    for step in bar:
-        found = training.take_step(step)
-        progress.step = step + 1
-        is_last = progress.step == num_steps
-        if step % REPORT_STEPS == 0 or is_last:
-            progress.shown = smoothed(progress.shown, found)
-            bar.set_postfix({name: f"{value:.4f}" for name, value in progress.shown.items()}, refresh=False)
-        if ranks.is_main and not is_last and time.monotonic() - saved_at > config.save_every_sec:
-            training.state.save(training.path, progress)
-            saved_at = time.monotonic()
-    written = write_decoder(training) if ranks.is_main else {}
+    try:
+        for step in bar:
+            # Step
+            found = training.take_step(step)
+            done = progress.step = step + 1
+            is_last = done == num_steps
+
+            # Report
+            if step % REPORT_STEPS == 0 or is_last:
+                progress.shown = smoothed(progress.shown, found)
+                shown = {name: f"{value:.4f}" for name, value in progress.shown.items()}
+                bar.set_postfix(shown, refresh=False)
+                metrics = {**found, "lr": training.state.optimizer.param_groups[0]["lr"]}
+                tracker.log_metrics({f"train/{name}": value for name, value in metrics.items()}, done)
+
+            # Measure
+            every = config.measure_every_steps
+            if ranks.is_main and not is_last and every is not None and done % every == 0:
+                path = pictures_of(config.out) / f"step_{done:08d}.png"
+                progress.history.append({"step": float(done), **training.measure(path, tracker)})
+
+            # State
+            if ranks.is_main and not is_last and time.monotonic() - saved_at > config.save_every_sec:
+                training.state.save(training.path, progress)
+                saved_at = time.monotonic()
+        written = write_decoder(training, tracker) if ranks.is_main else {}
+        status = "FINISHED"
+    finally:
+        bar.close()
+        tracker.finish(status)
     return broadcast_object(written) if ranks.world_size > 1 else written
 
 
-def write_decoder(training: DecoderTraining) -> dict[str, Any]:
+def start_tracking(training: DecoderTraining) -> Tracker:
+    """A new MLflow run, or the one that this training started before. Rank 0 has it, the others track
+    nothing.
+
+    Raises:
+        ValueError: the store cannot be reached.
+    """
+    config, progress = training.config, training.progress
+    if not training.ranks.is_main or config.tracking.uri is None:
+        return Tracker(TrackingConfig())
+    store = store_identity(config.tracking.uri)
+    is_same = config.tracking.run_id is None and progress.run.get("store") == store
+    run = {"run_id": progress.run["run_id"]} if is_same else {}
+    try:
+        tracker = Tracker(config.tracking.model_copy(update=run))
+        tracker.log_config(config.as_written())
+        tracker.log_environment(world_size=training.ranks.world_size)
+    except StoreError as error:
+        raise ValueError(f"tracking could not start: {error}") from error
+    progress.run = {"run_id": str(tracker.run_id), "store": store}
+    return tracker
+
+
+def write_decoder(training: DecoderTraining, tracker: Tracker) -> dict[str, Any]:
     """The last state, the decoder's folder and what was measured, which is returned. Rank 0's."""
     config, progress = training.config, training.progress
     training.state.save(training.path, progress)
-    held_out = training.held_out()
     with training.state.averaged():
         training.decoder.save_pretrained(config.out, dtype=getattr(torch, config.dtype))
-        rebuilt = held_out.rebuilt(training.decoder.eval())
-    held_out.draw(rebuilt, config.out / EXAMPLES)
     found: dict[str, Any] = {
-        **held_out.measures(rebuilt, training.perceptual),
-        "num_measured": float(len(rebuilt)),
+        **training.measure(config.out / EXAMPLES, tracker),
+        "num_measured": float(len(training.held_out.pixels)),
         "num_images": float(len(training.pictures.drawn)),
         "num_steps": float(config.length.num_steps),
         **{f"loss_{name}": value for name, value in progress.shown.items()},
     }
+    if progress.history:
+        found["history"] = progress.history
     write_json(config.out / MEASURED, found)
     return found
 
@@ -244,6 +302,11 @@ def write_decoder(training: DecoderTraining) -> dict[str, Any]:
 def state_of(out: Path) -> Path:
     """Where the state of a training that writes to `out` lies."""
     return out.with_name(f"{out.name}.state")
+
+
+def pictures_of(out: Path) -> Path:
+    """Where what was drawn before the end lies, of a training that writes to `out`."""
+    return out.with_name(f"{out.name}.pictures")
 
 
 def to_pixels(images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b 3 h w"]:
