@@ -48,15 +48,9 @@ class AdversarialConfig(Config):
         return self
 
 
-class DecoderTrainingConfig(Config):
-    images: Path
-    """Folder of image shards, such as ROOT/curate of a workflow."""
-    out: Path
-    """Folder to write: `model.decoder` of the trainings on this encoder. Beside it, as OUT.state, lies the
-    state from which a training that was cut off goes on.
-    """
-    encoder: EncoderConfig
-    """The frozen tower whose features are decoded."""
+class DecoderRecipe(Config):
+    """How a decoder is trained, whatever it is trained on."""
+
     init_from: Path | None = None
     """Folder of a decoder of the same sizes to go on from; None starts from scratch."""
     hidden_size: int = Field(default=768, ge=4)
@@ -105,3 +99,16 @@ class DecoderTrainingConfig(Config):
     """How often the state is written."""
     tracking: TrackingConfig = TrackingConfig()
     """Where losses, measures and pictures are logged."""
+
+
+class DecoderTrainingConfig(DecoderRecipe):
+    """A decoder's training."""
+
+    images: Path
+    """Folder of image shards, such as ROOT/curate of a workflow."""
+    out: Path
+    """Folder to write: `model.decoder` of the trainings on this encoder. Beside it, as OUT.state, lies the
+    state from which a training that was cut off goes on.
+    """
+    encoder: EncoderConfig
+    """The frozen tower whose features are decoded."""
