@@ -27,8 +27,9 @@ BESIDE = r"classifier\.|embeddings\.mask_token$"
 POOLER = r"pooler\."
 """Names of a ViT's weights that a DINO does not have."""
 SLOPE = 0.2
-"""Of the leaky ReLUs."""
+"""Slope of the leaky ReLUs below zero."""
 GROUPS = 8
+"""Groups of channels that are normalised together."""
 
 
 class Head(nn.Module):

@@ -23,6 +23,7 @@ STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 LEAST_SIDE_PX = 16
 """A stage halves the image of the one before it."""
 EPSILON = 1e-10
+"""What is added to a length that is divided by."""
 
 
 class LPIPS(nn.Module):

@@ -26,7 +26,7 @@ PARAMETERS = ("weight/", "average/", f"{HEADS}weight/", f"{HEADS}vector/")
 
 
 @dataclass
-class Progress:
+class DecoderProgress:
     """How far a training is."""
 
     step: int = 0
@@ -95,7 +95,7 @@ class DecoderState:
         for parameter, value in zip(self.named.values(), values, strict=True):
             parameter.copy_(value)
 
-    def save(self, path: Path, progress: Progress) -> None:
+    def save(self, path: Path, progress: DecoderProgress) -> None:
         """Writes the file, whole or not at all."""
         tensors = {"step": torch.tensor(progress.step), **training_tensors(self.named, self.optimizer)}
         tensors |= self._beside()
@@ -117,7 +117,7 @@ class DecoderState:
         return {name: one.cpu().contiguous() for name, one in found.items()}
 
     @torch.no_grad()
-    def load(self, path: Path) -> Progress:
+    def load(self, path: Path) -> DecoderProgress:
         """Puts back what `save` wrote; returns how far the training was.
 
         Raises:
@@ -148,7 +148,7 @@ class DecoderState:
         shown = {name: one.item() for name, one in _below(tensors, "loss/").items()}
         columns = {name: one.tolist() for name, one in _below(tensors, "measured/").items()}
         history = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        return Progress(step, shown, history, run)
+        return DecoderProgress(step, shown, history, run)
 
 
 def _below(tensors: Mapping[str, Tensor], beginning: str) -> dict[str, Tensor]:

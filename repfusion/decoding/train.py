@@ -23,7 +23,7 @@ from repfusion.decoding.measure import HeldOut
 from repfusion.decoding.perceptual import LPIPS
 from repfusion.decoding.pictures import ImageShards
 from repfusion.decoding.ranks import Ranks
-from repfusion.decoding.state import DecoderState, Progress
+from repfusion.decoding.state import DecoderState, DecoderProgress
 from repfusion.devices.compiling import compilation_for
 from repfusion.files import write_json
 from repfusion.foundation.optimise import COST_OF_EAGER, MAX_GRAD_NORM, forward_pass, rate, smoothed
@@ -89,7 +89,7 @@ class DecoderTraining:
             self.discriminator = load_discriminator(*given).to(self.device)
         self.state = DecoderState(self.decoder, self.discriminator, config)
         self.path = state_of(config.out)
-        self.progress = self.state.load(self.path) if self.path.is_file() else Progress()
+        self.progress = self.state.load(self.path) if self.path.is_file() else DecoderProgress()
         self.gradients = self._gradients()
 
     def _gradients(self) -> Gradients:
