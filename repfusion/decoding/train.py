@@ -23,7 +23,7 @@ from repfusion.decoding.measure import HeldOut
 from repfusion.decoding.perceptual import LPIPS
 from repfusion.decoding.pictures import ImageShards
 from repfusion.decoding.ranks import Ranks
-from repfusion.decoding.state import DecoderState, DecoderProgress
+from repfusion.decoding.state import DecoderProgress, DecoderState
 from repfusion.devices.compiling import compilation_for
 from repfusion.files import write_json
 from repfusion.foundation.optimise import COST_OF_EAGER, MAX_GRAD_NORM, forward_pass, rate, smoothed
