@@ -15,6 +15,7 @@ from pipelines.sources.build import source_of
 from pipelines.stages.caption_arrays import Reading
 from pipelines.stages.captions import CaptionsConfig, captions_stage
 from pipelines.stages.curate import curate_stage
+from pipelines.stages.decoder import DECODER, decoder_stage
 from pipelines.stages.evaluate import evaluate_stage
 from pipelines.stages.image_features import ImageFeaturesConfig, image_features_stage
 from pipelines.stages.judge import judge_stage
@@ -65,6 +66,8 @@ def build_stages(
                     began,
                     place,
                 )
+            case "decoder":
+                found[name] = _decoder(config, found["curate"], place)
             case _ if name in config.columns:
                 found[name] = _column(config, name, found, place)
             case _:
@@ -106,6 +109,27 @@ def _column(config: WorkflowConfig, name: str, above: Mapping[str, Stage], place
                 _check_system(config, name, column)
                 return rewrites_stage(name, column, reading, place)
             return prompt_features_stage(name, column, reading, place)
+
+
+def _decoder(config: WorkflowConfig, images: Stage, place: Place) -> WholeStage:
+    """The stage of the workflow's decoder. Raises ValueError where nothing says what it decodes, or two
+    differ.
+    """
+    assert config.decoder is not None
+    own = config.decoder.encoder
+    said = {} if own is None else {f"{DECODER}.encoder": own}
+    said |= {
+        f"trainings.{name}.model.encoder": config.trainings[name].model.encoder for name in config.decoded
+    }
+    if not said:
+        raise ValueError(
+            f"{DECODER}.encoder: no training's model.decoder is stage:{DECODER}; say what it decodes"
+        )
+    (key, encoder), *others = said.items()
+    for other, another in others:
+        if another != encoder:
+            raise ValueError(f"{other} is {another}, but the decoder is of {key}, which is {encoder}")
+    return decoder_stage(config.decoder, encoder, key, images, place)
 
 
 def _maker(config: WorkflowConfig, column: str, field: str, own: Any) -> tuple[Any, str]:
@@ -182,6 +206,8 @@ def _training(config: WorkflowConfig, name: str, above: Mapping[str, Stage], pla
     training = config.trainings[name]
     start = Reference.of(training.init_from)
     upstream = ["curate", *training.columns_read.values(), *([] if start is None else [start.stage])]
+    if training.own_decoder is not None:
+        upstream.append(DECODER)
     return train_stage(
         name,
         training,

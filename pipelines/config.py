@@ -19,6 +19,7 @@ from pipelines.sources.ingest import IngestConfig
 from pipelines.sources.scenes import ScenesConfig
 from pipelines.stages.captions import CaptionsConfig
 from pipelines.stages.curate import CurateConfig
+from pipelines.stages.decoder import DECODER, DecoderStageConfig
 from pipelines.stages.image_features import ImageFeaturesConfig
 from pipelines.stages.prompt_features import PromptFeaturesConfig
 from pipelines.stages.rewrites import RewritesConfig
@@ -32,7 +33,7 @@ from repfusion.train import TrainConfig
 
 BEFORE_COLUMNS = ("source", "ingest", "judge", "curate")
 AFTER_TRAININGS = ("evaluate", "report")
-RESERVED = {*BEFORE_COLUMNS, *AFTER_TRAININGS, "columns"}
+RESERVED = {*BEFORE_COLUMNS, DECODER, *AFTER_TRAININGS, "columns"}
 """Names that no column or training may have: those of other stages, and of the copies of remote columns."""
 
 ColumnConfig = Annotated[
@@ -83,6 +84,10 @@ class WorkflowConfig(Config):
     """What is made of the samples, one stage each, by the name of the stage and its folder. Without any,
     `image_features` and `prompt_features`, each made where a training's model can read it. A section needs no
     `kind` where its name is one.
+    """
+    decoder: DecoderStageConfig | None = None
+    """The RAE decoder that is trained on the curated images, which trainings name by `model.decoder:
+    stage:decoder`; None trains none.
     """
     trainings: dict[str, TrainingConfig]
     """What is trained, one stage each, by the name of the stage and its folder. Without any, one: `train`.
@@ -136,7 +141,13 @@ class WorkflowConfig(Config):
     @property
     def stage_names(self) -> list[str]:
         """Every stage, in an order in which each follows what it reads."""
-        return [*BEFORE_COLUMNS, *self.made_columns, *_in_order(self.trainings), *AFTER_TRAININGS]
+        decoder = [] if self.decoder is None else [DECODER]
+        return [*BEFORE_COLUMNS, *self.made_columns, *decoder, *_in_order(self.trainings), *AFTER_TRAININGS]
+
+    @property
+    def decoded(self) -> list[str]:
+        """Names of the trainings whose decoder is the workflow's own."""
+        return [name for name, one in self.trainings.items() if one.own_decoder is not None]
 
     @field_validator("source", mode="before")
     @classmethod
@@ -173,6 +184,14 @@ class WorkflowConfig(Config):
                 raise ValueError(
                     f"trainings.{name}.init_from: {training.init_from} names no training of this workflow; "
                     f"there are {', '.join(self.trainings)}"
+                )
+            if training.own_decoder is not None and (
+                training.own_decoder.stage != DECODER or self.decoder is None
+            ):
+                there = "there is no section 'decoder'" if self.decoder is None else "expected stage:decoder"
+                raise ValueError(
+                    f"trainings.{name}.model.decoder: {training.model.decoder} is no decoder of this "
+                    f"workflow: {there}"
                 )
             for kind, column in training.columns_read.items():
                 if column not in self.columns or self.columns[column].kind != kind:

@@ -19,6 +19,7 @@ from pipelines.shards.digests import Digests, flatten
 from pipelines.shards.lease import Lease
 from pipelines.shards.manifest import MANIFEST, Upstream
 from pipelines.shards.storage import Folder
+from pipelines.stages.decoder import decoder_folder
 from repfusion.config import naming, weights_of
 from repfusion.data.columns import manifest_digest
 from repfusion.data.config import CAPTIONS, DataConfig
@@ -62,7 +63,8 @@ REFERENCE = re.compile(r"stage:(?P<stage>[^/]+)(?:/(?P<step>step_\d+))?")
 @dataclass(frozen=True)
 class Reference:
     """Something of a stage of the same workflow, which may not exist yet: a training's last checkpoint,
-    `stage:NAME`, a certain one, `stage:NAME/step_00000500`, or a column, `stage:NAME`.
+    `stage:NAME`, a certain one, `stage:NAME/step_00000500`, a column, `stage:NAME`, or the decoder,
+    `stage:decoder`.
     """
 
     stage: str
@@ -96,7 +98,12 @@ class TrainingConfig(TrainConfig):
 
         columns = {kind: folder(path) for kind, path in self.data.columns.items()}
         update = {"images": folder(self.data.images), "columns": columns}
-        plain = TrainConfig(**{**fields, "data": self.data.model_copy(update=update)})
+        fields["data"] = self.data.model_copy(update=update)
+        if self.own_decoder is not None:
+            # a training's folder is ROOT/NAME
+            own = decoder_folder(self.output_dir.parent)
+            fields["model"] = self.model.model_copy(update={"decoder": own})
+        plain = TrainConfig(**fields)
         return plain.with_written(self.written)
 
     @property
@@ -104,6 +111,11 @@ class TrainingConfig(TrainConfig):
         """Names of the workflow's columns that the training reads, by kind."""
         found = {kind: Reference.of(path) for kind, path in self.data.columns.items()}
         return {kind: one.stage for kind, one in found.items() if one is not None}
+
+    @property
+    def own_decoder(self) -> Reference | None:
+        """The decoder of the workflow that the model names; None where it names a folder."""
+        return Reference.of(self.model.decoder)
 
     @property
     def readable(self) -> set[str]:
@@ -223,7 +235,7 @@ def train_stage(
         return run_train(resolved, *ranks, remote_copies(upstream, place), evaluate, ray)
 
     def check() -> None:
-        model = check_model(config.model, f"trainings.{name}.model")
+        model = check_model(config.model, f"trainings.{name}.model", config.own_decoder is None)
         if config.init_from is not None and Reference.of(config.init_from) is None:
             with naming(f"trainings.{name}.init_from"):
                 load_start(model, config.init_from, on_meta=True)

@@ -175,8 +175,8 @@ def read_asked(folder: Folder) -> dict[str, Any] | None:
 
 
 def is_training(asked: Mapping[str, Any]) -> bool:
-    """Whether the stage that wrote a stage.json is a training."""
-    return any(name.startswith("trainings.") for name in asked["fields"])
+    """Whether the stage that wrote a stage.json is a training, of a decoder too."""
+    return any(name.startswith(("trainings.", "decoder.")) for name in asked["fields"])
 
 
 def explain(asked: Mapping[str, Any], stage: Stage) -> str:

@@ -1,6 +1,9 @@
-"""`python -m repfusion.decoding CONFIG.yaml [key.path=value ...]`: trains an RAE decoder on image shards."""
+"""`python -m repfusion.decoding CONFIG.yaml [key.path=value ...]`: trains an RAE decoder on image shards;
+under torchrun on several ranks.
+"""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +12,8 @@ from repfusion.decoding.config import DecoderTrainingConfig
 from repfusion.decoding.train import train_decoder
 from repfusion.display.redaction import redact_text
 from repfusion.display.terminal import printable_lines
+from repfusion.training.distributed import shut_down
+from repfusion.training.engine import NonFiniteError
 
 
 def main() -> None:
@@ -23,9 +28,12 @@ def main() -> None:
             print(to_yaml(config), end="")
             return
         found = train_decoder(config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NonFiniteError) as error:
         sys.exit(printable_lines(redact_text(f"error: {error}")))
-    print(f"{config.out}: PSNR {found['psnr_db']:.2f} dB of {found['num_measured']:.0f} images held out")
+    if "RANK" in os.environ:
+        shut_down()
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{config.out}: PSNR {found['psnr_db']:.2f} dB of {found['num_measured']:.0f} images held out")
 
 
 if __name__ == "__main__":

@@ -51,10 +51,16 @@ class ImageShards:
         if not self.drawn:
             raise ValueError(f"{folder}: none of its {len(every)} images is left to train on")
 
-    def batch(self, step: int, seed: int, size: int) -> UInt8[Tensor, "b h w 3"]:
-        """Images of a step, drawn from all of them with equal chances."""
-        chosen = (hash64("picture", seed, step, number) % len(self.drawn) for number in range(size))
-        return self._read(self.drawn[index] for index in chosen)
+    def batch(self, step: int, seed: int, numbers: Iterable[int]) -> UInt8[Tensor, "b h w 3"]:
+        """Images of these numbers in the batch of a step, drawn from all of them with equal chances."""
+        return self._read(self._place(step, seed, number) for number in numbers)
+
+    def keys(self, step: int, seed: int, numbers: Iterable[int]) -> list[str]:
+        """The keys of these images."""
+        return [self._place(step, seed, number).key for number in numbers]
+
+    def _place(self, step: int, seed: int, number: int) -> _Place:
+        return self.drawn[hash64("picture", seed, step, number) % len(self.drawn)]
 
     def measured(self, most: int) -> UInt8[Tensor, "b h w 3"]:
         """The first so many images that are held out; where none is, of those that are trained on."""

@@ -1,27 +1,45 @@
 """Image shards and a frozen encoder -> the decoder that turns its features back into pixels (RAE, arXiv
-2510.11690): L1 from noised features. LPIPS and the adversarial loss of that paper need torchvision and are
-not here.
+2510.11690, section 3): from noised features, L1, and where they are configured LPIPS, an adversarial loss and
+averaged weights.
 """
 
 import math
+import time
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from tqdm import tqdm
 
+from repfusion.config import weights_of
 from repfusion.data.order import hash64
 from repfusion.decoding.config import DecoderTrainingConfig
+from repfusion.decoding.discriminator import load_discriminator
+from repfusion.decoding.gradients import Gradients, Part
+from repfusion.decoding.measure import HeldOut
+from repfusion.decoding.perceptual import LPIPS
 from repfusion.decoding.pictures import ImageShards
+from repfusion.decoding.ranks import Ranks
+from repfusion.decoding.state import DecoderProgress, DecoderState
+from repfusion.devices.compiling import compilation_for
 from repfusion.files import write_json
-from repfusion.foundation.optimise import Objective, optimise
-from repfusion.generation.device import usable_device
+from repfusion.foundation.optimise import COST_OF_EAGER, MAX_GRAD_NORM, forward_pass, rate, smoothed
 from repfusion.latents.encoder import PixelEncoder
 from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
+from repfusion.pretrained.cache import fetch
+from repfusion.tracking import StoreError, Tracker, TrackingConfig, store_identity
+from repfusion.training.distributed import broadcast_object
+from repfusion.training.engine import NonFiniteError
 
 MEASURED = "measured.json"
 """Beside a decoder's weights: what it was trained on and how well it rebuilds what was held out."""
+EXAMPLES = "reconstructions.png"
+"""Beside a decoder's weights: images that were held out, above what it makes of them."""
+REPORT_STEPS = 20
+"""Steps between two looks at the losses."""
 
 
 def new_decoder(config: DecoderTrainingConfig, encoder: PixelEncoder) -> RAEDecoder:
@@ -48,40 +66,235 @@ def new_decoder(config: DecoderTrainingConfig, encoder: PixelEncoder) -> RAEDeco
     return found.requires_grad_(True)
 
 
-def train_decoder(config: DecoderTrainingConfig) -> dict[str, float]:
+class DecoderTraining:
+    """A training that was built and goes on from its state, where there is one.
+
+    Raises: ValueError: no images, an encoder or a judge that is none, a batch that the ranks cannot share, or
+    a state of another training.
+    """
+
+    def __init__(self, config: DecoderTrainingConfig, ranks: Ranks):
+        self.config, self.ranks = config, ranks
+        self.parts = ranks.parts(config.length.batch_size, config.micro_batch_size)
+        self.device = ranks.device(config.device)
+        self.encoder = config.encoder.load().to(self.device)
+        self.pictures = ImageShards(config.images, self.encoder.image_size, config.held_out_share)
+        self.decoder = new_decoder(config, self.encoder).train().to(self.device)
+        self.perceptual = self.discriminator = None
+        if config.perceptual is not None:
+            self.perceptual = LPIPS.from_pretrained(config.perceptual.path).to(self.device)
+        if config.adversarial is not None:
+            seed = hash64("discriminator", config.seed) % 2**63
+            given = config.adversarial.path, config.adversarial.image_size, seed
+            self.discriminator = load_discriminator(*given).to(self.device)
+        self.state = DecoderState(self.decoder, self.discriminator, config)
+        self.path = state_of(config.out)
+        self.progress = self.state.load(self.path) if self.path.is_file() else DecoderProgress()
+        self.gradients = self._gradients()
+
+    def _gradients(self) -> Gradients:
+        config, perceptual, adversary = self.config, None, None
+        if config.perceptual is not None and self.perceptual is not None and config.perceptual.weight:
+            perceptual = self.perceptual, config.perceptual.weight
+        if config.adversarial is not None and self.discriminator is not None:
+            adversary = self.discriminator, config.adversarial.weight
+        compilation = None
+        if config.compile:
+            compilation = compilation_for(self.device.type, "a step", COST_OF_EAGER, dynamic=False)
+        return Gradients(self.decoder, perceptual, adversary, self.ranks, compilation)
+
+    def draw(self, step: int) -> list[Part]:
+        """This rank's images of a step and their noised features, by micro-batch."""
+        config = self.config
+        size = config.length.batch_size
+        images = [self.pictures.batch(step, config.seed, numbers).to(self.device) for numbers in self.parts]
+        with forward_pass(self.device):
+            features = [self.encoder.encode_images(one).features for one in images]
+        # of the whole batch on every rank, so that the noise of an image is the same on any number of them
+        generator = torch.Generator(self.device).manual_seed(
+            hash64("decoder noise", config.seed, step) % 2**63
+        )
+        sigma = config.feature_noise * torch.rand(size, 1, 1, generator=generator, device=self.device)
+        shape = size, *features[0].shape[1:]
+        noise = sigma * torch.randn(shape, generator=generator, device=self.device)
+        return [
+            (to_pixels(own), seen + noise[numbers.start : numbers.stop])
+            for own, seen, numbers in zip(images, features, self.parts, strict=True)
+        ]
+
+    def take_step(self, step: int) -> dict[str, float]:
+        """One update of all that is trained; returns its losses. Called by all ranks.
+
+        Raises:
+            NonFiniteError: on every rank, before anything is updated.
+        """
+        config, adversarial, state = self.config, self.config.adversarial, self.state
+        trains_heads = adversarial is not None and step >= adversarial.discriminator_from_step
+        if adversarial is not None and trains_heads:
+            losses = self.gradients.adversarial(self.draw(step), step >= adversarial.gan_from_step)
+        else:
+            losses = self.gradients.plain(self.draw(step))
+        groups = [list(state.named.values())]
+        if trains_heads:
+            groups.append(list(state.heads.values()))
+        means = dict(zip(losses, self.ranks.mean(list(losses.values())), strict=True))
+        norms = [self._average(group) for group in groups]
+        *values, own, others = torch.stack([*means.values(), norms[0], norms[-1]]).tolist()
+        found = dict(zip(means, values, strict=True))
+        self._refuse_not_finite(step, found, {"decoder": own, "discriminator": others})
+        for group, norm in zip(groups, norms, strict=True):
+            nn.utils.clip_grads_with_norm_(group, MAX_GRAD_NORM, norm)
+        num_steps, final = config.length.num_steps, config.final_lr_ratio
+        _apply(state.optimizer, config.length.lr * rate(step, num_steps, final))
+        if adversarial is not None and state.heads_optimizer is not None and trains_heads:
+            first = adversarial.discriminator_from_step
+            _apply(state.heads_optimizer, adversarial.lr * rate(step - first, num_steps - first, final))
+        if state.ema is not None:
+            state.ema.update(step)
+        return found
+
+    def _average(self, parameters: list[nn.Parameter]) -> Float[Tensor, ""]:
+        """Makes the gradients those of the whole batch; returns their norm."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        assert len(grads) == len(parameters)
+        if self.ranks.world_size > 1:
+            torch._foreach_copy_(grads, self.ranks.mean(grads))
+        return nn.utils.get_total_norm(grads)
+
+    def _refuse_not_finite(self, step: int, losses: dict[str, float], norms: dict[str, float]) -> None:
+        # the means and the norms are the same on every rank, so that all of them stop
+        wrong = [f"the loss {name}" for name, value in losses.items() if not math.isfinite(value)]
+        wrong += [f"the gradient of the {name}" for name, value in norms.items() if not math.isfinite(value)]
+        if not wrong:
+            return
+        keys = self.pictures.keys(step, self.config.seed, range(self.config.length.batch_size))
+        named = ", ".join(keys[:16]) + (f" and {len(keys) - 16} more" if len(keys) > 16 else "")
+        raise NonFiniteError(
+            f"step {step}: {' and '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} not finite; nothing "
+            f"was updated. Samples: {named}. Look at these, or lower length.lr or adversarial.lr; "
+            f"{self.path} holds the state of some steps before, where there is one"
+        )
+
+    def measure(self, path: Path, tracker: Tracker) -> dict[str, float]:
+        """How well the weights that would be written rebuild what is held out; some of it is drawn into the
+        file. Both are logged.
+        """
+        with self.state.averaged():
+            rebuilt = self.held_out.rebuilt(self.decoder.eval())
+        self.decoder.train()
+        self.held_out.draw(rebuilt, path)
+        found = self.held_out.measures(rebuilt, self.perceptual)
+        tracker.log_metrics({f"eval/{name}": value for name, value in found.items()}, self.progress.step)
+        tracker.log_image(path, "reconstructions", self.progress.step)
+        return found
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """What the decoder is measured on."""
+        images = self.pictures.measured(self.config.num_measured).to(self.device)
+        return HeldOut(to_pixels(images), self.encoder.encode_images(images).features)
+
+
+def _apply(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def train_decoder(config: DecoderTrainingConfig) -> dict[str, Any]:
     """Writes the decoder to `out`, and beside its weights how it was measured; returns that. A training that
-    was cut off goes on.
+    was cut off goes on. Under torchrun each rank takes its share of every batch.
 
     Raises:
-        ValueError: no images, an encoder that is none, or a state of another training.
+        ValueError: no images, an encoder or a judge that is none, a batch that the ranks cannot share, or a
+            state of another training, or a tracking store that cannot be reached.
+        NonFiniteError: a loss or a gradient is not finite; nothing was updated.
     """
-    device = usable_device(config.device)
-    encoder = config.encoder.load().to(device)
-    pictures = ImageShards(config.images, encoder.image_size, config.held_out_share)
-    decoder = new_decoder(config, encoder).train().to(device)
-    size = config.length.batch_size
+    fetch(weights_of(config).values())
+    ranks = Ranks.join()
+    training = DecoderTraining(config, ranks)
+    progress, num_steps = training.progress, config.length.num_steps
+    tracker = start_tracking(training)
+    status, saved_at = "FAILED", time.monotonic()
+    bar = tqdm(
+        range(progress.step, num_steps),
+        desc=training.path.stem,
+        mininterval=10,
+        initial=progress.step,
+        disable=not ranks.is_main,
+    )
+    try:
+        for step in bar:
+            # Step
+            found = training.take_step(step)
+            done = progress.step = step + 1
+            is_last = done == num_steps
 
-    def draw(step: int) -> tuple[Tensor, ...]:
-        images = pictures.batch(step, config.seed, size).to(device)
-        features = encoder.encode_images(images).features
-        generator = torch.Generator(device).manual_seed(hash64("decoder noise", config.seed, step) % 2**63)
-        sigma = config.feature_noise * torch.rand(size, 1, 1, generator=generator, device=device)
-        noise = torch.randn(features.shape, generator=generator, device=device)
-        return to_pixels(images), features + sigma * noise
+            # Report
+            if step % REPORT_STEPS == 0 or is_last:
+                progress.shown = smoothed(progress.shown, found)
+                shown = {name: f"{value:.4f}" for name, value in progress.shown.items()}
+                bar.set_postfix(shown, refresh=False)
+                metrics = {**found, "lr": training.state.optimizer.param_groups[0]["lr"]}
+                tracker.log_metrics({f"train/{name}": value for name, value in metrics.items()}, done)
 
-    def loss(pixels: Tensor, features: Tensor) -> dict[str, Tensor]:
-        return {"pixels": F.l1_loss(decoder(features).float(), pixels)}
+            # Measure
+            every = config.measure_every_steps
+            if ranks.is_main and not is_last and every is not None and done % every == 0:
+                path = pictures_of(config.out) / f"step_{done:08d}.png"
+                progress.history.append({"step": float(done), **training.measure(path, tracker)})
 
-    shown = optimise(decoder, config.length, Objective(draw, loss), state_of(config.out), config)
-    decoder.save_pretrained(config.out, dtype=getattr(torch, config.dtype))
-    images = pictures.measured(config.num_measured).to(device)
-    found = {
-        "psnr_db": psnr(decoder.eval(), encoder.encode_images(images).features, to_pixels(images)),
-        "num_measured": float(len(images)),
-        "num_images": float(len(pictures.drawn)),
+            # State
+            if ranks.is_main and not is_last and time.monotonic() - saved_at > config.save_every_sec:
+                training.state.save(training.path, progress)
+                saved_at = time.monotonic()
+        written = write_decoder(training, tracker) if ranks.is_main else {}
+        status = "FINISHED"
+    finally:
+        bar.close()
+        tracker.finish(status)
+    return broadcast_object(written) if ranks.world_size > 1 else written
+
+
+def start_tracking(training: DecoderTraining) -> Tracker:
+    """A new MLflow run, or the one that this training started before. Rank 0 has it, the others track
+    nothing.
+
+    Raises:
+        ValueError: the store cannot be reached.
+    """
+    config, progress = training.config, training.progress
+    if not training.ranks.is_main or config.tracking.uri is None:
+        return Tracker(TrackingConfig())
+    store = store_identity(config.tracking.uri)
+    is_same = config.tracking.run_id is None and progress.run.get("store") == store
+    run = {"run_id": progress.run["run_id"]} if is_same else {}
+    try:
+        tracker = Tracker(config.tracking.model_copy(update=run))
+        tracker.log_config(config.as_written())
+        tracker.log_environment(world_size=training.ranks.world_size)
+    except StoreError as error:
+        raise ValueError(f"tracking could not start: {error}") from error
+    progress.run = {"run_id": str(tracker.run_id), "store": store}
+    return tracker
+
+
+def write_decoder(training: DecoderTraining, tracker: Tracker) -> dict[str, Any]:
+    """The last state, the decoder's folder and what was measured, which is returned. Rank 0's."""
+    config, progress = training.config, training.progress
+    training.state.save(training.path, progress)
+    with training.state.averaged():
+        training.decoder.save_pretrained(config.out, dtype=getattr(torch, config.dtype))
+    found: dict[str, Any] = {
+        **training.measure(config.out / EXAMPLES, tracker),
+        "num_measured": float(len(training.held_out.pixels)),
+        "num_images": float(len(training.pictures.drawn)),
         "num_steps": float(config.length.num_steps),
-        **{f"loss_{name}": value for name, value in shown.items()},
+        **{f"loss_{name}": value for name, value in progress.shown.items()},
     }
+    if progress.history:
+        found["history"] = progress.history
     write_json(config.out / MEASURED, found)
     return found
 
@@ -91,14 +304,11 @@ def state_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.state")
 
 
-def to_pixels(images: Tensor) -> Float[Tensor, "b 3 h w"]:
+def pictures_of(out: Path) -> Path:
+    """Where what was drawn before the end lies, of a training that writes to `out`."""
+    return out.with_name(f"{out.name}.pictures")
+
+
+def to_pixels(images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b 3 h w"]:
     """8-bit images, channels last, as float32 in [0, 1]."""
     return images.movedim(-1, 1).float() / 255
-
-
-@torch.no_grad()
-def psnr(decoder: RAEDecoder, features: Float[Tensor, "b n d"], pixels: Float[Tensor, "b 3 h w"]) -> float:
-    """Mean over images of 10 log10(1 / mean squared error), in dB."""
-    rebuilt = torch.cat([decoder(part).float().clamp(0, 1) for part in features.split(32)])
-    errors = (rebuilt - pixels).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
-    return float((-10 / math.log(10) * errors.log()).mean())

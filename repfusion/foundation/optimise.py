@@ -1,7 +1,8 @@
 """A loss -> trained weights: AdamW on a cosine, in bfloat16 autocast, from where it was cut off."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -78,24 +79,17 @@ def optimise(
     """
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     device = next(iter(named.values())).device
-    groups = [
-        {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=length.lr, betas=BETAS, fused=True)
+    optimizer = adamw(named, length.lr)
     first, shown = restore(named, optimizer, length, state) if state.is_file() else (0, {})
     if config.compile:
         compilation = compilation_for(device.type, "the loss of a step", COST_OF_EAGER, dynamic=False)
         objective = Objective(objective.draw, compilation(objective.loss))
-    saved_at, is_bf16 = time.monotonic(), multiplies_bf16(device)
+    saved_at = time.monotonic()
     bar = tqdm(range(first, length.num_steps), desc=state.stem, mininterval=10, initial=first)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = length.lr * rate(step, length.num_steps)
-        # The CPU's flash attention is slow in the backward pass of short sequences; the plain one is 1.5 x as
-        # fast.
-        backends = [SDPBackend.MATH] if device.type == "cpu" else [*SDPBackend.__members__.values()][1:]
-        with sdpa_kernel(backends), torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
+        with forward_pass(device):
             parts = objective(step)
             loss = torch.stack(list(parts.values())).sum()
         loss.backward()
@@ -106,10 +100,7 @@ def optimise(
             found = {name: part.item() for name, part in parts.items()}
             if not np.isfinite(list(found.values())).all():
                 raise RuntimeError(f"{state.stem}: loss {found} at step {step}")
-            keep = 1 - 20 * SMOOTHING
-            shown = {
-                name: keep * shown.get(name, value) + (1 - keep) * value for name, value in found.items()
-            }
+            shown = smoothed(shown, found)
             bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()}, refresh=False)
         is_last, is_out = step + 1 == length.num_steps, has_come(until)
         if not is_last and (is_out or time.monotonic() - saved_at > config.save_every_sec):
@@ -121,9 +112,39 @@ def optimise(
     return shown
 
 
-def rate(step: int, num_steps: int) -> float:
-    """Share of the peak learning rate: a linear rise, then a cosine to zero."""
-    return min(1.0, (step + 1) / WARMUP_STEPS) * (0.5 + 0.5 * np.cos(np.pi * step / num_steps))
+def rate(step: int, num_steps: int, final: float = 0.0) -> float:
+    """Share of the peak learning rate: a linear rise, then a cosine to the share `final`."""
+    cosine = 0.5 + 0.5 * np.cos(np.pi * step / num_steps)
+    return min(1.0, (step + 1) / WARMUP_STEPS) * (final + (1 - final) * cosine)
+
+
+def adamw(
+    named: Mapping[str, nn.Parameter], lr: float, weight_decay: float = WEIGHT_DECAY
+) -> torch.optim.AdamW:
+    """The optimizer of parameters; those that are no matrices do not decay."""
+    groups = [
+        {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
+
+
+@contextmanager
+def forward_pass(device: torch.device) -> Iterator[None]:
+    """How modules are run in training: in bfloat16 where the device multiplies in it, and on a CPU with plain
+    attention. The flash attention there is slow in the backward pass of short sequences; the plain one is
+    1.5 x as fast.
+    """
+    backends = [SDPBackend.MATH] if device.type == "cpu" else [*SDPBackend.__members__.values()][1:]
+    enabled = multiplies_bf16(device)
+    with sdpa_kernel(backends), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+        yield
+
+
+def smoothed(shown: Mapping[str, float], found: Mapping[str, float]) -> dict[str, float]:
+    """The losses shown after those of one more of every 20 steps; a loss that is new begins as it is."""
+    keep = 1 - 20 * SMOOTHING
+    return {name: keep * shown.get(name, value) + (1 - keep) * value for name, value in found.items()}
 
 
 def keep_state(

@@ -76,13 +76,20 @@ class RAEDecoder(nn.Module):
 
     def forward(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b 3 h w"]:
         """Pixels, about [0, 1] and not clamped."""
+        return self.to_pixels(self.hidden(features))
+
+    def hidden(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n c"]:
+        """What the last layer reads."""
         x = self.embed(features) + self.positions
         for block in self.blocks:
             x = block(x, self.rotary)
+        return self.norm(x)
+
+    def to_pixels(self, hidden: Float[Tensor, "b n c"]) -> Float[Tensor, "b 3 h w"]:
+        """The last layer's patches, put together."""
         rows, cols = self.config.grid
-        patches = self.out(self.norm(x))
         return rearrange(
-            patches,
+            self.out(hidden),
             "b (r c) (p q k) -> b k (r p) (c q)",
             r=rows,
             c=cols,

@@ -12,9 +12,10 @@ from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 
 
-def check_model(config: ModelConfig, key: str = "model") -> TextToImage:
+def check_model(config: ModelConfig, key: str = "model", has_decoder: bool = True) -> TextToImage:
     """The model without memory (torch's meta device), made by the code that makes the real one. `key` is
-    where the configuration stands, for messages.
+    where the configuration stands, for messages. A model that does not have its decoder yet is looked at
+    without.
 
     Raises: ValueError: a folder is missing, lacks weights, or has others than its config.json says; encoder,
         MLLM, decoder, method and denoiser do not fit each other. The message begins with the key.
@@ -25,8 +26,9 @@ def check_model(config: ModelConfig, key: str = "model") -> TextToImage:
         llm = load_llm(config, on_meta=True)
     with naming(f"{key}.conditioning"):
         second = load_second_llm(config, on_meta=True)
-    with naming(f"{key}.decoder"):
-        fitting_decoder(config.decoder, encoder.grid, encoder.feature_dim, on_meta=True)
+    if has_decoder:
+        with naming(f"{key}.decoder"):
+            fitting_decoder(config.decoder, encoder.grid, encoder.feature_dim, on_meta=True)
     with naming(key), torch.device("meta"):
         statistics = LatentStatistics.empty(encoder.num_tokens, encoder.feature_dim)
         return assemble(config, llm, statistics, encoder.grid, second)

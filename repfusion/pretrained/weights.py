@@ -126,6 +126,7 @@ def load_transformers(
     dtype: torch.dtype | Literal["auto"] = torch.float32,
     beside: str | None = None,
     on_meta: bool = False,
+    unused: str | None = None,
 ) -> Any:
     """A model of transformers, every weight of it from the folder, in eval mode.
 
@@ -136,6 +137,7 @@ def load_transformers(
         dtype: precision in which the weights are held; `auto` is that of the folder.
         beside: pattern of the names that may lie beside the model's, such as a CLIP's text tower.
         on_meta: shapes without memory: the weights' headers alone are read.
+        unused: pattern of the names that the folder may lack, of a part that the caller takes away.
 
     Raises:
         ValueError: weights are missing, left over, of another shape or not finite, or not in safetensors.
@@ -144,23 +146,27 @@ def load_transformers(
     with said_of(place, f"as a {model_class.__name__}"):
         config = model_class.config_class.from_pretrained(folder, **OWN_FILES_ALONE)
         model, report = _onto_meta(model_class, config, headers, dtype)
-    _refuse_report(place, report, beside)
+    _refuse_report(place, report, beside, unused)
     if on_meta:
         return model
     with said_of(place, f"as a {model_class.__name__}"), quiet():
         model, report = model_class.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **OWN_FILES_ALONE
         )
-    _refuse_report(place, report, beside)
+    _refuse_report(place, report, beside, unused)
     refuse_not_finite(model, place)
     return model
 
 
-def _refuse_report(place: str, report: Mapping[str, Any], beside: str | None) -> None:
-    left_over = [
-        name for name in report["unexpected_keys"] if beside is None or re.match(beside, name) is None
-    ]
-    refuse_misfits(place, report["missing_keys"], left_over, report["mismatched_keys"])
+def _refuse_report(place: str, report: Mapping[str, Any], beside: str | None, unused: str | None) -> None:
+    def all_but(names: Collection[str], pattern: str | None) -> list[str]:
+        return [name for name in names if pattern is None or re.match(pattern, name) is None]
+
+    missing, left_over = (
+        all_but(report["missing_keys"], unused),
+        all_but(report["unexpected_keys"], beside),
+    )
+    refuse_misfits(place, missing, left_over, report["mismatched_keys"])
 
 
 def _onto_meta(

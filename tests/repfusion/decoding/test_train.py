@@ -2,48 +2,21 @@
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_shards import write_shards
 
 from repfusion.config import load_config, to_yaml
 from repfusion.data.order import is_held_out
 from repfusion.decoding import __main__ as command
+from repfusion.decoding import train
 from repfusion.decoding.config import DecoderTrainingConfig
 from repfusion.decoding.pictures import ImageShards
 from repfusion.decoding.train import MEASURED, state_of, train_decoder
 from repfusion.foundation.config import LengthConfig
 from repfusion.images.square import square
-from repfusion.latents.load import EncoderConfig, fitting_decoder
-
-
-def plain(index: int) -> np.ndarray:
-    """An image of one colour, of no encoder's shape."""
-    colour = np.random.default_rng(index).integers(0, 256, 3, np.uint8)
-    return np.broadcast_to(colour, (20, 26, 3)).copy()
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("own") / "curate", [plain(i) for i in range(40)], 2)
-
-
-@pytest.fixture
-def config(images, foundation, tmp_path) -> DecoderTrainingConfig:
-    return DecoderTrainingConfig(
-        images=images,
-        out=tmp_path / "decoder",
-        encoder=EncoderConfig(path=foundation / "vision_tower"),
-        hidden_size=16,
-        depth=1,
-        num_heads=2,
-        held_out_share=0.25,
-        length=LengthConfig(num_steps=120, batch_size=8, lr=1e-2),
-        dtype="float32",
-    )
+from repfusion.latents.load import fitting_decoder
 
 
 @pytest.mark.slow
@@ -58,22 +31,20 @@ def test_it_learns_to_rebuild_what_it_never_saw(config):
 
 
 def test_one_that_was_cut_off_goes_on_to_the_same_weights(config, tmp_path, monkeypatch):
-    from repfusion.foundation import optimise
-
     short = config.model_copy(update={"length": LengthConfig(num_steps=6, batch_size=4)})
     train_decoder(short)
     whole = (short.out / "model.safetensors").read_bytes()
     again = short.model_copy(update={"out": tmp_path / "again", "save_every_sec": 1e-9})
     calls = [0]
 
-    def cut(step, num_steps, rate=optimise.rate):
+    def cut(step, num_steps, final, rate=train.rate):
         calls[0] += 1
         if calls[0] == 4:
             raise KeyboardInterrupt
-        return rate(step, num_steps)
+        return rate(step, num_steps, final)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(optimise, "rate", cut)
+        patched.setattr(train, "rate", cut)
         train_decoder(again)
     assert not again.out.exists() and state_of(again.out).is_file()
     train_decoder(again)
@@ -85,8 +56,8 @@ def test_what_is_held_out_is_never_drawn(images):
     assert len(pictures.drawn) + len(pictures.held_out) == 40
     assert all(is_held_out(one.key, 0.25) for one in pictures.held_out) and pictures.held_out
     assert not any(is_held_out(one.key, 0.25) for one in pictures.drawn)
-    first, second = pictures.batch(3, 0, 6), pictures.batch(4, 0, 6)
-    assert first.shape == (6, 16, 16, 3) and torch.equal(first, pictures.batch(3, 0, 6))
+    first, second = pictures.batch(3, 0, range(6)), pictures.batch(4, 0, range(6))
+    assert first.shape == (6, 16, 16, 3) and torch.equal(first, pictures.batch(3, 0, range(6)))
     assert not torch.equal(first, second)
     assert len(ImageShards(images, 16, 0.0).measured(5)) == 5
 
