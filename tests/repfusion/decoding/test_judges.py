@@ -5,7 +5,7 @@ folders that hold something else.
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_judges import write_dino
+from tiny_critics import write_dino
 
 from repfusion.decoding.discriminator import (
     BLOCKS,
