@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from decoder_judges import write_lpips
+from tiny_critics import write_lpips
 
 from pipelines.build import build_stages
 from pipelines.config import WorkflowConfig

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from decoder_judges import write_dino, write_lpips
+from tiny_critics import write_dino, write_lpips
 from tiny_shards import write_shards
 
 from repfusion.decoding.config import AdversarialConfig, DecoderTrainingConfig, PerceptualConfig

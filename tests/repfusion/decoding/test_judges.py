@@ -4,8 +4,8 @@ folders that hold something else.
 
 import pytest
 import torch
-from decoder_judges import write_dino
 from safetensors.torch import load_file, save_file
+from tiny_critics import write_dino
 
 from repfusion.decoding.discriminator import (
     BLOCKS,
