@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from slowly import all_but_one_slow
 
 from pipelines.runtime import pool as pool_module
 from pipelines.runtime.pool import ActorPool, ActorsConfig, ShardJob, run_shards, shards_in_flight
@@ -157,7 +156,7 @@ def test_a_shard_that_kills_every_actor_fails_alone_after_max_attempts(pool, tmp
     assert is_complete(tmp_path, "00004")
 
 
-@pytest.mark.parametrize("max_attempts", all_but_one_slow([1, 3], 1))
+@pytest.mark.parametrize("max_attempts", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_neighbour_of_a_killed_shard_is_not_blamed(pool, tmp_path, max_attempts):
     moods = {"00000": "dies always", "00001": "sleeps 0.5"}
     with pytest.raises(StageError, match="1 of 5 shards failed") as failure:
