@@ -84,7 +84,8 @@ class TextToImage(Trainable):
         self.denoiser = denoiser
         self.fixed = {f"conditioner.{name}": self.latent_shape for name in conditioner.fixed}
         read = {id(p) for llm in conditioner.language_models for p in llm.parameters()}
-        own = ((name, p) for name, p in self.named_parameters() if id(p) not in read)
+        added = {f"conditioner.{name}" for name in conditioner.adapters}
+        own = ((name, p) for name, p in self.named_parameters() if id(p) not in read or name in added)
         self.kept = {name: p for name, p in own if not p.requires_grad}
         self.columns = {IMAGE_FEATURES: SampleArray(), **config.conditioning.columns}
         self.graphs: StepGraphs | None = None
@@ -199,10 +200,12 @@ class TextToImage(Trainable):
         return [*self.denoiser.layers, *read]
 
     def frozen_parts(self) -> list[nn.Module]:
-        """The language models that no method trains, with their heads and eyes."""
-        frozen = [llm for llm in self.conditioner.language_models if llm.is_frozen]
-        parts = [part for llm in frozen for part in (llm.language_model, llm.head, llm.eyes)]
-        return [part for part in parts if part is not None]
+        """The language models that no method trains, with their heads and eyes; of one with trained adapters,
+        all that they are put beside.
+        """
+        read = self.conditioner.language_models
+        parts = [part for llm in read for part in (llm.language_model, llm.head, llm.eyes)]
+        return [one for part in parts if part is not None for one in untrained(part)]
 
     def load_decoder(self) -> Decoder:
         """The decoder that the configuration names, on the model's device.
@@ -211,6 +214,14 @@ class TextToImage(Trainable):
             ValueError: where it reads other features than this model makes.
         """
         return fitting_decoder(self.config.decoder, self.grid, self.latent_shape[1]).to(self.device)
+
+
+def untrained(module: nn.Module) -> list[nn.Module]:
+    """The largest parts of a module, itself included, that have weights of which none is trained."""
+    weights = [*module.parameters()]
+    if not any(p.requires_grad for p in weights):
+        return [module] if weights else []
+    return [part for child in module.children() for part in untrained(child)]
 
 
 def unfit_caption(error: PromptTooLong) -> str:
