@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from repfusion.conditioning.base import Conditioner, Losses, Prepared
+from repfusion.config import naming
 from repfusion.data.dataset import Sample
 from repfusion.data.readers import IMAGE_FEATURES, SampleArray
 from repfusion.data.recipe import Recipe
@@ -98,8 +99,8 @@ class TextToImage(Trainable):
     def collate(self, samples: Sequence[Sample], recipe: Recipe, seeds: Sequence[int]) -> Inputs:
         """Requests, features as they lie on disk (mostly float16), noise levels and noise of a micro-batch.
 
-        Raises: ValueError: features of another shape than the model's latents, or a caption that does not fit
-            into the context.
+        Raises: ValueError: features of another shape than the model's latents, or a sample whose caption or
+            images do not fit into the context; the message names the sample.
         """
         drawn = [
             recipe.draw(one, seed, self.config.conditioning.columns)
@@ -112,6 +113,11 @@ class TextToImage(Trainable):
         except PromptTooLong as error:
             texts = [one.prompt for one in requests]
             raise ValueError(f"{samples[texts.index(error.prompt)].place}: {unfit_caption(error)}") from error
+        except ValueError:
+            for sample, *one in zip(samples, requests, branches, seeds, strict=True):
+                with naming(sample.place):
+                    self.conditioner.collate(*([row] for row in one))
+            raise
         return {
             "request": request,
             "features": stack([sample.read(IMAGE_FEATURES) for sample in samples]),
