@@ -24,7 +24,7 @@ from pipelines.stages.image_features import ImageFeaturesConfig
 from pipelines.stages.prompt_features import PromptFeaturesConfig
 from pipelines.stages.rewrites import RewritesConfig
 from pipelines.stages.train import Reference, TrainingConfig
-from repfusion.config import Config, tags_of
+from repfusion.config import Config, naming, tags_of
 from repfusion.display.interpolations import Written, below
 from repfusion.latents.geometry import is_vae
 from repfusion.runs.checkpoint import continued_fields
@@ -193,6 +193,9 @@ class WorkflowConfig(Config):
                     f"trainings.{name}.model.decoder: {training.model.decoder} is no decoder of this "
                     f"workflow: {there}"
                 )
+            if start is not None:
+                with naming(f"trainings.{name}.init_from"):
+                    training.model.conditioning.handover(self.trainings[start.stage].model.conditioning)
             for kind, column in training.columns_read.items():
                 if column not in self.columns or self.columns[column].kind != kind:
                     there = [other for other, one in self.columns.items() if one.kind == kind]

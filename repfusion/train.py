@@ -204,8 +204,8 @@ def build_trainable(config: TrainConfig, dataset: Mixture, resume_from: Path | N
         load_weights(model, resume_from, use_ema=False)
         check_continues(model, resume_from)
     elif start is not None:
-        load_start(model, start)
         check_continues(model, start)
+        load_start(model, start)
     if model.kept and config.engine.zero_stage == 3:
         raise ValueError(
             f"engine.zero_stage 3 shards the frozen weights of {config.model.conditioning.method!r}, which "

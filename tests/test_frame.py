@@ -25,6 +25,7 @@ HEAVY = {
     "mlflow": {f"repfusion/tracking/{name}.py" for name in ("store", "source", "system")},
     "img2dataset": {"pipelines/sources/ingest.py"},
     "diffusers": {"repfusion/latents/vae.py", "repfusion/foundation/vae.py"},
+    "peft": {"repfusion/conditioning/lora.py"},
 }
 """Libraries that are each imported in few places."""
 
@@ -190,7 +191,7 @@ def test_the_embedded_world_is_known_where_it_is_drawn_and_judged_alone():
 def test_the_library_loads_without_what_it_may_not_import():
     code = (
         "import sys\n"
-        "for name in ('ray', 'pipelines', 'deepspeed', 'mlflow', 'img2dataset', 'diffusers'):\n"
+        "for name in ('ray', 'pipelines', 'deepspeed', 'mlflow', 'img2dataset', 'diffusers', 'peft'):\n"
         "    sys.modules[name] = None\n"
         "import repfusion.generate, repfusion.evaluation.checkpoints, repfusion.train\n"
     )

@@ -88,7 +88,7 @@ class MethodConfig(Config):
 
     def handover(self, before: "MethodConfig") -> Handover | None:
         """What a training takes of a checkpoint of the method `before`; None is all of it, of a model that
-        has to be the same.
+        has to be the same. Raises ValueError where weights that fit would mean something else.
         """
         return None
 
@@ -156,6 +156,8 @@ class Conditioner(nn.Module):
     llm: LanguageModel
     fixed: tuple[str, ...] = ()
     """Names of buffers, of the latents' shape, without which the trained weights mean something else."""
+    adapters: tuple[str, ...] = ()
+    """Names of parameters that it adds within a language model, whose folder does not hold them."""
 
     @property
     def language_models(self) -> tuple[LanguageModel, ...]:

@@ -236,7 +236,7 @@ def sizes_markdown() -> str:
         row = [
             path.stem,
             f"{trained / 1e9:.2f}B",
-            f"{found[DENOISER].num_parameters / 1e9:.2f}B",
+            f"{found[DENOISER].num_trainable / 1e9:.2f}B",
             f"{flops / TERA:.1f}",
             f"{flops * fields['num_steps'] * fields['global_batch_size'] / 1e21:.2f}",
             f"{(sample_flops(model, TEXT) + decoded) / TERA:.1f}",

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from repfusion.conditioning.base import Conditioner, Losses, Prepared
+from repfusion.config import naming
 from repfusion.data.dataset import Sample
 from repfusion.data.readers import IMAGE_FEATURES, SampleArray
 from repfusion.data.recipe import Recipe
@@ -84,7 +85,8 @@ class TextToImage(Trainable):
         self.denoiser = denoiser
         self.fixed = {f"conditioner.{name}": self.latent_shape for name in conditioner.fixed}
         read = {id(p) for llm in conditioner.language_models for p in llm.parameters()}
-        own = ((name, p) for name, p in self.named_parameters() if id(p) not in read)
+        added = {f"conditioner.{name}" for name in conditioner.adapters}
+        own = ((name, p) for name, p in self.named_parameters() if id(p) not in read or name in added)
         self.kept = {name: p for name, p in own if not p.requires_grad}
         self.columns = {IMAGE_FEATURES: SampleArray(), **config.conditioning.columns}
         self.graphs: StepGraphs | None = None
@@ -97,8 +99,8 @@ class TextToImage(Trainable):
     def collate(self, samples: Sequence[Sample], recipe: Recipe, seeds: Sequence[int]) -> Inputs:
         """Requests, features as they lie on disk (mostly float16), noise levels and noise of a micro-batch.
 
-        Raises: ValueError: features of another shape than the model's latents, or a caption that does not fit
-            into the context.
+        Raises: ValueError: features of another shape than the model's latents, or a sample whose caption or
+            images do not fit into the context; the message names the sample.
         """
         drawn = [
             recipe.draw(one, seed, self.config.conditioning.columns)
@@ -111,6 +113,11 @@ class TextToImage(Trainable):
         except PromptTooLong as error:
             texts = [one.prompt for one in requests]
             raise ValueError(f"{samples[texts.index(error.prompt)].place}: {unfit_caption(error)}") from error
+        except ValueError:
+            for sample, *one in zip(samples, requests, branches, seeds, strict=True):
+                with naming(sample.place):
+                    self.conditioner.collate(*([row] for row in one))
+            raise
         return {
             "request": request,
             "features": stack([sample.read(IMAGE_FEATURES) for sample in samples]),
@@ -199,10 +206,12 @@ class TextToImage(Trainable):
         return [*self.denoiser.layers, *read]
 
     def frozen_parts(self) -> list[nn.Module]:
-        """The language models that no method trains, with their heads and eyes."""
-        frozen = [llm for llm in self.conditioner.language_models if llm.is_frozen]
-        parts = [part for llm in frozen for part in (llm.language_model, llm.head, llm.eyes)]
-        return [part for part in parts if part is not None]
+        """The language models that no method trains, with their heads and eyes; of one with trained adapters,
+        all that they are put beside.
+        """
+        read = self.conditioner.language_models
+        parts = [part for llm in read for part in (llm.language_model, llm.head, llm.eyes)]
+        return [one for part in parts if part is not None for one in untrained(part)]
 
     def load_decoder(self) -> Decoder:
         """The decoder that the configuration names, on the model's device.
@@ -211,6 +220,14 @@ class TextToImage(Trainable):
             ValueError: where it reads other features than this model makes.
         """
         return fitting_decoder(self.config.decoder, self.grid, self.latent_shape[1]).to(self.device)
+
+
+def untrained(module: nn.Module) -> list[nn.Module]:
+    """The largest parts of a module, itself included, that have weights of which none is trained."""
+    weights = [*module.parameters()]
+    if not any(p.requires_grad for p in weights):
+        return [module] if weights else []
+    return [part for child in module.children() for part in untrained(child)]
 
 
 def unfit_caption(error: PromptTooLong) -> str:

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from repfusion.config import merge, read_values, validate
+from repfusion.conditioning.base import Handover
+from repfusion.config import merge, naming, read_values, validate
 from repfusion.files import weights_digest, write_json
 from repfusion.latents.geometry import latent_geometry
 from repfusion.latents.statistics import LatentStatistics
@@ -206,7 +207,7 @@ def load_start(model: TextToImage, folder: Path, on_meta: bool = False) -> None:
         ValueError: as `load_weights`; what is taken is of another geometry, or lacks frozen weights.
     """
     before, _ = read_config(folder)
-    wanted = model.config.conditioning.handover(before.conditioning)
+    wanted = _handover(model, folder, before)
     if wanted is None:
         load_weights(model, folder, on_meta=on_meta)
         return
@@ -217,6 +218,11 @@ def load_start(model: TextToImage, folder: Path, on_meta: bool = False) -> None:
     said = "start from %s (%s): %d weights of it are taken, %d left out, %d of the model are fresh"
     counts = len(state), len(whole) - len(state), len(fresh)
     log.info(said, folder, before.conditioning.method, *counts)
+
+
+def _handover(model: TextToImage, folder: Path, before: ModelConfig) -> Handover | None:
+    with naming(f"checkpoint {folder}"):
+        return model.config.conditioning.handover(before.conditioning)
 
 
 def _state_of(folder: Path, use_ema: bool, on_meta: bool) -> Mapping[str, Tensor]:
@@ -284,7 +290,7 @@ def check_continues(model: TextToImage, folder: Path) -> None:
     saved, digests = read_config(folder)
     present = frozen_digests(model)
     check_digests(folder, {"encoder": digests["encoder"]}, present)
-    wanted = model.config.conditioning.handover(saved.conditioning)
+    wanted = _handover(model, folder, saved)
     if wanted is not None and digests["mllm"] != present[wanted.mllm]:
         raise ValueError(
             f"checkpoint {folder} was trained with mllm weights {digests['mllm'][:12]}, what is taken of it "

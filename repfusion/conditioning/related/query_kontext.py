@@ -6,7 +6,8 @@ an MLP connector, the generator that is replaced by a larger one while the condi
 and source tokens that join in a last training, at rows and columns shifted off those of the image. There is
 no code: ours are the queries' first values, the connector's width, the DiT in context in the place of a
 pretrained MMDiT, and that the low-level tokens are those that the vision tower gives, before the language
-model, in the place of a VAE's. The LoRA of the first training is left out: the language model is frozen.
+model, in the place of a VAE's; and the LoRA's rank and layers. The LoRA on the language model trains with the
+light DiT, and stays frozen beside the weights that it adapts from the second training on.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from repfusion.conditioning.base import (
     MethodConfig,
     Prepared,
 )
+from repfusion.conditioning.lora import LoraConfig, add_lora
 from repfusion.conditioning.unifusion import kept, positions_of
 from repfusion.inputs import Inputs
 from repfusion.llm.base import LanguageModel
@@ -43,6 +45,8 @@ class QueryKontextConfig(MethodConfig):
     """Channels of what the DiT is given; None is the language model's width."""
     interface: ContextInterface = "in_context"
     """How the DiT takes it."""
+    lora: LoraConfig | None = None
+    """The language model's LoRA, which the first training trains and the others keep frozen; None is none."""
     low_level: bool = False
     """Whether tokens of the sources, as the vision tower gives them, join: the third training."""
     replaces_dit: bool = False
@@ -54,13 +58,37 @@ class QueryKontextConfig(MethodConfig):
         """The queries."""
         return self.num_queries
 
+    @property
+    def trains_lora(self) -> bool:
+        """Whether there is a LoRA that trains: in the first training."""
+        return self.lora is not None and not (self.replaces_dit or self.low_level)
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether a LoRA is kept frozen."""
+        return self.lora is not None and not self.trains_lora
+
     def handover(self, before: MethodConfig) -> Handover | None:
-        """Parts that come from the training before: the conditioner, and the DiT unless it is replaced."""
-        if not isinstance(before, QueryKontextConfig) or before.low_level > self.low_level:
+        """Parts that come from the training before: the conditioner, its LoRA with it, and the DiT unless it
+        is replaced. Raises ValueError where the training before had another LoRA.
+        """
+        if not isinstance(before, QueryKontextConfig):
+            return None
+        if before.lora != self.lora:
+            raise ValueError(
+                f"conditioning.lora is {said(self.lora)}, that of the training before {said(before.lora)}, "
+                "which its weights were made for; leave lora out of the config to take it"
+            )
+        if before.low_level > self.low_level:
             return None
         if self.replaces_dit and not before.replaces_dit:
             return Handover(("conditioner.",))
         return Handover(("conditioner.", "denoiser.")) if self.low_level > before.low_level else None
+
+
+def said(lora: LoraConfig | None) -> str:
+    """The settings of a LoRA in a line."""
+    return "none" if lora is None else str(lora.model_dump(mode="json"))
 
 
 def connector(width: int, out: int) -> nn.Sequential:
@@ -71,7 +99,8 @@ def connector(width: int, out: int) -> nn.Sequential:
 class QueryKontextConditioner(Conditioner):
     """The connected states of prompt and queries, and low-level tokens where they join, as one context.
 
-    Raises: ValueError: where the MLLM's context is too short for the queries.
+    Raises: ValueError: where the MLLM's context is too short for the queries, or its layers are not those
+        that the LoRA names.
     """
 
     def __init__(self, llm: LanguageModel, config: QueryKontextConfig = QueryKontextConfig()):
@@ -81,6 +110,9 @@ class QueryKontextConditioner(Conditioner):
         llm.leave_room(config.num_queries)
         width = config.width or llm.width
         self.context_widths = (width,)
+        if config.lora is not None:
+            added = add_lora(llm, config.lora, config.trains_lora)
+            self.adapters = tuple(f"llm.{name}" for name in added)
         self.queries = nn.Parameter(torch.randn(config.num_queries, llm.width) * llm.width**-0.5)
         self.connector = connector(llm.width, width)
         self.low_level = connector(llm.width, width) if config.low_level else None

@@ -89,6 +89,21 @@ def test_a_training_goes_on_from_another(two_trainings, tmp_path: Path):
     assert two_trainings(tmp_path, second=deeper).training("second").model.dit.hidden_size == 32
 
 
+def test_a_training_takes_over_the_lora_of_the_one_before_or_is_refused(two_trainings, tmp_path: Path):
+    """Before anything runs: at the second training's start the first would have run in vain."""
+    model = two_trainings(tmp_path).training("first").model.model_dump(mode="json")
+    model["conditioning"] = {"method": "query_kontext", "num_queries": 3, "lora": {"rank": 2}}
+    second = two_trainings(tmp_path, {"model": model}, {"model": {"conditioning": {"replaces_dit": True}}})
+    assert second.training("second").model.conditioning.model_dump()["lora"]["rank"] == 2
+    for lora, said in (({"rank": 4}, "'rank': 4"), (None, "none")):
+        own = {"model": {"conditioning": {"replaces_dit": True, "lora": lora}}}
+        expected = (
+            rf"second\.init_from: conditioning\.lora is .*{said}.*, that of the training before .*'rank': 2"
+        )
+        with pytest.raises(ConfigError, match=expected):
+            two_trainings(tmp_path, {"model": model}, own)
+
+
 def test_trainings_stand_in_the_order_in_which_they_need_each_other(two_trainings, tmp_path: Path):
     config = two_trainings(tmp_path)
     reverse = dict(reversed(config.model_dump(mode="json")["trainings"].items()))

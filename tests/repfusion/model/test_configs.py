@@ -53,10 +53,13 @@ PUBLISHED = {
 """The papers' parameters, as the denoiser's and as all that is trained; None where they do not say."""
 OURS = {"unifusion_4b_1.3b", "channel_concat_4b_1.3b"}
 """Configurations of no paper."""
+UNSIZED = {"query_kontext_7b_1.3b", "query_kontext_7b_8b", "llm_controller_8b_8b", "maven_7b_1.3b"}
+"""Configurations of papers of which no generator's size is known: of what they read it is."""
 REPFUSION = [
     name for name in PUBLISHED if not name.startswith(("unifusion", "metaquery", "blip3o", "li_dit"))
 ]
 SEEING = {
+    "qwen2.5-vl-7b": (8_292_166_656, None),
     "internvl-2.5-8b": (8.08e9, None),
     "qwen3-vl-4b": (4.438e9, 415.3e6),
     "internvl-3-8b": (None, None),
@@ -69,7 +72,7 @@ def config_of(name: str) -> TrainConfig:
 
 
 def test_every_configuration_has_its_published_size():
-    assert set(NAMES) == PUBLISHED.keys() | OURS
+    assert set(NAMES) == PUBLISHED.keys() | OURS | UNSIZED
 
 
 @pytest.mark.parametrize("folder", SEEING)
@@ -87,7 +90,7 @@ def test_models_that_see_have_their_published_sizes(folder):
         assert found == 7_615_616_512 - 2 * (152_064 - 151_674) * 3584
 
 
-def test_an_image_of_1024_px_is_ten_tiles_of_internvl_and_a_grid_of_qwen():
+def test_an_image_of_1024_px_is_ten_tiles_of_internvl_and_one_grid_of_the_others():
     image = np.zeros((1024, 1024, 3), np.uint8)
     views = {}
     for folder in SEEING:
@@ -96,6 +99,7 @@ def test_an_image_of_1024_px_is_ten_tiles_of_internvl_and_a_grid_of_qwen():
         views[folder] = [tuple((view.max(0).values + 1).tolist()) for view in eyes.look(image).views]
     assert views["internvl-2.5-8b"] == views["internvl-3-8b"] == [(48, 48), (16, 16)]
     assert views["qwen3-vl-4b"] == [(32, 32)]
+    assert views["qwen2.5-vl-7b"] == [(37, 37)]
 
 
 def test_unifusions_recipe_is_the_papers():
@@ -131,14 +135,58 @@ def test_metaquerys_recipe_is_the_papers():
     assert rates == pytest.approx([1e-4, 1e-5])
 
 
-def test_the_related_systems_read_the_language_models_that_their_papers_name():
-    """Sizes of the published checkpoints, without heads."""
+def test_the_related_systems_read_the_language_models_that_they_name():
+    """Sizes of the published checkpoints, without heads; LLaVA adds 64 tokens to LLaMA-7B's."""
     for name, expected in {
         "blip3o_7b_1.4b": [7_615_616_512 - 152_064 * 3584],  # Qwen2.5-7B
+        "llm_controller_8b_8b": [8_030_261_248 - 128_256 * 4096, 6_738_415_616 - 32_000 * 4096 + 64 * 4096],
         "li_dit_8b_10b": [8_030_261_248 - 128_256 * 4096, 7_721_324_544 - 151_936 * 4096],
     }.items():
         read = generator_of(name).conditioner.language_models
         assert [sum(p.numel() for p in llm.parameters()) for llm in read] == expected
+
+
+@pytest.mark.slow
+def test_query_kontexts_second_training_goes_on_from_its_first():
+    """The paper's 128 queries and Qwen2.5-VL-7B, in which the LoRA alone trains, and is frozen then."""
+    first, second = config_of("query_kontext_7b_1.3b"), config_of("query_kontext_7b_8b")
+    light, large = generator_of("query_kontext_7b_1.3b"), generator_of("query_kontext_7b_8b")
+    rank, layers, width, key_width = 64, 28, 3584, 512
+    num_lora = rank * layers * (2 * (width + width) + 2 * (width + key_width))
+    for model in (light, large):
+        llm = model.conditioner.llm
+        assert sum(p.numel() for p in llm.parameters()) == 8_292_166_656 + num_lora
+        assert model.conditioner.get_parameter("queries").shape == (128, width)
+    trained = sum(p.numel() for p in light.conditioner.llm.parameters() if p.requires_grad)
+    assert trained == num_lora == sum(p.numel() for p in large.kept.values())
+    assert second.init_from == first.output_dir / f"checkpoints/step_{first.num_steps:08d}"
+    handover = second.model.conditioning.handover(first.model.conditioning)
+    assert handover is not None
+    before, after = ({**one.trainable_state(), **one.kept} for one in (light, large))
+    taken = {name for name in before if name.startswith(handover.weights)}
+    assert taken == {name for name in after if name.startswith("conditioner.")}
+    assert all(before[name].shape == after[name].shape for name in taken)
+    assert sum(p.numel() for p in large.denoiser.parameters()) == pytest.approx(8e9, rel=0.02)
+
+
+def test_the_llm_controllers_frozen_generator_is_text_embeds():
+    base, config = config_of("text_embed_7b_8b"), config_of("llm_controller_8b_8b")
+    assert config.init_from == base.output_dir / f"checkpoints/step_{base.num_steps:08d}"
+    assert (config.model.encoder, config.model.dit) == (base.model.encoder, base.model.dit)
+    assert config.model.conditioning.second_llm == base.model.mllm
+    generator = generator_of("text_embed_7b_8b")
+    shapes = {name: p.shape for name, p in generator.trainable_state().items()}
+    controlled = generator_of("llm_controller_8b_8b")
+    assert {name: p.shape for name, p in controlled.kept.items()} == shapes
+    assert sum(p.numel() for p in controlled.kept.values()) == pytest.approx(8e9, rel=0.02)
+
+
+def test_mavens_references_have_the_discrete_tokens_of_seed():
+    selection = config_of("maven_7b_1.3b").model.conditioning.model_dump()["selection"]
+    assert (selection["num_discrete"], selection["num_codes"]) == (32, 8192)
+    generator = generator_of("maven_7b_1.3b")
+    assert sum(p.numel() for p in generator.conditioner.llm.parameters()) == 7_063_427_072
+    assert sum(p.numel() for p in generator.denoiser.parameters()) == pytest.approx(1.3e9, rel=0.02)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

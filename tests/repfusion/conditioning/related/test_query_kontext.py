@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
 from repfusion.conditioning.base import Context
+from repfusion.conditioning.lora import LoraConfig
 from repfusion.conditioning.related.query_kontext import QueryKontextConditioner, QueryKontextConfig
 from repfusion.diffusion.flow import draw
 from repfusion.flops.count import train_costs
@@ -164,8 +165,9 @@ def test_three_trainings_go_on_from_each_other(foundation, statistics, tmp_path,
 
 
 @pytest.mark.slow
-def test_flops_are_counted_exactly(foundation, statistics):
-    model = whole_model(foundation, statistics, low_level=True)
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)], ids=["frozen", "lora"])
+def test_flops_are_counted_exactly(foundation, statistics, lora):
+    model = whole_model(foundation, statistics, low_level=lora is None, lora=lora)
     pictures = (picture(0), picture(1))
     inputs = batch_of(model, [Request("a red circle", pictures), Request("a green square", pictures)])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
