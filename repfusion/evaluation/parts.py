@@ -26,7 +26,7 @@ Run = Callable[[Callable[[], Any]], Any]
 
 
 @dataclass(frozen=True)
-class Part:
+class SuitePart:
     """Items beside each other."""
 
     number: int
@@ -37,13 +37,13 @@ class Part:
     """Indices of their images among those of all items."""
 
 
-def parts_of(num_outputs: Sequence[int]) -> list[Part]:
+def parts_of(num_outputs: Sequence[int]) -> list[SuitePart]:
     """The parts of items that ask for so many images each, in order."""
-    parts: list[Part] = []
+    parts: list[SuitePart] = []
     item, image = 0, 0
     for index, end in enumerate(np.cumsum(num_outputs).tolist(), start=1):
         if end - image >= IMAGES_A_PART or index == len(num_outputs):
-            parts.append(Part(len(parts), range(item, index), range(image, end)))
+            parts.append(SuitePart(len(parts), range(item, index), range(image, end)))
             item, image = index, end
     return parts
 
@@ -88,7 +88,7 @@ class Outputs:
         for part in self.parts:
             self._read(part)
 
-    def _read(self, part: Part) -> list[np.ndarray]:
+    def _read(self, part: SuitePart) -> list[np.ndarray]:
         """The images of each item of a part, mapped."""
         path = outputs_column(self.folder, part.number).path
         if not path.is_file():
@@ -166,7 +166,7 @@ class Shares:
         """Digest of all answers, once all parts are complete."""
         return digest_of([answers_column(self.folder, part.number).digest() for part in self.parts])
 
-    def _bring_up(self, part: Part) -> bool:
+    def _bring_up(self, part: SuitePart) -> bool:
         """False where another process is at the part."""
         outputs, answers = (column(self.folder, part.number) for column in (outputs_column, answers_column))
         lock = outputs.path.with_suffix(".lock")
