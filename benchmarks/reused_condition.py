@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from repfusion.diffusion.sampler import SamplerConfig, sample
-from repfusion.evaluation.draw import per_item
+from repfusion.evaluation.parts import per_item
 from repfusion.evaluation.suites.scenes import ScenesSuite, ScenesSuiteConfig
 from repfusion.generate import decode, initial_noise, to_uint8
 from repfusion.model.text_to_image import Prompted, TextToImage

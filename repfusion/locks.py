@@ -114,6 +114,11 @@ def locked(
         yield
 
 
+def take(path: Path) -> IO[str] | None:
+    """The lock file `path`, held alone for as long as the stream is open; None where another has it."""
+    return _take(path, is_shared=False)
+
+
 def _take(path: Path, is_shared: bool) -> IO[str] | None:
     """The locked file, open; None where another process has it."""
     stream = _open(path, is_shared)

@@ -30,14 +30,18 @@ class EvaluateConfig(EvaluationConfig):
     """Evaluate while training goes on, in the time that the machine has to spare, or all after it."""
     max_concurrent: int = Field(default=2, ge=1)
     """Evaluations at once after the training; beside it there is one."""
+    num_processes: int = Field(default=1, ge=1)
+    """Processes of each evaluation, such as one a GPU, that share its images out: the first one, and as many
+    more as there is room for. Each reserves what follows. Changes no scores.
+    """
     num_cpus: float = Field(default=0, ge=0)
-    """CPUs that each evaluation reserves, and its number of threads. 0 reserves none and runs one thread:
+    """CPUs that each process of an evaluation reserves, and its threads. 0 reserves none and runs one thread:
     beside the ranks on a small machine.
     """
     num_gpus: float = Field(default=0, ge=0)
-    """GPUs, or a share of one, that each evaluation reserves."""
+    """GPUs, or a share of one, that each process of an evaluation reserves."""
     memory_mib: int | None = Field(default=None, ge=1)
-    """Memory that each evaluation reserves; None reserves none."""
+    """Memory that each process of an evaluation reserves; None reserves none."""
     max_attempts: int = Field(default=3, ge=1)
     """How often an evaluation that fails is tried; each further run of the workflow tries it once more."""
     backoff_sec: float = Field(default=10.0, ge=0)
@@ -98,7 +102,7 @@ class EvaluateConfig(EvaluationConfig):
 
     @property
     def resources(self) -> dict[str, float]:
-        """What each evaluation reserves, by Ray's names."""
+        """What each process of an evaluation reserves, by Ray's names."""
         needs = {"CPU": self.num_cpus, "GPU": self.num_gpus, "memory": (self.memory_mib or 0) << 20}
         return {name: amount for name, amount in needs.items() if amount}
 

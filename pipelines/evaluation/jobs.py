@@ -40,6 +40,8 @@ class _Job:
     actor: Any
     heard: Any
     """Reference to the process's next answer about how long it was held back."""
+    helpers: dict[Any, Any] = field(default_factory=dict)
+    """Actors that draw and judge beside it, by the references to their ends."""
     asked: float = field(default_factory=time.monotonic)
     up_since: float | None = None
     waited_sec: float = 0.0
@@ -47,6 +49,11 @@ class _Job:
     @property
     def out(self) -> Path:
         return Path(self.task["out"])
+
+    @property
+    def actors(self) -> list[Any]:
+        """The processes at work."""
+        return [self.actor, *(one for one in self.helpers.values() if one is not None)]
 
 
 def tracking_of(train: TrainConfig) -> dict[str, Any] | None:
@@ -102,7 +109,6 @@ class EvaluationJobs:
 
     def start(self, checkpoint: Path, is_idle: bool) -> bool:
         """False where another driver is at this evaluation, or has just completed it."""
-        import ray
 
         out = self.place(checkpoint)
         if (lock := hold(out)) is None:
@@ -115,6 +121,16 @@ class EvaluationJobs:
         record = record.begin()
         write_record(out, record)
         task = self.task(checkpoint, record.attempts[-1].number, is_idle)
+        actor = self._process(task)
+        result, heard = actor.evaluate.remote(), actor.waited_sec.remote()
+        job = self.running[checkpoint.name] = _Job(checkpoint, task, record, lock, actor, heard)
+        self._at_work.add(job, result)
+        return True
+
+    def _process(self, task: dict[str, Any]) -> Any:
+        """An actor for a task."""
+        import ray
+
         options = {
             "num_cpus": self.config.num_cpus,
             "num_gpus": self.config.num_gpus,
@@ -123,11 +139,27 @@ class EvaluationJobs:
         }
         if self.config.memory_mib is not None:
             options["memory"] = self.config.memory_mib << 20
-        actor = ray.remote(**options)(Evaluator).remote(task)
-        result, heard = actor.evaluate.remote(), actor.waited_sec.remote()
-        job = self.running[checkpoint.name] = _Job(checkpoint, task, record, lock, actor, heard)
-        self._at_work.add(job, result)
-        return True
+        return ray.remote(**options)(Evaluator).remote(task)
+
+    def _look_for_help(self, job: _Job) -> None:
+        """Starts a further process where there may be one and there is room; lets go of one that is done."""
+        import ray
+        from ray.exceptions import RayError
+
+        running = [end for end, actor in job.helpers.items() if actor is not None]
+        for end in ray.wait(running, num_returns=len(running), timeout=0)[0] if running else []:
+            try:
+                said = f"another process drew and judged {ray.get(end)} parts"
+            except RayError as error:
+                said = f"another process that drew and judged ended: {brief(error)}"
+            print(f"evaluate: step {step_of(job.checkpoint)}: {said}", flush=True)
+            ray.kill(job.helpers[end])
+            job.helpers[end] = None
+        # once the first is up, or it might wait for the room of its own helpers
+        may_start = job.up_since is not None and len(job.helpers) < self.config.num_processes - 1
+        if may_start and self.has_room():
+            actor = self._process(job.task)
+            job.helpers[actor.help.remote()] = actor
 
     def task(self, checkpoint: Path, attempt: int, is_idle: bool) -> dict[str, Any]:
         """What an attempt is given: plain values, for a process of its own."""
@@ -152,6 +184,7 @@ class EvaluationJobs:
         for job, outcome in self._at_work.ended(timeout_sec):
             self._collect(job, outcome)
         for job in list(self.running.values()):
+            self._look_for_help(job)
             if self._is_overdue(job):
                 message = f"took longer than deadline_sec {self.config.deadline_sec:g}"
                 self._end(job, "failed", message, f"stopped by the driver: {message}")
@@ -193,10 +226,7 @@ class EvaluationJobs:
         error: str = "",
         traceback: str = "",
     ) -> None:
-        import ray
-
-        ray.kill(job.actor)
-        self._at_work.forget(job)
+        self._kill(job)
         del self.running[job.checkpoint.name]
         write_record(job.out, job.record.end(status, error or None))
         job.lock.close()
@@ -286,14 +316,20 @@ class EvaluationJobs:
     def lift(self) -> None:
         """The training is over: nothing is to be left idle for it."""
         for job in self.running.values():
-            job.actor.lift.remote()
+            for actor in job.actors:
+                actor.lift.remote()
 
     def cancel(self) -> None:
         """Kills what is at work, as when the driver itself is killed: the next one finds it cut short."""
+        for job in self.running.values():
+            self._kill(job)
+            job.lock.close()
+        self.running.clear()
+
+    def _kill(self, job: _Job) -> None:
+        """Ends an evaluation's processes."""
         import ray
 
-        for job in self.running.values():
-            ray.kill(job.actor)
-            job.lock.close()
-            self._at_work.forget(job)
-        self.running.clear()
+        for actor in job.actors:
+            ray.kill(actor)
+        self._at_work.forget(job)

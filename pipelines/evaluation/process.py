@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.runtime.pace import Pace
 
 if TYPE_CHECKING:
+    from repfusion.evaluation.record import EvaluationConfig
     from repfusion.tracking import Tracker
 
 TRACKING = ("repfusion.tracking", "mlflow")
@@ -39,6 +40,25 @@ class Evaluator:
     def lift(self) -> None:
         self.pace.lift()
 
+    def help(self) -> int:
+        """Draws and judges beside the process that evaluates, until nothing is left to share; of how many
+        parts.
+        """
+        import_heavy(self.pace, "torch", "repfusion.evaluation.checkpoints")
+        from repfusion.evaluation.checkpoints import help_evaluate
+
+        return help_evaluate(*self._asked(), self.pace)
+
+    def _asked(self) -> "tuple[Path, Path, EvaluationConfig]":
+        """The checkpoint, where its evaluation lies, and what it is made with."""
+        import torch
+
+        from repfusion.evaluation.record import EvaluationConfig
+
+        torch.set_num_threads(self.task["num_threads"])
+        config = EvaluationConfig.model_validate(self.task["config"])
+        return Path(self.task["checkpoint"]), Path(self.task["out"]), config
+
     def evaluate(self) -> None:
         """Scores the checkpoint unless that was done, then logs the scores at its step unless that was done.
 
@@ -49,17 +69,14 @@ class Evaluator:
         import_heavy(
             self.pace, "torch", "repfusion.evaluation.checkpoints", *(TRACKING if task["tracking"] else ())
         )
-        import torch
-
         from pipelines.evaluation.records import LOGGED, finished
         from repfusion.evaluation.checkpoints import evaluate_checkpoint
-        from repfusion.evaluation.record import GALLERIES, GALLERY, SCORES, EvaluationConfig
+        from repfusion.evaluation.record import GALLERIES, GALLERY, SCORES
         from repfusion.files import write_json
         from repfusion.runs.folder import step_of
 
-        torch.set_num_threads(task["num_threads"])
-        checkpoint, out = Path(task["checkpoint"]), Path(task["out"])
-        config, step = EvaluationConfig.model_validate(task["config"]), step_of(checkpoint)
+        checkpoint, out, config = self._asked()
+        step = step_of(checkpoint)
         tracker = attach(task["tracking"])
         child = None if tracker is None else open_child(tracker, task)
         if child is not None:

@@ -11,7 +11,6 @@ train/checkpoints/step_00000500/pins/evaluate    retention leaves this checkpoin
                                 /pins/best       and the one with the highest score
 """
 
-import fcntl
 import os
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from pipelines.evaluation.config import EvaluateConfig
 from repfusion.config import Strict
 from repfusion.evaluation.record import Evaluation, EvaluationConfig, read_evaluation
 from repfusion.files import digest_of, write_json
+from repfusion.locks import take
 from repfusion.runs.folder import BEST, PINS, step_of
 
 ATTEMPTS, LOGGED = "attempts.json", "logged.json"
@@ -108,14 +108,7 @@ def finished(folder: Path, config: EvaluationConfig) -> Evaluation | None:
 
 def hold(folder: Path) -> IO[str] | None:
     """The evaluation's lock, or None where another driver has it; it goes with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stream = (folder / ".lock").open("a")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stream.close()
-        return None
-    return stream
+    return take(folder / ".lock")
 
 
 def pin(checkpoint: Path, name: str = PIN) -> bool:

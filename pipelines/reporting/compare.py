@@ -305,9 +305,10 @@ def _row(row: Sequence[Drawn]) -> str:
 
 def _figure(one: Drawn) -> str:
     kind = {None: "", 0: ' class="wrong"', 1: ' class="right"'}[_verdict(one)]
-    images = "".join(map(_image, one.images[:MOST_IMAGES]))
-    is_several = one.share is not None and len(one.images) > 1
-    several = f"{one.share:.0%} of {len(one.images)} right" if is_several else ""
+    drawn = one.images
+    images = "".join(map(_image, drawn[:MOST_IMAGES]))
+    is_several = one.share is not None and len(drawn) > 1
+    several = f"{one.share:.0%} of {len(drawn)} right" if is_several else ""
     caption = "; ".join(text for text in (several, one.reason) if text)
     return f"<figure{kind}>{images}<figcaption>{escape(caption)}</figcaption></figure>"
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from repfusion.evaluation.columns import outputs_column
+from repfusion.evaluation.columns import ITEMS
+from repfusion.evaluation.parts import Outputs
 from repfusion.evaluation.record import SCORES, Evaluation, SuiteResult, read_evaluation
 from repfusion.evaluation.suites.base import Interval
 from repfusion.runs.folder import STEP_FOLDER, RunFolder, step_of
 from repfusion.runs.named import trainings_below
 
-ITEMS = "items.jsonl"
 DRAWS = 4000
 """Draws of the bootstrap."""
 
@@ -37,26 +37,22 @@ class Contender:
             ValueError: columns of the suite are missing or do not belong together.
         """
         folder = self.folder / suite
-        items_path, images_path = folder / ITEMS, outputs_column(folder).path
-        for path in (items_path, images_path):
-            if not path.is_file():
-                raise ValueError(
-                    f"{path} is not there, which holds what was asked or drawn; name the training in place "
-                    f"of a copy of its scores, or evaluate {self.name} again"
-                )
+        if not (path := folder / ITEMS).is_file():
+            raise ValueError(
+                f"{path} is not there, which holds what was asked; name the training in place of a copy of "
+                f"its scores, or evaluate {self.name} again"
+            )
         try:
-            items = [json.loads(line) for line in items_path.read_text().splitlines()]
-            images = np.load(images_path, mmap_mode="r")
+            items = [json.loads(line) for line in path.read_text().splitlines()]
+            outputs = Outputs(folder, [item["num_outputs"] for item in items])
+            outputs.check()
         except ValueError as error:
             raise ValueError(f"{folder}: {error}; evaluate {self.name} again") from error
-        ends = np.cumsum([item["num_outputs"] for item in items])
-        if not len(items) or ends[-1] != len(images):
-            raise ValueError(f"{images_path}: {len(images)} images for {len(items)} items; evaluate again")
         scores = self.evaluation.suites[suite].scores
         shares, reasons = scores.by_item, scores.reasons
         return {
-            item["key"]: Drawn(item, part, shares.get(item["key"]), reasons.get(item["key"], ""))
-            for item, part in zip(items, np.split(images, ends[:-1]), strict=True)
+            item["key"]: Drawn(item, outputs, index, shares.get(item["key"]), reasons.get(item["key"], ""))
+            for index, item in enumerate(items)
         }
 
 
@@ -65,11 +61,18 @@ class Drawn:
     """An item, as its evaluation wrote it down, with what was drawn and judged."""
 
     item: dict[str, Any]
-    images: UInt8[np.ndarray, "n h w 3"]
+    outputs: Outputs
+    index: int
+    """Number of the item among those of its suite."""
     share: float | None
     """Share of its images that are right; None where the suite judges no single item."""
     reason: str
     """Why it is wrong; empty where it is right, or nothing is known."""
+
+    @property
+    def images(self) -> UInt8[np.ndarray, "n h w 3"]:
+        """Its images, read now."""
+        return self.outputs[self.index]
 
     @property
     def request(self) -> dict[str, Any]:

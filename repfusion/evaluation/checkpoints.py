@@ -3,6 +3,9 @@
 step_00000500/  scenes/      items, outputs, answers and scores of a suite (columns.py)
                 gallery.png
                 scores.json  written last: it marks the evaluation complete
+
+Processes that evaluate one checkpoint to one folder share its images out; what was complete when one was
+killed is not made again.
 """
 
 import re
@@ -13,25 +16,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import UInt8
-
-from repfusion.evaluation.columns import answers_column, known, outputs_column, scores_column, write_items
-from repfusion.evaluation.draw import Drawing, Run, per_item
+from repfusion.evaluation.columns import known, scores_column, write_items
+from repfusion.evaluation.draw import Drawing
 from repfusion.evaluation.gallery import Tile, TitledRow, gallery
+from repfusion.evaluation.parts import Draws, Outputs, Run, Shares
 from repfusion.evaluation.record import GALLERIES, GALLERY, SCORES, Evaluation, EvaluationConfig, SuiteResult
-from repfusion.evaluation.suites.base import Answer, Item, Scores, Suite
+from repfusion.evaluation.suites.base import Item, Scores, Suite
 from repfusion.files import atomic_path, digest_of, write_json
 from repfusion.runs.completion import read_complete
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A suite's columns, in memory."""
+    """A suite's columns, complete; images stay on disk."""
 
     suite: Suite
     items: Sequence[Item]
-    images: UInt8[np.ndarray, "n h w 3"]
+    outputs: Outputs
     scores: Scores
 
     @property
@@ -45,16 +46,15 @@ class Scored:
         """Tiles by the title of their row: of each item that the suite shows the images that it was asked
         with, and the first that was drawn.
         """
-        firsts = [images[0] for images in per_item(self.images, self.items)]
         rows = self.suite.gallery(self.items) or {"": range(len(self.items))}
-        return {title: [tile for i in row for tile in self._tiles(firsts, i)] for title, row in rows.items()}
+        return {title: [tile for i in row for tile in self._tiles(i)] for title, row in rows.items()}
 
-    def _tiles(self, images: Sequence[np.ndarray], index: int) -> Iterator[Tile]:
+    def _tiles(self, index: int) -> Iterator[Tile]:
         item = self.items[index]
         for number, given in enumerate(item.request.images, start=1):
             yield Tile(given, f"image {number}")
         share = self.scores.by_item.get(item.key)
-        yield Tile(images[index], item.request.prompt, None if share is None else share > 0.5)
+        yield Tile(self.outputs[index][0], item.request.prompt, None if share is None else share > 0.5)
 
 
 def _run_here(work: Callable[[], Any]) -> Any:
@@ -96,26 +96,36 @@ def evaluate_checkpoint(
     return evaluation
 
 
+def help_evaluate(
+    checkpoint: Path, out: Path, config: EvaluationConfig = EvaluationConfig(), run: Run = _run_here
+) -> int:
+    """Draws and judges what `evaluate_checkpoint`, in another process, has not come to, and returns of how
+    many parts of suites; scores nothing.
+
+    Raises:
+        ValueError: as `evaluate_checkpoint` does.
+    """
+    read_complete(checkpoint)
+    drawing = Drawing(checkpoint, config, run)
+    return sum(
+        Shares(suite, run(suite.items)[: config.max_items], out / name, drawing, run).help()
+        for name, suite in config.build_suites().items()
+    )
+
+
 def score_suite(
-    suite: Suite, folder: Path, drawing: Drawing, max_items: int | None = None, run: Run = _run_here
+    suite: Suite, folder: Path, draws: Draws, max_items: int | None = None, run: Run = _run_here
 ) -> Scored:
     """Brings a suite's columns in `folder` up to date: outputs where the items or what draws them changed,
     answers where outputs or judge did, scores where answers or rule did.
     """
     items = run(suite.items)[:max_items]
-    truth = digest_of(known(items))
-    outputs, answers, scores = outputs_column(folder), answers_column(folder), scores_column(folder)
-    images = outputs.get(drawing.identity(items), partial(drawing, items))
+    shares = Shares(suite, items, folder, draws, run)
+    shares.finish()
     write_items(folder, items)
-
-    def judge() -> list[Answer]:
-        return suite.judge(drawing.device)(items, per_item(images, items))
-
-    judged = {"outputs": outputs.digest(), "items": truth, "judge": suite.judge_version}
-    answered = answers.get(judged, partial(run, judge))
-    ruled = {"answers": answers.digest(), "items": truth, "rule": suite.rule_version}
-    found = scores.get(ruled, partial(run, partial(suite.score, items, answered)))
-    return Scored(suite, items, images, found)
+    ruled = {"answers": shares.digest(), "items": digest_of(known(items)), "rule": suite.rule_version}
+    found = scores_column(folder).get(ruled, lambda: run(partial(suite.score, items, shares.answers())))
+    return Scored(suite, items, shares.outputs, found)
 
 
 def write_galleries(rows: Sequence[TitledRow], out: Path) -> None:

@@ -1,9 +1,10 @@
-"""Outputs, answers and scores of a suite on disk: each file beside the identity of what decided it.
+"""Outputs, answers and scores of a suite on disk: each file beside the identity of what decided it. Outputs
+and answers lie in parts (parts.py).
 
 evaluations/step_00000500/scenes/  items.jsonl
-                                   outputs.npy    outputs.identity.json
-                                   answers.jsonl  answers.identity.json
-                                   scores.json    scores.identity.json
+                                   outputs/00000.npy    00000.identity.json
+                                   answers/00000.jsonl  00000.identity.json
+                                   scores.json          scores.identity.json
 """
 
 import json
@@ -27,6 +28,8 @@ from repfusion.files import (
 )
 
 T = TypeVar("T")
+OUTPUTS, ANSWERS = "outputs", "answers"
+ITEMS = "items.jsonl"
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class ColumnFile(Generic[T]):
         return self.path.with_suffix(".identity.json")
 
     def digest(self) -> str:
-        """sha256 of the file."""
-        return file_sha256(self.path)
+        """sha256 of the file that `get` found whole or wrote, by what lies beside it."""
+        return json.loads(self.identity_path.read_text())["sha256"]
 
     def get(self, identity: Mapping[str, Any], make: Callable[[], T]) -> T:
         """The value that this identity decides: read where it lies whole on disk, otherwise made and written,
@@ -55,7 +58,8 @@ class ColumnFile(Generic[T]):
         value = make()
         with atomic_path(self.path) as temporary:
             self.write(temporary, value)
-        write_json(self.identity_path, {"identity": dict(identity), "sha256": self.digest()})
+        digest = file_sha256(self.path)
+        write_json(self.identity_path, {"identity": dict(identity), "sha256": digest})
         return value
 
     def _holds(self, identity: Mapping[str, Any]) -> bool:
@@ -64,23 +68,24 @@ class ColumnFile(Generic[T]):
         except (FileNotFoundError, ValueError):
             return False
         # a file written since, by one that was killed before it wrote the identity, has another digest
-        expected = {"identity": dict(identity)}
-        return self.path.is_file() and known == {**expected, "sha256": self.digest()}
+        if not self.path.is_file() or not isinstance(known, dict) or known.get("identity") != dict(identity):
+            return False
+        return known == {"identity": dict(identity), "sha256": file_sha256(self.path)}
 
 
-def outputs_column(folder: Path) -> ColumnFile[UInt8[np.ndarray, "n h w 3"]]:
-    """Images, item by item, an item's outputs beside each other."""
+def outputs_column(folder: Path, part: int) -> ColumnFile[UInt8[np.ndarray, "n h w 3"]]:
+    """Images of a part, item by item, an item's outputs beside each other."""
 
     def write(path: Path, images: np.ndarray) -> None:
         with path.open("wb") as stream:
             np.save(stream, images)
 
-    return ColumnFile(folder / "outputs.npy", write, np.load)
+    return ColumnFile(folder / OUTPUTS / f"{part:05d}.npy", write, np.load)
 
 
-def answers_column(folder: Path) -> ColumnFile[list[Answer]]:
-    """One line of JSON for each item."""
-    return ColumnFile(folder / "answers.jsonl", _write_lines, _read_lines)
+def answers_column(folder: Path, part: int) -> ColumnFile[list[Answer]]:
+    """One line of JSON for each item of a part."""
+    return ColumnFile(folder / ANSWERS / f"{part:05d}.jsonl", _write_lines, _read_lines)
 
 
 def scores_column(folder: Path) -> ColumnFile[Scores]:
@@ -113,7 +118,7 @@ def known(items: Sequence[Item]) -> list[dict[str, Any]]:
 
 def write_items(folder: Path, items: Sequence[Item]) -> None:
     """Writes `items.jsonl`, for whoever reads the other columns."""
-    write_text(folder / "items.jsonl", _lines(known(items)))
+    write_text(folder / ITEMS, _lines(known(items)))
 
 
 def _lines(values: Sequence[Any]) -> str:

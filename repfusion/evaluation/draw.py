@@ -1,6 +1,6 @@
 """A checkpoint and items of suites -> images, a batch at a time. The checkpoint is loaded at the first."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from repfusion.conditioning.lap import drop_taps
 from repfusion.evaluation.columns import asked
+from repfusion.evaluation.parts import Run
 from repfusion.evaluation.record import EvaluationConfig
 from repfusion.evaluation.suites.base import Item
 from repfusion.files import digest_of
@@ -22,9 +23,6 @@ from repfusion.request import Request
 from repfusion.runs.checkpoint import load_checked, load_checkpoint
 from repfusion.runs.completion import check_complete
 from repfusion.runs.folder import AVERAGES, CONFIG, STATISTICS, WEIGHTS_FILE
-
-Run = Callable[[Callable[[], Any]], Any]
-"""Calls a piece of work, here or in a thread of its choice."""
 
 
 class Drawing:
@@ -39,14 +37,16 @@ class Drawing:
     def device(self) -> str:
         return self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
-    def identity(self, items: Sequence[Item]) -> dict[str, Any]:
-        """What decides the images of items; neither batch size nor device nor speed do."""
+    def identity(self, items: Sequence[Item], first: int = 0) -> dict[str, Any]:
+        """What decides the images of items, the first of which is image `first` of all; neither batch size
+        nor device nor speed do.
+        """
         if self._weights is None:
             self._weights = self.run(self._digests)
         config = self.config
         return {
             "weights": self._weights,
-            "seed": config.seed,
+            "seed": config.seed + first,
             "sampler": config.sampler.model_dump(mode="json"),
             "items": digest_of(asked(items)),
             **({"dropped_taps": list(config.dropped_taps)} if config.dropped_taps else {}),
@@ -59,24 +59,29 @@ class Drawing:
         files = check_complete(self.checkpoint, names)["files"]
         return {name: files[name].sha256 for name in names}
 
-    def __call__(self, items: Sequence[Item]) -> UInt8[np.ndarray, "n h w 3"]:
-        """Images of all items, each item's outputs beside each other. The noise of image i is that of
-        seed + i.
+    def check(self, items: Sequence[Item]) -> None:
+        """Raises ValueError where a prompt of the items does not fit."""
+        model, _ = self._model()
+        model.conditioner.llm.check_lengths([item.request.prompt for item in items])
+
+    def __call__(self, items: Sequence[Item], first: int = 0) -> UInt8[np.ndarray, "n h w 3"]:
+        """Images of items, each item's outputs beside each other. The noise of image i of them is that of
+        seed + first + i.
         """
+        requests = [item.request for item in items for _ in range(item.num_outputs)]
+        return np.concatenate([to_uint8(batch) for batch in self._batches(requests, first)])
+
+    def _batches(self, requests: Sequence[Request], first: int) -> Iterator[Float[Tensor, "b 3 h w"]]:
+        config, size, model = self.config, self.config.batch_size, self._model()
+        for start in range(0, len(requests), size):
+            part, seed = requests[start : start + size], config.seed + first + start
+            yield self.run(partial(generate, *model, part, seed, config.sampler, size))
+
+    def _model(self) -> tuple[TextToImage, Decoder]:
         if self._loaded is None:
             self._loaded = self.run(self._load)
-        requests = [item.request for item in items for _ in range(item.num_outputs)]
-        # before hours of others: a prompt that does not fit
         assert self._loaded is not None
-        self._loaded[0].conditioner.llm.check_lengths([request.prompt for request in requests])
-        return np.concatenate([to_uint8(batch) for batch in self._batches(requests)])
-
-    def _batches(self, requests: Sequence[Request]) -> Iterator[Float[Tensor, "b 3 h w"]]:
-        assert self._loaded is not None
-        config, size = self.config, self.config.batch_size
-        for start in range(0, len(requests), size):
-            part, seed = requests[start : start + size], config.seed + start
-            yield self.run(partial(generate, *self._loaded, part, seed, config.sampler, size))
+        return self._loaded
 
     def _load(self) -> tuple[TextToImage, Decoder]:
         load = load_checkpoint if self._weights is None else load_checked
@@ -86,15 +91,3 @@ class Drawing:
         if self.config.fast:
             model.speed_up_sampling(self.config.sampler.precision)
         return model, model.load_decoder()
-
-
-def per_item(images: UInt8[np.ndarray, "n h w 3"], items: Sequence[Item]) -> list[list[np.ndarray]]:
-    """The images of each item.
-
-    Raises:
-        ValueError: where there are not as many as the items ask for.
-    """
-    ends = np.cumsum([item.num_outputs for item in items])
-    if not len(ends) or ends[-1] != len(images):
-        raise ValueError(f"{len(images)} images; {len(items)} items ask for {ends[-1] if len(ends) else 0}")
-    return [list(part) for part in np.split(images, ends[:-1])]

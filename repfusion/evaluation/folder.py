@@ -4,13 +4,13 @@ prompts, as the published scorers do. One that is missing or broken is counted, 
 IMAGES/KEY.png                  of items of one image, by the item's key
 IMAGES/KEY/0000.png ...         of several, in the order of their names; KEY/samples/ as GenEval has it
 IMAGES/KEY.png                  with `grid: 2`, a square of 2 x 2 images, as DPG-Bench and OneIG have it
-OUT/answers.jsonl  scores.json  beside the identities of what decided them
+OUT/answers/00000.jsonl ... scores.json  beside the identities of what decided them; a part is judged once
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from repfusion.config import Config, load_config
 from repfusion.display.redaction import redact_text
 from repfusion.display.terminal import printable_lines
 from repfusion.evaluation.columns import answers_column, known, scores_column, write_items
+from repfusion.evaluation.parts import parts_of
 from repfusion.evaluation.record import SuiteResult
-from repfusion.evaluation.suites.base import Answer, Image, Item, Suite
+from repfusion.evaluation.suites.base import Answer, Image, Item, Judge
 from repfusion.evaluation.suites.build import SuiteConfig, build_suite
 from repfusion.evaluation.suites.published.outputs import missing_record
 from repfusion.files import bytes_sha256, digest_of
@@ -61,20 +62,24 @@ def score_folder(images: Path, config: ScoredFolderConfig, out: Path) -> SuiteRe
         raise ValueError(f"{images}: no such folder of images")
     suite = build_suite(config.suite, seed=0)
     items = list(suite.items())
-    truth = digest_of(known(items))
     files = [_files_of(images, item, config.grid) for item in items]
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    answers, scores = answers_column(out), scores_column(out)
-    judged = {
-        "images": digest_of([[[path.name, _digest(path)] for path in own] for own in files]),
-        "grid": config.grid,
-        "items": truth,
-        "judge": suite.judge_version,
-    }
+    judge = cache(partial(suite.judge, device))
     write_items(out, items)
-    answered = answers.get(judged, partial(_judge, suite, items, files, config.grid, device))
-    ruled = {"answers": answers.digest(), "items": truth, "rule": suite.rule_version}
-    found = scores.get(ruled, partial(suite.score, items, answered))
+    answered, digests = [], []
+    for part in parts_of([item.num_outputs for item in items]):
+        column = answers_column(out, part.number)
+        span = slice(part.items.start, part.items.stop)
+        judged = {
+            "images": digest_of([[[path.name, _digest(path)] for path in own] for own in files[span]]),
+            "grid": config.grid,
+            "items": digest_of(known(items[span])),
+            "judge": suite.judge_version,
+        }
+        answered += column.get(judged, partial(_judge, judge, items[span], files[span], config.grid))
+        digests.append(column.digest())
+    ruled = {"answers": digest_of(digests), "items": digest_of(known(items)), "rule": suite.rule_version}
+    found = scores_column(out).get(ruled, partial(suite.score, items, answered))
     return SuiteResult(num_items=len(items), judge=suite.judge_version, rule=suite.rule_version, scores=found)
 
 
@@ -99,12 +104,12 @@ def _digest(path: Path) -> str:
 
 
 def _judge(
-    suite: Suite, items: Sequence[Item], files: Sequence[Sequence[Path]], grid: int, device: str
+    load: Callable[[], Judge], items: Sequence[Item], files: Sequence[Sequence[Path]], grid: int
 ) -> list[Answer]:
     """A record for each image that an item should have; the judge sees those that there are, one item at a
     time.
     """
-    judge = suite.judge(device)
+    judge = load()
     found: list[Answer] = []
     for item, own in zip(items, files, strict=True):
         outputs = _outputs(item, own, grid)

@@ -98,7 +98,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
 def test_it_is_drawn_judged_scored_and_shown(found: dict):
     first, last = found["means"]
     assert 0 < first < 1 and first != last
-    assert "items.jsonl" in found["files"] and "outputs.npy" in found["files"]
+    assert "items.jsonl" in found["files"] and "outputs" in found["files"]
     assert (
         found["in_brief"][0]
         == f"bright 1.00, mean brightness {first:.2f}; scenes: overall 0.00, new concept 0.00"

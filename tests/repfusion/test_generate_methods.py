@@ -117,5 +117,7 @@ def test_an_evaluation_scores_the_images_of_the_averaged_weights(generator, chec
     requests = [Request(text) for text in texts]
     expected = generate(generator, generator.load_decoder(), requests, 2, SAMPLER)
     assert len(scored) == 1 and torch.equal(scored[0], expected)
-    np.testing.assert_array_equal(np.load(tmp_path / "out" / "scenes" / "outputs.npy"), to_uint8(expected))
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "out" / "scenes" / "outputs/00000.npy"), to_uint8(expected)
+    )
     assert evaluation.step == 5 and evaluation.config.sampler == SAMPLER

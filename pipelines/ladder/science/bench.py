@@ -16,7 +16,7 @@ from pipelines.ladder.science.plan import SciencePlan
 from pipelines.ladder.science.results import RowResult
 from pipelines.ladder.science.training import Training
 from pipelines.ladder.worker import hardware, now
-from repfusion.evaluation.draw import per_item
+from repfusion.evaluation.parts import per_item
 from repfusion.evaluation.suites.build import build_suite
 from repfusion.files import digest_of, weights_digest
 from repfusion.foundation.measure import LLAVAS

@@ -174,12 +174,12 @@ class _Likeness:
 
     Args:
         config: which encoders.
-        real: the real images; item i answers for number i of them too.
+        real: the real images; an item whose truth names one answers for that too.
         device: where the encoders compute.
     """
 
     def __init__(self, config: PromptsSuiteConfig, real: Sequence[Captioned], device: str):
-        self.real, self.device = real, device
+        self.real, self.device = {one.digest: one.image for one in real}, device
         self.encoder, self.clip = None, None
         if config.images is not None:
             encoder = RepresentationEncoder.from_pretrained(config.encoder, config.layer)
@@ -189,12 +189,12 @@ class _Likeness:
 
     def __call__(self, items: Sequence[Item], images: Sequence[Sequence[Image]]) -> list[Answer]:
         answers: list[dict[str, Any]] = []
-        for number, (item, (image, *_)) in enumerate(zip(items, images, strict=True)):
+        for item, (image, *_) in zip(items, images, strict=True):
             answer: dict[str, Any] = {}
             if self.encoder is not None:
                 answer["drawn"] = self._features(image)
-                if number < len(self.real):
-                    answer["real"] = self._features(read_pixels(self.real[number].image))
+                if "real" in item.truth:
+                    answer["real"] = self._features(read_pixels(self.real[item.truth["real"]]))
             if self.clip is not None:
                 answer["clip"] = self.clip(item.request.prompt, image)
             answers.append(answer)

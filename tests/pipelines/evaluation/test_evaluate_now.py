@@ -17,6 +17,9 @@ from slowly import all_but_one_slow
 from pipelines.evaluate import Target, choose, evaluate_now, find_target
 from pipelines.evaluation.records import finished, write_json
 from pipelines.evaluation.schedule import EvaluationScheduler
+from repfusion.evaluation.checkpoints import evaluate_checkpoint
+from repfusion.evaluation.columns import outputs_column
+from repfusion.locks import take
 from repfusion.runs.folder import step_of
 from repfusion.tracking import metric_history, sqlite_uri
 
@@ -213,3 +216,36 @@ def test_what_a_killed_driver_left_is_done_by_the_next(tmp_path: Path):
     again = subprocess.run([*command, "4", *settings], capture_output=True, text=True, check=True)
     assert json.loads((training.evaluation(4) / "attempts.json").read_text())["attempts"][-1]["number"] == 1
     assert "step 4: overall" in again.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_second_process_shares_an_evaluation_and_changes_no_score(tmp_path: Path):
+    training = EvaluatedTraining(tmp_path, (2,), tracked=False)
+    config = evaluate_config(num_processes=2, suites={"scenes": {"num_prompts": 240}})
+    write_json(training.folder / "evaluations/config.json", config.model_dump(mode="json"))
+    last = outputs_column(training.evaluation(2) / "scenes", 1).path.with_suffix(".lock")
+    lock = take(last)  # the first process waits for it, until the second has looked
+    assert lock is not None
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines",
+        "evaluate",
+        str(training.folder),
+        "--step",
+        "2",
+        "--urgent",
+        *RAY,
+    ]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert driver.stdout is not None
+    said = ""
+    for line in driver.stdout:
+        said += line
+        if "another process drew and judged" in line:
+            lock.close()
+    assert driver.wait() == 0 and lock.closed, said
+    found = finished(training.evaluation(2), config.scoring)
+    alone = evaluate_checkpoint(training.checkpoint(2), tmp_path / "alone", config.scoring)
+    assert found is not None and found.suites == alone.suites

@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from browser import IN_A_BROWSER, in_browser
 
 from pipelines.reporting.compare import compare, names_of
 from pipelines.reporting.contenders import bootstrap, contender_of, pairings
-from repfusion.evaluation.columns import write_items
+from repfusion.evaluation.columns import outputs_column, write_items
+from repfusion.evaluation.parts import parts_of
 from repfusion.evaluation.record import Evaluation, EvaluationConfig, SuiteResult
 from repfusion.files import write_json
 
@@ -58,7 +60,9 @@ def evaluated(
     write_items(folder / "scenes", items)
     if outputs:
         images = np.stack([np.full((px, px, 3), number % 256, np.uint8) for number in range(len(items))])
-        np.save(folder / "scenes" / "outputs.npy", images)
+        for part in parts_of([1] * len(items)):
+            own = images[part.images.start : part.images.stop]
+            outputs_column(folder / "scenes", part.number).get({}, partial(np.array, own))
     evaluation = Evaluation(
         checkpoint=f"<{folder.name}>", step=step, config=config, suites={"scenes": result}, seconds=1.0
     )
@@ -140,8 +144,14 @@ def test_a_training_and_a_workflow_stand_for_their_last_evaluation(tmp_path):
             lambda a, b: (b / "scenes/items.jsonl").unlink(),
             r"items\.jsonl is not there, .*b again",
         ),
-        (lambda a, b: np.save(b / "scenes/outputs.npy", np.zeros((3, 8, 8, 3), np.uint8)), "3 images for 12"),
-        (lambda a, b: (b / "scenes/outputs.npy").write_bytes(b"\x80\x04."), "scenes: .*; evaluate .*b again"),
+        (
+            lambda a, b: np.save(b / "scenes/outputs/00000.npy", np.zeros((3, 8, 8, 3), np.uint8)),
+            "3 images; 12 items ask for 12",
+        ),
+        (
+            lambda a, b: (b / "scenes/outputs/00000.npy").write_bytes(b"\x80\x04."),
+            "scenes: .*; evaluate .*b again",
+        ),
         (lambda a, b: (b / "scores.json").write_text("{}"), r"scores\.json is no evaluation"),
     ],
 )

@@ -95,7 +95,7 @@ def test_another_judge_answers_anew_without_drawing(score: Counted):
     brightest, calls = score(seen="brightest")
     assert calls == (0, 1, 1)
     assert brightest.values["mean"] > mean.values["mean"]
-    images = np.load(score.folder / "outputs.npy")
+    images = np.load(score.folder / "outputs/00000.npy")
     assert brightest.values["mean"] == pytest.approx(images.reshape(6, -1).max(axis=1).mean() / 255)
 
 
@@ -107,10 +107,10 @@ def test_another_rule_scores_anew_without_judging(score: Counted):
 
 def test_another_judge_that_answers_the_same_is_not_scored_again(score: Counted):
     first, _ = score(colours=("red",))
-    answers = (score.folder / "answers.jsonl").read_text()
-    (score.folder / "answers.identity.json").unlink()
+    answers = (score.folder / "answers/00000.jsonl").read_text()
+    (score.folder / "answers/00000.identity.json").unlink()
     assert score(colours=("red",)) == (first, (0, 1, 0))
-    assert (score.folder / "answers.jsonl").read_text() == answers
+    assert (score.folder / "answers/00000.jsonl").read_text() == answers
 
 
 @pytest.mark.parametrize(
@@ -134,30 +134,30 @@ def test_another_checkpoint_of_the_same_step_is_drawn_again(
 
 def test_the_first_so_many_items_are_scored_and_their_noise_stays(score: Counted):
     score()
-    images = np.load(score.folder / "outputs.npy")
+    images = np.load(score.folder / "outputs/00000.npy")
     scores, calls = score(CONFIG.model_copy(update={"max_items": 2}))
     assert calls == (1, 1, 1) and list(scores.by_item) == ["red", "green"]
-    np.testing.assert_allclose(np.load(score.folder / "outputs.npy"), images[:4], atol=1)
+    np.testing.assert_allclose(np.load(score.folder / "outputs/00000.npy"), images[:4], atol=1)
     items = [json.loads(line) for line in (score.folder / "items.jsonl").read_text().splitlines()]
     assert items[0] == {"key": "red", "prompt": "a red circle", "num_outputs": 2, "truth": {}}
 
 
 def test_what_was_cut_short_or_changed_is_made_again(score: Counted):
     first, _ = score()
-    path = score.folder / "outputs.npy"
+    path = score.folder / "outputs/00000.npy"
     path.write_bytes(path.read_bytes()[:-1])
     assert score() == (first, (2, 0, 0))  # the same images: answers and scores hold
     path.unlink()
     assert score() == (first, (2, 0, 0))
-    (score.folder / "answers.jsonl").write_text("[0.1, 0.1]\n")
+    (score.folder / "answers/00000.jsonl").write_text("[0.1, 0.1]\n")
     assert score() == (first, (0, 1, 0))
     (score.folder / "scores.identity.json").write_text("{")
     assert score() == (first, (0, 0, 1))
-    assert not [file for file in score.folder.iterdir() if file.name.endswith(".tmp")]
+    assert not [file for file in score.folder.rglob("*") if file.suffix in (".tmp", ".lock")]
 
 
 def test_a_file_written_by_one_that_was_killed_before_its_identity_is_not_believed(tmp_path: Path):
-    column = outputs_column(tmp_path)
+    column = outputs_column(tmp_path, 0)
     old, new = np.zeros((1, 2, 2, 3), np.uint8), np.ones((1, 2, 2, 3), np.uint8)
     column.get({"seed": 0}, lambda: old)
     with column.path.open("wb") as stream:
@@ -166,7 +166,7 @@ def test_a_file_written_by_one_that_was_killed_before_its_identity_is_not_believ
 
 
 def test_one_that_fails_midway_leaves_what_was_there(tmp_path: Path):
-    column = answers_column(tmp_path)
+    column = answers_column(tmp_path, 0)
     assert column.get({"judge": "1"}, lambda: [1]) == [1]
     with pytest.raises(ValueError, match="not JSON compliant"):
         column.get({"judge": "2"}, lambda: [float("nan")])

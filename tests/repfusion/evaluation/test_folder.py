@@ -48,11 +48,11 @@ def test_missing_and_broken_images_are_counted(judge, tmp_path):
     assert scores.counts["missing/missing_image"].correct == 1
     assert scores.counts["missing/undecodable_image"].correct == 1
     assert scores.by_item["three"] == 0 and scores.reasons["three"] == "missing_image: 1 of 1 images"
-    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "answers/00000.jsonl").read_text().splitlines()]
     assert [len(line) for line in lines] == [1, 1, 1] and lines[1][0]["missing"] == "undecodable_image"
-    made = (out / "answers.jsonl").stat().st_mtime_ns
+    made = (out / "answers/00000.jsonl").stat().st_mtime_ns
     assert score_folder(images, config, out).scores == scores
-    assert (out / "answers.jsonl").stat().st_mtime_ns == made  # not judged again
+    assert (out / "answers/00000.jsonl").stat().st_mtime_ns == made  # not judged again
     (images / "one.jpg").write_bytes(png())
     with pytest.raises(ValueError, match=r"2 files of item one .* expected 1; take the others away"):
         score_folder(images, config, out)

@@ -34,7 +34,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 
 
 def outputs(folder: Path) -> np.ndarray:
-    return np.load(folder / "scenes" / "outputs.npy")
+    return np.load(folder / "scenes" / "outputs/00000.npy")
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from repfusion.evaluation.columns import asked
-from repfusion.evaluation.draw import per_item
+from repfusion.evaluation.parts import per_item
 from repfusion.evaluation.suites.base import Count, Scores
 from repfusion.evaluation.suites.scenes import (
     ScenesSuite,
