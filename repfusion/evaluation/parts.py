@@ -32,9 +32,9 @@ class SuitePart:
     number: int
     """Number of the part, from 0."""
     items: range
-    """Their indices."""
+    """Indices of the items."""
     images: range
-    """Indices of their images among those of all items."""
+    """Indices of the images of these items among those of all."""
 
 
 def parts_of(num_outputs: Sequence[int]) -> list[SuitePart]:
