@@ -71,7 +71,7 @@ class Drawn:
 
     @property
     def images(self) -> UInt8[np.ndarray, "n h w 3"]:
-        """Its images, read now."""
+        """Images of the item, read now."""
         return self.outputs[self.index]
 
     @property
