@@ -14,6 +14,8 @@ from pipelines.sources.base import Entries
 from pipelines.sources.build import source_of
 from pipelines.stages.caption_arrays import Reading
 from pipelines.stages.captions import CaptionsConfig, captions_stage
+from pipelines.stages.codes.column import CodesConfig, codes_stage
+from pipelines.stages.codes.tokenizer import TOKENIZER, tokenizer_folder, tokenizer_stage
 from pipelines.stages.curate import curate_stage
 from pipelines.stages.decoder import DECODER, decoder_stage
 from pipelines.stages.evaluate import evaluate_stage
@@ -26,6 +28,8 @@ from pipelines.stages.train import Reference, train_stage
 from repfusion.config import naming
 from repfusion.data.config import CAPTION, CAPTIONS
 from repfusion.devices.placing import precision_of
+from repfusion.model.config import ModelConfig
+from repfusion.model.discrete.unidisc import UniDiscConfig
 
 
 def build_stages(
@@ -66,6 +70,9 @@ def build_stages(
                     began,
                     place,
                 )
+            case "tokenizer":
+                assert config.tokenizer is not None
+                found[name] = tokenizer_stage(config.tokenizer, found["curate"], place)
             case "decoder":
                 found[name] = _decoder(config, found["curate"], place)
             case _ if name in config.columns:
@@ -90,6 +97,12 @@ def _column(config: WorkflowConfig, name: str, above: Mapping[str, Stage], place
         case ImageFeaturesConfig():
             encoder, key = _maker(config, name, "encoder", column.encoder)
             return image_features_stage(name, column, encoder, key, images, place)
+        case CodesConfig():
+            tokenizer, key = _maker(config, name, "tokenizer", column.tokenizer)
+            is_own = Reference.of(tokenizer) is not None
+            folder = tokenizer_folder(place.root) if is_own else tokenizer
+            made_by = above[TOKENIZER] if is_own else None
+            return codes_stage(name, column, folder, key, images, made_by, place)
         case PromptFeaturesConfig() | RewritesConfig():
             mllm, key = _maker(config, name, "mllm", column.mllm)
             if column.mllm_dtype == "auto":
@@ -118,9 +131,10 @@ def _decoder(config: WorkflowConfig, images: Stage, place: Place) -> WholeStage:
     assert config.decoder is not None
     own = config.decoder.encoder
     said = {} if own is None else {f"{DECODER}.encoder": own}
-    said |= {
-        f"trainings.{name}.model.encoder": config.trainings[name].model.encoder for name in config.decoded
-    }
+    for name in config.decoded:
+        model = config.trainings[name].model
+        assert isinstance(model, ModelConfig)
+        said[f"trainings.{name}.model.encoder"] = model.encoder
     if not said:
         raise ValueError(
             f"{DECODER}.encoder: no training's model.decoder is stage:{DECODER}; say what it decodes"
@@ -154,7 +168,8 @@ def _maker(config: WorkflowConfig, column: str, field: str, own: Any) -> tuple[A
 def _check_system(config: WorkflowConfig, name: str, column: RewritesConfig) -> None:
     """Raises ValueError where a training that reads the rewritings asks in other words."""
     for reader in config.readers(name):
-        habit = getattr(config.trainings[reader].model.conditioning, "rewriting", None)
+        method = getattr(config.trainings[reader].model, "conditioning", None)
+        habit = getattr(method, "rewriting", None)
         if habit is None or habit.system != column.system:
             asked = "rewrites nothing" if habit is None else f"rewrites under {habit.system!r}"
             raise ValueError(
@@ -188,11 +203,16 @@ def _text_readers(config: WorkflowConfig, caption: str, column: str | None = Non
         place = data.images if column is None else data.columns.get(CAPTIONS)
         reference = Reference.of(place)
         is_ours = reference is not None and reference.stage == (column or "curate")
-        if is_ours and data.caption_weights.get(caption, 0) > 0:
-            require_folder(model.encoder.path, key := f"trainings.{name}.model.encoder.path")
-            with naming(key):
-                num_beside = model.tokens_beside
-            yield TextReader(f"trainings.{name}.model.mllm", model.mllm, num_beside)
+        if not (is_ours and data.caption_weights.get(caption, 0) > 0):
+            continue
+        match model:
+            case ModelConfig():
+                require_folder(model.encoder.path, key := f"trainings.{name}.model.encoder.path")
+                with naming(key):
+                    num_beside = model.tokens_beside
+                yield TextReader(f"trainings.{name}.model.mllm", model.mllm, num_beside)
+            case UniDiscConfig():
+                yield TextReader(f"trainings.{name}.model.text", model.text, 0, model.text_length - 1)
     for name in config.made_columns:
         match config.columns[name]:
             case PromptFeaturesConfig(mllm=own) | RewritesConfig(mllm=own) if (
@@ -208,6 +228,8 @@ def _training(config: WorkflowConfig, name: str, above: Mapping[str, Stage], pla
     upstream = ["curate", *training.columns_read.values(), *([] if start is None else [start.stage])]
     if training.own_decoder is not None:
         upstream.append(DECODER)
+    if training.own_tokenizer is not None:
+        upstream.append(TOKENIZER)
     return train_stage(
         name,
         training,

@@ -101,7 +101,7 @@ def test_no_module_and_no_room_imports_in_a_circle():
 LAYERS = [
     {"config", "devices", "display", "files", "images", "inputs", "layers", "locks"}
     | {"pretrained", "request", "scenes", "tables", "tars", "weights"},
-    {"latents", "data", "diffusion", "llm"},
+    {"latents", "data", "diffusion", "llm", "codes"},
     {"conditioning"},
     {"model"},
     {"runs"},
@@ -145,7 +145,7 @@ def test_a_public_class_has_its_name_to_itself():
 
 
 OWN_READERS = {"cls", "nn.Embedding", "LPIPS"}
-OWN_READERS |= {"RAEDecoder", "RepresentationEncoder", "VAEDecoder", "VAEEncoder"}
+OWN_READERS |= {"ImageTokenizer", "RAEDecoder", "RepresentationEncoder", "VAEDecoder", "VAEEncoder"}
 """What has a `from_pretrained` of ours (or reads nothing)."""
 
 

@@ -15,12 +15,10 @@ from repfusion.evaluation.columns import asked
 from repfusion.evaluation.record import EvaluationConfig
 from repfusion.evaluation.suites.base import Item
 from repfusion.files import digest_of
-from repfusion.generate import generate, to_uint8
-from repfusion.latents.load import Decoder
-from repfusion.model.text_to_image import TextToImage
+from repfusion.generate import AnyDecoder, Drawer, flow_alone, generate, to_uint8
 from repfusion.request import Request
-from repfusion.runs.checkpoint import load_checked, load_checkpoint
-from repfusion.runs.completion import check_complete
+from repfusion.runs.checkpoint import load_drawer
+from repfusion.runs.completion import check_complete, read_complete
 from repfusion.runs.folder import AVERAGES, CONFIG, STATISTICS, WEIGHTS_FILE
 
 Run = Callable[[Callable[[], Any]], Any]
@@ -32,7 +30,7 @@ class Drawing:
 
     def __init__(self, checkpoint: Path, config: EvaluationConfig, run: Run):
         self.checkpoint, self.config, self.run = checkpoint, config, run
-        self._loaded: tuple[TextToImage, Decoder] | None = None
+        self._loaded: tuple[Drawer, AnyDecoder] | None = None
         self._weights: dict[str, str] | None = None
 
     @property
@@ -55,7 +53,8 @@ class Drawing:
     def _digests(self) -> dict[str, str]:
         """sha256 of the files that decide the images, each compared with what is there."""
         trained = AVERAGES if self.config.use_ema else WEIGHTS_FILE
-        names = (CONFIG, trained, STATISTICS)
+        there = read_complete(self.checkpoint)["files"]
+        names = [CONFIG, trained, *([STATISTICS] if STATISTICS in there else [])]
         files = check_complete(self.checkpoint, names)["files"]
         return {name: files[name].sha256 for name in names}
 
@@ -68,7 +67,7 @@ class Drawing:
         requests = [item.request for item in items for _ in range(item.num_outputs)]
         # before hours of others: a prompt that does not fit
         assert self._loaded is not None
-        self._loaded[0].conditioner.llm.check_lengths([request.prompt for request in requests])
+        self._loaded[0].captions.check_lengths([request.prompt for request in requests])
         return np.concatenate([to_uint8(batch) for batch in self._batches(requests)])
 
     def _batches(self, requests: Sequence[Request]) -> Iterator[Float[Tensor, "b 3 h w"]]:
@@ -78,13 +77,13 @@ class Drawing:
             part, seed = requests[start : start + size], config.seed + start
             yield self.run(partial(generate, *self._loaded, part, seed, config.sampler, size))
 
-    def _load(self) -> tuple[TextToImage, Decoder]:
-        load = load_checkpoint if self._weights is None else load_checked
-        model = load(self.checkpoint, self.config.use_ema).to(self.device)
+    def _load(self) -> tuple[Drawer, AnyDecoder]:
+        is_checked = self._weights is not None
+        model = load_drawer(self.checkpoint, self.config.use_ema, is_checked).to(self.device)
         if self.config.dropped_taps:
-            drop_taps(model.conditioner, self.config.dropped_taps)
+            drop_taps(flow_alone(model, "dropped_taps").conditioner, self.config.dropped_taps)
         if self.config.fast:
-            model.speed_up_sampling(self.config.sampler.precision)
+            flow_alone(model, "fast").speed_up_sampling(self.config.sampler.precision)
         return model, model.load_decoder()
 
 

@@ -1,24 +1,16 @@
-"""A configuration -> a text-to-image model."""
-
-from collections.abc import Mapping
+"""A configuration -> a model."""
 
 import torch
 
 from repfusion.conditioning.noisy_latents import NoisyLatentConditioner
-from repfusion.data.readers import IMAGE_FEATURES, Reader, SampleArray
+from repfusion.data.readers import IMAGE_FEATURES
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.llm.base import LanguageModel
 from repfusion.llm.load import load_language_model
 from repfusion.model.config import ModelConfig
+from repfusion.model.discrete.unidisc import UniDisc, UniDiscConfig
 from repfusion.model.methods import conditioner_and_denoiser
 from repfusion.model.text_to_image import TextToImage
-
-
-def columns_of(config: ModelConfig) -> Mapping[str, Reader]:
-    """How a model of this configuration reads the columns that it can use beside captions, by name; no
-    weights are read.
-    """
-    return {IMAGE_FEATURES: SampleArray(), **config.conditioning.columns}
 
 
 def assemble(
@@ -68,3 +60,10 @@ def build_model(config: ModelConfig, statistics: LatentStatistics) -> TextToImag
     if has_own and isinstance(model.conditioner, NoisyLatentConditioner):
         model.conditioner.projector.take_latents(statistics)
     return model
+
+
+def build_code_model(config: UniDiscConfig) -> UniDisc:
+    """A model of discrete codes, with fresh weights. Raises ValueError where a folder is none."""
+    match config:
+        case UniDiscConfig():
+            return UniDisc(config)
