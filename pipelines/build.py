@@ -29,6 +29,7 @@ from repfusion.config import naming
 from repfusion.data.config import CAPTION, CAPTIONS
 from repfusion.devices.placing import precision_of
 from repfusion.model.config import ModelConfig
+from repfusion.model.discrete.illume import IllumeConfig
 from repfusion.model.discrete.unidisc import UniDiscConfig
 
 
@@ -211,6 +212,10 @@ def _text_readers(config: WorkflowConfig, caption: str, column: str | None = Non
                 with naming(key):
                     num_beside = model.tokens_beside
                 yield TextReader(f"trainings.{name}.model.mllm", model.mllm, num_beside)
+            case IllumeConfig():
+                if Reference.of(model.tokenizer) is None:
+                    num_beside = model.tokens_beside
+                    yield TextReader(f"trainings.{name}.model.mllm", model.mllm, num_beside)
             case UniDiscConfig():
                 yield TextReader(f"trainings.{name}.model.text", model.text, 0, model.text_length - 1)
     for name in config.made_columns:
@@ -242,8 +247,17 @@ def _training(config: WorkflowConfig, name: str, above: Mapping[str, Stage], pla
 
 
 def data_stages(config: WorkflowConfig) -> list[ShardStage]:
-    """The stages that are made of shards: source to the last column."""
-    return [stage for stage in build_stages(config) if isinstance(stage, ShardStage)]
+    """The stages that are made of shards, source to the last column, but for those that wait for a training
+    (codes of the workflow's own tokenizer).
+    """
+    return [stage for stage in build_stages(config) if isinstance(stage, ShardStage) and not stage.made_by]
+
+
+def kept_stages(config: WorkflowConfig) -> list[Stage]:
+    """All stages that are made of shards, and those that these wait for."""
+    stages = build_stages(config)
+    waited = {name for stage in stages if isinstance(stage, ShardStage) for name in stage.made_by}
+    return [stage for stage in stages if isinstance(stage, ShardStage) or stage.name in waited]
 
 
 def source_entries(config: WorkflowConfig) -> Entries:
@@ -262,6 +276,6 @@ def probe_stages(config: WorkflowConfig) -> Callable[[Path], list[ShardStage]]:
         # with the digests of the real root, or each plan would read all weights again
         place = Place(Folder.at(scratch), scratch, Digests(config.root))
         stages = build_stages(config.model_copy(update=changes), place=place)
-        return [stage for stage in stages if isinstance(stage, ShardStage)]
+        return [stage for stage in stages if isinstance(stage, ShardStage) and not stage.made_by]
 
     return build

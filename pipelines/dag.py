@@ -117,6 +117,11 @@ class ShardStage(Stage):
     early_file: str | None = None
     """The one of those that depends on no shard, where there is one: `finish` makes it of none."""
 
+    @property
+    def made_by(self) -> tuple[str, ...]:
+        """Names of the stages upstream that are not made of shards."""
+        return tuple(stage.name for stage in self.upstream if isinstance(stage, WholeStage))
+
     def shard_names(self, above: Upstream) -> list[str]:
         """Names of the shards, in order. `above` has to hold the upstream stages."""
         if not self.upstream:

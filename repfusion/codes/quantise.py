@@ -2,7 +2,8 @@
 a learned linear map, so that every code moves with every other and none dies.
 """
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,11 @@ class Quantised(NamedTuple):
     """Codebook and commitment loss, a mean over all numbers."""
 
 
+def exact(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast on a device, for the length of a block; meta, where work is counted, has none anyway."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 class SimVQ(nn.Module):
     """A codebook of `num_codes` vectors of `width` channels. It computes in float32 whatever the autocast:
     the nearest of many codes is not told in bfloat16.
@@ -40,19 +46,19 @@ class SimVQ(nn.Module):
 
     def codebook(self) -> Float[Tensor, "k d"]:
         """All codes as they are now."""
-        with torch.autocast(self.base.device.type, enabled=False):
+        with exact(self.base.device):
             return self.map(self.base)
 
     def look_up(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         """The vectors of codes, of which each is within the codebook."""
-        with torch.autocast(self.base.device.type, enabled=False):
+        with exact(self.base.device):
             return self.map(F.embedding(ids, self.base))
 
     @torch.no_grad()
     def nearest(self, vectors: Float[Tensor, "b n d"]) -> Int[Tensor, "b n"]:
         """The code of the least Euclidean distance to each vector; of several, the first."""
         rows = vectors.float().flatten(0, 1)
-        with torch.autocast(self.base.device.type, enabled=False):
+        with exact(self.base.device):
             codebook = self.codebook()
             lengths = codebook.square().sum(dim=1)
             parts = rows.split(max(1, DISTANCES_AT_ONCE // self.num_codes))

@@ -7,7 +7,8 @@ from repfusion.data.readers import IMAGE_FEATURES
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.llm.base import LanguageModel
 from repfusion.llm.load import load_language_model
-from repfusion.model.config import ModelConfig
+from repfusion.model.config import CodesModelConfig, ModelConfig
+from repfusion.model.discrete.illume import Illume, IllumeConfig
 from repfusion.model.discrete.unidisc import UniDisc, UniDiscConfig
 from repfusion.model.methods import conditioner_and_denoiser
 from repfusion.model.text_to_image import TextToImage
@@ -62,8 +63,12 @@ def build_model(config: ModelConfig, statistics: LatentStatistics) -> TextToImag
     return model
 
 
-def build_code_model(config: UniDiscConfig) -> UniDisc:
-    """A model of discrete codes, with fresh weights. Raises ValueError where a folder is none."""
+def build_code_model(config: CodesModelConfig, on_meta: bool = False) -> UniDisc | Illume:
+    """A model of discrete codes, whose trained weights are fresh but for a language model's; `on_meta`, which
+    torch's meta device goes with, shapes without memory. Raises ValueError where a folder is none.
+    """
     match config:
+        case IllumeConfig():
+            return Illume(config, on_meta)
         case UniDiscConfig():
             return UniDisc(config)

@@ -10,6 +10,7 @@ from repfusion.latents.load import fitting_decoder
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.model.build import assemble, build_code_model, load_llm, load_second_llm
 from repfusion.model.config import ModelConfig
+from repfusion.model.discrete.illume import IllumeConfig
 from repfusion.model.discrete.unidisc import UniDiscConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.model.trainable import Trainable, TrainableConfig
@@ -24,10 +25,10 @@ def check_model(config: TrainableConfig, key: str = "model", has_decoder: bool =
     match config:
         case ModelConfig():
             return check_flow(config, key, has_decoder)
-        case UniDiscConfig():
+        case UniDiscConfig() | IllumeConfig():
             with naming(key), torch.device("meta"):
                 ImageTokenizer.from_pretrained(config.tokenizer, on_meta=True)
-                return build_code_model(config)
+                return build_code_model(config, on_meta=True)
         case _:
             raise AssertionError(f"{type(config).__name__} is no model's configuration")
 

@@ -13,6 +13,7 @@ from repfusion.data.readers import IMAGE_FEATURES, Reader, SampleArray
 from repfusion.diffusion.flow import FlowConfig
 from repfusion.latents.geometry import latent_geometry
 from repfusion.latents.load import EncoderConfig
+from repfusion.model.discrete.illume import IllumeConfig
 from repfusion.model.discrete.unidisc import UniDiscConfig
 from repfusion.model.dit import DiTConfig
 from repfusion.model.methods import ConditioningConfig
@@ -102,11 +103,15 @@ def kind_of(value: Any) -> str:
 
 
 AnyModelConfig = Annotated[
-    Annotated[ModelConfig, Tag("text_to_image")] | Annotated[UniDiscConfig, Tag("unidisc")],
+    Annotated[ModelConfig, Tag("text_to_image")]
+    | Annotated[UniDiscConfig, Tag("unidisc")]
+    | Annotated[IllumeConfig, Tag("illume")],
     Discriminator(kind_of),
 ]
 """Settings of every model, told apart by `kind`."""
-ANY_MODEL: TypeAdapter[ModelConfig | UniDiscConfig] = TypeAdapter(AnyModelConfig)
+CodesModelConfig = UniDiscConfig | IllumeConfig
+"""Settings of the models of codes."""
+ANY_MODEL: TypeAdapter[ModelConfig | CodesModelConfig] = TypeAdapter(AnyModelConfig)
 
 
 def flow_of(config: TrainableConfig, what: str) -> ModelConfig:

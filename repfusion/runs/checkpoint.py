@@ -24,9 +24,8 @@ from repfusion.files import weights_digest, write_json
 from repfusion.latents.geometry import latent_geometry
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.model.build import build_code_model, build_model
-from repfusion.model.config import ANY_MODEL, ModelConfig, flow_of, kind_of
+from repfusion.model.config import ANY_MODEL, CodesModelConfig, ModelConfig, flow_of, kind_of
 from repfusion.model.discrete.base import CodeModel
-from repfusion.model.discrete.unidisc import UniDiscConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.model.trainable import Trainable, TrainableConfig
 from repfusion.pretrained.cache import fetch
@@ -100,7 +99,7 @@ def save_checkpoint(folder: Path, model: Trainable, ema: Mapping[str, Tensor], *
     finish_checkpoint(working, folder, info)
 
 
-def read_config(folder: Path) -> tuple[ModelConfig | UniDiscConfig, dict[str, str]]:
+def read_config(folder: Path) -> tuple[ModelConfig | CodesModelConfig, dict[str, str]]:
     """The model config and the digests of the frozen weights it was trained with."""
     try:
         saved = json.loads((folder / CONFIG).read_text())

@@ -80,6 +80,21 @@ class CodeModel(Trainable):
         """
         raise NotImplementedError
 
+    def describe(
+        self,
+        codes: Int[Tensor, "b n"],
+        noise: Float[Tensor, "b s m"],
+        config: SamplerConfig,
+        beginnings: Sequence[str] | None = None,
+    ) -> list[str]:
+        """Captions of images, each from its beginning on where that is given.
+
+        Raises:
+            ValueError: noise of another shape than `noise_shape`, a setting of flows alone, or a beginning
+                that does not fit.
+        """
+        raise NotImplementedError
+
     def load_decoder(self) -> ImageTokenizer:
         """The tokenizer, to decode, on the model's device."""
         return ImageTokenizer.from_pretrained(self.config.tokenizer).to(self.device)
@@ -113,14 +128,13 @@ class CodeModel(Trainable):
                 )
 
 
-def refuse_flow_settings(config: SamplerConfig, label: str) -> None:
-    """Raises ValueError where a sampler asks for what only flows know."""
+def refuse_flow_settings(config: SamplerConfig, label: str, *further: str) -> None:
+    """Raises ValueError where a sampler asks for what only flows know, or for `further` of its fields."""
     plain = SamplerConfig()
-    for name in FLOW_ONLY:
+    for name in (*FLOW_ONLY, *further):
         if getattr(config, name) != getattr(plain, name):
             raise ValueError(
-                f"{name} {getattr(config, name)}: {label} draws codes, which know neither solvers nor "
-                "intervals of noise levels; leave it out"
+                f"{name} {getattr(config, name)}: {label} draws codes, which know nothing of it; leave it out"
             )
 
 

@@ -112,7 +112,7 @@ def fill(
     return ids
 
 
-def check_steps(noise: Float[Tensor, "b s two_n"], num: int, shape: Sequence[int]) -> None:
+def check_noise(noise: Float[Tensor, "b s two_n"], num: int, shape: Sequence[int]) -> None:
     """Raises ValueError where there is not the noise of as many sequences of a shape."""
     if tuple(noise.shape) != (num, *shape):
         raise ValueError(f"noise is {tuple(noise.shape)}, expected {(num, *shape)} for {num} requests")

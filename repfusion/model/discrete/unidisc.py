@@ -27,7 +27,7 @@ from repfusion.model.discrete.base import (
     refuse_flow_settings,
     sampling,
 )
-from repfusion.model.discrete.filling import FillingConfig, check_steps, fill
+from repfusion.model.discrete.filling import FillingConfig, check_noise, fill
 from repfusion.model.discrete.masking import draw_masks, weighted
 from repfusion.model.discrete.network import JointTransformer, JointTransformerConfig
 from repfusion.model.discrete.text import CaptionRows
@@ -189,12 +189,15 @@ class UniDisc(CodeModel):
         return self.complete(Canvas(text, codes, unknown), noise, config, other, on_step).codes
 
     def describe(
-        self, codes: Int[Tensor, "b n"], noise: Float[Tensor, "b s m"], config: SamplerConfig
+        self,
+        codes: Int[Tensor, "b n"],
+        noise: Float[Tensor, "b s m"],
+        config: SamplerConfig,
+        beginnings: Sequence[str] | None = None,
     ) -> list[str]:
-        """Captions of images; guidance leads away from what would be said of none."""
-        text = torch.full((len(codes), self.num_text), self.text.end_id)
-        unknown = (~self._modalities()).expand(len(codes), -1)
-        return self.text.texts(self.complete(Canvas(text, codes, unknown), noise, config).text)
+        """Captions of images, as `CodeModel.describe`; guidance leads away from what is said of none."""
+        canvas = self.begun(beginnings or [""] * len(codes), codes)
+        return self.text.texts(self.complete(canvas, noise, config).text)
 
     def invent(
         self, noise: Float[Tensor, "b s m"], config: SamplerConfig
@@ -242,7 +245,7 @@ class UniDisc(CodeModel):
             ValueError: noise of another shape, or a setting of flows alone.
         """
         refuse_flow_settings(config, self.config.label)
-        check_steps(noise, len(canvas.text), self.noise_shape(config))
+        check_noise(noise, len(canvas.text), self.noise_shape(config))
         device = self.device
         ids, unknown = self._ids(canvas.text, canvas.codes).to(device), canvas.unknown.to(device)
         is_image = self._modalities().to(device)

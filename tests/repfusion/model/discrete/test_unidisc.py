@@ -5,12 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_codes import codes_of, write_tokenizer
 from tiny_training import npy, scan_and_replace
 
 from repfusion.codes.column import CODES
 from repfusion.data.mixture import Mixture
 from repfusion.data.recipe import Recipe
+from repfusion.describe import parser_of_options, say
 from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.generate import generate, initial_noise
 from repfusion.model.build import build_code_model
@@ -18,6 +20,7 @@ from repfusion.model.config import ANY_MODEL
 from repfusion.model.discrete.filling import FillingConfig, fill, left_masked, uniforms_of
 from repfusion.model.discrete.masking import LEAST_LEVEL
 from repfusion.model.discrete.unidisc import UniDisc
+from repfusion.pipeline import RepFusionPipeline
 from repfusion.request import Request
 from repfusion.runs.checkpoint import load_drawer
 from repfusion.runs.folder import latest_checkpoint
@@ -253,3 +256,12 @@ def test_a_training_resumes_to_the_same_weights_and_its_checkpoint_draws(world, 
     model = load_drawer(folders[0])
     pixels = generate(model, model.load_decoder(), [Request("a red circle")], 0, SamplerConfig(num_steps=2))
     assert pixels.shape == (1, 3, 32, 32)
+    path = tmp_path / "shown.png"
+    Image.fromarray(np.zeros((40, 32, 3), np.uint8)).save(path)
+    command = ["--checkpoint", str(whole.output_dir), "--image", str(path), "--begin", "two green"]
+    (said,) = say(parser_of_options().parse_args([*command, "--num-steps", "2"]))
+    assert said.startswith("two green")
+    pipe = RepFusionPipeline.from_pretrained(whole.output_dir)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe("a red circle", 2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    torch.testing.assert_close(drawn, pixels, rtol=0, atol=0)
