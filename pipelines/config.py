@@ -18,6 +18,8 @@ from pipelines.sources.build import SourceConfig
 from pipelines.sources.ingest import IngestConfig
 from pipelines.sources.scenes import ScenesConfig
 from pipelines.stages.captions import CaptionsConfig
+from pipelines.stages.codes.column import CodesConfig
+from pipelines.stages.codes.tokenizer import TOKENIZER, TokenizerStageConfig
 from pipelines.stages.curate import CurateConfig
 from pipelines.stages.decoder import DECODER, DecoderStageConfig
 from pipelines.stages.image_features import ImageFeaturesConfig
@@ -27,17 +29,19 @@ from pipelines.stages.train import Reference, TrainingConfig
 from repfusion.config import Config, naming, tags_of
 from repfusion.display.interpolations import Written, below
 from repfusion.latents.geometry import is_vae
+from repfusion.model.config import ModelConfig
 from repfusion.runs.checkpoint import continued_fields
 from repfusion.tracking import sqlite_uri
 from repfusion.train import TrainConfig
 
 BEFORE_COLUMNS = ("source", "ingest", "judge", "curate")
 AFTER_TRAININGS = ("evaluate", "report")
-RESERVED = {*BEFORE_COLUMNS, DECODER, *AFTER_TRAININGS, "columns"}
+RESERVED = {*BEFORE_COLUMNS, TOKENIZER, DECODER, *AFTER_TRAININGS, "columns"}
 """Names that no column or training may have: those of other stages, and of the copies of remote columns."""
 
 ColumnConfig = Annotated[
-    ImageFeaturesConfig | PromptFeaturesConfig | RewritesConfig | CaptionsConfig, Field(discriminator="kind")
+    ImageFeaturesConfig | PromptFeaturesConfig | RewritesConfig | CodesConfig | CaptionsConfig,
+    Field(discriminator="kind"),
 ]
 KINDS = {kind for one in get_args(get_args(ColumnConfig)[0]) for kind in tags_of(one)}
 DRAWN = ("scenes", "edits")
@@ -88,6 +92,10 @@ class WorkflowConfig(Config):
     decoder: DecoderStageConfig | None = None
     """The RAE decoder that is trained on the curated images, which trainings name by `model.decoder:
     stage:decoder`; None trains none.
+    """
+    tokenizer: TokenizerStageConfig | None = None
+    """The tokenizer of images into codes that is trained on the curated images, which columns of codes and
+    trainings name by `tokenizer: stage:tokenizer`; None trains none.
     """
     trainings: dict[str, TrainingConfig]
     """What is trained, one stage each, by the name of the stage and its folder. Without any, one: `train`.
@@ -142,7 +150,9 @@ class WorkflowConfig(Config):
     def stage_names(self) -> list[str]:
         """Every stage, in an order in which each follows what it reads."""
         decoder = [] if self.decoder is None else [DECODER]
-        return [*BEFORE_COLUMNS, *self.made_columns, *decoder, *_in_order(self.trainings), *AFTER_TRAININGS]
+        tokenizer = [] if self.tokenizer is None else [TOKENIZER]
+        columns = [*tokenizer, *self.made_columns]
+        return [*BEFORE_COLUMNS, *columns, *decoder, *_in_order(self.trainings), *AFTER_TRAININGS]
 
     @property
     def decoded(self) -> list[str]:
@@ -194,8 +204,7 @@ class WorkflowConfig(Config):
                     f"workflow: {there}"
                 )
             if start is not None:
-                with naming(f"trainings.{name}.init_from"):
-                    training.model.conditioning.handover(self.trainings[start.stage].model.conditioning)
+                _check_handover(f"trainings.{name}.init_from", training, self.trainings[start.stage])
             for kind, column in training.columns_read.items():
                 if column not in self.columns or self.columns[column].kind != kind:
                     there = [other for other, one in self.columns.items() if one.kind == kind]
@@ -203,6 +212,7 @@ class WorkflowConfig(Config):
                         f"trainings.{name}.data.columns.{kind}: stage:{column} is no such column of this "
                         f"workflow; expected a folder or stage:NAME, NAME one of {', '.join(there)}"
                     )
+        self._check_tokenizers()
         if self.scored not in self.trainings:
             raise ValueError(
                 f"evaluate.training is {self.scored!r}; expected one of {', '.join(self.trainings)}"
@@ -218,6 +228,29 @@ class WorkflowConfig(Config):
                 f"{', '.join(names)} (prompt features are one where a training's model reads them)"
             )
         return self
+
+    def _check_tokenizers(self) -> None:
+        """Raises ValueError where what names the workflow's tokenizer names none of it, or would have to wait
+        for it.
+        """
+        named = {f"trainings.{name}.model": one.own_tokenizer for name, one in self.trainings.items()}
+        for name, column in self.columns.items():
+            if isinstance(column, CodesConfig):
+                named[f"columns.{name}"] = Reference.of(column.tokenizer)
+        for key, reference in named.items():
+            if reference is None:
+                continue
+            if reference.stage != TOKENIZER or self.tokenizer is None:
+                there = "there is no section 'tokenizer'" if self.tokenizer is None else "it is another stage"
+                raise ValueError(
+                    f"{key}.tokenizer: stage:{reference.stage} is no tokenizer of this workflow: {there}; "
+                    f"expected a folder or stage:{TOKENIZER}"
+                )
+            if self.overlap:
+                raise ValueError(
+                    f"overlap: {key}.tokenizer is stage:{TOKENIZER}, for which all codes wait; leave overlap "
+                    "out, or name the folder of a tokenizer that is there"
+                )
 
     @model_validator(mode="before")
     @classmethod
@@ -238,6 +271,16 @@ class WorkflowConfig(Config):
             if isinstance(evaluate := values.get("evaluate", {}), dict):
                 values = {**values, "evaluate": _of_own_data(evaluate, own, layout, values.get("data_url"))}
         return {**values, "columns": columns, "trainings": trainings}
+
+
+def _check_handover(key: str, training: TrainingConfig, start: TrainingConfig) -> None:
+    """Raises ValueError where a training cannot go on from another's checkpoint."""
+    own, before = training.model, start.model
+    with naming(key):
+        if type(own) is not type(before):
+            raise ValueError(f"{own.label} takes nothing of {before.label}; name another, or none")
+        if isinstance(own, ModelConfig) and isinstance(before, ModelConfig):
+            own.conditioning.handover(before.conditioning)
 
 
 def _kind_of_source(source: Any) -> Any:

@@ -42,7 +42,7 @@ from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.pretrained.config import PROCESSOR_FILES, transformers_config
 from repfusion.pretrained.weights import load_transformers
-from repfusion.runs.checkpoint import load_checked, portable, read_weights
+from repfusion.runs.checkpoint import load_checked, read_weights
 from repfusion.runs.completion import check_complete
 from repfusion.runs.exported import (
     DECODER,
@@ -58,7 +58,7 @@ from repfusion.runs.folder import AVERAGES, CONFIG, LINEAGE, STATISTICS, WEIGHTS
 from repfusion.runs.named import named_model
 from repfusion.runs.seals import files_below, seal, write_seals
 from repfusion.tables import markdown
-from repfusion.weights import WEIGHTS
+from repfusion.weights import WEIGHTS, portable
 
 INDEX = "model_index.json"
 CARD = "README.md"

@@ -101,12 +101,12 @@ def test_no_module_and_no_room_imports_in_a_circle():
 LAYERS = [
     {"config", "devices", "display", "files", "images", "inputs", "layers", "locks"}
     | {"pretrained", "request", "scenes", "tables", "tars", "weights"},
-    {"latents", "data", "diffusion", "llm"},
+    {"latents", "data", "diffusion", "llm", "codes"},
     {"conditioning"},
     {"model"},
     {"runs"},
     {"training", "tracking", "lineage", "flops", "generation"},
-    {"generate", "train", "export", "pipeline", "evaluation", "foundation", "decoding"},
+    {"generate", "describe", "train", "export", "pipeline", "evaluation", "foundation", "decoding"},
 ]
 """Rooms of the library, lowest first: a room imports its own layer and those below."""
 
@@ -145,7 +145,7 @@ def test_a_public_class_has_its_name_to_itself():
 
 
 OWN_READERS = {"cls", "nn.Embedding", "LPIPS"}
-OWN_READERS |= {"RAEDecoder", "RepresentationEncoder", "VAEDecoder", "VAEEncoder"}
+OWN_READERS |= {"ImageTokenizer", "RAEDecoder", "RepresentationEncoder", "VAEDecoder", "VAEEncoder"}
 """What has a `from_pretrained` of ours (or reads nothing)."""
 
 

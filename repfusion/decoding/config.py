@@ -48,17 +48,11 @@ class AdversarialConfig(Config):
         return self
 
 
-class DecoderRecipe(Config):
-    """How a decoder is trained, whatever it is trained on."""
+class RebuildingRecipe(Config):
+    """How a network that rebuilds images is trained: a decoder, or a tokenizer."""
 
     init_from: Path | None = None
-    """Folder of a decoder of the same sizes to go on from; None starts from scratch."""
-    hidden_size: int = Field(default=768, ge=4)
-    """Width."""
-    depth: int = Field(default=12, ge=1)
-    """Blocks."""
-    num_heads: int = Field(default=12, ge=1)
-    """Attention heads."""
+    """Folder of one of the same sizes to go on from; None starts from scratch."""
     length: LengthConfig = LengthConfig(num_steps=50_000, batch_size=64, lr=4e-4)
     """Steps, images a step and peak learning rate."""
     final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
@@ -71,10 +65,6 @@ class DecoderRecipe(Config):
     """LPIPS beside the pixels' L1; None does without, and measures none."""
     adversarial: AdversarialConfig | None = None
     """The adversarial loss; None does without."""
-    feature_noise: float = Field(default=0.5, ge=0)
-    """Largest standard deviation of the noise on features, which have unit variance: what is sampled is never
-    exact (RAE, arXiv 2510.11690, section 4).
-    """
     held_out_share: float = Field(default=0.05, ge=0, le=0.5)
     """What share of the images is left for measuring, by the same hash as that of trainings."""
     num_measured: int = Field(default=256, ge=1)
@@ -101,14 +91,33 @@ class DecoderRecipe(Config):
     """Where losses, measures and pictures are logged."""
 
 
-class DecoderTrainingConfig(DecoderRecipe):
-    """A decoder's training."""
+class DecoderRecipe(RebuildingRecipe):
+    """How a decoder is trained, whatever it is trained on."""
+
+    hidden_size: int = Field(default=768, ge=4)
+    """Width."""
+    depth: int = Field(default=12, ge=1)
+    """Blocks."""
+    num_heads: int = Field(default=12, ge=1)
+    """Attention heads."""
+    feature_noise: float = Field(default=0.5, ge=0)
+    """Largest standard deviation of the noise on features, which have unit variance: what is sampled is never
+    exact (RAE, arXiv 2510.11690, section 4).
+    """
+
+
+class RebuildingConfig(RebuildingRecipe):
+    """What such a network is trained on, and where it goes."""
 
     images: Path
     """Folder of image shards, such as ROOT/curate of a workflow."""
     out: Path
-    """Folder to write: `model.decoder` of the trainings on this encoder. Beside it, as OUT.state, lies the
-    state from which a training that was cut off goes on.
+    """Folder to write, which models name. Beside it, as OUT.state, lies the state from which a training that
+    was cut off goes on.
     """
     encoder: EncoderConfig
-    """The frozen tower whose features are decoded."""
+    """The frozen tower whose features are decoded, or have the semantic codes."""
+
+
+class DecoderTrainingConfig(DecoderRecipe, RebuildingConfig):
+    """A decoder's training; `out` is `model.decoder` of the trainings on its encoder."""

@@ -30,11 +30,13 @@ class HeldOut:
     """Images to measure on, and the exact features that they are rebuilt from."""
 
     pixels: Float[Tensor, "b 3 h w"]
-    features: Float[Tensor, "b n d"]
+    features: Float[Tensor, "b n d"] | None
+    """None where nothing but the pixels is needed to rebuild them."""
 
     @torch.no_grad()
     def rebuilt(self, decoder: RAEDecoder) -> Float[Tensor, "b 3 h w"]:
         """What the decoder makes of the features, in [0, 1]."""
+        assert self.features is not None
         return torch.cat([decoder(part).float().clamp(0, 1) for part in self.features.split(AT_ONCE)])
 
     def measures(self, rebuilt: Float[Tensor, "b 3 h w"], perceptual: LPIPS | None) -> dict[str, float]:

@@ -7,7 +7,7 @@ import math
 import time
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from jaxtyping import Float, UInt8
@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from repfusion.config import weights_of
 from repfusion.data.order import hash64
-from repfusion.decoding.config import DecoderTrainingConfig
+from repfusion.decoding.config import DecoderTrainingConfig, RebuildingConfig
 from repfusion.decoding.discriminator import load_discriminator
-from repfusion.decoding.gradients import Gradients, Part
+from repfusion.decoding.gradients import Gradients, Hidden, Part
 from repfusion.decoding.measure import HeldOut
 from repfusion.decoding.perceptual import LPIPS
 from repfusion.decoding.pictures import ImageShards
@@ -38,6 +38,7 @@ MEASURED = "measured.json"
 """Beside a decoder's weights: what it was trained on and how well it rebuilds what was held out."""
 EXAMPLES = "reconstructions.png"
 """Beside a decoder's weights: images that were held out, above what it makes of them."""
+R = TypeVar("R", bound=RebuildingConfig)
 REPORT_STEPS = 20
 """Steps between two looks at the losses."""
 
@@ -66,20 +67,28 @@ def new_decoder(config: DecoderTrainingConfig, encoder: PixelEncoder) -> RAEDeco
     return found.requires_grad_(True)
 
 
-class DecoderTraining:
-    """A training that was built and goes on from its state, where there is one.
+class RebuildingTraining(Generic[R]):
+    """The training of a network that rebuilds images, which was built and goes on from its state where there
+    is one. A kind of network says how it is built, shown images, measured and written.
 
     Raises: ValueError: no images, an encoder or a judge that is none, a batch that the ranks cannot share, or
     a state of another training.
     """
 
-    def __init__(self, config: DecoderTrainingConfig, ranks: Ranks):
+    network: nn.Module
+    """What is trained; it ends in pixels, as `Rebuilds` says."""
+    image_size: int
+    """Side in px of the images."""
+    kind: ClassVar[str]
+    """What messages call the network."""
+
+    def __init__(self, config: R, ranks: Ranks):
         self.config, self.ranks = config, ranks
         self.parts = ranks.parts(config.length.batch_size, config.micro_batch_size)
         self.device = ranks.device(config.device)
-        self.encoder = config.encoder.load().to(self.device)
-        self.pictures = ImageShards(config.images, self.encoder.image_size, config.held_out_share)
-        self.decoder = new_decoder(config, self.encoder).train().to(self.device)
+        self.build()
+        self.network.train().to(self.device)
+        self.pictures = ImageShards(config.images, self.image_size, config.held_out_share)
         self.perceptual = self.discriminator = None
         if config.perceptual is not None:
             self.perceptual = LPIPS.from_pretrained(config.perceptual.path).to(self.device)
@@ -87,10 +96,34 @@ class DecoderTraining:
             seed = hash64("discriminator", config.seed) % 2**63
             given = config.adversarial.path, config.adversarial.image_size, seed
             self.discriminator = load_discriminator(*given).to(self.device)
-        self.state = DecoderState(self.decoder, self.discriminator, config)
+        self.state = DecoderState(self.network, self.discriminator, config)
         self.path = state_of(config.out)
         self.progress = self.state.load(self.path) if self.path.is_file() else DecoderProgress()
         self.gradients = self._gradients()
+
+    def build(self) -> None:
+        """Makes `network` and `image_size`, and loads what is frozen."""
+        raise NotImplementedError
+
+    def hidden(self, seen: Any) -> Hidden:
+        """What the last layer reads, of what the network is shown."""
+        raise NotImplementedError
+
+    def draw(self, step: int) -> list[Part]:
+        """This rank's images of a step and what they are rebuilt from, by micro-batch."""
+        raise NotImplementedError
+
+    def rebuilt(self) -> Float[Tensor, "b 3 h w"]:
+        """What the network, which is in eval mode, makes of the images held out, in [0, 1]."""
+        raise NotImplementedError
+
+    def further_measures(self) -> dict[str, float]:
+        """What is measured of the kind beside how well it rebuilds; the network is in eval mode."""
+        return {}
+
+    def save(self, folder: Path) -> None:
+        """Writes the network, whose weights are those to be written now."""
+        raise NotImplementedError
 
     def _gradients(self) -> Gradients:
         config, perceptual, adversary = self.config, None, None
@@ -101,26 +134,12 @@ class DecoderTraining:
         compilation = None
         if config.compile:
             compilation = compilation_for(self.device.type, "a step", COST_OF_EAGER, dynamic=False)
-        return Gradients(self.decoder, perceptual, adversary, self.ranks, compilation)
+        return Gradients(self.network, self.hidden, perceptual, adversary, self.ranks, compilation)
 
-    def draw(self, step: int) -> list[Part]:
-        """This rank's images of a step and their noised features, by micro-batch."""
-        config = self.config
-        size = config.length.batch_size
-        images = [self.pictures.batch(step, config.seed, numbers).to(self.device) for numbers in self.parts]
-        with forward_pass(self.device):
-            features = [self.encoder.encode_images(one).features for one in images]
-        # of the whole batch on every rank, so that the noise of an image is the same on any number of them
-        generator = torch.Generator(self.device).manual_seed(
-            hash64("decoder noise", config.seed, step) % 2**63
-        )
-        sigma = config.feature_noise * torch.rand(size, 1, 1, generator=generator, device=self.device)
-        shape = size, *features[0].shape[1:]
-        noise = sigma * torch.randn(shape, generator=generator, device=self.device)
-        return [
-            (to_pixels(own), seen + noise[numbers.start : numbers.stop])
-            for own, seen, numbers in zip(images, features, self.parts, strict=True)
-        ]
+    def images(self, step: int) -> list[UInt8[Tensor, "b h w 3"]]:
+        """This rank's images of a step, by micro-batch."""
+        seed = self.config.seed
+        return [self.pictures.batch(step, seed, numbers).to(self.device) for numbers in self.parts]
 
     def take_step(self, step: int) -> dict[str, float]:
         """One update of all that is trained; returns its losses. Called by all ranks.
@@ -141,7 +160,7 @@ class DecoderTraining:
         norms = [self._average(group) for group in groups]
         *values, own, others = torch.stack([*means.values(), norms[0], norms[-1]]).tolist()
         found = dict(zip(means, values, strict=True))
-        self._refuse_not_finite(step, found, {"decoder": own, "discriminator": others})
+        self._refuse_not_finite(step, found, {self.kind: own, "discriminator": others})
         for group, norm in zip(groups, norms, strict=True):
             nn.utils.clip_grads_with_norm_(group, MAX_GRAD_NORM, norm)
         num_steps, final = config.length.num_steps, config.final_lr_ratio
@@ -179,20 +198,67 @@ class DecoderTraining:
         """How well the weights that would be written rebuild what is held out; some of it is drawn into the
         file. Both are logged.
         """
+        self.network.eval()
         with self.state.averaged():
-            rebuilt = self.held_out.rebuilt(self.decoder.eval())
-        self.decoder.train()
+            rebuilt, further = self.rebuilt(), self.further_measures()
+        self.network.train()
         self.held_out.draw(rebuilt, path)
-        found = self.held_out.measures(rebuilt, self.perceptual)
+        found = {**self.held_out.measures(rebuilt, self.perceptual), **further}
         tracker.log_metrics({f"eval/{name}": value for name, value in found.items()}, self.progress.step)
         tracker.log_image(path, "reconstructions", self.progress.step)
         return found
 
     @cached_property
     def held_out(self) -> HeldOut:
-        """What the decoder is measured on."""
+        """What the network is measured on."""
         images = self.pictures.measured(self.config.num_measured).to(self.device)
-        return HeldOut(to_pixels(images), self.encoder.encode_images(images).features)
+        return HeldOut(to_pixels(images), self.features(images))
+
+    def features(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b n d"] | None:
+        """What the frozen encoder makes of images; None where there is none."""
+        raise NotImplementedError
+
+
+class DecoderTraining(RebuildingTraining[DecoderTrainingConfig]):
+    """An RAE decoder learns to rebuild images from noised features of its encoder."""
+
+    kind = "decoder"
+
+    def build(self) -> None:
+        self.encoder = self.config.encoder.load().to(self.device)
+        self.network = self.decoder = new_decoder(self.config, self.encoder)
+        self.image_size = self.encoder.image_size
+
+    def hidden(self, seen: Float[Tensor, "b n d"]) -> Hidden:
+        return self.decoder.hidden(seen), {}
+
+    def draw(self, step: int) -> list[Part]:
+        """This rank's images of a step and their noised features, by micro-batch."""
+        config = self.config
+        size = config.length.batch_size
+        images = self.images(step)
+        with forward_pass(self.device):
+            features = [self.encoder.encode_images(one).features for one in images]
+        # of the whole batch on every rank, so that the noise of an image is the same on any number of them
+        generator = torch.Generator(self.device).manual_seed(
+            hash64("decoder noise", config.seed, step) % 2**63
+        )
+        sigma = config.feature_noise * torch.rand(size, 1, 1, generator=generator, device=self.device)
+        shape = size, *features[0].shape[1:]
+        noise = sigma * torch.randn(shape, generator=generator, device=self.device)
+        return [
+            (to_pixels(own), seen + noise[numbers.start : numbers.stop])
+            for own, seen, numbers in zip(images, features, self.parts, strict=True)
+        ]
+
+    def features(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b n d"]:
+        return self.encoder.encode_images(images).features
+
+    def rebuilt(self) -> Float[Tensor, "b 3 h w"]:
+        return self.held_out.rebuilt(self.decoder)
+
+    def save(self, folder: Path) -> None:
+        self.decoder.save_pretrained(folder, dtype=getattr(torch, self.config.dtype))
 
 
 def _apply(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -211,9 +277,14 @@ def train_decoder(config: DecoderTrainingConfig) -> dict[str, Any]:
             state of another training, or a tracking store that cannot be reached.
         NonFiniteError: a loss or a gradient is not finite; nothing was updated.
     """
+    return train_to_the_end(DecoderTraining, config)
+
+
+def train_to_the_end(kind: type[RebuildingTraining[R]], config: R) -> dict[str, Any]:
+    """What `train_decoder` does, of any kind of network; raises what it raises."""
     fetch(weights_of(config).values())
     ranks = Ranks.join()
-    training = DecoderTraining(config, ranks)
+    training = kind(config, ranks)
     progress, num_steps = training.progress, config.length.num_steps
     tracker = start_tracking(training)
     status, saved_at = "FAILED", time.monotonic()
@@ -249,7 +320,7 @@ def train_decoder(config: DecoderTrainingConfig) -> dict[str, Any]:
             if ranks.is_main and not is_last and time.monotonic() - saved_at > config.save_every_sec:
                 training.state.save(training.path, progress)
                 saved_at = time.monotonic()
-        written = write_decoder(training, tracker) if ranks.is_main else {}
+        written = write_network(training, tracker) if ranks.is_main else {}
         status = "FINISHED"
     finally:
         bar.close()
@@ -257,7 +328,7 @@ def train_decoder(config: DecoderTrainingConfig) -> dict[str, Any]:
     return broadcast_object(written) if ranks.world_size > 1 else written
 
 
-def start_tracking(training: DecoderTraining) -> Tracker:
+def start_tracking(training: RebuildingTraining[Any]) -> Tracker:
     """A new MLflow run, or the one that this training started before. Rank 0 has it, the others track
     nothing.
 
@@ -280,12 +351,12 @@ def start_tracking(training: DecoderTraining) -> Tracker:
     return tracker
 
 
-def write_decoder(training: DecoderTraining, tracker: Tracker) -> dict[str, Any]:
-    """The last state, the decoder's folder and what was measured, which is returned. Rank 0's."""
+def write_network(training: RebuildingTraining[Any], tracker: Tracker) -> dict[str, Any]:
+    """The last state, the network's folder and what was measured, which is returned. Rank 0's."""
     config, progress = training.config, training.progress
     training.state.save(training.path, progress)
     with training.state.averaged():
-        training.decoder.save_pretrained(config.out, dtype=getattr(torch, config.dtype))
+        training.save(config.out)
     found: dict[str, Any] = {
         **training.measure(config.out / EXAMPLES, tracker),
         "num_measured": float(len(training.held_out.pixels)),

@@ -20,7 +20,7 @@ from repfusion.flops.counter import Cost, Number
 from repfusion.flops.memory import Frozen, column_bytes, rank_memory, sizes
 from repfusion.flops.paper import paper_markdown
 from repfusion.latents.load import Decoder
-from repfusion.model.config import ModelConfig
+from repfusion.model.config import ModelConfig, flow_of
 from repfusion.model.meta import GEOMETRY, absent_folders, meta_decoder, meta_from_config
 from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import load_model_config, read_config
@@ -166,7 +166,10 @@ def main() -> None:
         if args.paper:
             print(paper_markdown())
             return
-        config = load_model_config(args.config) if args.config else read_config(args.checkpoint)[0]
+        if args.config:
+            config = load_model_config(args.config)
+        else:
+            config = flow_of(read_config(args.checkpoint)[0], "this command")
         say(config, args.config, args)
     except (ValueError, OSError) as error:
         sys.exit(printable_lines(redact_text(f"error: {error}")))

@@ -8,14 +8,14 @@ from typing import Annotated
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from pydantic import Field, ValidationError
-from safetensors.torch import load_file, save_file
+from pydantic import Field
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from repfusion.config import Config
 from repfusion.layers import Attention, RMSNorm, SwiGLU, rotary_2d, sin_cos_positions
-from repfusion.pretrained.config import read_config
-from repfusion.pretrained.weights import read_headers, refuse_misfits, refuse_not_finite, weight_files
+from repfusion.pretrained.config import read_config, validated_config
+from repfusion.pretrained.weights import load_own
 
 
 class RAEDecoderConfig(Config):
@@ -117,30 +117,7 @@ class RAEDecoder(nn.Module):
             or not finite.
         """
         folder, writer = Path(folder), "RAEDecoder.save_pretrained"
-        place = f"decoder folder {folder}"
         fields = read_config(folder, "decoder", writer)
-        try:
-            config = RAEDecoderConfig.model_validate(fields)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            raise ValueError(
-                f"{place}: config.json: {problem['loc'][0] if problem['loc'] else 'the whole'}: "
-                f"{problem['msg']}; expected a folder written by {writer}, or a VAE's"
-            ) from error
-        headers = read_headers(weight_files(folder, "decoder"), "decoder")
-        with torch.device("meta"):
-            decoder = cls(config)
-        own = decoder.state_dict()
-        misshapen = [
-            (name, headers[name].shape, own[name].shape)
-            for name in own.keys() & headers.keys()
-            if headers[name].shape != own[name].shape
-        ]
-        missing, left_over = own.keys() - headers.keys(), headers.keys() - own.keys()
-        refuse_misfits(place, missing, left_over, misshapen, writer)
-        if not on_meta:
-            decoder = cls(config)
-            for file in weight_files(folder, "decoder"):
-                decoder.load_state_dict(load_file(str(file)), strict=False)
-            refuse_not_finite(decoder, place)
-        return decoder.float().eval().requires_grad_(False)
+        place = f"decoder folder {folder}"
+        config = validated_config(RAEDecoderConfig, fields, place, f"{writer}, or a VAE's")
+        return load_own(lambda: cls(config), folder, "decoder", writer, on_meta)

@@ -13,12 +13,12 @@ from repfusion.data.columns import manifest_digest
 from repfusion.files import file_sha256, weights_digest
 from repfusion.lineage.describe import CHUNK, read_lineage, read_png
 from repfusion.lineage.records import ExportRecord, ImageRecord, TrainingRecord, checked
-from repfusion.runs.checkpoint import WEIGHTS_MARK, portable, read_config
+from repfusion.runs.checkpoint import read_config
 from repfusion.runs.completion import check_all
 from repfusion.runs.exported import MARK, check_export
 from repfusion.runs.folder import COMPLETE, CONFIG, LINEAGE, RunFolder
 from repfusion.tables import aligned
-from repfusion.weights import WEIGHTS
+from repfusion.weights import WEIGHTS, WEIGHTS_MARK, portable
 
 State = Literal["agrees", "differs", "missing", "elsewhere", "recorded", "unknown"]
 """`recorded`: nothing here to compare with; `elsewhere`: not on this machine, which an export may leave."""
