@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from pydantic import Field
 from torch import Tensor, nn
 
+from repfusion.codes.quantise import exact
 from repfusion.codes.tokenizer import ImageTokenizer
 from repfusion.conditioning.base import Losses
 from repfusion.config import WeightsFolder
@@ -101,6 +102,7 @@ class Illume(CodeModel):
         self.llm: LanguageModel = load_language_model(config.mllm, with_head=True, on_meta=on_meta)
         if not (self.llm.is_causal and self.llm.head is not None):
             raise ValueError(f"mllm {config.mllm}: expected a causal language model with a head")
+        self.llm.projector = None  # images come as codes
         table = self.llm.language_model.get_input_embeddings()
         last = self.streams[-1]
         self.vocabulary = Vocabulary(table.num_embeddings, last.first_code + last.num_codes)
@@ -112,10 +114,9 @@ class Illume(CodeModel):
         )
         if config.train_llm:
             self.llm.unfreeze()
-        self.tokenizer: ImageTokenizer | None = None
+        self.sources: SourceCodes | None = None
         if config.reads_images:
-            made = ImageTokenizer.from_pretrained(config.tokenizer, with_tower=True, on_meta=on_meta)
-            self.tokenizer = made.requires_grad_(False)
+            self.sources = SourceCodes(ImageTokenizer.from_pretrained(config.tokenizer, True, on_meta))
 
     @property
     def captions(self) -> LanguageModel:
@@ -130,9 +131,8 @@ class Illume(CodeModel):
         return self.llm.layers
 
     def frozen_parts(self) -> list[nn.Module]:
-        llm = self.llm
-        parts = [] if self.config.train_llm else [llm.language_model, llm.head]
-        return [one for one in (*parts, self.tokenizer) if one is not None]
+        parts = [] if self.config.train_llm else [self.llm.language_model, self.llm.head]
+        return [one for one in parts if one is not None]
 
     def unfit_caption(self, error: PromptTooLong) -> str:
         return (
@@ -180,7 +180,7 @@ class Illume(CodeModel):
             raise ValueError(f"{len(images)} source images; model.max_sources is {self.config.max_sources}")
         prompt = [self.llm.begin_id, *(self._text(request.prompt) if branch == "full" else ())]
         row = drawing(self.vocabulary, prompt, codes, len(images), self.num_codes)
-        side = 0 if self.tokenizer is None else self.tokenizer.image_size
+        side = 0 if self.sources is None else self.sources.tokenizer.image_size
         return row, [square(image, side) for image in images]
 
     @staticmethod
@@ -192,8 +192,8 @@ class Illume(CodeModel):
         ids = inputs["ids"]
         if (images := inputs.get("sources")) is None:
             return ids
-        assert self.tokenizer is not None
-        codes = self.tokenizer.encode_images(images) + self.vocabulary.num_text
+        assert self.sources is not None
+        codes = self.sources(images) + self.vocabulary.num_text
         return ids.masked_scatter(ids == SOURCE, codes)
 
     def embedded(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n c"]:
@@ -318,6 +318,23 @@ def following(states: Float[Tensor, "b n c"], first: Int[Tensor, " b"], num: int
     """
     places = (first[:, None] + torch.arange(num, device=first.device)).clamp(max=states.shape[1] - 1)
     return take(states, places)
+
+
+class SourceCodes:
+    """The tokenizer of source images. It stands apart from the model's weights and computes in float32
+    whatever those are cast to: else its codes were others than those of a column. Its FLOPs are not counted.
+    """
+
+    def __init__(self, tokenizer: ImageTokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, images: UInt8[Tensor, "b s s 3"]) -> Int[Tensor, "b n"]:
+        """Codes of images of the tokenizer's size, on the images' device."""
+        if images.is_meta:
+            return torch.empty(len(images), self.tokenizer.num_tokens, dtype=torch.long, device="meta")
+        self.tokenizer.to(images.device)
+        with exact(images.device):
+            return self.tokenizer.encode_images(images)
 
 
 class Decoding:

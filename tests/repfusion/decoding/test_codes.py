@@ -30,7 +30,6 @@ def test_one_that_was_cut_off_goes_on_to_the_same_weights(tokens, tmp_path, monk
     assert {
         "psnr_db",
         "ssim",
-        "lpips",
         "semantic_used",
         "pixel_perplexity",
         "semantic_cosine",

@@ -226,7 +226,9 @@ def test_trains_over_a_generator_of_another_language_model_and_resumes(
     with pytest.raises(ValueError, match=r"reads with conditioning\.second, which holds"):
         train(tiny_train(foundation, columns, tmp_path / "wrong", init_from=start, model=wrong))
     stage_3 = {"zero_stage": 3}
-    with pytest.raises(ValueError, match="zero_stage 3 shards the frozen weights of 'llm_controller'"):
+    with pytest.raises(
+        ValueError, match="zero_stage 3 shards the frozen weights of the method 'llm_controller'"
+    ):
         train(tiny_train(foundation, columns, tmp_path / "sharded", engine=stage_3, **changes))
 
 
