@@ -17,7 +17,12 @@ from pipelines.stages.captions import CaptionsConfig, captions_stage
 from pipelines.stages.curate import curate_stage
 from pipelines.stages.decoder import DECODER, decoder_stage
 from pipelines.stages.evaluate import evaluate_stage
-from pipelines.stages.image_features import ImageFeaturesConfig, image_features_stage
+from pipelines.stages.image_features import (
+    ImageFeaturesConfig,
+    VideoFeaturesConfig,
+    image_features_stage,
+    video_features_stage,
+)
 from pipelines.stages.judge import judge_stage
 from pipelines.stages.prompt_features import PromptFeaturesConfig, prompt_features_stage
 from pipelines.stages.report import report_stage
@@ -40,7 +45,7 @@ def build_stages(
     """
     names = config.stage_names
     place = place or Place(config.data_folder, config.root, Digests(config.root))
-    first = source_of(config.source).stages(config.ingest, place)
+    first = source_of(config.source, config.ingest).stages(config.ingest, place)
     found: dict[str, Stage] = {stage.name: stage for stage in first}
     for name in names[: names.index(config.last_stage) + 1]:
         match name:
@@ -49,7 +54,8 @@ def build_stages(
             case "judge":
                 readers = _text_readers(config, CAPTION)
                 limits = caption_limits(readers, config.curate.max_caption_tokens, place.digests)
-                found[name] = judge_stage(config.curate, limits, found["ingest"], place)
+                are_clips = config.ingest.clips is not None
+                found[name] = judge_stage(config.curate, limits, found["ingest"], place, are_clips)
             case "curate":
                 found[name] = curate_stage(config.curate, found["ingest"], found["judge"], place)
             case "evaluate":
@@ -90,6 +96,8 @@ def _column(config: WorkflowConfig, name: str, above: Mapping[str, Stage], place
         case ImageFeaturesConfig():
             encoder, key = _maker(config, name, "encoder", column.encoder)
             return image_features_stage(name, column, encoder, key, images, place)
+        case VideoFeaturesConfig():
+            return video_features_stage(name, column, images, place)
         case PromptFeaturesConfig() | RewritesConfig():
             mllm, key = _maker(config, name, "mllm", column.mllm)
             if column.mllm_dtype == "auto":
@@ -226,7 +234,7 @@ def data_stages(config: WorkflowConfig) -> list[ShardStage]:
 
 def source_entries(config: WorkflowConfig) -> Entries:
     """How many entries the source has, and how to take a few."""
-    return source_of(config.source).entries()
+    return source_of(config.source, config.ingest).entries()
 
 
 def probe_stages(config: WorkflowConfig) -> Callable[[Path], list[ShardStage]]:

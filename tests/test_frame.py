@@ -178,6 +178,7 @@ SCENES = (
     "repfusion/evaluation/suites/references.py",
     "pipelines/sources/scenes.py",
     "pipelines/sources/edits.py",
+    "pipelines/sources/moving.py",
     "pipelines/ladder/science/",  # its rows are about scenes: captions, losses
     "pipelines/ladder/worker.py",  # its validation loss
 )

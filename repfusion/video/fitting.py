@@ -29,7 +29,7 @@ class Fitted:
     height: int
     original_width: int
     original_height: int
-    original_seconds: float
+    original_sec: float
     original_rate: float
 
 

@@ -26,7 +26,8 @@ class BadClip(BadImage):
     """Bytes that become no clip; `reason` is counted, `detail` is for people.
 
     Reasons: undecodable_clip (also where it is cut short), no_frames, sound_only, too_many_pixels,
-    clip_too_long, clip_too_short, rate_too_low, variable_rate, changing_size, slow_to_decode.
+    clip_too_long, clip_too_short, rate_too_low, variable_rate, changing_size, slow_to_decode; of what a clip
+    shows, black_clip and still_clip.
     """
 
 

@@ -117,7 +117,7 @@ def test_a_clip_is_brought_to_a_length_a_rate_and_a_size():
     frames = grey(range(0, 240, 8), 40, 60)
     fitted = fit_clip(written(frames, rate=24), FORM, 32)
     assert (fitted.width, fitted.height, fitted.original_width, fitted.original_height) == (32, 32, 60, 40)
-    assert (fitted.original_rate, fitted.original_seconds) == pytest.approx((24, 1.25))
+    assert (fitted.original_rate, fitted.original_sec) == pytest.approx((24, 1.25))
     clip = read_clip(fitted.data)
     assert clip.frames.shape == (9, 32, 32, 3) and clip.rate == pytest.approx(8)
     assert clip.frames[:, 0, 0, 0].tolist() == [24 * i for i in range(9)]
