@@ -203,7 +203,8 @@ def jobs(config: FolderConfig, endings: tuple[str, ...] = IMAGE_ENDINGS) -> tupl
         arguments = {"start": start, "stop": start + shard.number, "first": shard.first}
         made.append(ShardJob(shard_name(len(made)), "", {"files": shard.digest}, arguments))
     if not made:
-        raise ValueError(f"source.path: {config.path} holds no pictures ({' '.join(endings)})")
+        wanted = "images" if endings == IMAGE_ENDINGS else "clips"
+        raise ValueError(f"source.path: {config.path} holds no {wanted} ({' '.join(endings)})")
     return tuple(made)
 
 
