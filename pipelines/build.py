@@ -19,7 +19,12 @@ from pipelines.stages.codes.tokenizer import TOKENIZER, tokenizer_folder, tokeni
 from pipelines.stages.curate import curate_stage
 from pipelines.stages.decoder import DECODER, decoder_stage
 from pipelines.stages.evaluate import evaluate_stage
-from pipelines.stages.image_features import ImageFeaturesConfig, image_features_stage
+from pipelines.stages.image_features import (
+    ImageFeaturesConfig,
+    VideoFeaturesConfig,
+    image_features_stage,
+    video_features_stage,
+)
 from pipelines.stages.judge import judge_stage
 from pipelines.stages.prompt_features import PromptFeaturesConfig, prompt_features_stage
 from pipelines.stages.report import report_stage
@@ -45,7 +50,7 @@ def build_stages(
     """
     names = config.stage_names
     place = place or Place(config.data_folder, config.root, Digests(config.root))
-    first = source_of(config.source).stages(config.ingest, place)
+    first = source_of(config.source, config.ingest).stages(config.ingest, place)
     found: dict[str, Stage] = {stage.name: stage for stage in first}
     for name in names[: names.index(config.last_stage) + 1]:
         match name:
@@ -54,7 +59,8 @@ def build_stages(
             case "judge":
                 readers = _text_readers(config, CAPTION)
                 limits = caption_limits(readers, config.curate.max_caption_tokens, place.digests)
-                found[name] = judge_stage(config.curate, limits, found["ingest"], place)
+                are_clips = config.ingest.clips is not None
+                found[name] = judge_stage(config.curate, limits, found["ingest"], place, are_clips)
             case "curate":
                 found[name] = curate_stage(config.curate, found["ingest"], found["judge"], place)
             case "evaluate":
@@ -104,6 +110,8 @@ def _column(config: WorkflowConfig, name: str, above: Mapping[str, Stage], place
             folder = tokenizer_folder(place.root) if is_own else tokenizer
             made_by = above[TOKENIZER] if is_own else None
             return codes_stage(name, column, folder, key, images, made_by, place)
+        case VideoFeaturesConfig():
+            return video_features_stage(name, column, images, place)
         case PromptFeaturesConfig() | RewritesConfig():
             mllm, key = _maker(config, name, "mllm", column.mllm)
             if column.mllm_dtype == "auto":
@@ -262,7 +270,7 @@ def kept_stages(config: WorkflowConfig) -> list[Stage]:
 
 def source_entries(config: WorkflowConfig) -> Entries:
     """How many entries the source has, and how to take a few."""
-    return source_of(config.source).entries()
+    return source_of(config.source, config.ingest).entries()
 
 
 def probe_stages(config: WorkflowConfig) -> Callable[[Path], list[ShardStage]]:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -22,7 +22,7 @@ from pipelines.stages.codes.column import CodesConfig
 from pipelines.stages.codes.tokenizer import TOKENIZER, TokenizerStageConfig
 from pipelines.stages.curate import CurateConfig
 from pipelines.stages.decoder import DECODER, DecoderStageConfig
-from pipelines.stages.image_features import ImageFeaturesConfig
+from pipelines.stages.image_features import ImageFeaturesConfig, VideoFeaturesConfig
 from pipelines.stages.prompt_features import PromptFeaturesConfig
 from pipelines.stages.rewrites import RewritesConfig
 from pipelines.stages.train import Reference, TrainingConfig
@@ -40,16 +40,23 @@ RESERVED = {*BEFORE_COLUMNS, TOKENIZER, DECODER, *AFTER_TRAININGS, "columns"}
 """Names that no column or training may have: those of other stages, and of the copies of remote columns."""
 
 ColumnConfig = Annotated[
-    ImageFeaturesConfig | PromptFeaturesConfig | RewritesConfig | CodesConfig | CaptionsConfig,
+    ImageFeaturesConfig
+    | VideoFeaturesConfig
+    | PromptFeaturesConfig
+    | RewritesConfig
+    | CodesConfig
+    | CaptionsConfig,
     Field(discriminator="kind"),
 ]
 KINDS = {kind for one in get_args(get_args(ColumnConfig)[0]) for kind in tags_of(one)}
-DRAWN = ("scenes", "edits")
+DRAWN = ("scenes", "edits", "moving_scenes")
+FOR_CLIPS = ("moving_scenes", "tars", "folder", "parquet")
+"""Kinds of sources that may hold clips."""
 """Kinds of sources that are drawn from the embedded world, whose suites grade them."""
 HELD_OUT_SHARE = 0.05
 """What share of data of one's own is left for evaluation."""
 DEFAULT_COLUMNS = ("image_features", "prompt_features")
-"""Kinds of columns that a workflow has one of, under that name, unless it says otherwise."""
+"""Kinds of columns that a workflow of images has one of, under that name, unless it says otherwise."""
 
 
 class WorkflowConfig(Config):
@@ -187,6 +194,31 @@ class WorkflowConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _clips_go_where_they_are_read(self) -> "WorkflowConfig":
+        if self.ingest.clips is None:
+            if self.source.kind == "moving_scenes":
+                raise ValueError("source.kind moving_scenes draws clips: give ingest.clips, such as {}")
+            if made := [name for name, one in self.columns.items() if isinstance(one, VideoFeaturesConfig)]:
+                raise ValueError(f"columns.{made[0]} is of clips: give ingest.clips, or take image_features")
+            return self
+        if self.source.kind not in FOR_CLIPS:
+            raise ValueError(
+                f"ingest.clips with source.kind {self.source.kind}, which has images alone; clips come from "
+                f"{', '.join(FOR_CLIPS)}"
+            )
+        made = self.made_columns
+        if of_images := [name for name in made if isinstance(self.columns[name], ImageFeaturesConfig)]:
+            raise ValueError(
+                f"columns.{of_images[0]} is of images, ingest.clips makes clips: take video_features"
+            )
+        if self.last_stage not in (*BEFORE_COLUMNS, *made):
+            raise ValueError(
+                f"last_stage is {self.last_stage!r}, but no model is trained on clips yet: stop at a column, "
+                f"such as last_stage={[*BEFORE_COLUMNS, *made][-1]}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _references_lead_somewhere(self) -> "WorkflowConfig":
         for name, training in self.trainings.items():
             start = Reference.of(training.init_from)
@@ -261,7 +293,7 @@ class WorkflowConfig(Config):
         columns, trainings = values.get("columns", {}), values.get("trainings", {"train": {}})
         if not (isinstance(columns, dict) and isinstance(trainings, dict)):
             return values
-        columns = _with_kinds(columns)
+        columns = _with_kinds(columns, DEFAULT_COLUMNS if _makes_images(values) else ())
         if isinstance(values.get("root"), str | Path):
             own = _kind_of_source(values.get("source")) not in DRAWN
             layout = _Layout(
@@ -318,14 +350,21 @@ def _is_tower(encoder: Mapping[str, Any]) -> bool:
     return path is not None and (Path(path) / "config.json").is_file() and not is_vae(path)
 
 
-def _with_kinds(columns: Mapping[str, Any]) -> dict[str, Any]:
+def _makes_images(values: Mapping[str, Any]) -> bool:
+    """Whether a file's section `ingest` makes images, and no clips."""
+    ingest = values.get("ingest")
+    clips = ingest.get("clips") if isinstance(ingest, dict) else getattr(ingest, "clips", None)
+    return clips is None
+
+
+def _with_kinds(columns: Mapping[str, Any], default: Sequence[str]) -> dict[str, Any]:
     """The columns of a file, each with its kind where its name says it, and one of each default kind."""
     found: dict[str, Any] = {
         name: {"kind": name, **(one or {})} if name in KINDS and isinstance(one, dict | None) else one
         for name, one in columns.items()
     }
     kinds = {_kind(one) for one in found.values()}
-    return {**{kind: {"kind": kind} for kind in DEFAULT_COLUMNS if kind not in kinds}, **found}
+    return {**{kind: {"kind": kind} for kind in default if kind not in kinds}, **found}
 
 
 def _kind(column: Any) -> str | None:

@@ -26,6 +26,7 @@ HEAVY = {
     "img2dataset": {"pipelines/sources/ingest.py"},
     "diffusers": {"repfusion/latents/vae.py", "repfusion/foundation/vae.py"},
     "peft": {"repfusion/conditioning/lora.py"},
+    "av": {"repfusion/video/files.py"},
 }
 """Libraries that are each imported in few places."""
 
@@ -100,7 +101,7 @@ def test_no_module_and_no_room_imports_in_a_circle():
 
 LAYERS = [
     {"config", "devices", "display", "files", "images", "inputs", "layers", "locks"}
-    | {"pretrained", "request", "scenes", "tables", "tars", "weights"},
+    | {"pretrained", "request", "scenes", "tables", "tars", "video", "weights"},
     {"latents", "data", "diffusion", "llm", "codes"},
     {"conditioning"},
     {"model"},
@@ -177,6 +178,7 @@ SCENES = (
     "repfusion/evaluation/suites/references.py",
     "pipelines/sources/scenes.py",
     "pipelines/sources/edits.py",
+    "pipelines/sources/moving.py",
     "pipelines/ladder/science/",  # its rows are about scenes: captions, losses
     "pipelines/ladder/worker.py",  # its validation loss
 )
@@ -191,7 +193,7 @@ def test_the_embedded_world_is_known_where_it_is_drawn_and_judged_alone():
 def test_the_library_loads_without_what_it_may_not_import():
     code = (
         "import sys\n"
-        "for name in ('ray', 'pipelines', 'deepspeed', 'mlflow', 'img2dataset', 'diffusers', 'peft'):\n"
+        "for name in ('ray', 'pipelines', 'deepspeed', 'mlflow', 'img2dataset', 'diffusers', 'peft', 'av'):\n"
         "    sys.modules[name] = None\n"
         "import repfusion.generate, repfusion.evaluation.checkpoints, repfusion.train\n"
     )

@@ -84,9 +84,14 @@ def load_vae(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
         ValueError: where the folder lacks a file, or weights are missing, left over, of another shape or not
             finite.
     """
+    return load_diffusers(folder, vae_config(folder)["_class_name"], dtype)
+
+
+def load_diffusers(folder: str | Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """An autoencoder of diffusers' class `name`; raises as `load_vae`."""
     import diffusers
 
-    name, place = vae_config(folder)["_class_name"], f"VAE folder {folder}"
+    place = f"VAE folder {folder}"
     weight_files(Path(folder), "VAE", STEM)
     with said_of(place, f"as an {name}"):
         vae, report = getattr(diffusers, name).from_pretrained(
