@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from repfusion.conditioning.noisy_latents import NoisyLatentConditioner
 from repfusion.display.options import WithDefaults
 from repfusion.display.redaction import redact_text
+from repfusion.display.tables import markdown
 from repfusion.display.terminal import printable_lines
 from repfusion.evaluation.record import Evaluation, read_evaluation
 from repfusion.evaluation.shown import shown_suites
@@ -57,7 +58,6 @@ from repfusion.runs.exported import (
 from repfusion.runs.folder import AVERAGES, CONFIG, LINEAGE, STATISTICS, WEIGHTS_FILE
 from repfusion.runs.named import named_model
 from repfusion.runs.seals import files_below, seal, write_seals
-from repfusion.tables import markdown
 from repfusion.weights import WEIGHTS, portable
 
 INDEX = "model_index.json"

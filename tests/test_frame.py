@@ -101,7 +101,7 @@ def test_no_module_and_no_room_imports_in_a_circle():
 
 LAYERS = [
     {"config", "devices", "display", "files", "images", "inputs", "layers", "locks"}
-    | {"pretrained", "request", "scenes", "tables", "tars", "video", "weights"},
+    | {"pretrained", "request", "scenes", "tars", "video", "weights"},
     {"latents", "data", "diffusion", "llm", "codes"},
     {"conditioning"},
     {"model"},

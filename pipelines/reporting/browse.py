@@ -14,7 +14,7 @@ from pipelines.shards.parquet import read_parquet
 from pipelines.shards.storage import Folder
 from pipelines.shards.tars import read_samples
 from repfusion.data.source_images import CLIP_EXTENSION, PICTURE_EXTENSIONS
-from repfusion.tables import html
+from repfusion.display.tables import html
 
 SHARDS_KEPT = 6
 """Shards in memory: one is read as a whole, also from a store."""

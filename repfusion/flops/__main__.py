@@ -13,6 +13,7 @@ import numpy as np
 from repfusion.config import read_values, validate
 from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.display.redaction import redact_text
+from repfusion.display.tables import aligned
 from repfusion.display.terminal import printable_lines
 from repfusion.flops.activations import activation_bytes
 from repfusion.flops.count import Costs, eyes_cost, sample_costs, train_costs
@@ -24,7 +25,6 @@ from repfusion.model.config import ModelConfig, flow_of
 from repfusion.model.meta import GEOMETRY, absent_folders, meta_decoder, meta_from_config
 from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import load_model_config, read_config
-from repfusion.tables import aligned
 from repfusion.training.engine import EngineConfig
 from repfusion.weights import WEIGHTS
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from repfusion.data.columns import manifest_digest
+from repfusion.display.tables import aligned
 from repfusion.files import file_sha256, weights_digest
 from repfusion.lineage.describe import CHUNK, read_lineage, read_png
 from repfusion.lineage.records import ExportRecord, ImageRecord, TrainingRecord, checked
@@ -17,7 +18,6 @@ from repfusion.runs.checkpoint import read_config
 from repfusion.runs.completion import check_all
 from repfusion.runs.exported import MARK, check_export
 from repfusion.runs.folder import COMPLETE, CONFIG, LINEAGE, RunFolder
-from repfusion.tables import aligned
 from repfusion.weights import WEIGHTS, WEIGHTS_MARK, portable
 
 State = Literal["agrees", "differs", "missing", "elsewhere", "recorded", "unknown"]
