@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from repfusion.config import validate
+from repfusion.diffusion.flow import initial_noise, seeds_of
 from repfusion.diffusion.sampler import SamplerConfig, Solver, sample
 from repfusion.display.options import Options, WithDefaults
 from repfusion.display.redaction import redact_text
@@ -42,17 +43,14 @@ from repfusion.weights import WEIGHTS
 Kept = Literal["all", "portable", "none"]
 
 
-def initial_noise(seeds: Iterable[int], shape: tuple[int, int]) -> Float[Tensor, "b n d"]:
-    """Each image's noise is the first draw of a generator of its own, on the CPU: the same on every device,
-    whatever else is in the batch.
-    """
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
 @torch.no_grad()
-def decode(model: TextToImage, decoder: Decoder, latents: Float[Tensor, "b n d"]) -> Float[Tensor, "b 3 h w"]:
-    """Pixels in [0, 1], on the CPU in float32."""
-    return decoder(model.denormalise(latents)).float().clamp(0, 1).cpu()
+def decode(
+    model: TextToImage, decoder: Decoder, latents: Float[Tensor, "b n d"], noise: Float[Tensor, "b n d"]
+) -> Float[Tensor, "b 3 h w"]:
+    """Pixels in [0, 1], on the CPU in float32. A decoder that draws takes each image's seed from the `noise`
+    that its latents began from.
+    """
+    return decoder(model.denormalise(latents), seeds_of(noise)).float().clamp(0, 1).cpu()
 
 
 @torch.no_grad()
@@ -74,7 +72,7 @@ def generate(
         part = requests[start : start + batch_size]
         noise = initial_noise(seeds[start : start + batch_size], model.latent_shape)
         latents = sample(model, part, noise, config)
-        images.append(decode(model, decoder, latents))
+        images.append(decode(model, decoder, latents, noise))
     return torch.cat(images)
 
 

@@ -342,14 +342,14 @@ class RepFusionPipeline:
         with self._at_home(self.model), self.progress_bar(num_inference_steps) as bar:
             on_step = self._on_step(callback_on_step_end, callback_on_step_end_tensor_inputs, bar)
             made = sample(self.model, requests, noise, self._sampler, on_step, negatives)
-        found = made if output_type == "latent" else self._decoded(made, output_type)
+        found = made if output_type == "latent" else self._decoded(made, noise, output_type)
         return RepFusionPipelineOutput(found) if return_dict else (found,)
 
     def _decoded(
-        self, latents: Float[Tensor, "b n d"], output_type: str
+        self, latents: Float[Tensor, "b n d"], noise: Float[Tensor, "b n d"], output_type: str
     ) -> list[Image.Image] | np.ndarray | Tensor:
         with self._at_home(self.decoder):
-            pixels = decode(self.model, self.decoder, latents)
+            pixels = decode(self.model, self.decoder, latents, noise)
         if output_type == "pt":
             return pixels
         if output_type == "np":

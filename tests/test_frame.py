@@ -145,7 +145,7 @@ def test_a_public_class_has_its_name_to_itself():
 
 
 OWN_READERS = {"cls", "nn.Embedding", "LPIPS"}
-OWN_READERS |= {"RAEDecoder", "RepresentationEncoder", "VAEDecoder", "VAEEncoder"}
+OWN_READERS |= {"DrawingDecoder", "RAEDecoder", "RepresentationEncoder", "VAEDecoder", "VAEEncoder"}
 """What has a `from_pretrained` of ours (or reads nothing)."""
 
 

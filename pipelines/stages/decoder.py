@@ -1,4 +1,4 @@
-"""The stage `decoder`: curated images -> the RAE decoder of an encoder, `stage:decoder` to trainings.
+"""The stage `decoder`: curated images -> the decoder of an encoder, `stage:decoder` to trainings.
 
 ROOT/decoder/model/         the decoder, what was measured of it and a picture
 ROOT/decoder/model.state    where a training that was cut off goes on; set aside with it when it is stale
@@ -81,10 +81,15 @@ def decoder_stage(
 
     def check() -> None:
         from repfusion.decoding.discriminator import load_discriminator
+        from repfusion.decoding.making import drawing_sizes, load_painter
         from repfusion.decoding.perceptual import LPIPS
 
         with naming(f"{key}.path"):
-            encoder.load(on_meta=True)
+            seen = encoder.load(on_meta=True)
+        if config.method.kind == "drawing":
+            with naming(f"{DECODER}.method"):
+                drawing_sizes(config, config.method, seen)
+                load_painter(config.method, seen.image_size)
         if config.perceptual is not None:
             with naming(f"{DECODER}.perceptual.path"):
                 LPIPS.from_pretrained(config.perceptual.path)

@@ -27,8 +27,10 @@ LARGEST_WEIGHT = 1e4
 DELTA = 1e-6
 """What equation 7 of VQGAN adds to the length that it divides by."""
 
-Part = tuple[Float[Tensor, "b 3 h w"], Float[Tensor, "b n d"]]
-"""Pixels of a micro-batch in [0, 1], and the noised features that they are rebuilt from."""
+Part = tuple[Float[Tensor, "b 3 h w"], Float[Tensor, "b n d"], Sequence[int]]
+"""Pixels of a micro-batch in [0, 1], the noised features that they are rebuilt from, and a 64-bit seed for
+what else is drawn of each image.
+"""
 
 
 def adaptive_weight(
@@ -83,13 +85,13 @@ class Gradients:
     def plain(self, parts: Sequence[Part]) -> dict[str, Float[Tensor, ""]]:
         """Gradients without a discriminator; returns the losses, each a mean over the micro-batches."""
         found = []
-        for pixels, features in parts:
+        for pixels, features, _ in parts:
             with forward_pass(self.device):
                 losses = self.rebuild(pixels, features)
                 total = torch.stack(list(losses.values())).sum() / len(parts)
             total.backward()
             found.append(losses)
-        return _means(found)
+        return means(found)
 
     def adversarial(self, parts: Sequence[Part], is_on: bool) -> dict[str, Float[Tensor, ""]]:
         """Gradients of the discriminator, and of the decoder with the adversarial loss where that `is_on`;
@@ -102,7 +104,7 @@ class Gradients:
         own, against = ([torch.zeros_like(p) for p in head] for _ in range(2))
         found: list[dict[str, Tensor]] = []
         kept: list[tuple[Tensor | None, Tensor, Tensor]] = []
-        for pixels, features in parts:
+        for pixels, features, _ in parts:
             with forward_pass(self.device):
                 hidden = self.hidden(features)
                 leaf = hidden.detach().requires_grad_()
@@ -125,14 +127,14 @@ class Gradients:
         adaptive = adaptive_weight(*self.ranks.mean([own[0], against[0]])) if is_on else own[0].new_zeros(())
         for parameter, one, other in zip(head, own, against, strict=True):
             parameter.grad = one + weight * adaptive * other
-        for (_, features), (hidden, grad, grad_against) in zip(parts, kept, strict=True):
+        for (_, features, _), (hidden, grad, grad_against) in zip(parts, kept, strict=True):
             if hidden is None:
                 with forward_pass(self.device):
                     hidden = self.hidden(features)
             hidden.backward((grad + weight * adaptive * grad_against).to(hidden.dtype))
-        return {**_means(found), "adaptive_weight": adaptive}
+        return {**means(found), "adaptive_weight": adaptive}
 
 
-def _means(losses: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def means(losses: Sequence[Mapping[str, Tensor]]) -> dict[str, Float[Tensor, ""]]:
     """The mean over the micro-batches of each loss."""
     return {name: torch.stack([one[name].detach() for one in losses]).mean() for name in losses[0]}

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from repfusion.decoding.config import DecoderTrainingConfig
 from repfusion.decoding.discriminator import Discriminator
+from repfusion.decoding.making import Trained
 from repfusion.files import atomic_path
 from repfusion.foundation.optimise import adamw, put_back, training_tensors
-from repfusion.latents.rae_decoder import RAEDecoder
 from repfusion.training.ema import EMA
 
 HEADS = "discriminator/"
@@ -48,11 +48,9 @@ class DecoderState:
         config: of the training.
     """
 
-    def __init__(
-        self, decoder: RAEDecoder, discriminator: Discriminator | None, config: DecoderTrainingConfig
-    ):
+    def __init__(self, decoder: Trained, discriminator: Discriminator | None, config: DecoderTrainingConfig):
         self.config = config
-        self.named = dict(decoder.named_parameters())
+        self.named = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
         self.optimizer = adamw(self.named, config.length.lr)
         self.ema: EMA | None = None
         if config.ema_decay is not None:

@@ -1,6 +1,6 @@
 """Image shards and a frozen encoder -> the decoder that turns its features back into pixels (RAE, arXiv
 2510.11690, section 3): from noised features, L1, and where they are configured LPIPS, an adversarial loss and
-averaged weights.
+averaged weights; or from the same features the velocity of a decoder that draws.
 """
 
 import math
@@ -18,7 +18,9 @@ from repfusion.config import weights_of
 from repfusion.data.order import hash64
 from repfusion.decoding.config import DecoderTrainingConfig
 from repfusion.decoding.discriminator import load_discriminator
+from repfusion.decoding.drawing import DrawingGradients, latent_images
 from repfusion.decoding.gradients import Gradients, Part
+from repfusion.decoding.making import load_painter, new_decoder
 from repfusion.decoding.measure import HeldOut
 from repfusion.decoding.perceptual import LPIPS
 from repfusion.decoding.pictures import ImageShards
@@ -27,8 +29,7 @@ from repfusion.decoding.state import DecoderProgress, DecoderState
 from repfusion.devices.compiling import compilation_for
 from repfusion.files import write_json
 from repfusion.foundation.optimise import COST_OF_EAGER, MAX_GRAD_NORM, forward_pass, rate, smoothed
-from repfusion.latents.encoder import PixelEncoder
-from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
+from repfusion.latents.drawing_decoder import DrawingDecoder
 from repfusion.pretrained.cache import fetch
 from repfusion.tracking import StoreError, Tracker, TrackingConfig, store_identity
 from repfusion.training.distributed import broadcast_object
@@ -38,32 +39,10 @@ MEASURED = "measured.json"
 """Beside a decoder's weights: what it was trained on and how well it rebuilds what was held out."""
 EXAMPLES = "reconstructions.png"
 """Beside a decoder's weights: images that were held out, above what it makes of them."""
+NUM_PAINTED = 256
+"""Images by whose latents a VAE's are normalised: those of the first batch, were it so large."""
 REPORT_STEPS = 20
 """Steps between two looks at the losses."""
-
-
-def new_decoder(config: DecoderTrainingConfig, encoder: PixelEncoder) -> RAEDecoder:
-    """A decoder for the encoder's features, of fresh weights or of `init_from`.
-
-    Raises:
-        ValueError: `init_from` is a decoder of other features or sizes.
-    """
-    rows, columns = encoder.grid
-    wanted = RAEDecoderConfig(
-        feature_dim=encoder.feature_dim,
-        grid=(rows, columns),
-        patch_size=encoder.image_size // rows,
-        hidden_size=config.hidden_size,
-        depth=config.depth,
-        num_heads=config.num_heads,
-    )
-    if config.init_from is None:
-        torch.manual_seed(config.seed)
-        return RAEDecoder(wanted)
-    found = RAEDecoder.from_pretrained(config.init_from)
-    if found.config != wanted:
-        raise ValueError(f"init_from {config.init_from} is a decoder of {found.config}, expected {wanted}")
-    return found.requires_grad_(True)
 
 
 class DecoderTraining:
@@ -79,7 +58,13 @@ class DecoderTraining:
         self.device = ranks.device(config.device)
         self.encoder = config.encoder.load().to(self.device)
         self.pictures = ImageShards(config.images, self.encoder.image_size, config.held_out_share)
+        self.painter = load_painter(config.method, self.encoder.image_size)
         self.decoder = new_decoder(config, self.encoder).train().to(self.device)
+        if isinstance(self.decoder, DrawingDecoder) and self.painter is not None:
+            self.painter.to(self.device)
+            if config.init_from is None:
+                images = self.pictures.batch(0, config.seed, range(NUM_PAINTED)).to(self.device)
+                self.decoder.measure_canvas(latent_images(self.painter, to_pixels(images)))
         self.perceptual = self.discriminator = None
         if config.perceptual is not None:
             self.perceptual = LPIPS.from_pretrained(config.perceptual.path).to(self.device)
@@ -92,15 +77,17 @@ class DecoderTraining:
         self.progress = self.state.load(self.path) if self.path.is_file() else DecoderProgress()
         self.gradients = self._gradients()
 
-    def _gradients(self) -> Gradients:
+    def _gradients(self) -> Gradients | DrawingGradients:
         config, perceptual, adversary = self.config, None, None
+        compilation = None
+        if config.compile:
+            compilation = compilation_for(self.device.type, "a step", COST_OF_EAGER, dynamic=False)
+        if isinstance(self.decoder, DrawingDecoder):
+            return DrawingGradients(self.decoder, self.painter, compilation)
         if config.perceptual is not None and self.perceptual is not None and config.perceptual.weight:
             perceptual = self.perceptual, config.perceptual.weight
         if config.adversarial is not None and self.discriminator is not None:
             adversary = self.discriminator, config.adversarial.weight
-        compilation = None
-        if config.compile:
-            compilation = compilation_for(self.device.type, "a step", COST_OF_EAGER, dynamic=False)
         return Gradients(self.decoder, perceptual, adversary, self.ranks, compilation)
 
     def draw(self, step: int) -> list[Part]:
@@ -118,9 +105,13 @@ class DecoderTraining:
         shape = size, *features[0].shape[1:]
         noise = sigma * torch.randn(shape, generator=generator, device=self.device)
         return [
-            (to_pixels(own), seen + noise[numbers.start : numbers.stop])
+            (to_pixels(own), seen + noise[numbers.start : numbers.stop], self._seeds(step, numbers))
             for own, seen, numbers in zip(images, features, self.parts, strict=True)
         ]
+
+    def _seeds(self, step: int, numbers: range) -> list[int]:
+        """Of what else is drawn of images of a step."""
+        return [hash64("decoder flow", self.config.seed, step, number) for number in numbers]
 
     def take_step(self, step: int) -> dict[str, float]:
         """One update of all that is trained; returns its losses. Called by all ranks.
@@ -131,6 +122,7 @@ class DecoderTraining:
         config, adversarial, state = self.config, self.config.adversarial, self.state
         trains_heads = adversarial is not None and step >= adversarial.discriminator_from_step
         if adversarial is not None and trains_heads:
+            assert isinstance(self.gradients, Gradients)
             losses = self.gradients.adversarial(self.draw(step), step >= adversarial.gan_from_step)
         else:
             losses = self.gradients.plain(self.draw(step))
