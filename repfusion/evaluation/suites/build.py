@@ -7,6 +7,7 @@ from pydantic import Field
 from repfusion.evaluation.suites.base import Suite
 from repfusion.evaluation.suites.edits import EditsSuite, EditsSuiteConfig
 from repfusion.evaluation.suites.prompts import PromptsSuite, PromptsSuiteConfig
+from repfusion.evaluation.suites.published.compbench.suite import CompBenchSuite, CompBenchSuiteConfig
 from repfusion.evaluation.suites.published.dpg import DPGSuite, DPGSuiteConfig
 from repfusion.evaluation.suites.published.genai import GenAISuite, GenAISuiteConfig
 from repfusion.evaluation.suites.published.geneval import GenEvalSuite, GenEvalSuiteConfig
@@ -26,7 +27,8 @@ SuiteConfig = Annotated[
     | DPGSuiteConfig
     | WISESuiteConfig
     | GenAISuiteConfig
-    | OneIGSuiteConfig,
+    | OneIGSuiteConfig
+    | CompBenchSuiteConfig,
     Field(discriminator="kind"),
 ]
 """A union of the suites' configurations, told apart by `kind`."""
@@ -55,3 +57,5 @@ def build_suite(config: SuiteConfig, seed: int) -> Suite:
             return GenAISuite(config)
         case OneIGSuiteConfig():
             return OneIGSuite(config)
+        case CompBenchSuiteConfig():
+            return CompBenchSuite(config)
