@@ -110,7 +110,7 @@ class DecoderTraining:
         ]
 
     def _seeds(self, step: int, numbers: range) -> list[int]:
-        """Of what else is drawn of images of a step."""
+        """Seeds of what else is drawn of images of a step."""
         return [hash64("decoder flow", self.config.seed, step, number) for number in numbers]
 
     def take_step(self, step: int) -> dict[str, float]:

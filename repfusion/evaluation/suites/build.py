@@ -22,13 +22,13 @@ SuiteConfig = Annotated[
     | EditsSuiteConfig
     | ReferencesSuiteConfig
     | PromptsSuiteConfig
+    | CompBenchSuiteConfig
     | GenEvalSuiteConfig
     | GenEval2SuiteConfig
     | DPGSuiteConfig
     | WISESuiteConfig
     | GenAISuiteConfig
-    | OneIGSuiteConfig
-    | CompBenchSuiteConfig,
+    | OneIGSuiteConfig,
     Field(discriminator="kind"),
 ]
 """A union of the suites' configurations, told apart by `kind`."""
@@ -45,6 +45,8 @@ def build_suite(config: SuiteConfig, seed: int) -> Suite:
             return PromptsSuite(config, seed)
         case ReferencesSuiteConfig():
             return ReferencesSuite(config, seed)
+        case CompBenchSuiteConfig():
+            return CompBenchSuite(config)
         case GenEvalSuiteConfig():
             return GenEvalSuite(config)
         case GenEval2SuiteConfig():
@@ -57,5 +59,3 @@ def build_suite(config: SuiteConfig, seed: int) -> Suite:
             return GenAISuite(config)
         case OneIGSuiteConfig():
             return OneIGSuite(config)
-        case CompBenchSuiteConfig():
-            return CompBenchSuite(config)

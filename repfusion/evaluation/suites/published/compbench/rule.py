@@ -112,8 +112,8 @@ def relation_score(relation: str, first: Box, second: Box, official: bool) -> fl
 def _counted(
     counts: Sequence[tuple[str, int]], things: Mapping[str, Sequence[Thing]], official: bool
 ) -> ImageVerdict:
-    """For each thing half for being there and half for the exact number. Officially things of one class (a
-    boy and two girls are persons) are each compared with all of that class; mended, their sum is.
+    """Half for each thing that is there, and half for its exact number. Officially things of one class (a boy
+    and two girls are persons) are each compared with all of that class; mended, their sum is.
     """
     wanted = [(name, number) for name, number in counts]
     if not official:

@@ -60,8 +60,8 @@ class CompBenchSuiteConfig(Config):
     folder: Path
     """The official `examples/dataset`: `CATEGORY_val.txt`, and `new_objects.txt` for numeracy."""
     categories: tuple[Category, ...] = Field(default=CATEGORIES, min_length=1)
-    """Those that are asked for: of the benchmark's eight, 3-D relations, non-spatial relations and complex
-    prompts are not built.
+    """What is asked for; of the benchmark's eight, 3-D relations, non-spatial relations and complex prompts
+    are not built.
     """
     phrases: Path | None = None
     """Noun phrases and nouns of the prompts, JSON lines with `prompt`, `phrases` and `nouns` as spaCy's
