@@ -178,6 +178,7 @@ SCENES = (
     "pipelines/sources/scenes.py",
     "pipelines/sources/edits.py",
     "pipelines/ladder/science/",  # its rows are about scenes: captions, losses
+    "pipelines/ladder/decoders/",  # measures on them
     "pipelines/ladder/worker.py",  # its validation loss
 )
 """Who may know the embedded world; all others know suites."""
