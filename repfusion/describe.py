@@ -12,11 +12,12 @@ import torch
 
 from repfusion.codes.tokenizer import ImageTokenizer
 from repfusion.config import validate
+from repfusion.diffusion.flow import initial_noise
 from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.display.options import WithDefaults
 from repfusion.display.redaction import redact_text
 from repfusion.display.terminal import printable_lines
-from repfusion.generate import initial_noise, read_images
+from repfusion.generate import read_images
 from repfusion.generation.device import usable_device
 from repfusion.images.square import square
 from repfusion.model.discrete.base import CodeModel

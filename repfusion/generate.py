@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from repfusion.codes.tokenizer import ImageTokenizer
 from repfusion.config import validate
+from repfusion.diffusion.flow import initial_noise, seeds_of
 from repfusion.diffusion.sampler import SamplerConfig, Solver, sample
 from repfusion.display.options import Options, WithDefaults
 from repfusion.display.redaction import redact_text
@@ -48,13 +49,6 @@ AnyDecoder = Decoder | ImageTokenizer
 """What makes pixels of what it drew."""
 
 
-def initial_noise(seeds: Iterable[int], shape: tuple[int, int]) -> Float[Tensor, "b n d"]:
-    """Each image's noise is the first draw of a generator of its own, on the CPU: the same on every device,
-    whatever else is in the batch.
-    """
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
 def flow_alone(model: Drawer, what: str) -> TextToImage:
     """The model, as one that draws by a flow. Raises ValueError where it is another, which knows nothing of
     `what`.
@@ -65,9 +59,13 @@ def flow_alone(model: Drawer, what: str) -> TextToImage:
 
 
 @torch.no_grad()
-def decode(model: TextToImage, decoder: Decoder, latents: Float[Tensor, "b n d"]) -> Float[Tensor, "b 3 h w"]:
-    """Pixels in [0, 1], on the CPU in float32."""
-    return decoder(model.denormalise(latents)).float().clamp(0, 1).cpu()
+def decode(
+    model: TextToImage, decoder: Decoder, latents: Float[Tensor, "b n d"], noise: Float[Tensor, "b n d"]
+) -> Float[Tensor, "b 3 h w"]:
+    """Pixels in [0, 1], on the CPU in float32. A decoder that draws takes each image's seed from the `noise`
+    that its latents began from.
+    """
+    return decoder(model.denormalise(latents), seeds_of(noise)).float().clamp(0, 1).cpu()
 
 
 @torch.no_grad()
@@ -108,7 +106,7 @@ def draw_pixels(
     if isinstance(model, CodeModel):
         return decode_codes(decoder, model.draw(requests, noise, config))
     assert not isinstance(decoder, ImageTokenizer)
-    return decode(model, decoder, sample(model, requests, noise, config))
+    return decode(model, decoder, sample(model, requests, noise, config), noise)
 
 
 @torch.no_grad()

@@ -351,7 +351,7 @@ class RepFusionPipeline:
         with self._at_home(self.model), self.progress_bar(num_inference_steps) as bar:
             on_step = self._on_step(callback_on_step_end, callback_on_step_end_tensor_inputs, bar)
             made = self._made(requests, noise, on_step, negatives)
-        found = made if output_type == "latent" else self._decoded(made, output_type)
+        found = made if output_type == "latent" else self._decoded(made, noise, output_type)
         return RepFusionPipelineOutput(found) if return_dict else (found,)
 
     def _made(
@@ -373,11 +373,13 @@ class RepFusionPipeline:
 
         return self.model.draw(requests, noise, self._sampler, negatives, on_codes)
 
-    def _decoded(self, made: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
+    def _decoded(
+        self, made: Tensor, noise: Tensor, output_type: str
+    ) -> list[Image.Image] | np.ndarray | Tensor:
         with self._at_home(self.decoder):
             if isinstance(self.model, TextToImage):
                 assert not isinstance(self.decoder, ImageTokenizer)
-                pixels = decode(self.model, self.decoder, made)
+                pixels = decode(self.model, self.decoder, made, noise)
             else:
                 pixels = decode_codes(self.decoder, made)
         if output_type == "pt":

@@ -1,4 +1,4 @@
-"""The stage `decoder`: curated images -> the RAE decoder of an encoder, `stage:decoder` to trainings.
+"""The stage `decoder`: curated images -> the decoder of an encoder, `stage:decoder` to trainings.
 
 ROOT/decoder/model/         the decoder, what was measured of it and a picture
 ROOT/decoder/model.state    where a training that was cut off goes on; set aside with it when it is stale
@@ -131,4 +131,14 @@ def decoder_stage(
 
         return train_decoder(DecoderTrainingConfig(**given, images=source, out=out, encoder=encoder))
 
-    return made.stage(images, place, train, made.check)
+    def check() -> None:
+        made.check()
+        if config.method.kind == "drawing":
+            from repfusion.decoding.making import drawing_sizes, load_painter
+
+            seen = encoder.load(on_meta=True)
+            with naming(f"{DECODER}.method"):
+                drawing_sizes(config, config.method, seen)
+                load_painter(config.method, seen.image_size)
+
+    return made.stage(images, place, train, check)

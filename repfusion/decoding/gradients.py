@@ -28,8 +28,8 @@ DELTA = 1e-6
 """What equation 7 of VQGAN adds to the length that it divides by."""
 
 Part = tuple[Float[Tensor, "b 3 h w"], Any]
-"""Pixels of a micro-batch in [0, 1], and what they are rebuilt from: a decoder's noised features, or what a
-tokenizer is shown.
+"""Pixels of a micro-batch in [0, 1], and what they are rebuilt from: a decoder's noised features, what one
+that draws reads, or what a tokenizer is shown.
 """
 Hidden = tuple[Tensor, dict[str, Tensor]]
 """What the last layer reads, and losses by name that do not go through it."""
@@ -110,7 +110,7 @@ class Gradients:
                 total = torch.stack(list(losses.values())).sum() / len(parts)
             total.backward()
             found.append(losses)
-        return _means(found)
+        return means(found)
 
     def adversarial(self, parts: Sequence[Part], is_on: bool) -> dict[str, Float[Tensor, ""]]:
         """Gradients of the discriminator, and of the decoder with the adversarial loss where that `is_on`;
@@ -154,9 +154,9 @@ class Gradients:
             grad = (grad + weight * adaptive * grad_against).to(hidden.dtype)
             others = [loss / len(parts) for loss in beside.values()]
             torch.autograd.backward([hidden, *others], [grad, *(None for _ in others)])
-        return {**_means(found), "adaptive_weight": adaptive}
+        return {**means(found), "adaptive_weight": adaptive}
 
 
-def _means(losses: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def means(losses: Sequence[Mapping[str, Tensor]]) -> dict[str, Float[Tensor, ""]]:
     """The mean over the micro-batches of each loss."""
     return {name: torch.stack([one[name].detach() for one in losses]).mean() for name in losses[0]}

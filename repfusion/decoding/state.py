@@ -50,7 +50,7 @@ class DecoderState:
 
     def __init__(self, decoder: nn.Module, discriminator: Discriminator | None, config: RebuildingRecipe):
         self.config = config
-        self.named = dict(decoder.named_parameters())
+        self.named = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
         self.optimizer = adamw(self.named, config.length.lr)
         self.ema: EMA | None = None
         if config.ema_decay is not None:

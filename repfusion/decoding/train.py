@@ -1,10 +1,11 @@
 """Image shards and a frozen encoder -> the decoder that turns its features back into pixels (RAE, arXiv
 2510.11690, section 3): from noised features, L1, and where they are configured LPIPS, an adversarial loss and
-averaged weights.
+averaged weights; or from the same features the velocity of a decoder that draws.
 """
 
 import math
 import time
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -18,17 +19,19 @@ from repfusion.config import weights_of
 from repfusion.data.order import hash64
 from repfusion.decoding.config import DecoderTrainingConfig, RebuildingConfig
 from repfusion.decoding.discriminator import load_discriminator
+from repfusion.decoding.drawing import DrawingGradients, Noised, latent_images
 from repfusion.decoding.gradients import Gradients, Hidden, Part
+from repfusion.decoding.making import drawing_decoder, load_painter, rebuilding_decoder
 from repfusion.decoding.measure import HeldOut
 from repfusion.decoding.perceptual import LPIPS
 from repfusion.decoding.pictures import ImageShards
 from repfusion.decoding.ranks import Ranks
 from repfusion.decoding.state import DecoderProgress, DecoderState
-from repfusion.devices.compiling import compilation_for
+from repfusion.devices.compiling import Compilation, compilation_for
 from repfusion.files import write_json
 from repfusion.foundation.optimise import COST_OF_EAGER, MAX_GRAD_NORM, forward_pass, rate, smoothed
-from repfusion.latents.encoder import PixelEncoder
-from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
+from repfusion.latents.drawing_decoder import DrawingDecoder
+from repfusion.latents.rae_decoder import RAEDecoder
 from repfusion.pretrained.cache import fetch
 from repfusion.tracking import StoreError, Tracker, TrackingConfig, store_identity
 from repfusion.training.distributed import broadcast_object
@@ -39,32 +42,10 @@ MEASURED = "measured.json"
 EXAMPLES = "reconstructions.png"
 """Beside a decoder's weights: images that were held out, above what it makes of them."""
 R = TypeVar("R", bound=RebuildingConfig)
+NUM_PAINTED = 256
+"""Images by whose latents a VAE's are normalised: those of the first batch, were it so large."""
 REPORT_STEPS = 20
 """Steps between two looks at the losses."""
-
-
-def new_decoder(config: DecoderTrainingConfig, encoder: PixelEncoder) -> RAEDecoder:
-    """A decoder for the encoder's features, of fresh weights or of `init_from`.
-
-    Raises:
-        ValueError: `init_from` is a decoder of other features or sizes.
-    """
-    rows, columns = encoder.grid
-    wanted = RAEDecoderConfig(
-        feature_dim=encoder.feature_dim,
-        grid=(rows, columns),
-        patch_size=encoder.image_size // rows,
-        hidden_size=config.hidden_size,
-        depth=config.depth,
-        num_heads=config.num_heads,
-    )
-    if config.init_from is None:
-        torch.manual_seed(config.seed)
-        return RAEDecoder(wanted)
-    found = RAEDecoder.from_pretrained(config.init_from)
-    if found.config != wanted:
-        raise ValueError(f"init_from {config.init_from} is a decoder of {found.config}, expected {wanted}")
-    return found.requires_grad_(True)
 
 
 class RebuildingTraining(Generic[R]):
@@ -89,6 +70,7 @@ class RebuildingTraining(Generic[R]):
         self.build()
         self.network.train().to(self.device)
         self.pictures = ImageShards(config.images, self.image_size, config.held_out_share)
+        self.look()
         self.perceptual = self.discriminator = None
         if config.perceptual is not None:
             self.perceptual = LPIPS.from_pretrained(config.perceptual.path).to(self.device)
@@ -99,11 +81,17 @@ class RebuildingTraining(Generic[R]):
         self.state = DecoderState(self.network, self.discriminator, config)
         self.path = state_of(config.out)
         self.progress = self.state.load(self.path) if self.path.is_file() else DecoderProgress()
-        self.gradients = self._gradients()
+        compilation = None
+        if config.compile:
+            compilation = compilation_for(self.device.type, "a step", COST_OF_EAGER, dynamic=False)
+        self.gradients = self.new_gradients(compilation)
 
     def build(self) -> None:
         """Makes `network` and `image_size`, and loads what is frozen."""
         raise NotImplementedError
+
+    def look(self) -> None:
+        """Takes of the images what has to be known of them before the first step."""
 
     def hidden(self, seen: Any) -> Hidden:
         """What the last layer reads, of what the network is shown."""
@@ -125,15 +113,13 @@ class RebuildingTraining(Generic[R]):
         """Writes the network, whose weights are those to be written now."""
         raise NotImplementedError
 
-    def _gradients(self) -> Gradients:
+    def new_gradients(self, compilation: Compilation | None) -> Gradients | DrawingGradients:
+        """How the gradients of a step are made."""
         config, perceptual, adversary = self.config, None, None
         if config.perceptual is not None and self.perceptual is not None and config.perceptual.weight:
             perceptual = self.perceptual, config.perceptual.weight
         if config.adversarial is not None and self.discriminator is not None:
             adversary = self.discriminator, config.adversarial.weight
-        compilation = None
-        if config.compile:
-            compilation = compilation_for(self.device.type, "a step", COST_OF_EAGER, dynamic=False)
         return Gradients(self.network, self.hidden, perceptual, adversary, self.ranks, compilation)
 
     def images(self, step: int) -> list[UInt8[Tensor, "b h w 3"]]:
@@ -150,6 +136,7 @@ class RebuildingTraining(Generic[R]):
         config, adversarial, state = self.config, self.config.adversarial, self.state
         trains_heads = adversarial is not None and step >= adversarial.discriminator_from_step
         if adversarial is not None and trains_heads:
+            assert isinstance(self.gradients, Gradients)
             losses = self.gradients.adversarial(self.draw(step), step >= adversarial.gan_from_step)
         else:
             losses = self.gradients.plain(self.draw(step))
@@ -219,24 +206,25 @@ class RebuildingTraining(Generic[R]):
         raise NotImplementedError
 
 
-class DecoderTraining(RebuildingTraining[DecoderTrainingConfig]):
-    """An RAE decoder learns to rebuild images from noised features of its encoder."""
+class DecodingTraining(RebuildingTraining[DecoderTrainingConfig]):
+    """A decoder learns to make images of noised features of its encoder."""
 
     kind = "decoder"
+    decoder: RAEDecoder | DrawingDecoder
 
     def build(self) -> None:
         self.encoder = self.config.encoder.load().to(self.device)
-        self.network = self.decoder = new_decoder(self.config, self.encoder)
+        self.network = self.decoder = self.new_decoder()
         self.image_size = self.encoder.image_size
 
-    def hidden(self, seen: Float[Tensor, "b n d"]) -> Hidden:
-        return self.decoder.hidden(seen), {}
+    def new_decoder(self) -> RAEDecoder | DrawingDecoder:
+        """What is trained, before its first step."""
+        raise NotImplementedError
 
-    def draw(self, step: int) -> list[Part]:
-        """This rank's images of a step and their noised features, by micro-batch."""
+    def noised(self, step: int, images: Sequence[UInt8[Tensor, "b h w 3"]]) -> list[Float[Tensor, "b n d"]]:
+        """Features of a step's images under noise, by micro-batch."""
         config = self.config
         size = config.length.batch_size
-        images = self.images(step)
         with forward_pass(self.device):
             features = [self.encoder.encode_images(one).features for one in images]
         # of the whole batch on every rank, so that the noise of an image is the same on any number of them
@@ -247,8 +235,8 @@ class DecoderTraining(RebuildingTraining[DecoderTrainingConfig]):
         shape = size, *features[0].shape[1:]
         noise = sigma * torch.randn(shape, generator=generator, device=self.device)
         return [
-            (to_pixels(own), seen + noise[numbers.start : numbers.stop])
-            for own, seen, numbers in zip(images, features, self.parts, strict=True)
+            seen + noise[numbers.start : numbers.stop]
+            for seen, numbers in zip(features, self.parts, strict=True)
         ]
 
     def features(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b n d"]:
@@ -259,6 +247,53 @@ class DecoderTraining(RebuildingTraining[DecoderTrainingConfig]):
 
     def save(self, folder: Path) -> None:
         self.decoder.save_pretrained(folder, dtype=getattr(torch, self.config.dtype))
+
+
+class DecoderTraining(DecodingTraining):
+    """An RAE decoder learns to rebuild images in one pass."""
+
+    def new_decoder(self) -> RAEDecoder:
+        self.rae = rebuilding_decoder(self.config, self.encoder)
+        return self.rae
+
+    def hidden(self, seen: Float[Tensor, "b n d"]) -> Hidden:
+        return self.rae.hidden(seen), {}
+
+    def draw(self, step: int) -> list[Part]:
+        """This rank's images of a step and their noised features, by micro-batch."""
+        images = self.images(step)
+        noised = self.noised(step, images)
+        return [(to_pixels(own), seen) for own, seen in zip(images, noised, strict=True)]
+
+
+class DrawingTraining(DecodingTraining):
+    """A decoder that draws learns the velocity of images, or of a VAE's latents."""
+
+    def new_decoder(self) -> DrawingDecoder:
+        self.drawing = drawing_decoder(self.config, self.encoder)
+        return self.drawing
+
+    def look(self) -> None:
+        """Loads the VAE in whose latents is drawn, and takes their statistics."""
+        self.painter = load_painter(self.config.method, self.image_size)
+        if self.painter is None:
+            return
+        self.painter.to(self.device)
+        if self.config.init_from is None:
+            images = self.pictures.batch(0, self.config.seed, range(NUM_PAINTED)).to(self.device)
+            self.drawing.measure_canvas(latent_images(self.painter, to_pixels(images)))
+
+    def new_gradients(self, compilation: Compilation | None) -> DrawingGradients:
+        return DrawingGradients(self.drawing, self.painter, compilation)
+
+    def draw(self, step: int) -> list[Part]:
+        """This rank's images of a step, their noised features and seeds, by micro-batch."""
+        images = self.images(step)
+        shares = zip(images, self.noised(step, images), self.parts, strict=True)
+        return [(to_pixels(own), Noised(seen, self._seeds(step, numbers))) for own, seen, numbers in shares]
+
+    def _seeds(self, step: int, numbers: range) -> list[int]:
+        return [hash64("decoder flow", self.config.seed, step, number) for number in numbers]
 
 
 def _apply(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -277,7 +312,8 @@ def train_decoder(config: DecoderTrainingConfig) -> dict[str, Any]:
             state of another training, or a tracking store that cannot be reached.
         NonFiniteError: a loss or a gradient is not finite; nothing was updated.
     """
-    return train_to_the_end(DecoderTraining, config)
+    draws = config.method.kind == "drawing"
+    return train_to_the_end(DrawingTraining if draws else DecoderTraining, config)
 
 
 def train_to_the_end(kind: type[RebuildingTraining[R]], config: R) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 MAE, arXiv 2111.06377).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -9,13 +10,11 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from repfusion.config import Config
+from repfusion.latents.saved import read_decoder, save_decoder
 from repfusion.layers import Attention, RMSNorm, SwiGLU, rotary_2d, sin_cos_positions
-from repfusion.pretrained.config import read_config, validated_config
-from repfusion.pretrained.weights import load_own
 
 
 class RAEDecoderConfig(Config):
@@ -74,8 +73,10 @@ class RAEDecoder(nn.Module):
         """Side in px of the images it makes."""
         return self.config.grid[0] * self.config.patch_size
 
-    def forward(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b 3 h w"]:
-        """Pixels, about [0, 1] and not clamped."""
+    def forward(
+        self, features: Float[Tensor, "b n d"], seeds: Sequence[int] | None = None
+    ) -> Float[Tensor, "b 3 h w"]:
+        """Pixels, about [0, 1] and not clamped. It draws nothing: `seeds` are not read."""
         return self.to_pixels(self.hidden(features))
 
     def hidden(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n c"]:
@@ -98,12 +99,7 @@ class RAEDecoder(nn.Module):
         )
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
-        save_file(
-            {k: v.to(dtype).contiguous() for k, v in self.state_dict().items()},
-            str(Path(folder) / "model.safetensors"),
-        )
+        save_decoder(self, self.config, folder, dtype)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, on_meta: bool = False) -> "RAEDecoder":
@@ -116,8 +112,4 @@ class RAEDecoder(nn.Module):
         Raises: ValueError: where the folder lacks a file, or weights are missing, left over, of another shape
             or not finite.
         """
-        folder, writer = Path(folder), "RAEDecoder.save_pretrained"
-        fields = read_config(folder, "decoder", writer)
-        place = f"decoder folder {folder}"
-        config = validated_config(RAEDecoderConfig, fields, place, f"{writer}, or a VAE's")
-        return load_own(lambda: cls(config), folder, "decoder", writer, on_meta)
+        return read_decoder(cls, RAEDecoderConfig, folder, on_meta)

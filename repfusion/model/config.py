@@ -35,7 +35,7 @@ class ModelConfig(TrainableConfig):
     encoder: EncoderConfig = EncoderConfig()
     """What makes the features that are denoised."""
     decoder: Annotated[Path, Weights(to_train=False)] = WEIGHTS / "decoder"
-    """Folder of the decoder: a RAE decoder's, or the VAE's that makes the features."""
+    """Folder of the decoder: a RAE decoder's or one's that draws, or the VAE's that makes the features."""
     conditioning: ConditioningConfig = Field(default=NoisyLatentsConfig(), discriminator="method")
     """RepFusion (noisy_latents), or a baseline. A method's name alone stands for its defaults."""
     dit: DiTConfig = DiTConfig()

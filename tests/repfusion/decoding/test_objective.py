@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from repfusion.config import to_yaml
 from repfusion.decoding import train
 from repfusion.decoding.config import AdversarialConfig, DecoderTrainingConfig
-from repfusion.decoding.gradients import adaptive_weight
+from repfusion.decoding.gradients import Gradients, adaptive_weight
 from repfusion.decoding.ranks import Ranks
 from repfusion.decoding.train import DecoderTraining, state_of, train_decoder
 from repfusion.foundation.config import LengthConfig
@@ -35,6 +35,7 @@ def against_from_the_start(full: DecoderTrainingConfig, num_steps: int = 1) -> D
 def gradients(config: DecoderTrainingConfig) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Losses, and gradients of all that is trained, of a training's first step."""
     training = DecoderTraining(config, Ranks())
+    assert isinstance(training.gradients, Gradients)
     losses = training.gradients.adversarial(training.draw(0), is_on=True)
     named = {**training.state.named, **{f"D/{k}": p for k, p in training.state.heads.items()}}
     found = {name: p.grad for name, p in named.items() if p.grad is not None}
@@ -49,7 +50,7 @@ def test_the_gradients_are_those_of_the_losses_put_together_by_hand(full):
     judge, network, decoder = training.discriminator, training.perceptual, training.decoder
     assert judge is not None and network is not None
     judge.refresh()
-    ((pixels, features),) = training.draw(0)
+    ((pixels, features, _),) = training.draw(0)
     rebuilt = decoder(features)
     reconstruction = (rebuilt - pixels).abs().mean() + network(rebuilt, pixels).mean()
     generator = -judge(rebuilt).mean()
@@ -124,7 +125,7 @@ def test_without_the_new_losses_it_is_what_it_was(config):
     decoder = training.decoder
 
     def draw(step):
-        ((pixels, features),) = training.draw(step)
+        ((pixels, features, _),) = training.draw(step)
         return pixels, features
 
     def loss(pixels, features):

@@ -12,9 +12,10 @@ from repfusion.codes.column import CODES
 from repfusion.codes.tokenizer import ImageTokenizer
 from repfusion.data.mixture import Mixture
 from repfusion.data.recipe import Recipe
+from repfusion.diffusion.flow import initial_noise
 from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.flops import batch_flops
-from repfusion.generate import generate, initial_noise
+from repfusion.generate import generate
 from repfusion.images.square import square
 from repfusion.model.build import build_code_model
 from repfusion.model.config import ANY_MODEL

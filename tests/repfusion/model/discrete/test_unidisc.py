@@ -13,8 +13,9 @@ from repfusion.codes.column import CODES
 from repfusion.data.mixture import Mixture
 from repfusion.data.recipe import Recipe
 from repfusion.describe import parser_of_options, say
+from repfusion.diffusion.flow import initial_noise
 from repfusion.diffusion.sampler import SamplerConfig
-from repfusion.generate import generate, initial_noise
+from repfusion.generate import generate
 from repfusion.model.build import build_code_model
 from repfusion.model.config import ANY_MODEL
 from repfusion.model.discrete.filling import FillingConfig, fill, left_masked, uniforms_of
