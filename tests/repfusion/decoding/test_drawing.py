@@ -17,7 +17,7 @@ from repfusion.decoding.config import (
 )
 from repfusion.decoding.measure import HeldOut
 from repfusion.decoding.ranks import Ranks
-from repfusion.decoding.train import DecoderTraining, state_of, train_decoder
+from repfusion.decoding.train import DrawingTraining, state_of, train_decoder
 from repfusion.diffusion.flow import draw
 from repfusion.foundation.config import LengthConfig
 from repfusion.latents.drawing_decoder import DrawingDecoder
@@ -54,7 +54,7 @@ def vae(tmp_path: Path) -> Path:
 
 
 def gradients(config: DecoderTrainingConfig) -> tuple[float, list[torch.Tensor]]:
-    training = DecoderTraining(config, Ranks())
+    training = DrawingTraining(config, Ranks())
     with torch.no_grad():
         for weight in training.state.named.values():
             weight.add_(0.05)  # away from zero gates, behind which no gradient goes
@@ -63,10 +63,9 @@ def gradients(config: DecoderTrainingConfig) -> tuple[float, list[torch.Tensor]]
 
 
 def test_the_loss_is_the_velocitys_by_hand_whatever_the_split(drawing):
-    training = DecoderTraining(drawing, Ranks())
-    decoder = training.decoder
-    assert isinstance(decoder, DrawingDecoder)
-    ((pixels, features, seeds),) = training.draw(0)
+    training = DrawingTraining(drawing, Ranks())
+    decoder = training.drawing
+    ((pixels, (features, seeds)),) = training.draw(0)
     assert list(seeds) == [hash64("decoder flow", 0, 0, number) for number in range(4)]
     t, noise = draw(seeds, decoder.config.canvas_shape, 2.0)
     canvas = decoder.paint(pixels)
@@ -94,22 +93,22 @@ def test_one_that_was_cut_off_goes_on_to_the_same_bits(drawing, tmp_path, monkey
         assert torch.equal(weight, averages[f"average/{name}"])
     assert found["psnr_db"] > 0 and found["loss_velocity"] > 0
     again = drawing.model_copy(update={"out": tmp_path / "again", "save_every_sec": 1e-9})
-    own = DecoderTraining.take_step
+    own = DrawingTraining.take_step
 
-    def cut(self: DecoderTraining, step: int) -> dict[str, float]:
+    def cut(self: DrawingTraining, step: int) -> dict[str, float]:
         if step == 2:
             raise KeyboardInterrupt
         return own(self, step)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(DecoderTraining, "take_step", cut)
+        patched.setattr(DrawingTraining, "take_step", cut)
         train_decoder(again)
     assert train_decoder(again) == found
     assert (again.out / "model.safetensors").read_bytes() == (drawing.out / "model.safetensors").read_bytes()
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(drawing):
-    training = DecoderTraining(drawing, Ranks())
+    training = DrawingTraining(drawing, Ranks())
     before = {name: p.detach().clone() for name, p in training.state.named.items()}
     with torch.no_grad():
         training.decoder.embed.bias.fill_(torch.nan)
@@ -128,13 +127,13 @@ def test_what_does_not_fit_is_refused_by_name(drawing, lpips_folder, dino, tmp_p
     DecoderTrainingConfig.model_validate({**values, "perceptual": {"path": lpips_folder, "weight": 0}})
     coarse = DrawingConfig(patch_size=5)
     with pytest.raises(ValueError, match="patch_size 5 does not divide"):
-        DecoderTraining(drawing.model_copy(update={"method": coarse}), Ranks())
-    DecoderTraining(drawing, Ranks()).decoder.save_pretrained(tmp_path / "first")
+        DrawingTraining(drawing.model_copy(update={"method": coarse}), Ranks())
+    DrawingTraining(drawing, Ranks()).decoder.save_pretrained(tmp_path / "first")
     later = {"init_from": tmp_path / "first", "method": drawing.method.model_copy(update={"num_steps": 5})}
-    started = DecoderTraining(drawing.model_copy(update=later), Ranks()).decoder
+    started = DrawingTraining(drawing.model_copy(update=later), Ranks()).decoder
     assert isinstance(started, DrawingDecoder) and started.config.num_steps == 5
     with pytest.raises(ValueError, match="is a decoder of"):
-        DecoderTraining(drawing.model_copy(update={**later, "depth": 2}), Ranks())
+        DrawingTraining(drawing.model_copy(update={**later, "depth": 2}), Ranks())
 
 
 @pytest.mark.slow
@@ -156,7 +155,7 @@ def test_it_learns_to_draw_what_it_never_saw(drawing):
     long = drawing.model_copy(
         update={"length": LengthConfig(num_steps=300, batch_size=8, lr=3e-3), "ema_decay": None}
     )
-    untrained = DecoderTraining(long, Ranks())
+    untrained = DrawingTraining(long, Ranks())
     held_out: HeldOut = untrained.held_out
     before = held_out.measures(held_out.rebuilt(untrained.decoder.eval()), None)
     assert train_decoder(long)["psnr_db"] > before["psnr_db"] + 5

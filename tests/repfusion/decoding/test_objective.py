@@ -50,7 +50,7 @@ def test_the_gradients_are_those_of_the_losses_put_together_by_hand(full):
     judge, network, decoder = training.discriminator, training.perceptual, training.decoder
     assert judge is not None and network is not None
     judge.refresh()
-    ((pixels, features, _),) = training.draw(0)
+    ((pixels, features),) = training.draw(0)
     rebuilt = decoder(features)
     reconstruction = (rebuilt - pixels).abs().mean() + network(rebuilt, pixels).mean()
     generator = -judge(rebuilt).mean()
@@ -125,7 +125,7 @@ def test_without_the_new_losses_it_is_what_it_was(config):
     decoder = training.decoder
 
     def draw(step):
-        ((pixels, features, _),) = training.draw(step)
+        ((pixels, features),) = training.draw(step)
         return pixels, features
 
     def loss(pixels, features):
