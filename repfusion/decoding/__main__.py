@@ -1,4 +1,4 @@
-"""`python -m repfusion.decoding CONFIG.yaml [key.path=value ...]`: trains an RAE decoder on image shards;
+"""`python -m repfusion.decoding CONFIG.yaml [key.path=value ...]`: trains a decoder on image shards;
 under torchrun on several ranks.
 """
 
