@@ -9,7 +9,7 @@ from pipelines.arguments import COMMANDS as WORKFLOW
 
 OWN = {
     "generate": ("repfusion.generate", "images from prompts"),
-    "describe": ("repfusion.describe", "captions of images, by a model of codes"),
+    "describe": ("repfusion.evaluation.describe", "captions of images, by a model of codes"),
     "export": ("repfusion.export", "a checkpoint as one folder for RepFusionPipeline"),
     "lineage": ("repfusion.lineage", "what an image, checkpoint or export was made from"),
     "score": ("repfusion.evaluation", "score one checkpoint alone"),

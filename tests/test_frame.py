@@ -107,7 +107,7 @@ LAYERS = [
     {"model"},
     {"runs"},
     {"training", "tracking", "lineage", "flops", "generation"},
-    {"generate", "describe", "train", "export", "pipeline", "evaluation", "foundation", "decoding"},
+    {"generate", "train", "export", "pipeline", "evaluation", "foundation", "decoding"},
 ]
 """Rooms of the library, lowest first: a room imports its own layer and those below."""
 

@@ -83,19 +83,24 @@ class ImageTokenizer(nn.Module):
             raise ValueError(
                 f"pixels are in [{low:g}, {high:g}], expected [0, 1]; divide 8-bit values by 255"
             )
-        return self.network.codes(pixels, self.tower(pixels) if self._sees() else None)
+        tower = self._seeing()
+        return self.network.codes(pixels, None if tower is None else tower(pixels))
 
     @torch.no_grad()
     def encode_images(self, images: UInt8[Tensor, "b h w 3"]) -> Int[Tensor, "b n"]:
         """`encode` of 8-bit images of the tokenizer's size; nothing here waits for a GPU to have finished."""
-        pixels = images.movedim(-1, 1).float().div(255)
-        return self.network.codes(pixels, self.tower.encode_images(images).features if self._sees() else None)
+        pixels, tower = images.movedim(-1, 1).float().div(255), self._seeing()
+        return self.network.codes(pixels, None if tower is None else tower.encode_images(images).features)
 
-    def _sees(self) -> bool:
-        """Whether codes are made of a tower's features. Raises ValueError where that tower was not loaded."""
-        if self.network.semantic is not None and self.tower is None:
+    def _seeing(self) -> PixelEncoder | None:
+        """The tower whose features have codes; None where none has. Raises ValueError where it was not
+        loaded.
+        """
+        if self.network.semantic is None:
+            return None
+        if self.tower is None:
             raise ValueError("the tokenizer was loaded without its tower, to decode alone; load it with it")
-        return self.network.semantic is not None
+        return self.tower
 
     @torch.no_grad()
     def decode(self, codes: Int[Tensor, "b n"]) -> Float[Tensor, "b 3 h w"]:

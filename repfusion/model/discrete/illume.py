@@ -245,11 +245,8 @@ class Illume(CodeModel):
             refuse_images(requests, self.config.kind)
         rows: list[tuple[Request, Branch]] = [(one, "full") for one in requests]
         if is_guided := config.guidance_scale != 1:
-            rows += (
-                [(one, "none") for one in requests]
-                if negatives is None
-                else [(one, "full") for one in negatives]
-            )
+            other: Branch = "none" if negatives is None else "full"
+            rows += [(one, other) for one in negatives or requests]
         made = [self._drawing(request, branch, ()) for request, branch in rows]
         ids, real = padded([row for row, _ in made], self.llm.pad_id, on_left=True)
         inputs = {"ids": ids, **self._shown([image for _, images in made for image in images])}

@@ -1,5 +1,5 @@
 """A checkpoint of a model of codes and images -> captions, whole or from a beginning on; `python -m
-repfusion.describe --checkpoint RUN --image x.png`.
+repfusion.evaluation.describe --checkpoint RUN --image x.png`.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from repfusion.runs.named import named_model
 
 def parser_of_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m repfusion.describe",
+        prog="python -m repfusion.evaluation.describe",
         description="Say what images show, by a model of codes.",
         formatter_class=WithDefaults,
     )
