@@ -212,7 +212,7 @@ def test_what_follows_from_the_environment_is_text_in_a_stage_and_decides_its_fi
         ("source.kind=urls", r"source.path: Field required"),
         (
             "source=url",
-            r"source: .*'url'.*'scenes', 'edits', 'moving_scenes', 'urls', 'tars', 'folder', 'parquet'",
+            r"source: .*'url'.*'scenes', 'edits', 'moving_scenes', 'urls', 'tars',",
         ),
         ("no-equals-sign", r"expected key.path=value"),
     ],
