@@ -126,7 +126,7 @@ class EncodedClip:
         tick, found = stream.time_base, set()
         assert tick is not None
         for packet in container.demux(stream):
-            if packet.size == 0:
+            if packet.size == 0 or packet.is_discard:  # the end, and what an edit list leaves out
                 continue
             stamp = packet.dts if packet.pts is None else packet.pts
             if stamp is None:

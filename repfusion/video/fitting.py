@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from repfusion.images.square import square
-from repfusion.video.files import EncodedClip, Frame, encode_clip
+from repfusion.video.files import ClipHeader, EncodedClip, Frame, encode_clip
 from repfusion.video.forms import ClipForm
 from repfusion.video.limits import GIF_TICK_SEC, JITTER_SEC, MAX_CLIP_PIXELS, BadClip
 
@@ -47,13 +47,7 @@ def fit_clip(data: bytes, form: ClipForm, size: int | None, max_pixels: int = MA
         BadClip: where it has no frames of that form.
     """
     clip = EncodedClip(data, max_pixels, form.max_sec)
-    header = clip.header
-    if form.variable_rate == "drop" and not header.is_constant:
-        raise BadClip("variable_rate", f"{header.rate:.3g} frames a second on average, not evenly")
-    if header.seconds < form.seconds - 0.5 / form.rate:
-        raise BadClip("clip_too_short", f"{header.seconds:.3g} s, at least {form.seconds:g}")
-    if header.rate < form.rate * (1 - RATE_ROOM):
-        raise BadClip("rate_too_low", f"{header.rate:.4g} frames a second, at least {form.rate:g}")
+    _check(header := clip.header, form)
     sides: list[tuple[int, int]] = []
     original: list[tuple[int, int]] = []
 
@@ -66,6 +60,16 @@ def fit_clip(data: bytes, form: ClipForm, size: int | None, max_pixels: int = MA
     encoded = encode_clip(fitted(), form.rate, form.quality)
     (height, width), (before_height, before_width) = sides[0], original[0]
     return Fitted(encoded, width, height, before_width, before_height, header.seconds, header.rate)
+
+
+def _check(header: ClipHeader, form: ClipForm) -> None:
+    """Raises BadClip where a clip has no frames of a form."""
+    if form.variable_rate == "drop" and not header.is_constant:
+        raise BadClip("variable_rate", f"{header.rate:.3g} frames a second on average, not evenly")
+    if header.seconds < form.seconds - 0.5 / form.rate:
+        raise BadClip("clip_too_short", f"{header.seconds:.3g} s, at least {form.seconds:g}")
+    if header.rate < form.rate * (1 - RATE_ROOM):
+        raise BadClip("rate_too_low", f"{header.rate:.4g} frames a second, at least {form.rate:g}")
 
 
 def _resampled(clip: EncodedClip, form: ClipForm) -> Iterator[Frame]:

@@ -210,7 +210,10 @@ def test_what_follows_from_the_environment_is_text_in_a_stage_and_decides_its_fi
         ("ingest.quality=10", r"ingest: .*quality 10 with encode png"),
         ("ingest.image_size=big", r"ingest.image_size: Input should be a valid integer.*got 'big'"),
         ("source.kind=urls", r"source.path: Field required"),
-        ("source=url", r"source: .*'url'.*'scenes', 'edits', 'urls', 'tars', 'folder', 'parquet'"),
+        (
+            "source=url",
+            r"source: .*'url'.*'scenes', 'edits', 'moving_scenes', 'urls', 'tars',",
+        ),
         ("no-equals-sign", r"expected key.path=value"),
     ],
 )

@@ -120,8 +120,10 @@ class MovingScene:
     @property
     def looks(self) -> set[tuple[Colour, Shape]]:
         """Every colour-shape pair that it shows."""
-        found = {(thing.colour, thing.shape) for thing in self.things}
-        return found if self.motion.colour is None else found | {(self.motion.colour, self.mover.shape)}
+        found: set[tuple[Colour, Shape]] = {(thing.colour, thing.shape) for thing in self.things}
+        if self.motion.colour is not None:
+            found.add((self.motion.colour, self.mover.shape))
+        return found
 
     @property
     def facts(self) -> dict[str, Any]:

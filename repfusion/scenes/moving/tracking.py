@@ -55,7 +55,9 @@ def score_clip(frames: UInt8[np.ndarray, "f h w 3"], prompt: ClipPrompt) -> bool
 def scores_by_task(prompts: Sequence[ClipPrompt], found: Sequence[Finding]) -> dict[MotionKind, float]:
     """The share of right clips of each task that occurs."""
     pairs = list(zip(prompts, found, strict=True))
-    right = {task: [one.correct for prompt, one in pairs if prompt.task == task] for task in MOTION_KINDS}
+    right: dict[MotionKind, list[bool]] = {
+        task: [one.correct for prompt, one in pairs if prompt.task == task] for task in MOTION_KINDS
+    }
     return {task: sum(ones) / len(ones) for task, ones in right.items() if ones}
 
 

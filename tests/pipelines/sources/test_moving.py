@@ -121,8 +121,7 @@ def curated(ingest: Path, sidecars: list[Sidecar], root: Path, **settings) -> li
     return [worker(ShardJob(one.name, "f", {})) for one in sidecars]
 
 
-def test_what_does_not_decode_or_shows_nothing_is_named_and_what_stays_is_encoded(ingested, tmp_path):
-    """Ingest to judge, curate, a column of features with its statistics, and the loader of training."""
+def test_what_does_not_decode_or_shows_nothing_is_named_and_left_out(ingested, tmp_path):
     ingest, sidecars = ingested
     verdicts = judged(ingest, sidecars, tmp_path / "judge")
     reasons = Counter(row["reason"] for row in verdicts if row["reason"])
@@ -130,33 +129,34 @@ def test_what_does_not_decode_or_shows_nothing_is_named_and_what_stays_is_encode
     assert all(row["width"] == row["height"] == 64 for row in verdicts if row["width"])
     kept = curated(ingest, sidecars, tmp_path)
     assert sum((Counter(one.drops) for one in kept), Counter()) == JUDGED
-    images = tmp_path / "curate"
-    config = VideoFeaturesConfig(
-        encoder=VideoEncoderConfig(path=tiny_video_vae(tmp_path / "vae"), image_size=64, num_frames=9),
-        batch_size=4,
-        actors=ActorsConfig(num_actors=1, num_cpus=1),
-    )
-    worker = ImageFeaturesWorker(
-        Folder.at(tmp_path / "video_features"), Folder.at(images), config, config.encoder
-    )
+    data = ColumnDataset(tmp_path / "curate", {}, {}, reads_images=True)
+    assert len(data) == 22 - 4 - 5
+    frames = data[3].target()
+    assert frames is not None and frames.shape == (9, 64, 64, 3)
+
+
+@pytest.mark.slow
+def test_clips_become_a_column_that_the_loader_reads_and_statistics(ingested, tmp_path):
+    ingest, sidecars = ingested
+    kept, images = curated(ingest, sidecars, tmp_path), Folder.at(tmp_path / "curate")
+    encoder = VideoEncoderConfig(path=tiny_video_vae(tmp_path / "vae"), image_size=64, num_frames=9)
+    config = VideoFeaturesConfig(encoder=encoder, batch_size=4, actors=ActorsConfig(num_actors=1, num_cpus=1))
+    folder = Folder.at(tmp_path / "video_features")
+    worker = ImageFeaturesWorker(folder, images, config, encoder)
     for one in kept:
         assert worker(ShardJob(one.name, "f", {})).samples == one.samples
-    merge_statistics(worker.folder, [one.name for one in kept], "statistics.safetensors")
-    columns = {"video_features": tmp_path / "video_features"}
-    data = ColumnDataset(images, columns, {"video_features": SampleArray()}, reads_images=True)
-    assert len(data) == 22 - 4 - 5
-    encoder = config.encoder.load()
+    merge_statistics(folder, [one.name for one in kept], "statistics.safetensors")
+    reader, columns = {"video_features": SampleArray()}, {"video_features": folder.path}
+    data = ColumnDataset(images.path, columns, reader, reads_images=True)
     features = np.stack([data[index].read("video_features") for index in range(len(data))])
-    assert features.shape == (len(data), 3 * 8 * 8, 4) and features.dtype == np.float16
-    sample = data[3]
-    frames = sample.target()
-    assert frames is not None and frames.shape == (9, 64, 64, 3)
-    own = encoder.encode_images(torch.from_numpy(frames)[None]).features[0]
-    np.testing.assert_allclose(sample.read("video_features"), own.half().numpy(), atol=2e-3)
-    statistics = LatentStatistics.load(tmp_path / "video_features" / "statistics.safetensors")
+    assert features.shape == (22 - 4 - 5, 3 * 8 * 8, 4) and features.dtype == np.float16
+    clip = torch.from_numpy(data[3].target())[None]
+    own = encoder.load().encode_images(clip).features[0]
+    np.testing.assert_allclose(features[3], own.half().numpy(), atol=2e-3)
+    statistics = LatentStatistics.load(folder.path / "statistics.safetensors")
     np.testing.assert_allclose(statistics.mean, features.astype(np.float64).mean(0), atol=1e-6)
-    small = config.encoder.model_copy(update={"image_size": 32, "num_frames": 5})
-    other = ImageFeaturesWorker(Folder.at(tmp_path / "other"), Folder.at(images), config, small)
+    small = encoder.model_copy(update={"image_size": 32, "num_frames": 5})
+    other = ImageFeaturesWorker(Folder.at(tmp_path / "other"), images, config, small)
     with pytest.raises(ShardError, match=r"9 frames of 64 x 64 px.*ingest.image_size=32"):
         other(ShardJob(kept[0].name, "f", {}))
 

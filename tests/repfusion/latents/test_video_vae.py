@@ -1,5 +1,7 @@
 """Clips in and out of a causal video VAE: the real class of diffusers with random weights."""
 
+import json
+
 import pytest
 import torch
 from tiny_video import tiny_video_vae
@@ -20,6 +22,7 @@ def clips():
     return torch.rand(2, FRAMES, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 def test_tokens_are_the_posteriors_mean_frame_by_frame_row_by_row(folder, clips):
     encoder = VideoEncoderConfig(path=folder, image_size=SIZE, num_frames=FRAMES).load()
     features = encoder(clips)
@@ -34,6 +37,7 @@ def test_tokens_are_the_posteriors_mean_frame_by_frame_row_by_row(folder, clips)
     torch.testing.assert_close(encoder.encode_images(images).features, again)
 
 
+@pytest.mark.slow
 def test_no_latent_frame_sees_what_comes_later(folder, clips):
     encoder = VideoEncoderConfig(path=folder, image_size=SIZE, num_frames=FRAMES).load()
     changed = clips.clone()
@@ -45,6 +49,7 @@ def test_no_latent_frame_sees_what_comes_later(folder, clips):
     torch.testing.assert_close(alone(clips[:, :1]), before[:, 0])
 
 
+@pytest.mark.slow
 def test_the_decoder_makes_clips_of_tokens(folder, clips):
     encoder = VideoEncoderConfig(path=folder, image_size=SIZE, num_frames=FRAMES).load()
     decoder = VideoVAEDecoder.from_pretrained(folder, SIZE, FRAMES)
@@ -57,18 +62,31 @@ def test_the_decoder_makes_clips_of_tokens(folder, clips):
     torch.testing.assert_close(pixels, rebuilt.movedim(1, 2) / 2 + 0.5)
 
 
-def test_what_does_not_fit_is_refused_with_what_would(folder, tmp_path, clips):
-    assert clip_geometry(folder, 64, 81).grid == (21, 8, 8)
-    halved = tiny_video_vae(tmp_path / "halved", num_halved=1)
-    assert clip_geometry(halved, SIZE, FRAMES).grid == (5, 4, 4)
-    with pytest.raises(ValueError, match=r"num_frames 8: .* the nearest one is 9"):
-        clip_geometry(folder, SIZE, 8)
-    with pytest.raises(ValueError, match=r"image_size 36: .* nearest one is 3"):
-        clip_geometry(folder, 36, FRAMES)
-    with pytest.raises(ValueError, match="expected AutoencoderKLWan"):
-        clip_geometry("repfusion/weights/vae", SIZE, FRAMES)
+@pytest.mark.slow
+def test_clips_that_the_encoder_does_not_take_are_refused(folder, clips):
     encoder = VideoEncoderConfig(path=folder, image_size=SIZE, num_frames=FRAMES).load()
     with pytest.raises(ValueError, match=r"ingest.clips.num_frames"):
         encoder(clips[:, :5])
     with pytest.raises(ValueError, match="divide 8-bit values"):
         encoder(clips * 255)
+
+
+def test_what_does_not_fit_is_refused_with_what_would(tmp_path):
+    """All of it is in config.json; what that leaves out is Wan's own."""
+    said = {"_class_name": VIDEO_VAE, "z_dim": 4}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    assert clip_geometry(tmp_path, 480, 81) == (480, 81, (21, 60, 60), 4)
+    with pytest.raises(ValueError, match=r"num_frames 8: .* the nearest one is 9"):
+        clip_geometry(tmp_path, SIZE, 8)
+    with pytest.raises(ValueError, match=r"image_size 36: .* nearest one is 32"):
+        clip_geometry(tmp_path, 36, FRAMES)
+    with pytest.raises(ValueError, match=f"expected {VIDEO_VAE}"):
+        clip_geometry("repfusion/weights/vae", SIZE, FRAMES)
+    for more, grid in {"temperal_downsample": (5, 4, 4), "patch_size": (3, 2, 2)}.items():
+        changed = {"temperal_downsample": [False, False, True], "patch_size": 2, "in_channels": 12}
+        keys = (more, "in_channels") if more == "patch_size" else (more,)
+        (tmp_path / "config.json").write_text(json.dumps(said | {key: changed[key] for key in keys}))
+        assert clip_geometry(tmp_path, SIZE, FRAMES).grid == grid
+    (tmp_path / "config.json").write_text(json.dumps(said | {"in_channels": 1}))
+    with pytest.raises(ValueError, match="reads 1 channels, not RGB"):
+        clip_geometry(tmp_path, SIZE, FRAMES)
