@@ -138,7 +138,8 @@ def encoded_by_actors(
     num = min(len(said), config.actors.num_actors or num_actors_that_fit("frechet", config.actors))
     made = ray.remote(num_cpus=config.actors.num_cpus, num_gpus=config.actors.num_gpus)(FrechetWorker)
     pool = ActorPool([made.remote(config) for _ in range(num)])
-    yield from pool.map_unordered(lambda actor, one: actor.run.remote(*one), said.items())
+    for name, statistics in pool.map_unordered(lambda actor, one: actor.run.remote(*one), list(said.items())):
+        yield name, statistics
 
 
 def frechet_statistics(config: FrechetConfig) -> FeatureStatistics:

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from repfusion.tables import markdown
 
 from pipelines.ladder.decoders.plan import TITLES, DecoderPlan, Row
 from pipelines.ladder.decoders.result import DecoderResult
+from repfusion.display.tables import markdown
 from repfusion.files import write_text
 
 PAGE = "comparison.md"

@@ -28,10 +28,10 @@ def due(plan: DecoderPlan) -> list[tuple[Row, int]]:
     """
     done = finished(read(results_of(plan), DecoderResult))
     budget = plan.budget()
-    rows = [row for row in plan.rows if plan.lacks(row) is None]
+    rows: list[Row] = [row for row in plan.rows if plan.lacks(row) is None]
     models = {row: plan.model(row) for row in rows}
-    pairs = [(row, seed) for seed in plan.seeds for row in rows]
-    return [(row, seed) for row, seed in pairs if (row, seed, budget, models[row]) not in done]
+    pairs: list[tuple[Row, int]] = [(row, seed) for seed in plan.seeds for row in rows]
+    return [pair for pair in pairs if (*pair, budget, models[pair[0]]) not in done]
 
 
 def run_plan(plan: DecoderPlan, most: int | None = None) -> list[DecoderResult]:

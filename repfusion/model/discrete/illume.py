@@ -246,7 +246,7 @@ class Illume(CodeModel):
         rows: list[tuple[Request, Branch]] = [(one, "full") for one in requests]
         if is_guided := config.guidance_scale != 1:
             other: Branch = "none" if negatives is None else "full"
-            rows += [(one, other) for one in negatives or requests]
+            rows.extend((one, other) for one in negatives or requests)
         made = [self._drawing(request, branch, ()) for request, branch in rows]
         ids, real = padded([row for row, _ in made], self.llm.pad_id, on_left=True)
         inputs = {"ids": ids, **self._shown([image for _, images in made for image in images])}
