@@ -6,6 +6,7 @@ OUT/  dialogue.json   every turn and reply, written anew after each reply
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from repfusion.files import write_json
 from repfusion.generate import Kept, generate, image_record, kept_of, save_image, to_uint8
 from repfusion.generation.outputs import fitting_scale, grid
 from repfusion.generation.prompts import PromptRow
+from repfusion.latents.load import Decoder
 from repfusion.request import Request
 from repfusion.retrieval.conversation import Conversation, Said, SpeakingConfig
 from repfusion.retrieval.decision import Decision
@@ -123,7 +125,7 @@ class Dialogue:
             assert self.index is not None
             hit = self._retrieve(states)
             picture = self.index.image(hit)
-            found = {"shard": hit.shard, "key": hit.key, "score": hit.score}
+            found = {"shard": hit.shard, "sample": hit.key, "score": hit.score}
             record["retrieved"] = {**found, "folder": self.index.record.images, "index": self.index.digest}
             facts |= found
         scale = fitting_scale(picture.shape[0], None)
@@ -142,7 +144,11 @@ class Dialogue:
         self.num_drawn += 1
         request = Request(computed={IMAGE_STATES: states})
         sampler = self.config.sampler.on(self.reader.device)
-        return to_uint8(generate(model, model.load_decoder(), [request], seed, sampler))[0]
+        return to_uint8(generate(model, self._decoder, [request], seed, sampler))[0]
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return self.reader.model.load_decoder()
 
     def _retrieve(self, states: Float[Tensor, "k c"]) -> Hit:
         """The nearest image that was not shown in this dialogue. Raises ValueError where there is none."""

@@ -60,7 +60,7 @@ class RetrievedRecord(BaseModel):
     """Which image was retrieved in the place of one that is drawn."""
 
     shard: str
-    key: str
+    sample: str
     score: float
     folder: str | None
     index: str

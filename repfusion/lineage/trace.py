@@ -87,7 +87,7 @@ def how_it_came(record: Mapping[str, Any]) -> Link:
     """The sampler of an image that was drawn, or the sample of a data set that was retrieved in its place."""
     if (found := record["retrieved"]) is not None:
         where = f" in {found['folder']}" if found["folder"] is not None else ""
-        said = f"{found['key']} of {found['shard']}{where}, score {found['score']:.3f}"
+        said = f"{found['sample']} of {found['shard']}{where}, score {found['score']:.3f}"
         return Link("retrieved", said, "recorded", f"index {short(found['index'])}")
     low, high = record["guidance_interval"]
     where = "" if (low, high) == (0, 1) else f" at noise levels {low:g} to {high:g}"

@@ -55,6 +55,8 @@ class Conversation:
         self._kept: Any = None
         self._unread: list[Tensor] = []
         self._last: Tensor | None = None
+        self.num_shown = 0
+        """Images so far."""
         self.used = 0
         """Tokens so far, with the begin token."""
         self._add(self._embed([self.llm.begin_id]))
@@ -77,9 +79,11 @@ class Conversation:
         `place`, where it does not fit.
         """
         num = self.num_visual
-        self._check_fits(num, place, f"{max(self.room, 0) // num} more images of {num} tokens fit")
+        fitting = self.num_shown + max(self.room, 0) // num
+        self._check_fits(num, place, f"{fitting} images of {num} tokens each fit beside these texts")
         fitted = middle_square(image, self.reader.encoder.image_size)
         self._add(self.reader.conditioner.see_images(self.reader.latents_of([fitted])))
+        self.num_shown += 1
 
     @property
     def num_visual(self) -> int:
@@ -91,7 +95,7 @@ class Conversation:
             raise ValueError(
                 f"{place}: takes {num} tokens, and {max(self.room, 0)} are left: the context of MLLM "
                 f"{self.llm.folder} holds {self.llm.context}, of which {self.used} are used and "
-                f"{self.num_image_tokens} are kept for an image's call; {remedy}: leave earlier ones out"
+                f"{self.num_image_tokens} are kept for an image's call; {remedy}: leave some out"
             )
 
     def _embed(self, ids: list[int]) -> Float[Tensor, "1 n c"]:

@@ -16,9 +16,11 @@ from repfusion.runs.checkpoint import save_checkpoint
 from repfusion.weights import WEIGHTS
 
 
-def make_gill(parts: Path, statistics: LatentStatistics, seed: int = 0, **changes) -> TextToImage:
-    """Over the language model, tower and decoder in the folder `parts`, with the shipped text encoder."""
-    torch.manual_seed(seed)
+def make_gill(parts: Path, statistics: LatentStatistics, dit_width: int = 24, **changes) -> TextToImage:
+    """Over the language model, tower and decoder in the folder `parts`, with the shipped text encoder. What
+    it draws depends on its condition: a fresh DiT says nothing.
+    """
+    torch.manual_seed(0)
     sizes = {"num_queries": 24, "num_image_tokens": 3, "width": 16, "depth": 1, "retrieval_width": 8}
     config = ModelConfig.model_validate(
         {
@@ -26,10 +28,14 @@ def make_gill(parts: Path, statistics: LatentStatistics, seed: int = 0, **change
             "mllm": parts / "llava",
             "encoder": {"path": parts / "vision_tower"},
             "decoder": parts / "decoder",
-            "dit": DiTConfig(hidden_size=24, depth=1, num_heads=2),
+            "dit": DiTConfig(hidden_size=dit_width, depth=1, num_heads=2),
         }
     )
-    return build_model(config, statistics).eval()
+    model = build_model(config, statistics).eval()
+    with torch.no_grad():
+        for parameter in model.denoiser.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
 
 
 def save_gill(folder: Path, model: TextToImage) -> Path:

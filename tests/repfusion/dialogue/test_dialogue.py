@@ -131,10 +131,10 @@ def test_a_dialogue_by_the_command(reader, index, picture, monkeypatch, capsys, 
     given = ["--turns", tmp_path / "turns.json", "--index", index.folder, "--out", tmp_path / "found"]
     run(*given, "images=retrieve", *SHORT)
     replies = json.loads((tmp_path / "found" / "dialogue.json").read_text())["turns"][1::2]
-    assert {reply["key"] for reply in replies} == {"000000000", "000010000"}, "the second is another"
+    assert {reply["sample"] for reply in replies} == {"000000000", "000010000"}, "the second is another"
     assert [reply["say"] for reply in replies] == [told[1]["say"], told[3]["say"]]
     links = {link.name: link for link in trace(tmp_path / "found" / "reply_01.png")}
-    assert links["retrieved"].value.startswith(f"{replies[0]['key']} of") and "sampler" not in links
+    assert links["retrieved"].value.startswith(f"{replies[0]['sample']} of") and "sampler" not in links
     with pytest.raises(SystemExit, match="holds a dialogue already; choose another folder"):
         run(*given, "images=retrieve", *SHORT)
     with pytest.raises(SystemExit, match="images: decide needs a decision"):
@@ -147,7 +147,7 @@ def test_what_the_context_does_not_hold_is_named_before_anything_is_said(reader,
     """The tiny context takes 128 tokens: begin, 3 of an image's call, and 31 images of 4."""
     parts = [("--image", str(picture))] * 32
     dialogue = Dialogue(reader, HoldingConfig(), tmp_path / "out")
-    match = r"turn 1, part 32 \(.*a\.png\): takes 4 tokens, and 0 are left: .* holds 128.*0 more images"
+    match = r"turn 1, part 32 \(.*a\.png\): takes 4 tokens, and 0 are left: .* holds 128.*31 images of 4 tokens each fit"
     with pytest.raises(ValueError, match=match):
         dialogue.hold(given_turns(parts))
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Indices, search, recall and the decision against slow references; those of other checkpoints are refused."""
+"""Indices, search, recall and the decision against slow references; foreign ones are refused."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_gill import make_gill, noise_images, save_gill, write_noise
 from tiny_shards import write_shards
-from tiny_training import npy, write_tar
+from tiny_training import npy, tiny_model, write_tar
 
 from repfusion.files import weights_digest
 from repfusion.model.build import build_model
@@ -80,20 +80,28 @@ def test_an_index_finds_the_images_that_a_slow_search_finds(reader: GillReader, 
     assert len(index) == 7 and sum(1 for _ in index.embeddings()) == 2
 
 
-def test_an_index_of_another_checkpoint_or_encoder_is_refused(
-    reader, index, foundation, statistics, tmp_path
-):
-    other = GillReader(save_gill(tmp_path, make_gill(foundation, statistics, seed=1)), CPU)
-    with pytest.raises(ValueError, match=r"index .* is of another retrieval weights.*make the index again"):
-        index.check(other.space)
+def test_an_index_of_another_checkpoint_or_encoder_is_refused(reader, index, tmp_path):
     index.check(reader.space)
-    record = index.record.model_dump(mode="json")
-    record["space"]["encoder"] = "0" * 64
-    (tmp_path / "index.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"another encoder \(encoder\): it has 000000000000 of"):
-        ImageIndex(tmp_path).check(reader.space)
+    others = {"weights": r"is of another retrieval weights", "encoder": r"another encoder \(encoder\)"}
+    for name, said in others.items():
+        record = index.record.model_dump(mode="json")
+        record["space"][name] = "0" * 64
+        (tmp_path / "index.json").write_text(json.dumps(record))
+        with pytest.raises(ValueError, match=rf"{said}: it has 000000000000 of .*; make the index again by"):
+            ImageIndex(tmp_path).check(reader.space)
     with pytest.raises(ValueError, match=r"no index\.json here; 'python -m repfusion.* index' writes"):
         ImageIndex(tmp_path / "nowhere")
+
+
+@pytest.mark.slow
+def test_checkpoints_differ_in_what_retrieval_reads_with(reader, foundation, statistics, tmp_path):
+    model = make_gill(foundation, statistics)
+    same = GillReader(save_gill(tmp_path / "same", model), CPU)
+    assert same.space.weights == reader.space.weights
+    with torch.no_grad():
+        model.conditioner.of_image.bias[0] += 1e-3
+    other = GillReader(save_gill(tmp_path / "other", model), CPU)
+    assert other.space.weights != reader.space.weights and other.space.encoder == reader.space.encoder
 
 
 def test_a_column_of_features_spares_encoding_where_it_is_the_encoders(reader, index, tmp_path):
@@ -198,6 +206,7 @@ def test_a_decision_is_learned_and_belongs_to_its_index(reader, index, tmp_path)
         learn_decision(reader, index, config, lambda *given: ([False] * 60, [True] * 60))
 
 
+@pytest.mark.slow
 def test_the_commands_say_what_they_find(reader, index, monkeypatch, capsys, tmp_path):
     def run(*arguments: object) -> Any:
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
@@ -226,9 +235,8 @@ def test_a_decision_is_learned_of_images_that_are_drawn_and_retrieved(reader, in
         learn_decision(reader, index, config)
 
 
+@pytest.mark.slow
 def test_another_method_is_refused(foundation, statistics, tmp_path):
-    from tiny_training import tiny_model
-
     checkpoint = save_gill(tmp_path, build_model(tiny_model(foundation, "text_embed"), statistics))
     with pytest.raises(ValueError, match=r"is of the method 'text_embed', which learns neither retrieval"):
         GillReader(checkpoint, CPU)
