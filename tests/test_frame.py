@@ -107,7 +107,8 @@ LAYERS = [
     {"model"},
     {"runs"},
     {"training", "tracking", "lineage", "flops", "generation"},
-    {"generate", "train", "export", "pipeline", "evaluation", "foundation", "decoding"},
+    {"generate", "train", "export", "pipeline", "evaluation", "foundation", "decoding"}
+    | {"retrieval", "dialogue"},
 ]
 """Rooms of the library, lowest first: a room imports its own layer and those below."""
 
