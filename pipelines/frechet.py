@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -137,7 +137,7 @@ def encoded_by_actors(
 
     num = min(len(said), config.actors.num_actors or num_actors_that_fit("frechet", config.actors))
     made = ray.remote(num_cpus=config.actors.num_cpus, num_gpus=config.actors.num_gpus)(FrechetWorker)
-    pool = ActorPool([made.remote(config) for _ in range(num)])
+    pool: Any = ActorPool([made.remote(config) for _ in range(num)])
     yield from pool.map_unordered(lambda actor, one: actor.run.remote(*one), said.items())
 
 

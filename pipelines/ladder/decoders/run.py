@@ -28,9 +28,9 @@ def due(plan: DecoderPlan) -> list[tuple[Row, int]]:
     """
     done = finished(read(results_of(plan), DecoderResult))
     budget = plan.budget()
-    rows = [row for row in plan.rows if plan.lacks(row) is None]
+    rows: list[Row] = [row for row in plan.rows if plan.lacks(row) is None]
     models = {row: plan.model(row) for row in rows}
-    pairs = [(row, seed) for seed in plan.seeds for row in rows]
+    pairs: list[tuple[Row, int]] = [(row, seed) for seed in plan.seeds for row in rows]
     return [(row, seed) for row, seed in pairs if (row, seed, budget, models[row]) not in done]
 
 
