@@ -137,9 +137,8 @@ def encoded_by_actors(
 
     num = min(len(said), config.actors.num_actors or num_actors_that_fit("frechet", config.actors))
     made = ray.remote(num_cpus=config.actors.num_cpus, num_gpus=config.actors.num_gpus)(FrechetWorker)
-    pool = ActorPool([made.remote(config) for _ in range(num)])
-    found: Iterator[Any] = pool.map_unordered(lambda actor, one: actor.run.remote(*one), list(said.items()))
-    yield from found
+    pool: Any = ActorPool([made.remote(config) for _ in range(num)])
+    yield from pool.map_unordered(lambda actor, one: actor.run.remote(*one), said.items())
 
 
 def frechet_statistics(config: FrechetConfig) -> FeatureStatistics:

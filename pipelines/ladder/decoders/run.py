@@ -31,7 +31,7 @@ def due(plan: DecoderPlan) -> list[tuple[Row, int]]:
     rows: list[Row] = [row for row in plan.rows if plan.lacks(row) is None]
     models = {row: plan.model(row) for row in rows}
     pairs: list[tuple[Row, int]] = [(row, seed) for seed in plan.seeds for row in rows]
-    return [pair for pair in pairs if (*pair, budget, models[pair[0]]) not in done]
+    return [(row, seed) for row, seed in pairs if (row, seed, budget, models[row]) not in done]
 
 
 def run_plan(plan: DecoderPlan, most: int | None = None) -> list[DecoderResult]:
