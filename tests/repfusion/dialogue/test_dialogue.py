@@ -64,7 +64,7 @@ def test_speaking_equals_reading_everything_anew_for_each_token(reader: GillRead
         words: list[int] = []
         for _ in range(7):
             last = read_at_once(reader, parts)[-1]
-            scores = torch.cat([llm.head.weight @ last, (conditioner.image_tokens @ last)[:1]])
+            scores = torch.cat([llm.head.weight @ last, (conditioner.scored_tokens @ last)[:1]])
             chosen = int(scores.argmax())
             if chosen in (llm.end_id, len(scores) - 1) or len(words) == 6:
                 break
@@ -147,7 +147,7 @@ def test_what_the_context_does_not_hold_is_named_before_anything_is_said(reader,
     """The tiny context takes 128 tokens: begin, 3 of an image's call, and 31 images of 4."""
     parts = [("--image", str(picture))] * 32
     dialogue = Dialogue(reader, HoldingConfig(), tmp_path / "out")
-    match = r"turn 1, part 32 \(.*a\.png\): takes 4 tokens, and 0 are left: .* holds 128.*31 images of 4 tokens each fit"
+    match = r"turn 1, part 32 \(.*a\.png\): takes 4 tokens, and 0 are left: .*31 images of 4 tokens each fit"
     with pytest.raises(ValueError, match=match):
         dialogue.hold(given_turns(parts))
     assert not (tmp_path / "out").exists()
