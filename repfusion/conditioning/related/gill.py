@@ -10,8 +10,8 @@ cross-entropy; that of the [IMG] tokens after a caption with half the weight, of
 model's own word that an image is due; InfoNCE of retrieval, 256 wide. The generator sees the text encoder in
 training and the mapper in sampling. Ours are that it trains beside the mapper, the blocks' form (RMSNorm,
 SwiGLU, normalised queries and keys), that an image is the mean of its latents, that a caption without an
-image trains the [IMG] rows by their share of the softmax alone (the rest of its cross-entropy is constant), and
-that a head which is not the embedding scores the same rows at the mean norm of its own: OPT's is the embedding.
+image trains the [IMG] rows by their share of the softmax alone (the rest of its cross-entropy is constant),
+and that a head which is not the embedding, as OPT's is, scores the same rows at the mean norm of its own.
 """
 
 from collections.abc import Sequence
