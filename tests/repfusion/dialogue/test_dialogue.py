@@ -19,6 +19,7 @@ from repfusion.lineage.describe import read_png
 from repfusion.lineage.trace import trace
 from repfusion.request import Request
 from repfusion.retrieval.conversation import Conversation, SpeakingConfig, choose, middle_square
+from repfusion.retrieval.decision import Decision
 from repfusion.retrieval.embedding import GillReader
 from repfusion.retrieval.index import ImageIndex, build_index
 
@@ -141,6 +142,17 @@ def test_a_dialogue_by_the_command(reader, index, picture, monkeypatch, capsys, 
         run(*given[:4], "--out", tmp_path / "new", "images=decide")
     with pytest.raises(SystemExit, match="images: retrieve needs an index"):
         run("--say", "a", "--out", tmp_path / "new", "images=retrieve")
+
+
+@pytest.mark.parametrize(("bias", "source"), [(5.0, "drawn"), (-5.0, "retrieved")])
+def test_the_decision_says_where_an_image_comes_from(reader, index, tmp_path, bias: float, source: str):
+    config = HoldingConfig.model_validate(
+        {"images": "decide", "always_image": True, "sampler": {"num_steps": 1}, "speaking": {"max_tokens": 0}}
+    )
+    decision = Decision(torch.zeros(32), torch.tensor([bias]))
+    told = Dialogue(reader, config, tmp_path, index, decision).hold(given_turns([("--say", "a red")]))
+    assert told[1]["source"] == source and told[1]["say"] == ""
+    assert told[1]["probability_drawn"] == pytest.approx(torch.tensor(bias).sigmoid().item())
 
 
 def test_what_the_context_does_not_hold_is_named_before_anything_is_said(reader, picture, tmp_path):
