@@ -188,7 +188,7 @@ def read_states(reader: GillReader, prompts: Sequence[str], size: int) -> Float[
     found = []
     for start in range(0, len(prompts), size):
         prefix = to_device(reader.conditioner.llm.tokenise(prompts[start : start + size]), reader.device)
-        found.append(reader.conditioner.read_images(prefix).float().cpu())
+        found.append(reader.conditioner.read_image_tokens(prefix).float().cpu())
     return torch.cat(found)
 
 

@@ -193,7 +193,7 @@ class GillConditioner(Conditioner):
         """
         states = self._encoded(inputs["encoded"])
         if "said" not in inputs:
-            read = self.read_images(inputs["prefix"])
+            read = self.read_image_tokens(inputs["prefix"])
             if "said_before" in inputs:
                 read = torch.where(inputs["has_said"][:, None, None], inputs["said_before"].to(read), read)
             mapped = self.mapper(read + self.image_tokens)
@@ -217,7 +217,7 @@ class GillConditioner(Conditioner):
         """
         return F.normalize(self.rows, dim=1) * self.head_norm
 
-    def read_images(self, prefix: Prefix) -> Float[Tensor, "b k c"]:
+    def read_image_tokens(self, prefix: Prefix) -> Float[Tensor, "b k c"]:
         """The last states at the [IMG] tokens after the prompts."""
         return self.llm.read_on(prefix, self.image_tokens.expand(len(prefix.ids), -1, -1))
 

@@ -147,7 +147,7 @@ def test_the_losses_are_what_the_paper_says(model, foundation):
     request = inputs["request"]
     with torch.no_grad():
         losses = conditioner.losses(request, latents)
-        states = conditioner.read_images(conditioner.llm.tokenise(PROMPTS))
+        states = conditioner.read_image_tokens(conditioner.llm.tokenise(PROMPTS))
         mapped = conditioner.mapper(states + conditioner.image_tokens)
     llava = LlavaForConditionalGeneration.from_pretrained(foundation / "llava")
     language = LlamaForCausalLM(llava.config.text_config).eval()
@@ -232,7 +232,7 @@ def test_images_are_retrieved_by_their_captions_once_learned(model):
         optimizer.step()
     conditioner = model.conditioner
     with torch.no_grad():
-        texts = conditioner.text_embeddings(conditioner.read_images(conditioner.llm.tokenise(prompts)))
+        texts = conditioner.text_embeddings(conditioner.read_image_tokens(conditioner.llm.tokenise(prompts)))
         scores = texts @ conditioner.image_embeddings(latents).T
     assert scores.argmax(1).tolist() == scores.argmax(0).tolist() == [0, 1, 2, 3]
     assert losses["embedding"] < 0.7 * first
