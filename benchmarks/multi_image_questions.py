@@ -116,7 +116,7 @@ def by_scores(batch: ChatBatch, scores: Tensor, share: float) -> Bool[Tensor, "b
 
 
 def at_random(share: float) -> Keep:
-    """As many tokens as are selected, by chance."""
+    """Chance keeps as many tokens as are selected."""
     generator = torch.Generator().manual_seed(0)
 
     def keep(llm: LanguageModel, batch: ChatBatch) -> Bool[Tensor, "b n"]:

@@ -178,6 +178,8 @@ SCENES = (
     "repfusion/evaluation/suites/scenes.py",
     "repfusion/evaluation/suites/edits.py",
     "repfusion/evaluation/suites/references.py",
+    "repfusion/retrieval/recall.py",
+    "repfusion/retrieval/decision.py",  # what is right, drawn or retrieved
     "pipelines/sources/scenes.py",
     "pipelines/sources/edits.py",
     "pipelines/sources/moving.py",

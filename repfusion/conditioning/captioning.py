@@ -64,7 +64,7 @@ def caption_losses(
     beside: Float[Tensor, "k c"] | None = None,
 ) -> Float[Tensor, " r"]:
     """Mean cross-entropy (nats a token) of each caption after its projected latents, float32, unweighted.
-    Tokens `beside` the vocabulary, by their embeddings, are scored too; none of them is ever right.
+    Tokens `beside` the vocabulary, by their rows of the head, are scored too; none of them is ever right.
     """
     model, num = llm.language_model, visual.shape[1]
     begin = captions.ids.new_full((len(visual), 1), llm.begin_id)

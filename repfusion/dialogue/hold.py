@@ -18,7 +18,7 @@ from torch import Tensor
 
 from repfusion.conditioning.related.gill import IMAGE_STATES
 from repfusion.config import Config
-from repfusion.dialogue.turns import Part, Turn
+from repfusion.dialogue.turns import Turn, TurnPart
 from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.files import write_json
 from repfusion.generate import Kept, generate, image_record, kept_of, save_image, to_uint8
@@ -47,7 +47,7 @@ class HoldingConfig(Config):
     lineage: Kept = "all"
     """What a PNG carries."""
     seed: int = Field(default=0, ge=0)
-    """Of the noise of the first image that is drawn; the next one takes the next seed."""
+    """Decides the noise of the first image that is drawn; the next one takes the next seed."""
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Dialogue:
             write_json(self.out / DIALOGUE, {"turns": self.told})
         return self.told
 
-    def _read(self, part: Part) -> None:
+    def _read(self, part: TurnPart) -> None:
         if part.text is not None:
             self.conversation.say(part.text, part.place)
         if part.image is not None:
@@ -176,6 +176,6 @@ def check_room(reader: GillReader, turns: Sequence[Turn]) -> None:
             conversation.show(part.image, part.place)
 
 
-def as_told(part: Part) -> dict[str, str | None]:
+def as_told(part: TurnPart) -> dict[str, str | None]:
     """A part as `dialogue.json` holds it."""
     return {"say": part.text} if part.text is not None else {"image": part.file}

@@ -39,7 +39,7 @@ class DialogueFile(Strict):
 
 
 @dataclass(frozen=True)
-class Part:
+class TurnPart:
     """A text, or an image, and what messages call it."""
 
     place: str
@@ -48,14 +48,14 @@ class Part:
     file: str | None = None
 
 
-Turn = Sequence[Part]
+Turn = Sequence[TurnPart]
 
 
 def given_turns(parts: Sequence[tuple[str, str]]) -> list[Turn]:
     """Turns of options in their order; `--reply` ends one, and so does the end. Raises ValueError where a
     turn is empty, or an image cannot be read.
     """
-    turns: list[list[Part]] = [[]]
+    turns: list[list[TurnPart]] = [[]]
     for option, value in parts:
         if option == REPLY:
             turns.append([])
@@ -84,21 +84,21 @@ def read_turns(path: Path) -> list[Turn]:
     return list(turns)
 
 
-def _part(place: str, line: PartLine, folder: Path) -> Part:
+def _part(place: str, line: PartLine, folder: Path) -> TurnPart:
     if line.say is not None:
         return said(place, line.say)
     assert line.image is not None
     return shown(place, folder / line.image)
 
 
-def said(place: str, text: str) -> Part:
+def said(place: str, text: str) -> TurnPart:
     """A text."""
-    return Part(f"{place} ({text[:40]!r})", text=text)
+    return TurnPart(f"{place} ({text[:40]!r})", text=text)
 
 
-def shown(place: str, path: Path) -> Part:
+def shown(place: str, path: Path) -> TurnPart:
     """An image of a file. Raises ValueError where it cannot be read."""
-    return Part(f"{place} ({path})", image=read_images([path])[0], file=str(path))
+    return TurnPart(f"{place} ({path})", image=read_images([path])[0], file=str(path))
 
 
 def check_turns(turns: Sequence[Turn]) -> None:

@@ -29,7 +29,7 @@ class SpeakingConfig(Config):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Where tokens are drawn: the fewest likeliest ones whose share is this much."""
     seed: int = Field(default=0, ge=0)
-    """Of the draws of tokens."""
+    """Decides which tokens are drawn."""
 
 
 Ending = Literal["end", "image", "max_tokens", "context"]

@@ -48,7 +48,7 @@ class DecisionConfig(Config):
     num_prompts: int = Field(default=400, ge=8)
     """Prompts that are drawn and retrieved; those on which both are right or wrong do not count."""
     seed: int = Field(default=0, ge=0)
-    """Of prompts and noise."""
+    """Decides prompts and noise."""
     split: Split = "train"
     """Prompts of combinations that training shows, or held-out ones."""
     test_share: float = Field(default=0.3, gt=0, lt=1)
@@ -56,7 +56,7 @@ class DecisionConfig(Config):
     penalty: float = Field(default=0.01, gt=0)
     """Weight of the squared weights, of standardised states, beside the mean cross-entropy."""
     sampler: SamplerConfig = SamplerConfig()
-    """With which images are drawn."""
+    """Draws the images."""
     batch_size: int = Field(default=64, ge=1)
     """Images that are drawn at once."""
 
@@ -74,7 +74,7 @@ class DecisionRecord(Strict):
     both: int
     neither: int
     test: Count
-    """Of those kept for testing, how many it decides as the detector does."""
+    """How many of those kept for testing it decides as the detector does."""
     majority: Count
     """How many the more frequent answer of those it learned from would."""
 
@@ -131,7 +131,7 @@ def _newton_step(
 
 
 Outcome = tuple[list[bool], list[bool]]
-"""Of each prompt whether the drawn image is right, and whether the retrieved one is."""
+"""Whether, for each prompt, the drawn image is right, and whether the retrieved one is."""
 
 
 def learn_decision(
@@ -188,7 +188,7 @@ def read_states(reader: GillReader, prompts: Sequence[str], size: int) -> Float[
     found = []
     for start in range(0, len(prompts), size):
         prefix = to_device(reader.conditioner.llm.tokenise(prompts[start : start + size]), reader.device)
-        found.append(reader.conditioner.read_images(prefix).float().cpu())
+        found.append(reader.conditioner.read_image_tokens(prefix).float().cpu())
     return torch.cat(found)
 
 

@@ -101,7 +101,7 @@ class GillReader:
     def of_prompts(self, prompts: Sequence[str]) -> Float[Tensor, "b r"]:
         """Embeddings of prompts, of unit length, on the CPU. Raises PromptTooLong."""
         prefix = to_device(self.conditioner.llm.tokenise(prompts), self.device)
-        return self.of_states(self.conditioner.read_images(prefix))
+        return self.of_states(self.conditioner.read_image_tokens(prefix))
 
     @torch.no_grad()
     def of_states(self, states: Float[Tensor, "b k c"]) -> Float[Tensor, "b r"]:

@@ -41,7 +41,7 @@ class IndexedShard(Strict):
     """The tar's file name."""
     num_images: int
     sha256: str
-    """Of the file of its embeddings."""
+    """Names the file of its embeddings."""
 
 
 class IndexRecord(Strict):

@@ -36,15 +36,15 @@ class RecallConfig(Config):
     num: int = Field(default=500, ge=2)
     """Pairs; fewer where there are not so many different captions."""
     seed: int = Field(default=0, ge=0)
-    """Of the scenes."""
+    """Decides the scenes."""
     split: Split = "held_out"
     """Scenes of facts that no training image shows, or such as training shows."""
     world: WorldConfig = WorldConfig(shapes=BASE_SHAPES, colours=BASE_COLOURS)
-    """Of the scenes; `image_size` is the encoder's."""
+    """The scenes' world; `image_size` is the encoder's."""
     images: Path | None = None
     """Folder of image shards with captions, in the place of scenes."""
     held_out_share: float = Field(default=0.0, ge=0, lt=1)
-    """Of its samples those that a training with this share held out; 0 takes all."""
+    """The samples are those that a training with this share held out; 0 takes all."""
     batch_size: int = Field(default=64, ge=1)
     """Captions, or images, that are read at once."""
 

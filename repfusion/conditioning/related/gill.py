@@ -9,8 +9,9 @@ text encoder's states, a token at a time; captions of images that the language m
 cross-entropy; that of the [IMG] tokens after a caption with half the weight, of which the first is the
 model's own word that an image is due; InfoNCE of retrieval, 256 wide. The generator sees the text encoder in
 training and the mapper in sampling. Ours are that it trains beside the mapper, the blocks' form (RMSNorm,
-SwiGLU, normalised queries and keys), that an image is the mean of its latents, and that a caption without an
-image trains its [IMG] rows by their share of the softmax alone: the rest of its cross-entropy is constant.
+SwiGLU, normalised queries and keys), that an image is the mean of its latents, that a caption without an
+image trains the [IMG] rows by their share of the softmax alone (the rest of its cross-entropy is constant),
+and that a head which is not the embedding, as OPT's is, scores the same rows at the mean norm of its own.
 """
 
 from collections.abc import Sequence
@@ -130,6 +131,7 @@ class GillConditioner(Conditioner):
     """
 
     mean_norm: Tensor
+    head_norm: Tensor
 
     def __init__(self, llm: LanguageModel, encoder: LanguageModel, latent_dim: int, config: GillConfig):
         super().__init__()
@@ -139,7 +141,10 @@ class GillConditioner(Conditioner):
         self.num_queries, self.image_tokens_weight = config.num_queries, config.image_tokens_weight
         self.context_widths = (encoder.width,)
         table = llm.language_model.get_input_embeddings().weight.float()
+        assert llm.head is not None
         self.register_buffer("mean_norm", table.norm(dim=1).mean()[None], persistent=False)
+        head_norm = llm.head.weight.float().norm(dim=1).mean()[None]
+        self.register_buffer("head_norm", head_norm, persistent=False)
         self.rows = nn.Parameter(torch.randn(config.num_image_tokens, llm.width))
         self.mapper = GillMapper(llm.width, encoder.width, config)
         self.see = nn.Linear(latent_dim, config.num_visual * llm.width)
@@ -188,7 +193,7 @@ class GillConditioner(Conditioner):
         """
         states = self._encoded(inputs["encoded"])
         if "said" not in inputs:
-            read = self.read_images(inputs["prefix"])
+            read = self.read_image_tokens(inputs["prefix"])
             if "said_before" in inputs:
                 read = torch.where(inputs["has_said"][:, None, None], inputs["said_before"].to(read), read)
             mapped = self.mapper(read + self.image_tokens)
@@ -205,7 +210,14 @@ class GillConditioner(Conditioner):
         """The [IMG] tokens' embeddings, of the mean norm of all others."""
         return F.normalize(self.rows, dim=1) * self.mean_norm
 
-    def read_images(self, prefix: Prefix) -> Float[Tensor, "b k c"]:
+    @property
+    def scored_tokens(self) -> Float[Tensor, "k c"]:
+        """The [IMG] tokens as the head scores them: of the mean norm of its rows. Of a head that is not the
+        embedding itself those may be ten times as long, and no shorter row would ever be the likeliest.
+        """
+        return F.normalize(self.rows, dim=1) * self.head_norm
+
+    def read_image_tokens(self, prefix: Prefix) -> Float[Tensor, "b k c"]:
         """The last states at the [IMG] tokens after the prompts."""
         return self.llm.read_on(prefix, self.image_tokens.expand(len(prefix.ids), -1, -1))
 
@@ -217,7 +229,7 @@ class GillConditioner(Conditioner):
         """Scores of the next token after last states, float32: the vocabulary's, then the first [IMG]
         token's. The others follow the first and are never chosen.
         """
-        image = states.float() @ self.image_tokens[:1].float().T
+        image = states.float() @ self.scored_tokens[:1].float().T
         return torch.cat([self.llm.logits(states[:, None])[:, 0], image], dim=1)
 
     def text_embeddings(self, states: Float[Tensor, "b k c"]) -> Float[Tensor, "b r"]:
@@ -242,7 +254,7 @@ class GillConditioner(Conditioner):
         return {
             "embedding": torch.where(inputs["full"], distance.mean(1), 0),
             "retrieval": contrasted(texts, images, self.log_scale.exp()),
-            "caption": caption_losses(self.llm, visual, said, bidirectional=False, beside=image_tokens),
+            "caption": caption_losses(self.llm, visual, said, bidirectional=False, beside=self.scored_tokens),
             "image_tokens": self.image_tokens_weight * self._image_token_losses(hidden, places),
         }
 
@@ -264,7 +276,7 @@ class GillConditioner(Conditioner):
         -log(1 - p) of all [IMG] tokens where the caption goes on.
         """
         known = self.llm.logits(hidden)
-        own = hidden.float() @ self.image_tokens.float().T
+        own = hidden.float() @ self.scored_tokens.float().T
         every = torch.cat([known, own], dim=2).logsumexp(2)
         before = places - 1
         due = (every.gather(1, before) - take(own, before).diagonal(dim1=1, dim2=2)).mean(1)

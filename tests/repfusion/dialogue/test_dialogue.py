@@ -19,6 +19,7 @@ from repfusion.lineage.describe import read_png
 from repfusion.lineage.trace import trace
 from repfusion.request import Request
 from repfusion.retrieval.conversation import Conversation, SpeakingConfig, choose, middle_square
+from repfusion.retrieval.decision import Decision
 from repfusion.retrieval.embedding import GillReader
 from repfusion.retrieval.index import ImageIndex, build_index
 
@@ -64,7 +65,7 @@ def test_speaking_equals_reading_everything_anew_for_each_token(reader: GillRead
         words: list[int] = []
         for _ in range(7):
             last = read_at_once(reader, parts)[-1]
-            scores = torch.cat([llm.head.weight @ last, (conditioner.image_tokens @ last)[:1]])
+            scores = torch.cat([llm.head.weight @ last, (conditioner.scored_tokens @ last)[:1]])
             chosen = int(scores.argmax())
             if chosen in (llm.end_id, len(scores) - 1) or len(words) == 6:
                 break
@@ -143,11 +144,22 @@ def test_a_dialogue_by_the_command(reader, index, picture, monkeypatch, capsys, 
         run("--say", "a", "--out", tmp_path / "new", "images=retrieve")
 
 
+@pytest.mark.parametrize(("bias", "source"), [(5.0, "drawn"), (-5.0, "retrieved")])
+def test_the_decision_says_where_an_image_comes_from(reader, index, tmp_path, bias: float, source: str):
+    config = HoldingConfig.model_validate(
+        {"images": "decide", "always_image": True, "sampler": {"num_steps": 1}, "speaking": {"max_tokens": 0}}
+    )
+    decision = Decision(torch.zeros(32), torch.tensor([bias]))
+    told = Dialogue(reader, config, tmp_path, index, decision).hold(given_turns([("--say", "a red")]))
+    assert told[1]["source"] == source and told[1]["say"] == ""
+    assert told[1]["probability_drawn"] == pytest.approx(torch.tensor(bias).sigmoid().item())
+
+
 def test_what_the_context_does_not_hold_is_named_before_anything_is_said(reader, picture, tmp_path):
     """The tiny context takes 128 tokens: begin, 3 of an image's call, and 31 images of 4."""
     parts = [("--image", str(picture))] * 32
     dialogue = Dialogue(reader, HoldingConfig(), tmp_path / "out")
-    match = r"turn 1, part 32 \(.*a\.png\): takes 4 tokens, and 0 are left: .* holds 128.*31 images of 4 tokens each fit"
+    match = r"turn 1, part 32 \(.*a\.png\): takes 4 tokens, and 0 are left: .*31 images of 4 tokens each fit"
     with pytest.raises(ValueError, match=match):
         dialogue.hold(given_turns(parts))
     assert not (tmp_path / "out").exists()

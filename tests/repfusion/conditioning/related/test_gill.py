@@ -134,6 +134,9 @@ def test_image_tokens_have_the_mean_norm_of_all_embeddings(model):
     table = model.conditioner.llm.language_model.get_input_embeddings().weight
     norms = model.conditioner.image_tokens.norm(dim=1)
     torch.testing.assert_close(norms, table.norm(dim=1).mean().expand(3))
+    head = model.conditioner.llm.head.weight
+    norms = model.conditioner.scored_tokens.norm(dim=1)
+    torch.testing.assert_close(norms, head.norm(dim=1).mean().expand(3))
 
 
 def test_the_losses_are_what_the_paper_says(model, foundation):
@@ -144,7 +147,7 @@ def test_the_losses_are_what_the_paper_says(model, foundation):
     request = inputs["request"]
     with torch.no_grad():
         losses = conditioner.losses(request, latents)
-        states = conditioner.read_images(conditioner.llm.tokenise(PROMPTS))
+        states = conditioner.read_image_tokens(conditioner.llm.tokenise(PROMPTS))
         mapped = conditioner.mapper(states + conditioner.image_tokens)
     llava = LlavaForConditionalGeneration.from_pretrained(foundation / "llava")
     language = LlamaForCausalLM(llava.config.text_config).eval()
@@ -159,7 +162,7 @@ def test_the_losses_are_what_the_paper_says(model, foundation):
             ids = torch.tensor([[*llm.token_ids([prompt])[0], llm.end_id]])
             visual = conditioner.see(latents[row].mean(0)).reshape(1, 4, -1)
             whole = torch.cat([llm.embed(torch.tensor([[llm.begin_id]])), visual, llm.embed(ids)], dim=1)
-            vocabulary = torch.cat([language.lm_head.weight, conditioner.image_tokens])
+            vocabulary = torch.cat([language.lm_head.weight, conditioner.scored_tokens])
             found = language.model(inputs_embeds=whole).last_hidden_state[0, 4:-1] @ vocabulary.T
             said = torch.nn.functional.cross_entropy(found, ids[0])
             torch.testing.assert_close(losses["caption"][row], said, rtol=1e-4, atol=1e-4)
@@ -175,7 +178,7 @@ def called_tokens(conditioner, language: LlamaForCausalLM, prompt: str) -> Tenso
     states = language.model(inputs_embeds=rows[None]).last_hidden_state[0]
     due, undue = [], [torch.zeros(())]
     for place, state in enumerate(states[:-1]):
-        known, own = language.lm_head.weight @ state, image_tokens @ state
+        known, own = language.lm_head.weight @ state, conditioner.scored_tokens @ state
         every = torch.cat([known, own]).softmax(0)
         if place < len(text) - 1:
             undue.append(-every[: len(known)].sum().log())
@@ -229,7 +232,7 @@ def test_images_are_retrieved_by_their_captions_once_learned(model):
         optimizer.step()
     conditioner = model.conditioner
     with torch.no_grad():
-        texts = conditioner.text_embeddings(conditioner.read_images(conditioner.llm.tokenise(prompts)))
+        texts = conditioner.text_embeddings(conditioner.read_image_tokens(conditioner.llm.tokenise(prompts)))
         scores = texts @ conditioner.image_embeddings(latents).T
     assert scores.argmax(1).tolist() == scores.argmax(0).tolist() == [0, 1, 2, 3]
     assert losses["embedding"] < 0.7 * first
