@@ -20,7 +20,7 @@ from pipelines.runtime.pool import ActorsConfig, num_actors_that_fit
 from pipelines.runtime.session import RayConfig, StageError, ray_session
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardError, read_sidecar
-from pipelines.stages.image_features import decoded_batches
+from pipelines.stages.image_features import image_batches
 from repfusion.config import Config, load_config, weights_of
 from repfusion.data.columns import shard_names
 from repfusion.devices.placing import Precision, find_device, precision_of
@@ -101,7 +101,7 @@ class FrechetWorker:
         folder, size = Folder.at(str(self.config.images)), self.encoder.image_size
         found = FeatureStatistics.of(np.empty((0, self.encoder.feature_dim)), features)
         sidecar = read_sidecar(folder, name)
-        for keys, images in decoded_batches(folder, name, sidecar, size, self.config.batch_size):
+        for keys, images in image_batches(folder, name, sidecar, size, self.config.batch_size):
             encoded = self.encoder.encode_images(torch.from_numpy(images).to(self.device)).features
             vectors = encoded.double().mean(1).cpu().numpy()
             if len(wrong := np.flatnonzero(~np.isfinite(vectors).all(1))):

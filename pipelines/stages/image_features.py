@@ -238,6 +238,16 @@ def decoded_batches(
         yield [key for key, _ in part], images
 
 
+def image_batches(
+    folder: Folder, name: str, sidecar: Sidecar | None, size: int, batch_size: int
+) -> Iterator[Batch]:
+    """A shard's images, `size` x `size` px, in batches; see `decoded_batches`. Raises ShardError as that and
+    `decode_image` do.
+    """
+    decode = partial(decode_image, size=size)
+    return decoded_batches(folder, name, sidecar, decode, (size, size, 3), batch_size)
+
+
 def keep_freed_memory() -> None:
     """Lets glibc keep what one batch frees for the next, for threads started from now on: giving it back to
     the system and touching it anew takes 10 to 20% of a tower's time on a CPU. Without glibc, does nothing.

@@ -4,6 +4,7 @@ equation 5).
 """
 
 import math
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from repfusion.config import Config
+
+Multiplier = Annotated[int, Field(ge=1)]
 
 
 class PixelConfig(Config):
@@ -31,7 +34,7 @@ class ConvConfig(Config):
 
     channels: int = Field(default=128, ge=1)
     """Channels at the images' own resolution."""
-    multipliers: tuple[int, ...] = Field(default=(1, 1, 2, 2, 4), min_length=1)
+    multipliers: tuple[Multiplier, ...] = Field(default=(1, 1, 2, 2, 4), min_length=1)
     """Channels of each level, as multiples; each level but the last halves the resolution."""
     depth: int = Field(default=2, ge=1)
     """Residual blocks of a level."""

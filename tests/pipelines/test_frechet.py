@@ -32,7 +32,7 @@ def config(tmp_path: Path, models: dict[str, Path]) -> FrechetConfig:
 def test_a_shards_statistics_are_those_of_its_images_features(config):
     worker = FrechetWorker(config)
     name, found = worker.run("00000", {"encoder": "x"})
-    sources = frechet.decoded_batches(
+    sources = frechet.image_batches(
         frechet.Folder.at(str(config.images)), name, None, worker.encoder.image_size, 100
     )
     ((_, images),) = sources

@@ -15,7 +15,7 @@ from pipelines.shards.manifest import ShardTable
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, Sidecar, read_sidecar
 from pipelines.shards.tars import tar_shard
-from pipelines.stages.image_features import decoded_batches
+from pipelines.stages.image_features import image_batches
 from repfusion.codes.column import CODES, TOKENIZER_FILE, TokenizerMark
 from repfusion.config import Config, WeightsFolder, naming
 from repfusion.files import json_bytes
@@ -74,7 +74,7 @@ class CodesWorker:
 
         sidecar = read_sidecar(self.source, job.name)
         size = self.tokenizer.image_size
-        batches = decoded_batches(self.source, job.name, sidecar, size, self.config.batch_size)
+        batches = image_batches(self.source, job.name, sidecar, size, self.config.batch_size)
         libraries = ("torch", "transformers")
         with ShardCommit(self.folder, job.name, job.fingerprint, job.inputs, libraries) as commit:
             with tar_shard(commit) as samples:
