@@ -76,7 +76,8 @@ def draw_questions(num: int, seed: int, split: Split) -> list[TwoImageQuestion]:
         pair = tuple(draw_scene(number + place, world, split) for place in range(2))
         number += 2
         about = len(found) % 2
-        shapes = [shape for shape in looks(pair[about]) if shape not in looks(pair[1 - about])]
+        elsewhere = {thing.shape for thing in pair[1 - about].things}
+        shapes = [shape for shape in looks(pair[about]) if shape not in elsewhere]
         if shapes:
             shape = shapes[int(rng.integers(len(shapes)))]
             images = tuple(to_uint8(render(scene, world)) for scene in pair)

@@ -24,7 +24,7 @@ from repfusion.config import Strict, naming, validate
 from repfusion.data.columns import MANIFEST, Column, manifest_digest, scan_tar, shard_names
 from repfusion.data.readers import IMAGE_FEATURES
 from repfusion.data.source_images import IMAGE_EXTENSIONS
-from repfusion.files import digest_of, file_sha256, replace_folder, write_json
+from repfusion.files import atomic_path, digest_of, file_sha256, replace_folder, write_json
 from repfusion.images.decode import read_pixels
 from repfusion.retrieval.embedding import EmbeddingSpace, GillReader
 from repfusion.retrieval.search import nearest
@@ -83,6 +83,8 @@ class ImageIndex:
         with naming(f"index {folder}"):
             self.record = validate(IndexRecord, json.loads(path.read_text()), str(path))
         self.folder = folder
+        self._whole: set[str] = set()
+        """Shards whose files were compared with their sha256."""
 
     @property
     def digest(self) -> str:
@@ -107,6 +109,9 @@ class ImageIndex:
         for shard in self.record.shards:
             path = self.folder / f"{Path(shard.name).stem}.safetensors"
             try:
+                if shard.name not in self._whole and file_sha256(path) != shard.sha256:
+                    raise self._damaged(path, "its sha256 is another")
+                self._whole.add(shard.name)
                 found = load_file(path)[EMBEDDINGS]
             except (OSError, KeyError, SafetensorError) as error:
                 raise self._damaged(path, str(error)) from error
@@ -274,6 +279,7 @@ class _Images:
 def _write_shard(source: _Images, name: str, folder: Path) -> IndexedShard:
     keys, embeddings = source.embed(name)
     path = folder / f"{Path(name).stem}.safetensors"
-    save_file({EMBEDDINGS: embeddings.contiguous()}, str(path))
+    with atomic_path(path) as temporary:
+        save_file({EMBEDDINGS: embeddings.contiguous()}, str(temporary))
     write_json(folder / f"{Path(name).stem}.json", keys)
     return IndexedShard(name=name, num_images=len(keys), sha256=file_sha256(path))

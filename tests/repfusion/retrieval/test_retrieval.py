@@ -1,6 +1,7 @@
 """Indices, search, recall and the decision against slow references; foreign ones are refused."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,21 @@ def test_an_image_whose_shard_has_gone_is_named(index: ImageIndex):
         index.image(Hit("00009.tar", "a", 0.0))
     with pytest.raises(ValueError, match=r"has no image none, which the index"):
         index.image(Hit("00000.tar", "none", 0.0))
+
+
+def test_a_damaged_index_is_named(index: ImageIndex, tmp_path):
+    shutil.copytree(index.folder, tmp_path / "index")
+    path = tmp_path / "index" / "00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        ValueError, match=r"00001\.safetensors is not readable \(its sha256 is another\); make the"
+    ):
+        ImageIndex(tmp_path / "index").find(torch.ones(1, 8), 1)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"00001\.safetensors is not readable \(.*No such file"):
+        ImageIndex(tmp_path / "index").find(torch.ones(1, 8), 1)
 
 
 def test_recall_is_of_different_held_out_scenes(reader: GillReader):
