@@ -25,9 +25,9 @@ from kernel_shares import kernel_shares
 from random_model import CONDITION_DROPOUT, captions, fill, make_batches, small
 
 from repfusion.devices.compiling import Compilation
+from repfusion.diffusion.flow import initial_noise
 from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.flops import peak_flops, sample_flops, train_flops
-from repfusion.generate import initial_noise
 from repfusion.inputs import to_device
 from repfusion.model.meta import published
 from repfusion.model.text_to_image import TextToImage

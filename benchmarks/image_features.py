@@ -17,6 +17,7 @@ import json
 import os
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +34,7 @@ from pipelines.shards.tars import tar_shard
 from pipelines.stages.image_features import (
     ImageFeaturesConfig,
     ImageFeaturesWorker,
+    decode_image,
     decoded_batches,
     keep_freed_memory,
 )
@@ -88,10 +90,11 @@ def read_batches(
     source: Folder, jobs: list[ShardJob], image_size: int, batch_size: int
 ) -> list[torch.Tensor]:
     """All images as float32 pixels in memory."""
+    decode, shape = partial(decode_image, size=image_size), (image_size, image_size, 3)
     return [
         torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255)
         for job in jobs
-        for _, images in decoded_batches(source, job.name, None, image_size, batch_size)
+        for _, images in decoded_batches(source, job.name, None, decode, shape, batch_size)
     ]
 
 

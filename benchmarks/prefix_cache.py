@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from random_model import fill, llava_of
 
+from repfusion.diffusion.flow import initial_noise
 from repfusion.diffusion.sampler import SamplerConfig, sample
-from repfusion.generate import initial_noise
 from repfusion.model.dit import DiTConfig
 from repfusion.model.meta import published
 from repfusion.model.text_to_image import TextToImage

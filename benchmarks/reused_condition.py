@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from repfusion.diffusion.flow import initial_noise
 from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.evaluation.parts import per_item
 from repfusion.evaluation.suites.scenes import ScenesSuite, ScenesSuiteConfig
-from repfusion.generate import decode, initial_noise, to_uint8
+from repfusion.generate import decode, to_uint8
 from repfusion.model.text_to_image import Prompted, TextToImage
 from repfusion.request import Branch, Request
 from repfusion.runs.checkpoint import load_checkpoint
@@ -87,7 +88,9 @@ def main() -> None:
         latents = drawn(model, every, requests, config, args.batch_size)
         seconds = time.perf_counter() - started
         exact = latents if exact is None else exact
-        images = np.concatenate([to_uint8(decode(model, decoder, part)) for part in latents.split(60)])
+        noise = initial_noise(range(len(latents)), model.latent_shape)
+        parts = zip(latents.split(60), noise.split(60), strict=True)
+        images = np.concatenate([to_uint8(decode(model, decoder, *part)) for part in parts])
         scores = suite.score(items, suite.judge(device)(items, per_item(images, items)))
         said: dict[str, Any] = {
             "every": every,

@@ -14,10 +14,17 @@ from pipelines.sources.base import Entries
 from pipelines.sources.build import source_of
 from pipelines.stages.caption_arrays import Reading
 from pipelines.stages.captions import CaptionsConfig, captions_stage
+from pipelines.stages.codes.column import CodesConfig, codes_stage
+from pipelines.stages.codes.tokenizer import TOKENIZER, tokenizer_folder, tokenizer_stage
 from pipelines.stages.curate import curate_stage
 from pipelines.stages.decoder import DECODER, decoder_stage
 from pipelines.stages.evaluate import evaluate_stage
-from pipelines.stages.image_features import ImageFeaturesConfig, image_features_stage
+from pipelines.stages.image_features import (
+    ImageFeaturesConfig,
+    VideoFeaturesConfig,
+    image_features_stage,
+    video_features_stage,
+)
 from pipelines.stages.judge import judge_stage
 from pipelines.stages.prompt_features import PromptFeaturesConfig, prompt_features_stage
 from pipelines.stages.report import report_stage
@@ -26,6 +33,9 @@ from pipelines.stages.train import Reference, train_stage
 from repfusion.config import naming
 from repfusion.data.config import CAPTION, CAPTIONS
 from repfusion.devices.placing import precision_of
+from repfusion.model.config import ModelConfig
+from repfusion.model.discrete.illume import IllumeConfig
+from repfusion.model.discrete.unidisc import UniDiscConfig
 
 
 def build_stages(
@@ -40,7 +50,7 @@ def build_stages(
     """
     names = config.stage_names
     place = place or Place(config.data_folder, config.root, Digests(config.root))
-    first = source_of(config.source).stages(config.ingest, place)
+    first = source_of(config.source, config.ingest).stages(config.ingest, place)
     found: dict[str, Stage] = {stage.name: stage for stage in first}
     for name in names[: names.index(config.last_stage) + 1]:
         match name:
@@ -49,7 +59,8 @@ def build_stages(
             case "judge":
                 readers = _text_readers(config, CAPTION)
                 limits = caption_limits(readers, config.curate.max_caption_tokens, place.digests)
-                found[name] = judge_stage(config.curate, limits, found["ingest"], place)
+                are_clips = config.ingest.clips is not None
+                found[name] = judge_stage(config.curate, limits, found["ingest"], place, are_clips)
             case "curate":
                 found[name] = curate_stage(config.curate, found["ingest"], found["judge"], place)
             case "evaluate":
@@ -66,6 +77,9 @@ def build_stages(
                     began,
                     place,
                 )
+            case "tokenizer":
+                assert config.tokenizer is not None
+                found[name] = tokenizer_stage(config.tokenizer, found["curate"], place)
             case "decoder":
                 found[name] = _decoder(config, found["curate"], place)
             case _ if name in config.columns:
@@ -90,6 +104,14 @@ def _column(config: WorkflowConfig, name: str, above: Mapping[str, Stage], place
         case ImageFeaturesConfig():
             encoder, key = _maker(config, name, "encoder", column.encoder)
             return image_features_stage(name, column, encoder, key, images, place)
+        case CodesConfig():
+            tokenizer, key = _maker(config, name, "tokenizer", column.tokenizer)
+            is_own = Reference.of(tokenizer) is not None
+            folder = tokenizer_folder(place.root) if is_own else tokenizer
+            made_by = above[TOKENIZER] if is_own else None
+            return codes_stage(name, column, folder, key, images, made_by, place)
+        case VideoFeaturesConfig():
+            return video_features_stage(name, column, images, place)
         case PromptFeaturesConfig() | RewritesConfig():
             mllm, key = _maker(config, name, "mllm", column.mllm)
             if column.mllm_dtype == "auto":
@@ -118,9 +140,10 @@ def _decoder(config: WorkflowConfig, images: Stage, place: Place) -> WholeStage:
     assert config.decoder is not None
     own = config.decoder.encoder
     said = {} if own is None else {f"{DECODER}.encoder": own}
-    said |= {
-        f"trainings.{name}.model.encoder": config.trainings[name].model.encoder for name in config.decoded
-    }
+    for name in config.decoded:
+        model = config.trainings[name].model
+        assert isinstance(model, ModelConfig)
+        said[f"trainings.{name}.model.encoder"] = model.encoder
     if not said:
         raise ValueError(
             f"{DECODER}.encoder: no training's model.decoder is stage:{DECODER}; say what it decodes"
@@ -154,7 +177,8 @@ def _maker(config: WorkflowConfig, column: str, field: str, own: Any) -> tuple[A
 def _check_system(config: WorkflowConfig, name: str, column: RewritesConfig) -> None:
     """Raises ValueError where a training that reads the rewritings asks in other words."""
     for reader in config.readers(name):
-        habit = getattr(config.trainings[reader].model.conditioning, "rewriting", None)
+        method = getattr(config.trainings[reader].model, "conditioning", None)
+        habit = getattr(method, "rewriting", None)
         if habit is None or habit.system != column.system:
             asked = "rewrites nothing" if habit is None else f"rewrites under {habit.system!r}"
             raise ValueError(
@@ -188,11 +212,20 @@ def _text_readers(config: WorkflowConfig, caption: str, column: str | None = Non
         place = data.images if column is None else data.columns.get(CAPTIONS)
         reference = Reference.of(place)
         is_ours = reference is not None and reference.stage == (column or "curate")
-        if is_ours and data.caption_weights.get(caption, 0) > 0:
-            require_folder(model.encoder.path, key := f"trainings.{name}.model.encoder.path")
-            with naming(key):
-                num_beside = model.tokens_beside
-            yield TextReader(f"trainings.{name}.model.mllm", model.mllm, num_beside)
+        if not (is_ours and data.caption_weights.get(caption, 0) > 0):
+            continue
+        match model:
+            case ModelConfig():
+                require_folder(model.encoder.path, key := f"trainings.{name}.model.encoder.path")
+                with naming(key):
+                    num_beside = model.tokens_beside
+                yield TextReader(f"trainings.{name}.model.mllm", model.mllm, num_beside)
+            case IllumeConfig():
+                if Reference.of(model.tokenizer) is None:
+                    num_beside = model.tokens_beside
+                    yield TextReader(f"trainings.{name}.model.mllm", model.mllm, num_beside)
+            case UniDiscConfig():
+                yield TextReader(f"trainings.{name}.model.text", model.text, 0, model.text_length - 1)
     for name in config.made_columns:
         match config.columns[name]:
             case PromptFeaturesConfig(mllm=own) | RewritesConfig(mllm=own) if (
@@ -208,6 +241,8 @@ def _training(config: WorkflowConfig, name: str, above: Mapping[str, Stage], pla
     upstream = ["curate", *training.columns_read.values(), *([] if start is None else [start.stage])]
     if training.own_decoder is not None:
         upstream.append(DECODER)
+    if training.own_tokenizer is not None:
+        upstream.append(TOKENIZER)
     return train_stage(
         name,
         training,
@@ -220,13 +255,22 @@ def _training(config: WorkflowConfig, name: str, above: Mapping[str, Stage], pla
 
 
 def data_stages(config: WorkflowConfig) -> list[ShardStage]:
-    """The stages that are made of shards: source to the last column."""
-    return [stage for stage in build_stages(config) if isinstance(stage, ShardStage)]
+    """The stages that are made of shards, source to the last column, but for those that wait for a training
+    (codes of the workflow's own tokenizer).
+    """
+    return [stage for stage in build_stages(config) if isinstance(stage, ShardStage) and not stage.made_by]
+
+
+def kept_stages(config: WorkflowConfig) -> list[Stage]:
+    """All stages that are made of shards, and those that these wait for."""
+    stages = build_stages(config)
+    waited = {name for stage in stages if isinstance(stage, ShardStage) for name in stage.made_by}
+    return [stage for stage in stages if isinstance(stage, ShardStage) or stage.name in waited]
 
 
 def source_entries(config: WorkflowConfig) -> Entries:
     """How many entries the source has, and how to take a few."""
-    return source_of(config.source).entries()
+    return source_of(config.source, config.ingest).entries()
 
 
 def probe_stages(config: WorkflowConfig) -> Callable[[Path], list[ShardStage]]:
@@ -240,6 +284,6 @@ def probe_stages(config: WorkflowConfig) -> Callable[[Path], list[ShardStage]]:
         # with the digests of the real root, or each plan would read all weights again
         place = Place(Folder.at(scratch), scratch, Digests(config.root))
         stages = build_stages(config.model_copy(update=changes), place=place)
-        return [stage for stage in stages if isinstance(stage, ShardStage)]
+        return [stage for stage in stages if isinstance(stage, ShardStage) and not stage.made_by]
 
     return build

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pipelines.arguments import parse_arguments, program
-from pipelines.build import build_stages, data_stages, probe_stages, source_entries
+from pipelines.build import build_stages, data_stages, kept_stages, probe_stages, source_entries
 from pipelines.config import WorkflowConfig
+from pipelines.dag import ShardStage
 from pipelines.runtime.session import StageError
 from pipelines.shards.digests import flatten
 from pipelines.workflow.inspection import contents, states
@@ -116,6 +117,9 @@ def print_plan(config: WorkflowConfig, num_samples: int, rates: Sequence[str]) -
             given[name] = 0
         if name not in names or not 0 < given[name] < math.inf:
             raise ValueError(f"--rate {rate}: expected STAGE=SAMPLES_PER_SEC of one actor, STAGE of {names}")
+    for stage in build_stages(config):
+        if isinstance(stage, ShardStage) and stage.made_by:
+            print(f"{stage.name}: not planned, it is made once {', '.join(stage.made_by)} is there")
     print(table(plan(stages, lambda: source_entries(config), probe_stages(config), num_samples, given)))
 
 
@@ -123,7 +127,7 @@ def verify_data(config: WorkflowConfig, repair: bool) -> int:
     """Exit status 1 where something is broken and stays so."""
     from pipelines.workflow.verify import verify
 
-    broken = verify(data_stages(config), config.root, config.ray, repair)
+    broken = verify(kept_stages(config), config.root, config.ray, repair)
     return 1 if broken and not repair else 0
 
 
@@ -195,7 +199,7 @@ def main() -> int:
             case "retry":
                 from pipelines.workflow.retry import retry
 
-                retry(data_stages(config), config.root, config.ray, args.reason)
+                retry(kept_stages(config), config.root, config.ray, args.reason)
             case "gc":
                 others = [load_config(WorkflowConfig, path) for path in args.others]
                 return collect_garbage([config, *others], args.delete, args.trainings)

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -18,34 +18,45 @@ from pipelines.sources.build import SourceConfig
 from pipelines.sources.ingest import IngestConfig
 from pipelines.sources.scenes import ScenesConfig
 from pipelines.stages.captions import CaptionsConfig
+from pipelines.stages.codes.column import CodesConfig
+from pipelines.stages.codes.tokenizer import TOKENIZER, TokenizerStageConfig
 from pipelines.stages.curate import CurateConfig
 from pipelines.stages.decoder import DECODER, DecoderStageConfig
-from pipelines.stages.image_features import ImageFeaturesConfig
+from pipelines.stages.image_features import ImageFeaturesConfig, VideoFeaturesConfig
 from pipelines.stages.prompt_features import PromptFeaturesConfig
 from pipelines.stages.rewrites import RewritesConfig
 from pipelines.stages.train import Reference, TrainingConfig
 from repfusion.config import Config, naming, tags_of
 from repfusion.display.interpolations import Written, below
 from repfusion.latents.geometry import is_vae
+from repfusion.model.config import ModelConfig
 from repfusion.runs.checkpoint import continued_fields
 from repfusion.tracking import sqlite_uri
 from repfusion.train import TrainConfig
 
 BEFORE_COLUMNS = ("source", "ingest", "judge", "curate")
 AFTER_TRAININGS = ("evaluate", "report")
-RESERVED = {*BEFORE_COLUMNS, DECODER, *AFTER_TRAININGS, "columns"}
+RESERVED = {*BEFORE_COLUMNS, TOKENIZER, DECODER, *AFTER_TRAININGS, "columns"}
 """Names that no column or training may have: those of other stages, and of the copies of remote columns."""
 
 ColumnConfig = Annotated[
-    ImageFeaturesConfig | PromptFeaturesConfig | RewritesConfig | CaptionsConfig, Field(discriminator="kind")
+    ImageFeaturesConfig
+    | VideoFeaturesConfig
+    | PromptFeaturesConfig
+    | RewritesConfig
+    | CodesConfig
+    | CaptionsConfig,
+    Field(discriminator="kind"),
 ]
 KINDS = {kind for one in get_args(get_args(ColumnConfig)[0]) for kind in tags_of(one)}
-DRAWN = ("scenes", "edits")
+DRAWN = ("scenes", "edits", "moving_scenes")
+FOR_CLIPS = ("moving_scenes", "tars", "folder", "parquet")
+"""Kinds of sources that may hold clips."""
 """Kinds of sources that are drawn from the embedded world, whose suites grade them."""
 HELD_OUT_SHARE = 0.05
 """What share of data of one's own is left for evaluation."""
 DEFAULT_COLUMNS = ("image_features", "prompt_features")
-"""Kinds of columns that a workflow has one of, under that name, unless it says otherwise."""
+"""Kinds of columns that a workflow of images has one of, under that name, unless it says otherwise."""
 
 
 class WorkflowConfig(Config):
@@ -88,6 +99,10 @@ class WorkflowConfig(Config):
     decoder: DecoderStageConfig | None = None
     """The RAE decoder that is trained on the curated images, which trainings name by `model.decoder:
     stage:decoder`; None trains none.
+    """
+    tokenizer: TokenizerStageConfig | None = None
+    """The tokenizer of images into codes that is trained on the curated images, which columns of codes and
+    trainings name by `tokenizer: stage:tokenizer`; None trains none.
     """
     trainings: dict[str, TrainingConfig]
     """What is trained, one stage each, by the name of the stage and its folder. Without any, one: `train`.
@@ -142,7 +157,9 @@ class WorkflowConfig(Config):
     def stage_names(self) -> list[str]:
         """Every stage, in an order in which each follows what it reads."""
         decoder = [] if self.decoder is None else [DECODER]
-        return [*BEFORE_COLUMNS, *self.made_columns, *decoder, *_in_order(self.trainings), *AFTER_TRAININGS]
+        tokenizer = [] if self.tokenizer is None else [TOKENIZER]
+        columns = [*tokenizer, *self.made_columns]
+        return [*BEFORE_COLUMNS, *columns, *decoder, *_in_order(self.trainings), *AFTER_TRAININGS]
 
     @property
     def decoded(self) -> list[str]:
@@ -177,6 +194,31 @@ class WorkflowConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _clips_go_where_they_are_read(self) -> "WorkflowConfig":
+        if self.ingest.clips is None:
+            if self.source.kind == "moving_scenes":
+                raise ValueError("source.kind moving_scenes draws clips: give ingest.clips, such as {}")
+            if made := [name for name, one in self.columns.items() if isinstance(one, VideoFeaturesConfig)]:
+                raise ValueError(f"columns.{made[0]} is of clips: give ingest.clips, or take image_features")
+            return self
+        if self.source.kind not in FOR_CLIPS:
+            raise ValueError(
+                f"ingest.clips with source.kind {self.source.kind}, which has images alone; clips come from "
+                f"{', '.join(FOR_CLIPS)}"
+            )
+        made = self.made_columns
+        if of_images := [name for name in made if isinstance(self.columns[name], ImageFeaturesConfig)]:
+            raise ValueError(
+                f"columns.{of_images[0]} is of images, ingest.clips makes clips: take video_features"
+            )
+        if self.last_stage not in (*BEFORE_COLUMNS, *made):
+            raise ValueError(
+                f"last_stage is {self.last_stage!r}, but no model is trained on clips yet: stop at a column, "
+                f"such as last_stage={[*BEFORE_COLUMNS, *made][-1]}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _references_lead_somewhere(self) -> "WorkflowConfig":
         for name, training in self.trainings.items():
             start = Reference.of(training.init_from)
@@ -194,8 +236,7 @@ class WorkflowConfig(Config):
                     f"workflow: {there}"
                 )
             if start is not None:
-                with naming(f"trainings.{name}.init_from"):
-                    training.model.conditioning.handover(self.trainings[start.stage].model.conditioning)
+                _check_handover(f"trainings.{name}.init_from", training, self.trainings[start.stage])
             for kind, column in training.columns_read.items():
                 if column not in self.columns or self.columns[column].kind != kind:
                     there = [other for other, one in self.columns.items() if one.kind == kind]
@@ -203,6 +244,7 @@ class WorkflowConfig(Config):
                         f"trainings.{name}.data.columns.{kind}: stage:{column} is no such column of this "
                         f"workflow; expected a folder or stage:NAME, NAME one of {', '.join(there)}"
                     )
+        self._check_tokenizers()
         if self.scored not in self.trainings:
             raise ValueError(
                 f"evaluate.training is {self.scored!r}; expected one of {', '.join(self.trainings)}"
@@ -219,6 +261,29 @@ class WorkflowConfig(Config):
             )
         return self
 
+    def _check_tokenizers(self) -> None:
+        """Raises ValueError where what names the workflow's tokenizer names none of it, or would have to wait
+        for it.
+        """
+        named = {f"trainings.{name}.model": one.own_tokenizer for name, one in self.trainings.items()}
+        for name, column in self.columns.items():
+            if isinstance(column, CodesConfig):
+                named[f"columns.{name}"] = Reference.of(column.tokenizer)
+        for key, reference in named.items():
+            if reference is None:
+                continue
+            if reference.stage != TOKENIZER or self.tokenizer is None:
+                there = "there is no section 'tokenizer'" if self.tokenizer is None else "it is another stage"
+                raise ValueError(
+                    f"{key}.tokenizer: stage:{reference.stage} is no tokenizer of this workflow: {there}; "
+                    f"expected a folder or stage:{TOKENIZER}"
+                )
+            if self.overlap:
+                raise ValueError(
+                    f"overlap: {key}.tokenizer is stage:{TOKENIZER}, for which all codes wait; leave overlap "
+                    "out, or name the folder of a tokenizer that is there"
+                )
+
     @model_validator(mode="before")
     @classmethod
     def _follow_root(cls, values: Any) -> Any:
@@ -228,7 +293,7 @@ class WorkflowConfig(Config):
         columns, trainings = values.get("columns", {}), values.get("trainings", {"train": {}})
         if not (isinstance(columns, dict) and isinstance(trainings, dict)):
             return values
-        columns = _with_kinds(columns)
+        columns = _with_kinds(columns, DEFAULT_COLUMNS if _makes_images(values) else ())
         if isinstance(values.get("root"), str | Path):
             own = _kind_of_source(values.get("source")) not in DRAWN
             layout = _Layout(
@@ -238,6 +303,16 @@ class WorkflowConfig(Config):
             if isinstance(evaluate := values.get("evaluate", {}), dict):
                 values = {**values, "evaluate": _of_own_data(evaluate, own, layout, values.get("data_url"))}
         return {**values, "columns": columns, "trainings": trainings}
+
+
+def _check_handover(key: str, training: TrainingConfig, start: TrainingConfig) -> None:
+    """Raises ValueError where a training cannot go on from another's checkpoint."""
+    own, before = training.model, start.model
+    with naming(key):
+        if type(own) is not type(before):
+            raise ValueError(f"{own.label} takes nothing of {before.label}; name another, or none")
+        if isinstance(own, ModelConfig) and isinstance(before, ModelConfig):
+            own.conditioning.handover(before.conditioning)
 
 
 def _kind_of_source(source: Any) -> Any:
@@ -275,14 +350,21 @@ def _is_tower(encoder: Mapping[str, Any]) -> bool:
     return path is not None and (Path(path) / "config.json").is_file() and not is_vae(path)
 
 
-def _with_kinds(columns: Mapping[str, Any]) -> dict[str, Any]:
+def _makes_images(values: Mapping[str, Any]) -> bool:
+    """Whether a file's section `ingest` makes images, and no clips."""
+    ingest = values.get("ingest")
+    clips = ingest.get("clips") if isinstance(ingest, dict) else getattr(ingest, "clips", None)
+    return clips is None
+
+
+def _with_kinds(columns: Mapping[str, Any], default: Sequence[str]) -> dict[str, Any]:
     """The columns of a file, each with its kind where its name says it, and one of each default kind."""
     found: dict[str, Any] = {
         name: {"kind": name, **(one or {})} if name in KINDS and isinstance(one, dict | None) else one
         for name, one in columns.items()
     }
     kinds = {_kind(one) for one in found.values()}
-    return {**{kind: {"kind": kind} for kind in DEFAULT_COLUMNS if kind not in kinds}, **found}
+    return {**{kind: {"kind": kind} for kind in default if kind not in kinds}, **found}
 
 
 def _kind(column: Any) -> str | None:

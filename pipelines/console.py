@@ -9,11 +9,15 @@ from pipelines.arguments import COMMANDS as WORKFLOW
 
 OWN = {
     "generate": ("repfusion.generate", "images from prompts"),
+    "describe": ("repfusion.evaluation.describe", "captions of images, by a model of codes"),
     "export": ("repfusion.export", "a checkpoint as one folder for RepFusionPipeline"),
     "lineage": ("repfusion.lineage", "what an image, checkpoint or export was made from"),
+    "retrieval": ("repfusion.retrieval", "images that a GILL finds by what is said of them"),
+    "dialogue": ("repfusion.dialogue", "texts and images in, texts and images out, of a GILL"),
     "score": ("repfusion.evaluation", "score one checkpoint alone"),
     "train": ("repfusion.train", "one training without a workflow, also under torchrun"),
     "decoder": ("repfusion.decoding", "train an RAE decoder on own image shards"),
+    "tokenizer": ("repfusion.decoding.codes", "train a tokenizer of images into codes"),
     "flops": ("repfusion.flops", "FLOPs, parameters and memory of a model"),
     "ladder": ("pipelines.ladder", "compare the conditioning methods"),
     "mlflow": ("repfusion.tracking", "the tracked runs in a browser"),

@@ -97,7 +97,7 @@ def with_texts(stages: Iterable[StageT], written: Written) -> list[StageT]:
 @dataclass(frozen=True)
 class ShardStage(Stage):
     """A stage of independent shards, named as those of its first upstream stage unless `first_jobs` lists
-    them.
+    them. A stage upstream that is not made of shards, such as a tokenizer's, is read as a whole by each.
     """
 
     worker: type = object
@@ -117,6 +117,11 @@ class ShardStage(Stage):
     early_file: str | None = None
     """The one of those that depends on no shard, where there is one: `finish` makes it of none."""
 
+    @property
+    def made_by(self) -> tuple[str, ...]:
+        """Names of the stages upstream that are not made of shards."""
+        return tuple(stage.name for stage in self.upstream if isinstance(stage, WholeStage))
+
     def shard_names(self, above: Upstream) -> list[str]:
         """Names of the shards, in order. `above` has to hold the upstream stages."""
         if not self.upstream:
@@ -124,12 +129,17 @@ class ShardStage(Stage):
         return above[self.upstream[0].name].shards.names
 
     def shard_inputs(self, above: Upstream) -> list[str]:
-        """What each shard is made from, as canonical JSON: sha256 of the upstream shards and stage files."""
+        """What each shard is made from, as canonical JSON: sha256 of the upstream shards and stage files, and
+        of the manifests of stages that are no shards.
+        """
         if not self.upstream:
             return [canonical_json(job.inputs) if job.inputs else "{}" for job in self.first_jobs]
         columns: dict[str, list[str]] = {}
         names = self.shard_names(above)
         for stage in self.upstream:
+            if isinstance(stage, WholeStage):
+                columns[stage.name] = [above[stage.name].manifest.digest] * len(names)
+                continue
             shards = above[stage.name].shards
             assert shards.names == names, f"{stage.name} has other shards than {self.upstream[0].name}"
             columns[stage.name] = shards.column("sha256")

@@ -18,9 +18,9 @@ from pipelines.config import WorkflowConfig
 from pipelines.shards.storage import said_at
 from repfusion.config import load_config, weights_of
 from repfusion.display.redaction import redact_text
+from repfusion.display.tables import aligned
 from repfusion.display.terminal import printable_lines
 from repfusion.lineage.environment import ROOT
-from repfusion.tables import aligned
 
 Verdict = Literal["ok", "note", "wrong"]
 GIB = 2**30

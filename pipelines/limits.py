@@ -28,6 +28,8 @@ class TextReader:
     mllm: Path
     num_beside: int
     """Tokens that it reads after a caption: noisy latents, queries."""
+    most: int | None = None
+    """The longest caption in tokens, of a model that says so; None is what its context takes."""
 
 
 def caption_limits(readers: Iterable[TextReader], most: MostTokens, digests: Digests) -> Limits:
@@ -40,7 +42,9 @@ def caption_limits(readers: Iterable[TextReader], most: MostTokens, digests: Dig
     for reader in () if most is None else readers:
         require_folder(reader.mllm, reader.key)
         with naming(reader.key):
-            room = prompt_context(reader.mllm, reader.num_beside) - 1  # the begin token
+            room = reader.most
+            if room is None:
+                room = prompt_context(reader.mllm, reader.num_beside) - 1  # the begin token
         num_tokens = room if most == "context" else min(most, room)
         digest = tokenizer_digest(reader.mllm, digests)
         if digest not in found or num_tokens < found[digest].num_tokens:

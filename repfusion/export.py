@@ -28,11 +28,13 @@ from safetensors.torch import save_file
 from repfusion.conditioning.noisy_latents import NoisyLatentConditioner
 from repfusion.display.options import WithDefaults
 from repfusion.display.redaction import redact_text
+from repfusion.display.tables import markdown
 from repfusion.display.terminal import printable_lines
 from repfusion.evaluation.record import Evaluation, read_evaluation
 from repfusion.evaluation.shown import shown_suites
 from repfusion.files import replace_folder, write_json
-from repfusion.latents.geometry import is_vae, latent_geometry
+from repfusion.latents.geometry import latent_geometry
+from repfusion.latents.load import DecoderKind, kind_of_decoder
 from repfusion.lineage.describe import checkpoint_record, read_lineage
 from repfusion.llm.chats.format import TEMPLATE_FILE
 from repfusion.llm.chats.read import GENERATION_CONFIG
@@ -42,7 +44,7 @@ from repfusion.model.config import ModelConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.pretrained.config import PROCESSOR_FILES, transformers_config
 from repfusion.pretrained.weights import load_transformers
-from repfusion.runs.checkpoint import load_checked, portable, read_weights
+from repfusion.runs.checkpoint import load_checked, read_weights
 from repfusion.runs.completion import check_complete
 from repfusion.runs.exported import (
     DECODER,
@@ -57,8 +59,7 @@ from repfusion.runs.exported import (
 from repfusion.runs.folder import AVERAGES, CONFIG, LINEAGE, STATISTICS, WEIGHTS_FILE
 from repfusion.runs.named import named_model
 from repfusion.runs.seals import files_below, seal, write_seals
-from repfusion.tables import markdown
-from repfusion.weights import WEIGHTS
+from repfusion.weights import WEIGHTS, portable
 
 INDEX = "model_index.json"
 CARD = "README.md"
@@ -101,7 +102,7 @@ def export(checkpoint: Path, out: Path, use_ema: bool = True) -> Path:
             name: write_language_model(config, origin, tokenizer, working / name)
             for name, (origin, tokenizer) in zip(LANGUAGE_MODELS_OF, read, strict=False)
         }
-        write_json(working / INDEX, model_index(kinds, is_vae(config.decoder)))
+        write_json(working / INDEX, model_index(kinds, kind_of_decoder(config.decoder)))
         card = model_card(lineage, config, find_evaluation(checkpoint))
         (working / CARD).write_text(card)
         mode = (working / CARD).stat().st_mode
@@ -209,7 +210,15 @@ def describe_export(model: TextToImage, checkpoint: Path, use_ema: bool) -> dict
     }
 
 
-def model_index(language_models: Mapping[str, str], has_vae: bool) -> dict[str, Any]:
+DECODERS: dict[DecoderKind, tuple[str, str]] = {
+    "vae": ("repfusion.latents.vae", "VAEDecoder"),
+    "rae": ("repfusion.latents.rae_decoder", "RAEDecoder"),
+    "drawing": ("repfusion.latents.drawing_decoder", "DrawingDecoder"),
+}
+"""Where the class of each kind of decoder lies."""
+
+
+def model_index(language_models: Mapping[str, str], decoder: DecoderKind) -> dict[str, Any]:
     """model_index.json as diffusers writes it: the pipeline's class, and library and class of each folder."""
     try:
         release = version("repfusion")
@@ -220,9 +229,7 @@ def model_index(language_models: Mapping[str, str], has_vae: bool) -> dict[str, 
         "_repfusion_version": release,
         **{name: ["transformers", kind] for name, kind in language_models.items()},
         DENOISER: ["repfusion.model.text_to_image", "TextToImage"],
-        DECODER: ["repfusion.latents.vae", "VAEDecoder"]
-        if has_vae
-        else ["repfusion.latents.rae_decoder", "RAEDecoder"],
+        DECODER: list(DECODERS[decoder]),
     }
 
 

@@ -2,18 +2,20 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
+from repfusion.codes.tokenizer import ImageTokenizer
 from repfusion.config import validate
+from repfusion.diffusion.flow import initial_noise, seeds_of
 from repfusion.diffusion.sampler import SamplerConfig, Solver, sample
 from repfusion.display.options import Options, WithDefaults
 from repfusion.display.redaction import redact_text
@@ -33,6 +35,7 @@ from repfusion.lineage.describe import (
 )
 from repfusion.llm.chats.eyes import check_image
 from repfusion.llm.words import unread
+from repfusion.model.discrete.base import CodeModel
 from repfusion.model.text_to_image import TextToImage
 from repfusion.request import Request
 from repfusion.runs.exported import MARK, is_export, load_any
@@ -40,25 +43,35 @@ from repfusion.runs.named import named_model
 from repfusion.weights import WEIGHTS
 
 Kept = Literal["all", "portable", "none"]
+Drawer = TextToImage | CodeModel
+"""What draws images."""
+AnyDecoder = Decoder | ImageTokenizer
+"""What makes pixels of what it drew."""
 
 
-def initial_noise(seeds: Iterable[int], shape: tuple[int, int]) -> Float[Tensor, "b n d"]:
-    """Each image's noise is the first draw of a generator of its own, on the CPU: the same on every device,
-    whatever else is in the batch.
+def flow_alone(model: Drawer, what: str) -> TextToImage:
+    """The model, as one that draws by a flow. Raises ValueError where it is another, which knows nothing of
+    `what`.
     """
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    if not isinstance(model, TextToImage):
+        raise ValueError(f"{what}: {model.config.label} draws codes, which know nothing of it; leave it out")
+    return model
 
 
 @torch.no_grad()
-def decode(model: TextToImage, decoder: Decoder, latents: Float[Tensor, "b n d"]) -> Float[Tensor, "b 3 h w"]:
-    """Pixels in [0, 1], on the CPU in float32."""
-    return decoder(model.denormalise(latents)).float().clamp(0, 1).cpu()
+def decode(
+    model: TextToImage, decoder: Decoder, latents: Float[Tensor, "b n d"], noise: Float[Tensor, "b n d"]
+) -> Float[Tensor, "b 3 h w"]:
+    """Pixels in [0, 1], on the CPU in float32. A decoder that draws takes each image's seed from the `noise`
+    that its latents began from.
+    """
+    return decoder(model.denormalise(latents), seeds_of(noise)).float().clamp(0, 1).cpu()
 
 
 @torch.no_grad()
 def generate(
-    model: TextToImage,
-    decoder: Decoder,
+    model: Drawer,
+    decoder: AnyDecoder,
     requests: Sequence[Request],
     seed: int | Sequence[int] = 0,
     config: SamplerConfig = SamplerConfig(),
@@ -68,14 +81,39 @@ def generate(
     its request, not on the batch size (but for rounding).
     """
     seeds = range(seed, seed + len(requests)) if isinstance(seed, int) else seed
-    model.conditioner.llm.check_lengths([request.prompt for request in requests])
+    model.captions.check_lengths([request.prompt for request in requests])
     images = []
     for start in range(0, len(requests), batch_size):
         part = requests[start : start + batch_size]
-        noise = initial_noise(seeds[start : start + batch_size], model.latent_shape)
-        latents = sample(model, part, noise, config)
-        images.append(decode(model, decoder, latents))
+        noise = initial_noise(seeds[start : start + batch_size], noise_shape(model, config))
+        images.append(draw_pixels(model, decoder, part, noise, config))
     return torch.cat(images)
+
+
+def noise_shape(model: Drawer, config: SamplerConfig) -> tuple[int, int]:
+    """Shape of the normal numbers that decide an image: noisy latents, or what tokens are drawn by."""
+    return model.noise_shape(config) if isinstance(model, CodeModel) else model.latent_shape
+
+
+def draw_pixels(
+    model: Drawer,
+    decoder: AnyDecoder,
+    requests: Sequence[Request],
+    noise: Float[Tensor, "b n d"],
+    config: SamplerConfig,
+) -> Float[Tensor, "b 3 h w"]:
+    """Pixels of requests in [0, 1], on the CPU in float32. `noise` is of `noise_shape`."""
+    if isinstance(model, CodeModel):
+        return decode_codes(decoder, model.draw(requests, noise, config))
+    assert not isinstance(decoder, ImageTokenizer)
+    return decode(model, decoder, sample(model, requests, noise, config), noise)
+
+
+@torch.no_grad()
+def decode_codes(decoder: AnyDecoder, codes: Int[Tensor, "b n"]) -> Float[Tensor, "b 3 h w"]:
+    """Pixels of rows of codes in [0, 1], on the CPU in float32."""
+    assert isinstance(decoder, ImageTokenizer)
+    return decoder.decode(codes).float().clamp(0, 1).cpu()
 
 
 def read_images(paths: Sequence[Path]) -> tuple[UInt8[np.ndarray, "h w 3"], ...]:
@@ -289,13 +327,13 @@ def draw(args: argparse.Namespace) -> list[Path]:
     folder = named_model(args.checkpoint)
     model, sampler = load_any(folder).to(device), sampler.on(device)
     if args.fast:
-        model.speed_up_sampling(sampler.precision)
+        flow_alone(model, "--fast").speed_up_sampling(sampler.precision)
     decoder = model.load_decoder()
     scale = fitting_scale(decoder.image_size, args.scale)
     files = output.files(rows)
     for _, shown in files:
         check_size(shown, decoder.image_size * scale)
-    if said := unread(model.conditioner.llm.folder, [row.prompt for row in rows]):
+    if said := unread(model.captions.folder, [row.prompt for row in rows]):
         print(redact_text(f"warning: {said}"), file=sys.stderr)
     requests = [Request(row.prompt, images, rewrite) for row in rows for _ in row.seeds]
     seeds = [seed for row in rows for seed in row.seeds]

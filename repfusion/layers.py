@@ -159,3 +159,33 @@ class EncoderBlock(nn.Module):
     ) -> Float[Tensor, "b m c"]:
         x = x + self.attention(self.attention_norm(x), rotary, mask=mask)
         return x + self.mlp(self.mlp_norm(x))
+
+
+class ModulatedBlock(nn.Module):
+    """Self-attention and MLP under AdaLN-Single (PixArt-alpha, arXiv 2310.00426): each is shifted, scaled and
+    gated by the modulation that all blocks share, plus the block's own table.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(6, dim))
+        self.attention_norm = nn.RMSNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.attention = Attention(dim, num_heads)
+        self.mlp_norm = nn.RMSNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.mlp = SwiGLU(dim, mlp_ratio)
+
+    def modulated(self, modulation: Float[Tensor, "b k 6 d"]) -> list[Float[Tensor, "b k d"]]:
+        """Shift, scale and gate of attention, then of the MLP: shared ones and the block's table."""
+        # One sum for each part: as views of one tensor all six would be kept for the backward pass.
+        return [part + row for part, row in zip(modulation.unbind(2), self.table, strict=True)]
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        modulation: Float[Tensor, "b k 6 d"],
+        rotary: Float[Tensor, "*r n half 2"],
+    ) -> Float[Tensor, "b n d"]:
+        """The block's output for modulations of k = n tokens, or of k = 1 for all of them."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulated(modulation)
+        x = x + gate_a * self.attention(self.attention_norm(x) * (1 + scale_a) + shift_a, rotary)
+        return x + gate_m * self.mlp(self.mlp_norm(x) * (1 + scale_m) + shift_m)

@@ -18,19 +18,27 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from repfusion.codes.tokenizer import ImageTokenizer
 from repfusion.data.readers import PROMPT_FEATURES
 from repfusion.devices.placing import Autocast
 from repfusion.diffusion.sampler import OnStep, SamplerConfig, Solver, sample
 from repfusion.diffusion.scheduler import FlowScheduler
 from repfusion.export import export, export_again
-from repfusion.generate import decode, to_uint8
+from repfusion.generate import (
+    AnyDecoder,
+    Drawer,
+    decode,
+    decode_codes,
+    flow_alone,
+    noise_shape,
+    to_uint8,
+)
 from repfusion.generation.device import usable_device
 from repfusion.generation.pictures import Picture, all_pixels
-from repfusion.latents.load import Decoder
 from repfusion.llm.words import unread
 from repfusion.model.text_to_image import TextToImage
 from repfusion.request import Request
-from repfusion.runs.checkpoint import load_checkpoint
+from repfusion.runs.checkpoint import load_drawer
 from repfusion.runs.exported import is_export, load_export
 from repfusion.runs.named import named_model
 
@@ -60,8 +68,8 @@ class RepFusionPipeline:
 
     def __init__(
         self,
-        model: TextToImage,
-        decoder: Decoder,
+        model: Drawer,
+        decoder: AnyDecoder,
         scheduler: Any = None,
         precision: Literal["auto"] | Autocast = "auto",
         source: Path | None = None,
@@ -69,8 +77,8 @@ class RepFusionPipeline:
         """A pipeline of its `components`.
 
         Args:
-            model: text to latents.
-            decoder: latents to pixels.
+            model: text to latents, or to codes.
+            decoder: those to pixels.
             scheduler: as of the attribute; None is Euler's.
             precision: of the computation; bf16 is autocast, auto that where the device multiplies in it.
             source: the folder that the parts were read from, for `save_pretrained`.
@@ -79,7 +87,7 @@ class RepFusionPipeline:
         self.decoder = decoder
         self.precision: Literal["auto"] | Autocast = precision
         self.source = source
-        self._scheduler = FlowScheduler("euler", model.shift)
+        self._scheduler = FlowScheduler("euler", model.shift if isinstance(model, TextToImage) else 1.0)
         self.scheduler = scheduler or self._scheduler
         self._interrupt = False
         self._bar: dict[str, Any] = {"disable": None}  # None shows it on terminals alone
@@ -111,7 +119,7 @@ class RepFusionPipeline:
         check_dtype(wanted)
         path = named_model(path)
         name = None if wanted is None else str(wanted).removeprefix("torch.")
-        model = load_export(path, name) if is_export(path) else load_checkpoint(path)
+        model = load_export(path, name) if is_export(path) else load_drawer(path)
         pipe = cls(model, model.load_decoder(), source=path)
         return pipe if wanted is None else pipe.to(dtype=wanted)
 
@@ -162,7 +170,7 @@ class RepFusionPipeline:
         """Compiles, and draws each step as one CUDA graph, from now on; call it after `to`. Images change by
         rounding; the first ones of a size take a minute or more. See `TextToImage.speed_up_sampling`.
         """
-        self.model.speed_up_sampling(self.precision)
+        flow_alone(self.model, "speed_up").speed_up_sampling(self.precision)
         return self
 
     def enable_model_cpu_offload(
@@ -219,8 +227,9 @@ class RepFusionPipeline:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision in which the denoiser's weights are held."""
-        return next(self.model.denoiser.parameters()).dtype
+        """Precision in which the trained weights are held: a denoiser's, or those of a model of codes."""
+        held = self.model.denoiser if isinstance(self.model, TextToImage) else self.model
+        return next(held.parameters()).dtype
 
     @property
     def interrupt(self) -> bool:
@@ -341,15 +350,38 @@ class RepFusionPipeline:
         negatives = None if against is None else repeated(against, num_images_per_prompt)
         with self._at_home(self.model), self.progress_bar(num_inference_steps) as bar:
             on_step = self._on_step(callback_on_step_end, callback_on_step_end_tensor_inputs, bar)
-            made = sample(self.model, requests, noise, self._sampler, on_step, negatives)
-        found = made if output_type == "latent" else self._decoded(made, output_type)
+            made = self._made(requests, noise, on_step, negatives)
+        found = made if output_type == "latent" else self._decoded(made, noise, output_type)
         return RepFusionPipelineOutput(found) if return_dict else (found,)
 
+    def _made(
+        self,
+        requests: Sequence[Request],
+        noise: Tensor,
+        on_step: OnStep,
+        negatives: Sequence[Request] | None,
+    ) -> Tensor:
+        """Latents, or codes, of requests."""
+        if isinstance(self.model, TextToImage):
+            return sample(self.model, requests, noise, self._sampler, on_step, negatives)
+
+        def on_codes(step: int, codes: Tensor) -> bool:
+            changed, is_last = on_step(step, 1 - (step + 1) / self._sampler.num_steps, codes)
+            if changed is not codes:
+                raise ValueError("callback_on_step_end returned latents; those of a model of codes stay")
+            return is_last
+
+        return self.model.draw(requests, noise, self._sampler, negatives, on_codes)
+
     def _decoded(
-        self, latents: Float[Tensor, "b n d"], output_type: str
+        self, made: Tensor, noise: Tensor, output_type: str
     ) -> list[Image.Image] | np.ndarray | Tensor:
         with self._at_home(self.decoder):
-            pixels = decode(self.model, self.decoder, latents)
+            if isinstance(self.model, TextToImage):
+                assert not isinstance(self.decoder, ImageTokenizer)
+                pixels = decode(self.model, self.decoder, made, noise)
+            else:
+                pixels = decode_codes(self.decoder, made)
         if output_type == "pt":
             return pixels
         if output_type == "np":
@@ -375,14 +407,14 @@ class RepFusionPipeline:
             raise ValueError(f"both {name} and {name}_embeds; expected one of them")
         if embeds is None:
             texts = [prompts] if isinstance(prompts, str) else list(prompts or ())
-            if said := unread(self.model.conditioner.llm.folder, texts):
+            if said := unread(self.model.captions.folder, texts):
                 log.warning("%s", said)
             return [Request(text, images, rewrite) for text in texts]
-        method = self.model.config.conditioning
-        if PROMPT_FEATURES not in method.columns:
+        config = self.model.config
+        if PROMPT_FEATURES not in config.columns:
             raise ValueError(
-                f"{name}_embeds: the method {method.method!r} reads a prompt anew at every step, with "
-                f"the noisy latents; pass {name}"
+                f"{name}_embeds: {config.label} reads a prompt anew at every step, with what is drawn so "
+                f"far; pass {name}"
             )
         return [Request("", images, rewrite, {PROMPT_FEATURES: row}) for row in embeds]
 
@@ -408,7 +440,7 @@ class RepFusionPipeline:
             generators = [*generator]
         else:
             raise ValueError(f"{len(generator)} generators for {num_images} images; expected one for each")
-        shape = self.model.latent_shape
+        shape = noise_shape(self.model, self._sampler)
         rows = (
             torch.randn(shape, generator=one, device="cpu" if one is None else one.device)
             for one in generators

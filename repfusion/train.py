@@ -23,6 +23,7 @@ import torch.distributed as dist
 from pydantic import Field, field_validator, model_validator
 from tqdm import tqdm
 
+from repfusion.codes.column import CODES, check_column
 from repfusion.config import WeightsFolder, copy_of, load_config, weights_of
 from repfusion.data.batches import batches
 from repfusion.data.config import DataConfig
@@ -37,9 +38,9 @@ from repfusion.flops import batch_flops, peak_flops, train_flops
 from repfusion.inputs import Inputs
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.lineage.describe import lineage_record
-from repfusion.model.build import build_model, columns_of
+from repfusion.model.build import build_code_model, build_model
 from repfusion.model.check import check_model
-from repfusion.model.config import ModelConfig
+from repfusion.model.config import AnyModelConfig, ModelConfig
 from repfusion.model.text_to_image import TextToImage
 from repfusion.model.trainable import Trainable
 from repfusion.pretrained.cache import fetch
@@ -95,8 +96,9 @@ class TrainConfig(RecipeConfig):
     """
     data: DataConfig
     """The columns to train on."""
-    model: ModelConfig = ModelConfig()
-    """What is trained, and the frozen parts it stands on. With `init_from`, fields that are not given are
+    model: AnyModelConfig = ModelConfig()
+    """What is trained, by its `kind`, and the frozen parts it stands on. What names no kind draws by a flow
+    in a latent space. With `init_from`, fields that are not given are
     that checkpoint's.
     """
     engine: EngineConfig = EngineConfig()
@@ -130,20 +132,19 @@ class TrainConfig(RecipeConfig):
 
     @model_validator(mode="after")
     def _shares_are_of_a_method_that_reads_images(self) -> "TrainConfig":
-        method = self.model.conditioning
-        if self.shares_of_images and not method.reads_images:
+        if self.shares_of_images and not self.model.reads_images:
             raise ValueError(
-                f"{', '.join(self.shares_of_images)}: the method {method.method!r} reads no images; leave "
-                "them out, or take a method that does"
+                f"{', '.join(self.shares_of_images)}: {self.model.label} reads no images; leave them out, or "
+                "take one that does"
             )
         return self
 
     @model_validator(mode="after")
     def _frozen_parts_come_from_a_start(self) -> "TrainConfig":
-        if self.model.conditioning.needs_start and self.init_from is None:
+        if self.model.needs_start and self.init_from is None:
             raise ValueError(
-                f"init_from is not given: the method {self.model.conditioning.method!r}, as it is set, keeps "
-                "weights frozen that come from a checkpoint; name one, or have them trained too"
+                f"init_from is not given: {self.model.label}, as it is set, keeps weights frozen that come "
+                "from a checkpoint; name one, or have them trained too"
             )
         return self
 
@@ -184,22 +185,27 @@ class TrainingStopped(RuntimeError):
     """A rank was asked to stop; a checkpoint of the last step was written."""
 
 
-def build_trainable(config: TrainConfig, dataset: Mixture, resume_from: Path | None = None) -> TextToImage:
-    """The model to train: from scratch on the data set's statistics, or from a checkpoint with its own: the
-    averaged weights of `config.init_from`, or the weights of this training's own `resume_from`, whose files
-    were compared with their sha256 already (`choice.py`).
+def build_trainable(config: TrainConfig, dataset: Mixture, resume_from: Path | None = None) -> Trainable:
+    """The model to train: from scratch, a text-to-image model on the data set's statistics, or from a
+    checkpoint with its own: the averaged weights of `config.init_from`, or the weights of this training's own
+    `resume_from`, whose files were compared with their sha256 already (`choice.py`).
 
     Raises:
-        ValueError: the checkpoint is of another geometry, encoder or noise schedule, or the features are not
-            the encoder's.
+        ValueError: the checkpoint is of another model, geometry, encoder or noise schedule, or the columns
+            are not those of its encoder or tokenizer.
     """
     start = resume_from or config.init_from
     if start is not None:
         read_complete(start)
-    source = start or config.data.columns[IMAGE_FEATURES]
-    statistics = LatentStatistics.load(source / STATISTICS)
     torch.manual_seed(config.seed)
-    model = build_model(config.model, statistics)
+    if isinstance(config.model, ModelConfig):
+        source = start or config.data.columns[IMAGE_FEATURES]
+        model = build_model(config.model, LatentStatistics.load(source / STATISTICS))
+        model.conditioner.llm.reads_apart = config.engine.reads_prompts_apart
+    else:
+        for one in config.data.datasets.values():
+            check_column(one.columns[CODES], config.model.tokenizer)
+        model = build_code_model(config.model)
     if resume_from is not None:
         load_weights(model, resume_from, use_ema=False)
         check_continues(model, resume_from)
@@ -208,12 +214,18 @@ def build_trainable(config: TrainConfig, dataset: Mixture, resume_from: Path | N
         load_start(model, start)
     if model.kept and config.engine.zero_stage == 3:
         raise ValueError(
-            f"engine.zero_stage 3 shards the frozen weights of {config.model.conditioning.method!r}, which "
-            "checkpoints hold whole; set engine.zero_stage: 2"
+            f"engine.zero_stage 3 shards the frozen weights of {config.model.label}, which checkpoints hold "
+            "whole; set engine.zero_stage: 2"
         )
     if config.engine.activation_checkpointing != "none":
         model.checkpoint_activations(config.engine.activation_checkpointing)
-    model.conditioner.llm.reads_apart = config.engine.reads_prompts_apart
+    if isinstance(model, TextToImage):
+        check_features(config, model, dataset)
+    return model
+
+
+def check_features(config: TrainConfig, model: TextToImage, dataset: Mixture) -> None:
+    """Raises ValueError where the features are not the encoder's."""
     shape, _ = dataset.forms[IMAGE_FEATURES]
     if shape != model.latent_shape:
         raise ValueError(
@@ -221,7 +233,6 @@ def build_trainable(config: TrainConfig, dataset: Mixture, resume_from: Path | N
             f"{model.latent_shape}; re-run the '{IMAGE_FEATURES}' stage, or point model.encoder at the "
             "tower that made them"
         )
-    return model
 
 
 def compile_layers(model: Trainable, config: EngineConfig) -> Compilation | None:
@@ -234,13 +245,13 @@ def compile_layers(model: Trainable, config: EngineConfig) -> Compilation | None
     return made
 
 
-def refuse_long_captions(model: TextToImage, dataset: Mixture) -> None:
-    """Raises ValueError, on all ranks, where a caption does not fit into the context: each looks at its
+def refuse_long_captions(model: Trainable, dataset: Mixture) -> None:
+    """Raises ValueError, on all ranks, where a caption is longer than the model takes: each looks at its
     share.
     """
     error = None
     try:
-        check_captions(dataset, model.conditioner.llm, dist.get_rank(), dist.get_world_size())
+        check_captions(dataset, model, dist.get_rank(), dist.get_world_size())
     except ValueError as caught:
         error = caught
     if found := failures(error):
@@ -365,8 +376,7 @@ def _train(
     warn: Warn,
     on_step: Callable[[int], None] | None,
 ) -> dict[str, Any]:
-    reads_images = config.model.conditioning.reads_images
-    dataset = Mixture.open(config.data, columns_of(config.model), reads_images)
+    dataset = Mixture.open(config.data, config.model.columns, config.model.reads_images)
     checkpoints = RunFolder(config.output_dir).checkpoints
     checkpoints.mkdir(parents=True, exist_ok=True)
     remote = None if config.output_url is None else RemoteRun(config.output_url)

@@ -11,10 +11,10 @@ from pipelines.ladder.curves import write_charts
 from pipelines.ladder.plans.base import Plan, Row
 from pipelines.ladder.results import ComputePoint, Result, Selection, read, select, select_points
 from pipelines.ladder.statistics import Difference, compare, mean_and_error
+from repfusion.display.tables import markdown
 from repfusion.evaluation.record import EvaluationConfig
 from repfusion.evaluation.suites.base import Suite
 from repfusion.files import write_text
-from repfusion.tables import markdown
 
 MISSING = "missing"
 

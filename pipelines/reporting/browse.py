@@ -1,5 +1,6 @@
 """Stage folders -> pages with pictures, captions of all columns and drops, made when they are asked for."""
 
+import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from pipelines.shards.manifest import read_output
 from pipelines.shards.parquet import read_parquet
 from pipelines.shards.storage import Folder
 from pipelines.shards.tars import read_samples
-from repfusion.data.source_images import IMAGE_EXTENSIONS
-from repfusion.tables import html
+from repfusion.data.source_images import CLIP_EXTENSION, PICTURE_EXTENSIONS
+from repfusion.display.tables import html
 
 SHARDS_KEPT = 6
 """Shards in memory: one is read as a whole, also from a store."""
@@ -21,6 +22,8 @@ SHARDS_SEARCHED = 50
 MATCHES = 200
 """A search ends at so many shards or samples, with a link that goes on."""
 DUPLICATE = re.compile(r"duplicate of (\S+)")
+SHEET_COLUMNS = 6
+"""Frames in a row of a clip's sheet."""
 TYPES = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp"}
 LOOK = """
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 14px; }
@@ -75,6 +78,8 @@ class Library:
                     return self._page(self.shard(stage, shard, query.get("q", "")))
                 case [stage, shard, key]:
                     return self.picture(stage, shard, key)
+                case [stage, shard, key, "sheet"]:
+                    return self.sheet(stage, shard, key)
         except (LookupError, FileNotFoundError):
             pass
         return self._page("<p>There is nothing at this address.</p>", 404)
@@ -151,7 +156,7 @@ class Library:
             for column in columns:
                 texts |= _texts(column.get(key, {}))
             if wanted in " ".join([key, *texts.values()]).casefold():
-                yield _figure(self._source(stage, name, key, members), key, texts)
+                yield _figure(self._source(stage, name, key, members), key, texts, CLIP_EXTENSION in members)
 
     def _captions(self, folder: Folder, name: str) -> Mapping[str, Members]:
         file = f"{name}.tar"
@@ -159,7 +164,7 @@ class Library:
 
     def _source(self, stage: str, name: str, key: str, members: Members) -> str | None:
         """The address of a sample's picture."""
-        if not any(extension in members for extension in IMAGE_EXTENSIONS):
+        if not any(extension in members for extension in PICTURE_EXTENSIONS):
             return None
         return f"/{quote(stage)}/{quote(name)}/{quote(key, safe='')}"
 
@@ -183,10 +188,32 @@ class Library:
         return f"<h2>{len(rows):,} dropped</h2>{_grid(figures)}"
 
     def picture(self, stage: str, name: str, key: str) -> Answer:
-        """A sample's picture, as it is stored."""
+        """A sample's picture, as it is stored; a clip as an animation. Raises LookupError where there is
+        none.
+        """
         members = self._samples(self.stages[stage].folder, f"{name}.tar")[key]
-        extension = next(one for one in IMAGE_EXTENSIONS if one in members)
-        return Answer(TYPES[extension], members[extension])
+        found = [one for one in PICTURE_EXTENSIONS if one in members]
+        if not found:
+            raise LookupError(key)
+        if found[0] != CLIP_EXTENSION:
+            return Answer(TYPES[found[0]], members[found[0]])
+        from repfusion.video.fitting import read_clip
+        from repfusion.video.sheets import animation
+
+        clip = read_clip(members[CLIP_EXTENSION])
+        return Answer(TYPES["webp"], animation(clip.frames, clip.rate))
+
+    def sheet(self, stage: str, name: str, key: str) -> Answer:
+        """The frames of a sample's clip beside each other. Raises LookupError where it has none."""
+        from PIL import Image
+
+        from repfusion.video.fitting import read_clip
+        from repfusion.video.sheets import contact_sheet
+
+        data = self._samples(self.stages[stage].folder, f"{name}.tar")[key][CLIP_EXTENSION]
+        stream = io.BytesIO()
+        Image.fromarray(contact_sheet(read_clip(data).frames, SHEET_COLUMNS)).save(stream, "PNG")
+        return Answer(TYPES["png"], stream.getvalue())
 
 
 def _texts(members: Members) -> dict[str, str]:
@@ -197,10 +224,13 @@ def _texts(members: Members) -> dict[str, str]:
     return dict(sorted(found.items(), key=lambda item: item[0] != "txt"))
 
 
-def _figure(source: str | None, key: str, texts: Mapping[str, str]) -> str:
+def _figure(source: str | None, key: str, texts: Mapping[str, str], is_clip: bool = False) -> str:
+    """A picture with its texts; that of a clip leads to its frames."""
     picture = (
         f'<img loading="lazy" alt="{escape(key)}" src="{escape(source)}"/>' if source else "<p>no picture</p>"
     )
+    if source and is_clip:
+        picture = f'<a href="{escape(source)}/sheet">{picture}</a>'
     lines = "".join(
         f"<br/>{'' if name == 'txt' else f'<b>{escape(name)}</b> '}{escape(text)}"
         for name, text in texts.items()

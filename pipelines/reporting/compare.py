@@ -26,11 +26,11 @@ from pipelines.reporting.contenders import (
 )
 from pipelines.reporting.scores import number, percent
 from repfusion.display.redaction import redact_text
+from repfusion.display.tables import html
 from repfusion.display.terminal import printable_lines
 from repfusion.evaluation.suites.base import Value
 from repfusion.evaluation.suites.build import build_suite
 from repfusion.files import write_text
-from repfusion.tables import html
 
 COLOURS = ("#b5532a", "#2f6db3", "#3f8f5a", "#8a5fb0", "#b08a1f", "#5f6b7a")
 """Colours of the contenders, in their order; further ones begin anew."""

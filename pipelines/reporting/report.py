@@ -12,10 +12,10 @@ from pipelines.reporting import scores
 from pipelines.reporting.charts import ENLARGE, INK, STYLE, Line, chart
 from pipelines.shards.manifest import Manifest, read_output
 from pipelines.shards.storage import Folder
+from repfusion.display.tables import html
 from repfusion.evaluation.record import GALLERY, Evaluation, read_evaluation
 from repfusion.files import atomic_path, write_text
 from repfusion.runs.folder import COMPLETE, CONFIG, STEP_FOLDER
-from repfusion.tables import html
 from repfusion.tracking import metric_history
 
 

@@ -8,10 +8,10 @@ from html import escape
 from pathlib import Path
 
 from pipelines.reporting.charts import INK, Line, chart
+from repfusion.display.tables import html
 from repfusion.evaluation.record import GALLERY, Evaluation, SuiteResult
 from repfusion.evaluation.shown import ShownSuite, shown_suites
 from repfusion.evaluation.suites.base import Interval, Role, Value
-from repfusion.tables import html
 
 SHOW = (
     "const all = this.closest('.steps').querySelectorAll('img');"

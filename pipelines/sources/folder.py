@@ -28,10 +28,11 @@ from pipelines.sources.inputs import Listed, list_folder
 from pipelines.sources.raw_samples import (
     IMAGE_ENDINGS,
     OWN_FIELDS,
-    PACKAGES,
     SampleMaker,
     SourceImages,
     free_names,
+    picture_endings,
+    picture_packages,
     sample_maker,
     source_image_fields,
 )
@@ -136,17 +137,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class FolderSource:
-    """A folder of images, read by `ingest`."""
+    """A folder of images, or of clips, read by `ingest`."""
 
     config: FolderConfig
+    endings: tuple[str, ...] = IMAGE_ENDINGS
+    """What counts as an image, or as a clip, by its name."""
 
     def stages(self, ingest: IngestConfig, place: Place) -> list[ShardStage]:
-        fields = fingerprint_fields(self.config, ingest)
-        return [read_stage(FolderWorker, self.config, fields, jobs(self.config), ingest, place)]
+        fields, listed = fingerprint_fields(self.config, ingest), jobs(self.config, self.endings)
+        return [read_stage(FolderWorker, self.config, fields, listed, ingest, place)]
 
     def entries(self) -> Entries:
-        names = [job.name for job in jobs(self.config)]
-        return Entries(num_entries(self.config), names, partial(probe_jobs, self.config))
+        names = [job.name for job in jobs(self.config, self.endings)]
+        probe = partial(probe_jobs, self.config, endings=self.endings)
+        return Entries(num_entries(self.config, self.endings), names, probe)
 
 
 def fingerprint_fields(config: FolderConfig, ingest: IngestConfig) -> dict[str, Any]:
@@ -186,31 +190,34 @@ def folder_of(config: FolderConfig) -> Folder:
     return Folder(config.path.rstrip("/").removeprefix("file://"), config.options)
 
 
-def jobs(config: FolderConfig) -> tuple[ShardJob, ...]:
+def jobs(config: FolderConfig, endings: tuple[str, ...] = IMAGE_ENDINGS) -> tuple[ShardJob, ...]:
     """Shards of `source.shard_size` entries. Walks the folder; what is kept of it is a hash for each shard.
 
     Raises:
         ValueError: where there is no folder or no image in it, or no list that has the columns.
     """
-    entries = FolderEntries(config).walk()
+    entries = FolderEntries(config, endings).walk()
     made: list[ShardJob] = []
     while shard := _Shard.of(islice(entries, config.shard_size)):
         start = len(made) * config.shard_size
         arguments = {"start": start, "stop": start + shard.number, "first": shard.first}
         made.append(ShardJob(shard_name(len(made)), "", {"files": shard.digest}, arguments))
     if not made:
-        raise ValueError(f"source.path: {config.path} holds no images ({' '.join(IMAGE_ENDINGS)})")
+        wanted = "images" if endings == IMAGE_ENDINGS else "clips"
+        raise ValueError(f"source.path: {config.path} holds no {wanted} ({' '.join(endings)})")
     return tuple(made)
 
 
-def num_entries(config: FolderConfig) -> int:
+def num_entries(config: FolderConfig, endings: tuple[str, ...] = IMAGE_ENDINGS) -> int:
     """Images, and captions without one; raises what `jobs` raises."""
-    return sum(1 for _ in FolderEntries(config).walk())
+    return sum(1 for _ in FolderEntries(config, endings).walk())
 
 
-def probe_jobs(config: FolderConfig, wanted: int, offset: int = 0) -> tuple[ShardJob, ...]:
+def probe_jobs(
+    config: FolderConfig, wanted: int, offset: int = 0, endings: tuple[str, ...] = IMAGE_ENDINGS
+) -> tuple[ShardJob, ...]:
     """A job that reads about `wanted` entries, spread evenly."""
-    total = num_entries(config)
+    total = num_entries(config, endings)
     step = max(1, total // wanted)
     return (ShardJob(shard_name(0), "", {}, {"start": offset % step, "stop": total, "step": step}),)
 
@@ -257,9 +264,9 @@ class _CaptionFiles:
 class _SourceFiles:
     """The source pictures that lie directly in a folder, each beside its target."""
 
-    def __init__(self, listed: Sequence[Listed], names: Sequence[str]):
+    def __init__(self, listed: Sequence[Listed], names: Sequence[str], endings: tuple[str, ...]):
         self._names = names
-        pictures = [one for one in listed if not one.is_folder and _is_image(one.name)]
+        pictures = [one for one in listed if not one.is_folder and one.name.lower().endswith(endings)]
         targets = {_stem(one.name) for one in pictures if self._target(one.name) is None}
         self._files: dict[str, list[Listed]] = {}
         """Files by their names without the ending."""
@@ -291,19 +298,15 @@ def _stem(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_ENDINGS)
-
-
 class FolderEntries:
-    """What a folder holds, in the order of the paths.
+    """What a folder holds, in the order of the paths; `endings` are those of its images, or of its clips.
 
     Raises:
         ValueError: where there is no folder, or no list that has the columns.
     """
 
-    def __init__(self, config: FolderConfig):
-        self.config = config
+    def __init__(self, config: FolderConfig, endings: tuple[str, ...] = IMAGE_ENDINGS):
+        self.config, self.endings = config, endings
         self.folder = folder_of(config)
         listed = find_list(config)
         self.captions = None if listed is None else _path_list(config, listed)
@@ -329,8 +332,8 @@ class FolderEntries:
         files = {entry.name: f"{entry.size}:{entry.stamp}" for entry in listed if not entry.is_folder}
         faults = {entry.name: entry.fault for entry in listed}
         captions = _CaptionFiles([] if self.captions else list(files))
-        sources = _SourceFiles(listed, self.config.images)
-        images = {name for name in files if _is_image(name)}
+        sources = _SourceFiles(listed, self.config.images, self.endings)
+        images = {name for name in files if self._is_image(name)}
         images |= {_stem(name) for name in images}
         for entry in listed:
             if entry.name < first[0] or sources.has(entry.name):
@@ -341,7 +344,7 @@ class FolderEntries:
                 yield from self._walk(folder / entry.name, f"{path}/", inside or [""])
             elif entry.is_folder:
                 yield Entry(path, None, None, fault=entry.fault)
-            elif _is_image(entry.name):
+            elif self._is_image(entry.name):
                 text = captions.of(entry.name)
                 caption = None if text is None else Caption(prefix + text, files[text])
                 fault = entry.fault or ("" if text is None else faults[text])
@@ -352,6 +355,9 @@ class FolderEntries:
                     yield Entry(path, None, Caption(path, files[entry.name]), fault=entry.fault)
             elif entry.fault == "broken_link":
                 yield Entry(path, None, None, fault=entry.fault)  # perhaps to a folder that is not mounted
+
+    def _is_image(self, name: str) -> bool:
+        return name.lower().endswith(self.endings)
 
     @staticmethod
     def _join(images: Iterator[Entry], captions: Iterator[ListedCaption]) -> Iterator[Entry]:
@@ -394,20 +400,21 @@ class FolderWorker:
     Reasons of drops: no_image (a caption file without an image), not_on_disk (the list names it),
     repeated_row (the list names it again), no_caption (no file beside it, or no text in the list),
     not_in_list, undecodable_caption, not_text, several_captions, undecodable_metadata, too_many_bytes,
-    not_readable, missing_source, broken_source, those of `FAULTS` and those of ImageFitter.
+    not_readable, missing_source, broken_source, those of `FAULTS` and those of ImageFitter, of clips those of
+    BadClip.
     """
 
     concurrency: ClassVar[int] = 2
 
     def __init__(self, folder: Folder, config: FolderConfig, ingest: IngestConfig):
         self.folder, self.config, self.ingest = folder, config, ingest
-        self._entries = FolderEntries(config)
+        self._entries = FolderEntries(config, picture_endings(ingest))
         self._make = SampleMaker(ingest)
 
     def __call__(self, job: ShardJob) -> Sidecar:
         wanted = range(job.arguments["start"], job.arguments["stop"], job.arguments.get("step", 1))
         with ShardCommit(
-            self.folder, job.name, job.fingerprint, job.inputs, ("pyarrow", *PACKAGES)
+            self.folder, job.name, job.fingerprint, job.inputs, ("pyarrow", *picture_packages(self.ingest))
         ) as commit:
             with tar_shard(commit) as samples, sample_maker(self._make, job.careful_sec) as make:
                 for position, entry in zip(wanted, self._wanted(job, wanted), strict=False):

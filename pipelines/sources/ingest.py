@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from pipelines.lists.values import json_values
 from pipelines.runtime.careful import KILLED, KilledError, guarded
 from pipelines.runtime.pool import ActorsConfig, ShardJob
+from pipelines.shards.digests import flatten
 from pipelines.shards.parquet import parse_parquet, read_parquet
 from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
@@ -30,6 +31,7 @@ from repfusion.config import Config
 from repfusion.files import canonical_json
 from repfusion.images.decode import EncodedImage
 from repfusion.images.limits import MAX_PIXELS, BadImage
+from repfusion.video.forms import ClipForm
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,6 +59,11 @@ class IngestConfig(Config):
     """Format of the stored images; png is lossless."""
     quality: int = Field(default=6, ge=0, le=100)
     """Compression level 0 to 9 for png, quality 0 to 100 otherwise."""
+    clips: ClipForm | None = None
+    """Takes what tars, folders and parquet hold for clips (mp4, webm, gif) and brings them to this length and
+    rate, a square from the middle of their frames to `image_size`; stored as `KEY.mp4`, whatever `encode`
+    says. None takes it for images.
+    """
     max_pixels: int = Field(default=100_000_000, ge=1, le=MAX_PIXELS)
     """Images of more pixels, also after they are scaled up, are dropped before they are decoded. Pillow reads
     no header that tells of more than the largest value.
@@ -92,11 +99,19 @@ class IngestConfig(Config):
             raise ValueError(f"quality {self.quality} with encode png, whose compression levels are 0 to 9")
         return self
 
+    @model_validator(mode="after")
+    def _clips_are_cropped(self) -> Self:
+        if self.clips is not None and self.resize != "center_crop":
+            raise ValueError(f"resize {self.resize} with clips, whose frames are cut by center_crop alone")
+        return self
+
 
 def image_fields(config: IngestConfig) -> dict[str, Any]:
-    """What decides the bytes of an image, wherever it comes from."""
+    """What decides the bytes of an image or a clip, wherever it comes from."""
     names = {"image_size", "resize", "encode", "quality", "max_pixels", "max_download_bytes"}
-    return {f"ingest.{name}": value for name, value in config.model_dump(mode="json", include=names).items()}
+    if config.clips is not None:
+        names = {"image_size", "clips", "max_pixels", "max_download_bytes"}
+    return flatten(config.model_dump(mode="json", include=names), "ingest.")
 
 
 def fingerprint_fields(config: IngestConfig) -> dict[str, Any]:

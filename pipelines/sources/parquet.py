@@ -30,10 +30,10 @@ from pipelines.sources.ingest import IngestConfig, image_fields
 from pipelines.sources.inputs import InputFile, find_inputs
 from pipelines.sources.raw_samples import (
     OWN_FIELDS,
-    PACKAGES,
     SampleMaker,
     SourceImages,
     free_names,
+    picture_packages,
     sample_maker,
     source_image_fields,
 )
@@ -262,7 +262,7 @@ class ParquetWorker:
         wanted = range(job.arguments["start"], job.arguments["stop"], job.arguments.get("step", 1))
         parts: Sequence[Part] = job.arguments.get("parts") or list_parts(self.config)
         with ShardCommit(
-            self.folder, job.name, job.fingerprint, job.inputs, ("pyarrow", *PACKAGES)
+            self.folder, job.name, job.fingerprint, job.inputs, ("pyarrow", *picture_packages(self.ingest))
         ) as commit:
             with tar_shard(commit) as samples, sample_maker(self._make, job.careful_sec) as make:
                 for position, file, row, values in self._read(parts, wanted):

@@ -1,5 +1,5 @@
-"""An image, its caption and what else an input says of it -> the members of a raw sample, as `ingest` stores
-them.
+"""An image or a clip, its caption and what else an input says of it -> the members of a raw sample, as
+`ingest` stores them.
 """
 
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -13,13 +13,16 @@ from pipelines.lists.captions import clean
 from pipelines.lists.values import BadEntry, json_values
 from pipelines.runtime.careful import KILLED, KilledError, guarded
 from pipelines.sources.ingest import SIZES, ImageFitter, IngestConfig
-from repfusion.data.source_images import source_member
+from repfusion.data.source_images import CLIP_EXTENSION, source_member
 from repfusion.files import canonical_json
 from repfusion.images.decode import EncodedImage
 from repfusion.images.limits import BadImage
+from repfusion.video.forms import ClipForm
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 """What counts as an image by its name."""
+CLIP_ENDINGS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".gif")
+"""What counts as a clip by its name."""
 OWN_FIELDS = {"key", "source_key", "source_file", *SIZES}
 """Fields of a sample's JSON that are ours to give."""
 PACKAGES = ("img2dataset", "opencv-python-headless", "pillow")
@@ -53,11 +56,22 @@ def source_image_fields(names: SourceImages) -> dict[str, Any]:
     return {"source.images": list(names)} if names else {}
 
 
+def picture_endings(config: IngestConfig) -> tuple[str, ...]:
+    """What counts by its name as that of which samples are made: images, or clips."""
+    return IMAGE_ENDINGS if config.clips is None else CLIP_ENDINGS
+
+
+def picture_packages(config: IngestConfig) -> tuple[str, ...]:
+    """Libraries that decide the bytes of samples."""
+    return PACKAGES if config.clips is None else ("av", "opencv-python-headless", "pillow")
+
+
 class SampleMaker:
     """Makes samples; may be called from several threads.
 
     With `ingest.image_size` null, images that are plain (`EncodedImage.plain_extension`) and can be decoded
-    keep their bytes.
+    keep their bytes. With `ingest.clips`, pictures are clips: each becomes an mp4 of that form, and the
+    json's `clip` says its length and rate.
     """
 
     def __init__(self, config: IngestConfig):
@@ -77,7 +91,7 @@ class SampleMaker:
 
         Raises:
             BadEntry: no_image, no_caption, undecodable_caption, undecodable_metadata, missing_source,
-                broken_source, or one of ImageFitter's reasons.
+                broken_source, or one of ImageFitter's reasons, of clips one of BadClip's.
         """
         if image is None:
             raise BadEntry("no_image", "no image")
@@ -101,13 +115,30 @@ class SampleMaker:
             raise BadEntry("broken_source", f"source image {number}: {error}") from error
         return source_member(number, extension), fitted
 
-    def _fit(self, data: bytes) -> tuple[str, bytes, dict[str, int]]:
+    def _fit(self, data: bytes) -> tuple[str, bytes, dict[str, Any]]:
+        """Extension and bytes as they are stored, and what the JSON says of them."""
+        if self.config.clips is not None:
+            return _fitted_clip(data, self.config.clips, self.config)
         if self.config.image_size is None:
             image = EncodedImage(data, self.config.max_pixels)
             if image.plain_extension is not None:
                 width, height = image.decode().size
                 return image.plain_extension, data, dict(zip(SIZES, (width, height) * 2, strict=True))
         return self.config.encode, *self._fitter(data)
+
+
+def _fitted_clip(data: bytes, form: ClipForm, config: IngestConfig) -> tuple[str, bytes, dict[str, Any]]:
+    from repfusion.video.fitting import fit_clip
+
+    found = fit_clip(data, form, config.image_size, config.max_pixels)
+    sizes = (found.width, found.height, found.original_width, found.original_height)
+    said = {
+        "num_frames": form.num_frames,
+        "rate": form.rate,
+        "original_sec": round(found.original_sec, 3),
+        "original_rate": round(found.original_rate, 3),
+    }
+    return CLIP_EXTENSION, found.data, {**dict(zip(SIZES, sizes, strict=True)), "clip": said}
 
 
 @contextmanager

@@ -27,9 +27,10 @@ from pipelines.sources.inputs import InputFile, find_inputs
 from pipelines.sources.raw_samples import (
     IMAGE_ENDINGS,
     OWN_FIELDS,
-    PACKAGES,
     SampleMaker,
     SourceImages,
+    picture_endings,
+    picture_packages,
     sample_maker,
     source_image_fields,
 )
@@ -174,16 +175,17 @@ def _spread(tars: tuple[InputFile, ...], number: int, offset: int = 0) -> list[t
     return list(enumerate(tars))[offset % step :: step][:number]
 
 
-def _archive(file: InputFile, config: TarsConfig, max_bytes: int) -> Archive:
-    return Archive(file.folder(config.options), file.base, config.key_ends, _is_read, max_bytes)
+def _archive(
+    file: InputFile, config: TarsConfig, max_bytes: int, endings: tuple[str, ...] = IMAGE_ENDINGS
+) -> Archive:
+    """A tar whose members of these endings, captions and metadata are read."""
+    is_read = partial(_is_read, endings=endings)
+    return Archive(file.folder(config.options), file.base, config.key_ends, is_read, max_bytes)
 
 
-def _is_image(extension: str) -> bool:
-    return f".{extension}".endswith(IMAGE_ENDINGS)
-
-
-def _is_read(extension: str) -> bool:
-    return _is_image(extension) or extension.rpartition(".")[2] in (*CAPTION_EXTENSIONS, "json")
+def _is_read(extension: str, endings: tuple[str, ...]) -> bool:
+    is_text = extension.rpartition(".")[2] in (*CAPTION_EXTENSIONS, "json")
+    return is_text or f".{extension}".endswith(endings)
 
 
 class TarWorker:
@@ -194,8 +196,9 @@ class TarWorker:
 
     Reasons of drops: no_image, several_images, no_caption, undecodable_caption, not_text, several_captions,
     undecodable_metadata, duplicate_key, dotted_key, too_many_bytes, broken_link, unreadable_member,
-    truncated_tar, missing_source, broken_source, and those of ImageFitter. Members that belong to no sample
-    are counted beside them: extra_image, unused_member, hidden_file, no_extension, metadata_file.
+    truncated_tar, missing_source, broken_source, and those of ImageFitter, of clips those of BadClip. Members
+    that belong to no sample are counted beside them: extra_image, unused_member, hidden_file, no_extension,
+    metadata_file.
     """
 
     concurrency: ClassVar[int] = 2
@@ -203,9 +206,10 @@ class TarWorker:
     def __init__(self, folder: Folder, config: TarsConfig, ingest: IngestConfig):
         self.folder, self.config, self.ingest = folder, config, ingest
         self._make = SampleMaker(ingest)
+        self._endings, self._packages = picture_endings(ingest), picture_packages(ingest)
 
     def __call__(self, job: ShardJob) -> Sidecar:
-        with ShardCommit(self.folder, job.name, job.fingerprint, job.inputs, PACKAGES) as commit:
+        with ShardCommit(self.folder, job.name, job.fingerprint, job.inputs, self._packages) as commit:
             with tar_shard(commit) as samples, sample_maker(self._make, job.careful_sec) as make:
                 self._copy(job, commit, samples, make)
             commit.check_drops(self.ingest.max_drop_fraction)
@@ -241,7 +245,7 @@ class TarWorker:
             else:
                 samples.write(key, made)
                 for extension in sorted(entry.members.keys() - used - pictures):
-                    reason = "extra_image" if _is_image(extension) else "unused_member"
+                    reason = "extra_image" if self._is_image(extension) else "unused_member"
                     commit.drop(key, reason, f"{entry.key}.{extension}")
             seen.add(entry.key)
 
@@ -249,11 +253,11 @@ class TarWorker:
         """The tar's samples, or why something is none; a damage that is not to fail the shard comes last."""
         file: InputFile = job.arguments["file"]
         read, limit = 0, job.arguments.get("limit")
-        with _archive(file, self.config, self.ingest.max_download_bytes) as archive:
+        with _archive(file, self.config, self.ingest.max_download_bytes, self._endings) as archive:
             try:
                 for group in itertools.islice(archive.groups(), limit):
                     read += 1
-                    yield from _undotted(group)
+                    yield from _undotted(group, self._endings)
             except FileNotFoundError as error:
                 raise ShardError(
                     f"{file.url}: was there when the tars were listed, is gone; run again"
@@ -279,6 +283,10 @@ class TarWorker:
         fields = {name: value for name, value in metadata.items() if name not in OWN_FIELDS}
         return used, data.get(image), caption, fields | kept
 
+    def _is_image(self, extension: str) -> bool:
+        """Whether a member is a picture by its name: an image or, where clips are made, a clip."""
+        return f".{extension}".endswith(self._endings)
+
     @property
     def _stems(self) -> list[str]:
         """Extensions of source pictures, without the format, as groups spell them."""
@@ -291,7 +299,7 @@ class TarWorker:
         used: set[str] = set()
         sources: list[bytes | None] = []
         for stem in self._stems:
-            found = [one for one in group.members if _is_image(one) and one.rpartition(".")[0] == stem]
+            found = [one for one in group.members if self._is_image(one) and one.rpartition(".")[0] == stem]
             if len(found) > 1:
                 raise BadEntry("several_images", f"{', '.join(sorted(found))}: source images of one name")
             used |= set(found)
@@ -305,7 +313,7 @@ class TarWorker:
         images = sorted(
             extension
             for extension in group.members
-            if _is_image(extension) and extension.rpartition(".")[0] not in self._stems
+            if self._is_image(extension) and extension.rpartition(".")[0] not in self._stems
         )
         if plain := [extension for extension in images if "." not in extension]:
             return plain[0]
@@ -323,11 +331,11 @@ def _source_bytes(extension: str, found: bytes | Missing | None) -> bytes:
     return found
 
 
-def _undotted(group: Group) -> Iterator[Group | BadEntry]:
+def _undotted(group: Group, endings: tuple[str, ...]) -> Iterator[Group | BadEntry]:
     """The group; where none of its members has a plain extension, what was probably meant by each dotted one:
     `shot.001.png` and `shot.002.png` are one sample `shot` to WebDataset.
     """
-    read = [extension for extension in group.members if _is_read(extension)]
+    read = [extension for extension in group.members if _is_read(extension, endings)]
     stems = dict.fromkeys(extension.rpartition(".")[0] for extension in read)
     if "" in stems or len(read) < 2:
         yield group

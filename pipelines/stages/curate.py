@@ -14,6 +14,7 @@ from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, ShardError, Sidecar, read_sidecar
 from pipelines.shards.tars import read_samples, tar_shard
 from repfusion.config import Config
+from repfusion.video.looks import ClipRules
 
 
 class CurateConfig(Config):
@@ -39,10 +40,13 @@ class CurateConfig(Config):
     """
     duplicates: Duplicates = "exact"
     """Which images count as the same, so that the first alone stays: `exact` compares the stored bytes,
-    `near` also the perceptual hash, which sees brightness and coarse layout and no colour. Captions
+    `near` also the perceptual hash, which sees brightness and coarse layout and no colour, of a clip in four
+    of its frames. Captions
     are not compared: a list with several captions to an image needs `keep`. Editing samples are: they are
     duplicates where sources and instruction are the same, to the byte, and the targets count as the same.
     """
+    clips: ClipRules = ClipRules()
+    """What a clip has to show; not read where samples are images."""
     near_duplicate_bits: int = Field(default=4, ge=0, le=8)
     """Bits, of 64, in which the hashes of two images may differ that `near` takes for the same."""
     max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
@@ -51,9 +55,13 @@ class CurateConfig(Config):
     """The pool of each of the two. Changes no bytes."""
 
 
-def judge_fields(config: CurateConfig, limits: Limits) -> dict[str, Any]:
+def judge_fields(config: CurateConfig, limits: Limits, are_clips: bool = False) -> dict[str, Any]:
     """What decides the bytes of `judge`; `limits` are those of the captions."""
-    fields = config.model_dump(mode="json", exclude={"near_duplicate_bits", "max_drop_fraction", "actors"})
+    fields = config.model_dump(
+        mode="json", exclude={"clips", "near_duplicate_bits", "max_drop_fraction", "actors"}
+    )
+    if are_clips:
+        fields["clips"] = config.clips.model_dump(mode="json")
     if config.duplicates == "near":
         fields["near_duplicate_bits"] = config.near_duplicate_bits
     if limits:

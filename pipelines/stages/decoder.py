@@ -1,9 +1,11 @@
-"""The stage `decoder`: curated images -> the RAE decoder of an encoder, `stage:decoder` to trainings.
+"""The stage `decoder`: curated images -> the decoder of an encoder, `stage:decoder` to trainings.
 
 ROOT/decoder/model/         the decoder, what was measured of it and a picture
 ROOT/decoder/model.state    where a training that was cut off goes on; set aside with it when it is stale
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from pipelines.shards.manifest import Upstream
 from pipelines.shards.mirror import mirror
 from pipelines.shards.storage import Folder
 from repfusion.config import naming, weights_of
-from repfusion.decoding.config import DecoderRecipe, DecoderTrainingConfig
+from repfusion.decoding.config import DecoderRecipe, DecoderTrainingConfig, RebuildingRecipe
 from repfusion.files import file_sha256
 from repfusion.latents.load import EncoderConfig
 
@@ -27,7 +29,7 @@ NOT_BYTES = (
     "measure_every_steps",
     "tracking",
 )
-"""Fields that change a decoder's weights by rounding at most."""
+"""Fields that change the weights by rounding at most."""
 
 
 class DecoderStageConfig(DecoderRecipe):
@@ -39,25 +41,80 @@ class DecoderStageConfig(DecoderRecipe):
     """
 
 
+def model_folder(root: Path, name: str) -> Path:
+    """Where a stage of this kind leaves its network, by the workflow's root."""
+    return root / name / "model"
+
+
 def decoder_folder(root: Path) -> Path:
     """Where the stage leaves the decoder of a workflow, by its root."""
-    return root / DECODER / "model"
+    return model_folder(root, DECODER)
 
 
-def fingerprint_fields(
-    config: DecoderStageConfig, encoder: EncoderConfig, digest: str, digests: Digests
-) -> dict[str, Any]:
-    """What decides the decoder: its section, the encoder's folder (by its digest) and those of the networks
-    that judge it. Raises ValueError, naming the config key, where one is missing.
-    """
-    values = config.model_dump(mode="json", exclude={*NOT_BYTES, "encoder"})
-    fields = flatten(values, f"{DECODER}.")
-    fields |= flatten(encoder.model_dump(mode="json"), f"{DECODER}.encoder.")
-    fields[f"{DECODER}.encoder.path"] = digest
-    folders = weights_of(config.model_copy(update={"encoder": None}), f"{DECODER}.")
-    if config.init_from is not None:
-        folders[f"{DECODER}.init_from"] = config.init_from
-    return fields | {key: digests.folder(folder, key) for key, folder in folders.items()}
+@dataclass(frozen=True)
+class Rebuilding:
+    """A network that a workflow trains on its own images, under the name of its stage and section."""
+
+    name: str
+    recipe: RebuildingRecipe
+    encoder: EncoderConfig
+    key: str
+    """Where the configuration says what the encoder is."""
+
+    def fields(self, digest: str, digests: Digests) -> dict[str, Any]:
+        """What decides the network: its section, the encoder's folder (by its digest) and those of the
+        networks that judge it. Raises ValueError, naming the config key, where one is missing.
+        """
+        prefix, config = f"{self.name}.", self.recipe
+        fields = flatten(config.model_dump(mode="json", exclude={*NOT_BYTES, "encoder"}), prefix)
+        fields |= flatten(self.encoder.model_dump(mode="json"), f"{prefix}encoder.")
+        fields[f"{prefix}encoder.path"] = digest
+        folders = weights_of(config.model_copy(update={"encoder": None}), prefix)
+        if config.init_from is not None:
+            folders[f"{prefix}init_from"] = config.init_from
+        return fields | {key: digests.folder(folder, key) for key, folder in folders.items()}
+
+    def check(self) -> None:
+        """Raises ValueError, naming the config key, where the encoder or a judge is none."""
+        from repfusion.decoding.discriminator import load_discriminator
+        from repfusion.decoding.perceptual import LPIPS
+
+        config = self.recipe
+        with naming(f"{self.key}.path"):
+            self.encoder.load(on_meta=True)
+        if config.perceptual is not None:
+            with naming(f"{self.name}.perceptual.path"):
+                LPIPS.from_pretrained(config.perceptual.path)
+        if config.adversarial is not None:
+            with naming(f"{self.name}.adversarial.path"):
+                load_discriminator(config.adversarial.path, config.adversarial.image_size, config.seed)
+
+    def stage(
+        self,
+        images: Stage,
+        place: Place,
+        train: Callable[[Path, Path], dict[str, Any]],
+        check: Callable[[], object],
+    ) -> WholeStage:
+        """The stage: `train` is given the folder of images and the one to write. Raises ValueError where a
+        folder is missing.
+        """
+        out = model_folder(place.root, self.name)
+        source = place.columns / images.name
+
+        def execute(above: Upstream) -> dict[str, Any]:
+            if not place.data.is_local:
+                mirror(images.folder, source)
+            measured = train(source, out)
+            return {"measured": measured, "sha256": file_sha256(out / "model.safetensors")}
+
+        digest = place.digests.folder(self.encoder.path, f"{self.key}.path")
+        fields = self.fields(digest, place.digests)
+        outputs = (out / "model.safetensors", out / "measured.json")
+        folder = Folder(str(place.root / self.name))
+        return WholeStage(
+            self.name, fields, folder, (images,), execute, outputs, needs_ray=False, check=check
+        )
 
 
 def decoder_stage(
@@ -66,34 +123,22 @@ def decoder_stage(
     """The stage of a workflow's decoder. `key` is where the configuration says what the encoder is. Raises
     ValueError where a folder is missing.
     """
-    out = decoder_folder(place.root)
-    source = place.columns / images.name
     given = {name: getattr(config, name) for name in DecoderRecipe.model_fields}
-    training = DecoderTrainingConfig(**given, images=source, out=out, encoder=encoder)
+    made = Rebuilding(DECODER, config, encoder, key)
 
-    def execute(above: Upstream) -> dict[str, Any]:
+    def train(source: Path, out: Path) -> dict[str, Any]:
         from repfusion.decoding.train import train_decoder
 
-        if not place.data.is_local:
-            mirror(images.folder, source)
-        measured = train_decoder(training)
-        return {"measured": measured, "sha256": file_sha256(out / "model.safetensors")}
+        return train_decoder(DecoderTrainingConfig(**given, images=source, out=out, encoder=encoder))
 
     def check() -> None:
-        from repfusion.decoding.discriminator import load_discriminator
-        from repfusion.decoding.perceptual import LPIPS
+        made.check()
+        if config.method.kind == "drawing":
+            from repfusion.decoding.making import drawing_sizes, load_painter
 
-        with naming(f"{key}.path"):
-            encoder.load(on_meta=True)
-        if config.perceptual is not None:
-            with naming(f"{DECODER}.perceptual.path"):
-                LPIPS.from_pretrained(config.perceptual.path)
-        if config.adversarial is not None:
-            with naming(f"{DECODER}.adversarial.path"):
-                load_discriminator(config.adversarial.path, config.adversarial.image_size, config.seed)
+            seen = encoder.load(on_meta=True)
+            with naming(f"{DECODER}.method"):
+                drawing_sizes(config, config.method, seen)
+                load_painter(config.method, seen.image_size)
 
-    digest = place.digests.folder(encoder.path, f"{key}.path")
-    fields = fingerprint_fields(config, encoder, digest, place.digests)
-    outputs = (out / "model.safetensors", out / "measured.json")
-    folder = Folder(str(place.root / DECODER))
-    return WholeStage(DECODER, fields, folder, (images,), execute, outputs, needs_ray=False, check=check)
+    return made.stage(images, place, train, check)

@@ -1,4 +1,4 @@
-"""Batches of images -> encodings, in the one thread that a worker's encoder has, whichever shard they are of.
+"""Batches of images or clips -> encodings, in the one thread that a worker's encoder has, of any shard.
 
 On a GPU that thread only queues work: images come from page-locked memory, two streams take turns, and what
 leaves is float16 features and the batch's statistics, summed there.
@@ -19,7 +19,7 @@ from torch import Tensor
 from repfusion.devices.compiling import compilation_for
 from repfusion.devices.placing import BatchRoom
 from repfusion.inputs import map_tensors
-from repfusion.latents.encoder import Encoding, PixelEncoder
+from repfusion.latents.encoder import Encoding, FrozenEncoder
 from repfusion.latents.statistics import LatentStatistics
 
 Launched = tuple[Tensor, LatentStatistics | None, Any, Any]
@@ -33,7 +33,7 @@ COST_OF_EAGER = "Encoding takes 1.2 times as long so: measured with CLIP-L/14 at
 class Encoded:
     """A batch on its way; `images` stay until it is there."""
 
-    images: UInt8[np.ndarray, "b h w 3"]
+    images: UInt8[np.ndarray, "b *f h w 3"]
     parts: Sequence[Launched]
 
     def wait(self) -> tuple[Float16[Tensor, "b n d"], LatentStatistics]:
@@ -64,7 +64,7 @@ class BatchEncoder:
         num_threads: compute threads on a CPU.
     """
 
-    def __init__(self, encoder: PixelEncoder, batch_size: int, compiles: bool, key: str, num_threads: int):
+    def __init__(self, encoder: FrozenEncoder, batch_size: int, compiles: bool, key: str, num_threads: int):
         self.encoder, self.device = encoder, next(encoder.parameters()).device
         self._room = BatchRoom(batch_size, self.device, key)
         self.encode: Callable[[Tensor], Encoding] = encoder.encode_images
@@ -78,20 +78,20 @@ class BatchEncoder:
         if is_gpu:
             torch.cuda.synchronize()  # the weights lie there before other streams read them
 
-    def submit(self, images: UInt8[np.ndarray, "b h w 3"]) -> Future[Encoded]:
+    def submit(self, images: UInt8[np.ndarray, "b *f h w 3"]) -> Future[Encoded]:
         """The encoding of a batch, once it is queued."""
         return self._thread.submit(
             lambda: Encoded(images, self._room(self._launch, torch.from_numpy(images)))
         )
 
-    def first_not_finite(self, image: UInt8[np.ndarray, "h w 3"]) -> str | None:
+    def first_not_finite(self, image: UInt8[np.ndarray, "*f h w 3"]) -> str | None:
         """The first part of the encoder that makes of an image what is not finite."""
         batch = torch.from_numpy(image)[None].to(self.device)
         return self._thread.submit(self.encoder.first_not_finite, batch).result()
 
-    def _launch(self, images: UInt8[Tensor, "b h w 3"]) -> Launched:
+    def _launch(self, images: UInt8[Tensor, "b *f h w 3"]) -> Launched:
         stream, num = next(self._streams), len(images)
-        filling = (0, 0) * 3 + (0, self._room.most - num if self.is_static else 0)
+        filling = (0, 0) * (images.ndim - 1) + (0, self._room.most - num if self.is_static else 0)
         if stream is None:
             features, tokens = self._first(self.encode(F.pad(images, filling)), num)
             return features.half(), None, tokens, None

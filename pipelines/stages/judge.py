@@ -1,4 +1,4 @@
-"""A raw shard -> one row for each sample: why it is dropped, if so, and what its image is recognised by."""
+"""A raw shard -> one row for each sample: why it is dropped, if so, and what its picture is recognised by."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from pipelines.shards.storage import Folder
 from pipelines.shards.store import ShardCommit, Sidecar, read_sidecar
 from pipelines.shards.tars import read_samples
 from pipelines.stages.curate import CurateConfig, judge_fields
-from repfusion.data.source_images import IMAGE_EXTENSIONS, source_members
+from repfusion.data.source_images import CLIP_EXTENSION, PICTURE_EXTENSIONS, source_members
 from repfusion.images.decode import read_image
 from repfusion.images.limits import BadImage
 from repfusion.llm.tokenizer import CaptionLimit
@@ -78,7 +78,7 @@ def perceptual_hash(image: "Image") -> int:
 def judge(members: dict[str, bytes], config: CurateConfig, limits: Collection[CaptionLimit] = ()) -> Verdict:
     """Looks at one sample alone."""
     verdict = Verdict()
-    extension = next((extension for extension in IMAGE_EXTENSIONS if extension in members), None)
+    extension = next((extension for extension in PICTURE_EXTENSIONS if extension in members), None)
     if extension is not None:
         verdict.digest = _sha256(members[extension])[:DIGEST_BYTES]
     if extension is None or "txt" not in members:
@@ -86,16 +86,33 @@ def judge(members: dict[str, bytes], config: CurateConfig, limits: Collection[Ca
         verdict.detail = f"members: {', '.join(sorted(members))}"
         return verdict
     try:
-        image = read_image(members[extension], config.max_pixels)
+        image, (verdict.width, verdict.height) = _look(extension, members[extension], config)
     except BadImage as error:
         verdict.reason, verdict.detail = error.reason, error.detail
         return verdict
     if config.duplicates == "near":
         verdict.hash = perceptual_hash(image)
-    verdict.width, verdict.height = image.size
     failed = _judge_sources(members, verdict, config) or _judge_text(members, verdict, config, limits)
     verdict.reason, verdict.detail = failed or (None, "")
     return verdict
+
+
+def _look(extension: str, data: bytes, config: CurateConfig) -> tuple["Image", tuple[int, int]]:
+    """What a picture is recognised by, and its width and height: an image, or some frames of a clip. Raises
+    BadImage, of a clip BadClip, also where it shows too little.
+    """
+    if extension.rpartition(".")[2] != CLIP_EXTENSION:
+        image = read_image(data, config.max_pixels)
+        return image, image.size
+    from PIL import Image
+
+    from repfusion.video.fitting import read_clip
+    from repfusion.video.looks import check_looks, known_by
+
+    frames = read_clip(data, config.max_pixels).frames
+    if extension == CLIP_EXTENSION:  # a source may be still, to be set in motion
+        check_looks(frames, config.clips)
+    return Image.fromarray(known_by(frames)), (frames.shape[2], frames.shape[1])
 
 
 def _judge_sources(
@@ -110,7 +127,7 @@ def _judge_sources(
         return None
     for extension in sources:
         try:
-            read_image(members[extension], config.max_pixels)
+            _look(extension, members[extension], config)
         except BadImage as error:
             return "broken_source", f"{extension}: {error}"
     assert verdict.digest is not None
@@ -188,14 +205,20 @@ def prepared_judge(
 
 
 class JudgeWorker:
-    """Reads `NAME.tar` of `source`, decodes every image, and writes `NAME.parquet`: key, and the fields of
-    `Verdict`.
+    """Reads `NAME.tar` of `source`, decodes every image or clip, and writes `NAME.parquet`: key, and the
+    fields of `Verdict`.
     """
 
     def __init__(
-        self, folder: Folder, source: Folder, config: CurateConfig, limits: Collection[CaptionLimit] = ()
+        self,
+        folder: Folder,
+        source: Folder,
+        config: CurateConfig,
+        limits: Collection[CaptionLimit] = (),
+        are_clips: bool = False,
     ):
         self.folder, self.source, self.config, self.limits = folder, source, config, limits
+        self._packages = ("pillow", "pyarrow", *(["av"] if are_clips else []))
 
     def __call__(self, job: ShardJob) -> Sidecar:
         import pyarrow as pa
@@ -211,7 +234,7 @@ class JudgeWorker:
             "height": pa.int32(),
         }
         rows: list[dict[str, Any]] = []
-        with ShardCommit(self.folder, job.name, job.fingerprint, job.inputs, ("pillow", "pyarrow")) as commit:
+        with ShardCommit(self.folder, job.name, job.fingerprint, job.inputs, self._packages) as commit:
             sidecar = read_sidecar(self.source, job.name)
             own = partial(judge, config=self.config, limits=self.limits)
             alone = partial(prepared_judge, self.config, self.limits)
@@ -228,8 +251,10 @@ class JudgeWorker:
             return commit.commit(f"{job.name}.parquet")
 
 
-def judge_stage(config: CurateConfig, limits: Limits, raw: Stage, place: Place) -> ShardStage:
-    """The stage `judge` of what `ingest` (`raw`) holds; `limits` are those of the captions."""
+def judge_stage(
+    config: CurateConfig, limits: Limits, raw: Stage, place: Place, are_clips: bool = False
+) -> ShardStage:
+    """The stage `judge` of images or clips that `ingest` (`raw`) holds; `limits` are those of captions."""
 
     def finish(folder: Folder, shards: ShardTable) -> list[str]:
         # in a task: its memory grows with the number of samples, the driver's must not
@@ -237,11 +262,11 @@ def judge_stage(config: CurateConfig, limits: Limits, raw: Stage, place: Place) 
 
     return ShardStage(
         "judge",
-        judge_fields(config, limits),
+        judge_fields(config, limits, are_clips),
         place.data / "judge",
         (raw,),
         JudgeWorker,
-        {"source": raw.folder, "config": config, "limits": tuple(limits.values())},
+        {"source": raw.folder, "config": config, "limits": tuple(limits.values()), "are_clips": are_clips},
         config.actors,
         finish=finish,
         early_file=DUPLICATES if config.duplicates == "keep" else None,

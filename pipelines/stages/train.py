@@ -19,11 +19,11 @@ from pipelines.shards.digests import Digests, flatten
 from pipelines.shards.lease import Lease
 from pipelines.shards.manifest import MANIFEST, Upstream
 from pipelines.shards.storage import Folder
+from pipelines.stages.codes.tokenizer import tokenizer_folder
 from pipelines.stages.decoder import decoder_folder
 from repfusion.config import naming, weights_of
 from repfusion.data.columns import manifest_digest
 from repfusion.data.config import CAPTIONS, DataConfig
-from repfusion.model.build import columns_of
 from repfusion.model.check import check_model
 from repfusion.runs.checkpoint import load_start
 from repfusion.runs.completion import latest_whole
@@ -63,8 +63,8 @@ REFERENCE = re.compile(r"stage:(?P<stage>[^/]+)(?:/(?P<step>step_\d+))?")
 @dataclass(frozen=True)
 class Reference:
     """Something of a stage of the same workflow, which may not exist yet: a training's last checkpoint,
-    `stage:NAME`, a certain one, `stage:NAME/step_00000500`, a column, `stage:NAME`, or the decoder,
-    `stage:decoder`.
+    `stage:NAME`, a certain one, `stage:NAME/step_00000500`, a column, `stage:NAME`, the decoder,
+    `stage:decoder`, or the tokenizer, `stage:tokenizer`.
     """
 
     stage: str
@@ -99,10 +99,11 @@ class TrainingConfig(TrainConfig):
         columns = {kind: folder(path) for kind, path in self.data.columns.items()}
         update = {"images": folder(self.data.images), "columns": columns}
         fields["data"] = self.data.model_copy(update=update)
+        root = self.output_dir.parent  # a training's folder is ROOT/NAME
         if self.own_decoder is not None:
-            # a training's folder is ROOT/NAME
-            own = decoder_folder(self.output_dir.parent)
-            fields["model"] = self.model.model_copy(update={"decoder": own})
+            fields["model"] = self.model.model_copy(update={"decoder": decoder_folder(root)})
+        if self.own_tokenizer is not None:
+            fields["model"] = self.model.model_copy(update={"tokenizer": tokenizer_folder(root)})
         plain = TrainConfig(**fields)
         return plain.with_written(self.written)
 
@@ -114,13 +115,18 @@ class TrainingConfig(TrainConfig):
 
     @property
     def own_decoder(self) -> Reference | None:
-        """The decoder of the workflow that the model names; None where it names a folder."""
-        return Reference.of(self.model.decoder)
+        """The decoder of the workflow that the model names; None where it names a folder, or has none."""
+        return Reference.of(getattr(self.model, "decoder", None))
+
+    @property
+    def own_tokenizer(self) -> Reference | None:
+        """The tokenizer of the workflow that the model names; None where it names a folder, or has none."""
+        return Reference.of(getattr(self.model, "tokenizer", None))
 
     @property
     def readable(self) -> set[str]:
         """Kinds of columns that the training can read."""
-        return {CAPTIONS, *columns_of(self.model)}
+        return {CAPTIONS, *self.model.columns}
 
     @model_validator(mode="after")
     def _ranks_divide(self) -> "TrainingConfig":
@@ -235,6 +241,8 @@ def train_stage(
         return run_train(resolved, *ranks, remote_copies(upstream, place), evaluate, ray)
 
     def check() -> None:
+        if config.own_tokenizer is not None:
+            return  # how large the model is follows from it
         model = check_model(config.model, f"trainings.{name}.model", config.own_decoder is None)
         if config.init_from is not None and Reference.of(config.init_from) is None:
             with naming(f"trainings.{name}.init_from"):

@@ -22,7 +22,7 @@ from pipelines.shards.tars import END_BYTES, RECORD_BYTES
 from pipelines.sources.base import Entries
 from pipelines.workflow.inspection import State, states
 from pipelines.workflow.run import complete
-from repfusion.tables import aligned
+from repfusion.display.tables import aligned
 from repfusion.tars import BLOCK_BYTES, StreamSource, TarReader
 
 NUM_PROBE_SAMPLES = 128

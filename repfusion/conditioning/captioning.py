@@ -57,14 +57,22 @@ def caption_batch(
 
 
 def caption_losses(
-    llm: LanguageModel, visual: Float[Tensor, "r n c"], captions: CaptionBatch, bidirectional: bool
+    llm: LanguageModel,
+    visual: Float[Tensor, "r n c"],
+    captions: CaptionBatch,
+    bidirectional: bool,
+    beside: Float[Tensor, "k c"] | None = None,
 ) -> Float[Tensor, " r"]:
-    """Mean cross-entropy (nats a token) of each caption after its projected latents, float32, unweighted."""
+    """Mean cross-entropy (nats a token) of each caption after its projected latents, float32, unweighted.
+    Tokens `beside` the vocabulary, by their rows of the head, are scored too; none of them is ever right.
+    """
     model, num = llm.language_model, visual.shape[1]
     begin = captions.ids.new_full((len(visual), 1), llm.begin_id)
     rows = torch.cat([llm.embed(begin), visual.to(model.dtype), llm.embed(captions.ids[:, :-1])], dim=1)
     mask = see_each_other(begin.new_ones(len(visual), 1), num, rows.shape[1]) if bidirectional else None
     hidden = model(inputs_embeds=rows, attention_mask=mask, use_cache=False).last_hidden_state
     logits = llm.logits(hidden[:, num:])
+    if beside is not None:
+        logits = torch.cat([logits, hidden[:, num:].float() @ beside.float().T], dim=2)
     losses = F.cross_entropy(logits.transpose(1, 2), captions.ids, reduction="none")
     return (losses * captions.mask).sum(1) / captions.mask.sum(1)

@@ -64,16 +64,18 @@ class Sample:
         """How many source pictures it has; 0 where the data set was opened without images."""
         return len(self.dataset.pictures.sources(self.shard, self.row))
 
-    def sources(self) -> tuple[UInt8[np.ndarray, "_ _ 3"], ...]:
-        """Source pictures, as the caption counts them."""
+    def sources(self) -> tuple[UInt8[np.ndarray, "*f _ _ 3"], ...]:
+        """Source pictures, as the caption counts them; of a clip its frames."""
         return tuple(self._picture(name) for name in self.dataset.pictures.sources(self.shard, self.row))
 
-    def target(self) -> UInt8[np.ndarray, "_ _ 3"] | None:
-        """The image that it shows; None where the data set was opened without images, or has none of it."""
+    def target(self) -> UInt8[np.ndarray, "*f _ _ 3"] | None:
+        """The image that it shows, or the frames of its clip; None where the data set was opened without
+        images, or has none of it.
+        """
         name = self.dataset.pictures.target(self.shard, self.row)
         return None if name is None else self._picture(name)
 
-    def _picture(self, member: str) -> UInt8[np.ndarray, "_ _ 3"]:
+    def _picture(self, member: str) -> UInt8[np.ndarray, "*f _ _ 3"]:
         return self._kept(member, lambda: self.dataset.pictures.read(member, self.shard, self.row))
 
     def _kept(self, member: str, read: Callable[[], np.ndarray]) -> np.ndarray:

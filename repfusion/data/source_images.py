@@ -1,5 +1,6 @@
-"""The source pictures of a sample, from which its target comes: members `KEY.source.png`, `KEY.source2.jpg`,
-... of the image shards, in the order in which the instruction counts them.
+"""The pictures of a sample: its target, an image (`KEY.png`) or a clip (`KEY.mp4`), and the source pictures
+from which that comes, members `KEY.source.png`, `KEY.source2.jpg`, ... of the image shards, in the order in
+which the instruction counts them.
 """
 
 import re
@@ -12,9 +13,13 @@ from repfusion.data.columns import Column, rebuild_hint
 from repfusion.images.decode import read_pixels
 from repfusion.images.limits import BadImage
 
-MEMBER = re.compile(r"source([2-9]|[1-9][0-9]+)?\.(jpg|jpeg|png|webp)")
+MEMBER = re.compile(r"source([2-9]|[1-9][0-9]+)?\.(jpg|jpeg|png|webp|mp4)")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""Extensions of the target, the image that the sample shows; one of them."""
+"""Extensions of the target where it is an image."""
+CLIP_EXTENSION = "mp4"
+"""Extension of the target where it is a clip."""
+PICTURE_EXTENSIONS = (*IMAGE_EXTENSIONS, CLIP_EXTENSION)
+"""Extensions of the target, what the sample shows; one of them."""
 
 
 def source_member(number: int, extension: str) -> str:
@@ -29,7 +34,7 @@ def is_source(extension: str) -> bool:
 
 def is_picture(extension: str) -> bool:
     """Whether a member of that extension is the target or a source picture."""
-    return extension in IMAGE_EXTENSIONS or is_source(extension)
+    return extension in PICTURE_EXTENSIONS or is_source(extension)
 
 
 def source_members(extensions: Iterable[str]) -> list[str]:
@@ -84,15 +89,19 @@ class PictureMembers:
             raise ValueError(self._at(shard, row, str(error))) from error
 
     def target(self, shard: int, row: int) -> str | None:
-        """The member that holds the image that a sample shows; None where pictures are not read."""
-        found = self._held(IMAGE_EXTENSIONS.__contains__, shard, row)
-        return next((name for name in IMAGE_EXTENSIONS if name in found), None)
+        """The member that holds what a sample shows; None where pictures are not read."""
+        found = self._held(PICTURE_EXTENSIONS.__contains__, shard, row)
+        return next((name for name in PICTURE_EXTENSIONS if name in found), None)
 
-    def read(self, member: str, shard: int, row: int) -> UInt8[np.ndarray, "h w 3"]:
-        """A picture that is there, decoded. ValueError where it is damaged."""
+    def read(self, member: str, shard: int, row: int) -> UInt8[np.ndarray, "*f h w 3"]:
+        """A picture that is there, decoded; a clip with its frames first. ValueError where it is damaged."""
         raw = self.images.read(member, shard, row)
         assert raw is not None
         try:
+            if member.endswith(CLIP_EXTENSION):
+                from repfusion.video.fitting import read_clip
+
+                return read_clip(raw).frames
             return read_pixels(raw)
         except BadImage as error:
             raise ValueError(self._at(shard, row, f"{member}: {error}")) from error

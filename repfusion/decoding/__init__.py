@@ -1,1 +1,1 @@
-"""Own image shards -> the RAE decoder of an encoder."""
+"""Own image shards -> the decoder of an encoder."""

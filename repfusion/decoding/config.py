@@ -1,11 +1,12 @@
 """What a decoder is trained on, how large it is and how long it takes."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from repfusion.config import Config, WeightsFolder
+from repfusion.diffusion.sampler import Solver
 from repfusion.foundation.config import LengthConfig
 from repfusion.latents.load import EncoderConfig
 from repfusion.tracking import TrackingConfig
@@ -48,17 +49,44 @@ class AdversarialConfig(Config):
         return self
 
 
-class DecoderRecipe(Config):
-    """How a decoder is trained, whatever it is trained on."""
+class RAEMethodConfig(Config):
+    """A RAE decoder: one pass from features to pixels, trained to come near them."""
+
+    kind: Literal["rae"] = "rae"
+
+
+class DrawingConfig(Config):
+    """A decoder that draws: a small DiT whose flow ends at pixels or at a VAE's latents
+    (latents/drawing_decoder.py), trained by the squared error of its velocity.
+    """
+
+    kind: Literal["drawing"] = "drawing"
+    patch_size: int = Field(default=4, ge=1)
+    """Side of the square that a token of the DiT stands for: in px, or in latent pixels of the VAE. Half of
+    it is four times the tokens.
+    """
+    vae: WeightsFolder | None = None
+    """Folder of a VAE of diffusers in whose latents it draws, for images of the encoder's size; None draws
+    pixels. The decoder's folder then holds the VAE's decoder too.
+    """
+    shift: float = Field(default=1.0, gt=0)
+    """Shift of the noise levels, in training as in sampling; 1 leaves them evenly spread, more raises
+    them.
+    """
+    num_steps: int = Field(default=8, ge=1)
+    """Steps from noise to image that whoever decodes takes."""
+    solver: Solver = "euler"
+    """The method of these steps."""
+
+
+DecoderMethod = Annotated[RAEMethodConfig | DrawingConfig, Field(discriminator="kind")]
+
+
+class RebuildingRecipe(Config):
+    """How a network that rebuilds images is trained: a decoder, or a tokenizer."""
 
     init_from: Path | None = None
-    """Folder of a decoder of the same sizes to go on from; None starts from scratch."""
-    hidden_size: int = Field(default=768, ge=4)
-    """Width."""
-    depth: int = Field(default=12, ge=1)
-    """Blocks."""
-    num_heads: int = Field(default=12, ge=1)
-    """Attention heads."""
+    """Folder of one of the same sizes to go on from; None starts from scratch."""
     length: LengthConfig = LengthConfig(num_steps=50_000, batch_size=64, lr=4e-4)
     """Steps, images a step and peak learning rate."""
     final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
@@ -71,10 +99,6 @@ class DecoderRecipe(Config):
     """LPIPS beside the pixels' L1; None does without, and measures none."""
     adversarial: AdversarialConfig | None = None
     """The adversarial loss; None does without."""
-    feature_noise: float = Field(default=0.5, ge=0)
-    """Largest standard deviation of the noise on features, which have unit variance: what is sampled is never
-    exact (RAE, arXiv 2510.11690, section 4).
-    """
     held_out_share: float = Field(default=0.05, ge=0, le=0.5)
     """What share of the images is left for measuring, by the same hash as that of trainings."""
     num_measured: int = Field(default=256, ge=1)
@@ -101,14 +125,46 @@ class DecoderRecipe(Config):
     """Where losses, measures and pictures are logged."""
 
 
-class DecoderTrainingConfig(DecoderRecipe):
-    """A decoder's training."""
+class DecoderRecipe(RebuildingRecipe):
+    """How a decoder is trained, whatever it is trained on."""
+
+    method: DecoderMethod = RAEMethodConfig()
+    """Whether the decoder rebuilds in one pass (`kind: rae`) or draws in several (`kind: drawing`)."""
+    hidden_size: int = Field(default=768, ge=4)
+    """Width."""
+    depth: int = Field(default=12, ge=1)
+    """Blocks."""
+    num_heads: int = Field(default=12, ge=1)
+    """Attention heads."""
+    feature_noise: float = Field(default=0.5, ge=0)
+    """Largest standard deviation of the noise on features, which have unit variance: what is sampled is never
+    exact (RAE, arXiv 2510.11690, section 4).
+    """
+
+    @model_validator(mode="after")
+    def _judged_where_it_rebuilds(self) -> "DecoderRecipe":
+        if self.method.kind != "drawing":
+            return self
+        if self.adversarial is not None or (self.perceptual is not None and self.perceptual.weight):
+            raise ValueError(
+                "method.kind drawing is trained on velocities, and no step of it has an image to judge: "
+                "leave out adversarial, and perceptual or its weight (of weight 0 LPIPS is measured alone)"
+            )
+        return self
+
+
+class RebuildingConfig(RebuildingRecipe):
+    """What such a network is trained on, and where it goes."""
 
     images: Path
     """Folder of image shards, such as ROOT/curate of a workflow."""
     out: Path
-    """Folder to write: `model.decoder` of the trainings on this encoder. Beside it, as OUT.state, lies the
-    state from which a training that was cut off goes on.
+    """Folder to write, which models name. Beside it, as OUT.state, lies the state from which a training that
+    was cut off goes on.
     """
     encoder: EncoderConfig
-    """The frozen tower whose features are decoded."""
+    """The frozen tower whose features are decoded, or have the semantic codes."""
+
+
+class DecoderTrainingConfig(DecoderRecipe, RebuildingConfig):
+    """A decoder's training; `out` is `model.decoder` of the trainings on its encoder."""

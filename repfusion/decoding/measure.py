@@ -13,7 +13,7 @@ from torch import Tensor
 from repfusion.decoding.perceptual import LPIPS
 from repfusion.files import atomic_path
 from repfusion.generation.outputs import fitting_scale, grid
-from repfusion.latents.rae_decoder import RAEDecoder
+from repfusion.latents.load import Decoder
 
 AT_ONCE = 32
 """Images that are decoded at once."""
@@ -30,12 +30,17 @@ class HeldOut:
     """Images to measure on, and the exact features that they are rebuilt from."""
 
     pixels: Float[Tensor, "b 3 h w"]
-    features: Float[Tensor, "b n d"]
+    features: Float[Tensor, "b n d"] | None
+    """None where nothing but the pixels is needed to rebuild them."""
 
     @torch.no_grad()
-    def rebuilt(self, decoder: RAEDecoder) -> Float[Tensor, "b 3 h w"]:
-        """What the decoder makes of the features, in [0, 1]."""
-        return torch.cat([decoder(part).float().clamp(0, 1) for part in self.features.split(AT_ONCE)])
+    def rebuilt(self, decoder: Decoder) -> Float[Tensor, "b 3 h w"]:
+        """What the decoder makes of the features, in [0, 1]; the seed of an image is its number."""
+        assert self.features is not None
+        seeds = range(len(self.features))
+        parts = enumerate(self.features.split(AT_ONCE))
+        made = (decoder(part, seeds[i * AT_ONCE : i * AT_ONCE + len(part)]) for i, part in parts)
+        return torch.cat([one.float().clamp(0, 1) for one in made])
 
     def measures(self, rebuilt: Float[Tensor, "b 3 h w"], perceptual: LPIPS | None) -> dict[str, float]:
         """Means over the images of PSNR in dB, of SSIM, and of LPIPS where its network is given."""

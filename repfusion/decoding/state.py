@@ -1,5 +1,6 @@
-"""A decoder's training <-> the file that it goes on from, exactly: weights, averages, moments of both
-optimizers, the spectral norms' vectors, the step, the losses shown and what was measured (safetensors).
+"""The training of a decoder or a tokenizer <-> the file that it goes on from, exactly: weights, averages,
+moments of both optimizers, the spectral norms' vectors, the step, the losses shown and what was measured
+(safetensors).
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,11 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from repfusion.decoding.config import DecoderTrainingConfig
+from repfusion.decoding.config import RebuildingRecipe
 from repfusion.decoding.discriminator import Discriminator
 from repfusion.files import atomic_path
 from repfusion.foundation.optimise import adamw, put_back, training_tensors
-from repfusion.latents.rae_decoder import RAEDecoder
 from repfusion.training.ema import EMA
 
 HEADS = "discriminator/"
@@ -48,11 +48,9 @@ class DecoderState:
         config: of the training.
     """
 
-    def __init__(
-        self, decoder: RAEDecoder, discriminator: Discriminator | None, config: DecoderTrainingConfig
-    ):
+    def __init__(self, decoder: nn.Module, discriminator: Discriminator | None, config: RebuildingRecipe):
         self.config = config
-        self.named = dict(decoder.named_parameters())
+        self.named = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
         self.optimizer = adamw(self.named, config.length.lr)
         self.ema: EMA | None = None
         if config.ema_decay is not None:

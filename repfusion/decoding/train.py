@@ -1,13 +1,14 @@
 """Image shards and a frozen encoder -> the decoder that turns its features back into pixels (RAE, arXiv
 2510.11690, section 3): from noised features, L1, and where they are configured LPIPS, an adversarial loss and
-averaged weights.
+averaged weights; or from the same features the velocity of a decoder that draws.
 """
 
 import math
 import time
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from jaxtyping import Float, UInt8
@@ -16,19 +17,21 @@ from tqdm import tqdm
 
 from repfusion.config import weights_of
 from repfusion.data.order import hash64
-from repfusion.decoding.config import DecoderTrainingConfig
+from repfusion.decoding.config import DecoderTrainingConfig, RebuildingConfig
 from repfusion.decoding.discriminator import load_discriminator
-from repfusion.decoding.gradients import Gradients, Part
+from repfusion.decoding.drawing import DrawingGradients, Noised, latent_images
+from repfusion.decoding.gradients import Gradients, Hidden, Part
+from repfusion.decoding.making import drawing_decoder, load_painter, rebuilding_decoder
 from repfusion.decoding.measure import HeldOut
 from repfusion.decoding.perceptual import LPIPS
 from repfusion.decoding.pictures import ImageShards
 from repfusion.decoding.ranks import Ranks
 from repfusion.decoding.state import DecoderProgress, DecoderState
-from repfusion.devices.compiling import compilation_for
+from repfusion.devices.compiling import Compilation, compilation_for
 from repfusion.files import write_json
 from repfusion.foundation.optimise import COST_OF_EAGER, MAX_GRAD_NORM, forward_pass, rate, smoothed
-from repfusion.latents.encoder import PixelEncoder
-from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
+from repfusion.latents.drawing_decoder import DrawingDecoder
+from repfusion.latents.rae_decoder import RAEDecoder
 from repfusion.pretrained.cache import fetch
 from repfusion.tracking import StoreError, Tracker, TrackingConfig, store_identity
 from repfusion.training.distributed import broadcast_object
@@ -38,48 +41,36 @@ MEASURED = "measured.json"
 """Beside a decoder's weights: what it was trained on and how well it rebuilds what was held out."""
 EXAMPLES = "reconstructions.png"
 """Beside a decoder's weights: images that were held out, above what it makes of them."""
+R = TypeVar("R", bound=RebuildingConfig)
+NUM_PAINTED = 256
+"""Images by whose latents a VAE's are normalised: those of the first batch, were it so large."""
 REPORT_STEPS = 20
 """Steps between two looks at the losses."""
 
 
-def new_decoder(config: DecoderTrainingConfig, encoder: PixelEncoder) -> RAEDecoder:
-    """A decoder for the encoder's features, of fresh weights or of `init_from`.
-
-    Raises:
-        ValueError: `init_from` is a decoder of other features or sizes.
-    """
-    rows, columns = encoder.grid
-    wanted = RAEDecoderConfig(
-        feature_dim=encoder.feature_dim,
-        grid=(rows, columns),
-        patch_size=encoder.image_size // rows,
-        hidden_size=config.hidden_size,
-        depth=config.depth,
-        num_heads=config.num_heads,
-    )
-    if config.init_from is None:
-        torch.manual_seed(config.seed)
-        return RAEDecoder(wanted)
-    found = RAEDecoder.from_pretrained(config.init_from)
-    if found.config != wanted:
-        raise ValueError(f"init_from {config.init_from} is a decoder of {found.config}, expected {wanted}")
-    return found.requires_grad_(True)
-
-
-class DecoderTraining:
-    """A training that was built and goes on from its state, where there is one.
+class RebuildingTraining(Generic[R]):
+    """The training of a network that rebuilds images, which was built and goes on from its state where there
+    is one. A kind of network says how it is built, shown images, measured and written.
 
     Raises: ValueError: no images, an encoder or a judge that is none, a batch that the ranks cannot share, or
     a state of another training.
     """
 
-    def __init__(self, config: DecoderTrainingConfig, ranks: Ranks):
+    network: nn.Module
+    """What is trained; it ends in pixels, as `Rebuilds` says."""
+    image_size: int
+    """Side in px of the images."""
+    kind: ClassVar[str]
+    """What messages call the network."""
+
+    def __init__(self, config: R, ranks: Ranks):
         self.config, self.ranks = config, ranks
         self.parts = ranks.parts(config.length.batch_size, config.micro_batch_size)
         self.device = ranks.device(config.device)
-        self.encoder = config.encoder.load().to(self.device)
-        self.pictures = ImageShards(config.images, self.encoder.image_size, config.held_out_share)
-        self.decoder = new_decoder(config, self.encoder).train().to(self.device)
+        self.build()
+        self.network.train().to(self.device)
+        self.pictures = ImageShards(config.images, self.image_size, config.held_out_share)
+        self.look()
         self.perceptual = self.discriminator = None
         if config.perceptual is not None:
             self.perceptual = LPIPS.from_pretrained(config.perceptual.path).to(self.device)
@@ -87,40 +78,54 @@ class DecoderTraining:
             seed = hash64("discriminator", config.seed) % 2**63
             given = config.adversarial.path, config.adversarial.image_size, seed
             self.discriminator = load_discriminator(*given).to(self.device)
-        self.state = DecoderState(self.decoder, self.discriminator, config)
+        self.state = DecoderState(self.network, self.discriminator, config)
         self.path = state_of(config.out)
         self.progress = self.state.load(self.path) if self.path.is_file() else DecoderProgress()
-        self.gradients = self._gradients()
+        compilation = None
+        if config.compile:
+            compilation = compilation_for(self.device.type, "a step", COST_OF_EAGER, dynamic=False)
+        self.gradients = self.new_gradients(compilation)
 
-    def _gradients(self) -> Gradients:
+    def build(self) -> None:
+        """Makes `network` and `image_size`, and loads what is frozen."""
+        raise NotImplementedError
+
+    def look(self) -> None:
+        """Takes of the images what has to be known of them before the first step."""
+
+    def hidden(self, seen: Any) -> Hidden:
+        """What the last layer reads, of what the network is shown."""
+        raise NotImplementedError
+
+    def draw(self, step: int) -> list[Part]:
+        """This rank's images of a step and what they are rebuilt from, by micro-batch."""
+        raise NotImplementedError
+
+    def rebuilt(self) -> Float[Tensor, "b 3 h w"]:
+        """What the network, which is in eval mode, makes of the images held out, in [0, 1]."""
+        raise NotImplementedError
+
+    def further_measures(self) -> dict[str, float]:
+        """What is measured of the kind beside how well it rebuilds; the network is in eval mode."""
+        return {}
+
+    def save(self, folder: Path) -> None:
+        """Writes the network, whose weights are those to be written now."""
+        raise NotImplementedError
+
+    def new_gradients(self, compilation: Compilation | None) -> Gradients | DrawingGradients:
+        """How the gradients of a step are made."""
         config, perceptual, adversary = self.config, None, None
         if config.perceptual is not None and self.perceptual is not None and config.perceptual.weight:
             perceptual = self.perceptual, config.perceptual.weight
         if config.adversarial is not None and self.discriminator is not None:
             adversary = self.discriminator, config.adversarial.weight
-        compilation = None
-        if config.compile:
-            compilation = compilation_for(self.device.type, "a step", COST_OF_EAGER, dynamic=False)
-        return Gradients(self.decoder, perceptual, adversary, self.ranks, compilation)
+        return Gradients(self.network, self.hidden, perceptual, adversary, self.ranks, compilation)
 
-    def draw(self, step: int) -> list[Part]:
-        """This rank's images of a step and their noised features, by micro-batch."""
-        config = self.config
-        size = config.length.batch_size
-        images = [self.pictures.batch(step, config.seed, numbers).to(self.device) for numbers in self.parts]
-        with forward_pass(self.device):
-            features = [self.encoder.encode_images(one).features for one in images]
-        # of the whole batch on every rank, so that the noise of an image is the same on any number of them
-        generator = torch.Generator(self.device).manual_seed(
-            hash64("decoder noise", config.seed, step) % 2**63
-        )
-        sigma = config.feature_noise * torch.rand(size, 1, 1, generator=generator, device=self.device)
-        shape = size, *features[0].shape[1:]
-        noise = sigma * torch.randn(shape, generator=generator, device=self.device)
-        return [
-            (to_pixels(own), seen + noise[numbers.start : numbers.stop])
-            for own, seen, numbers in zip(images, features, self.parts, strict=True)
-        ]
+    def images(self, step: int) -> list[UInt8[Tensor, "b h w 3"]]:
+        """This rank's images of a step, by micro-batch."""
+        seed = self.config.seed
+        return [self.pictures.batch(step, seed, numbers).to(self.device) for numbers in self.parts]
 
     def take_step(self, step: int) -> dict[str, float]:
         """One update of all that is trained; returns its losses. Called by all ranks.
@@ -131,6 +136,7 @@ class DecoderTraining:
         config, adversarial, state = self.config, self.config.adversarial, self.state
         trains_heads = adversarial is not None and step >= adversarial.discriminator_from_step
         if adversarial is not None and trains_heads:
+            assert isinstance(self.gradients, Gradients)
             losses = self.gradients.adversarial(self.draw(step), step >= adversarial.gan_from_step)
         else:
             losses = self.gradients.plain(self.draw(step))
@@ -141,7 +147,7 @@ class DecoderTraining:
         norms = [self._average(group) for group in groups]
         *values, own, others = torch.stack([*means.values(), norms[0], norms[-1]]).tolist()
         found = dict(zip(means, values, strict=True))
-        self._refuse_not_finite(step, found, {"decoder": own, "discriminator": others})
+        self._refuse_not_finite(step, found, {self.kind: own, "discriminator": others})
         for group, norm in zip(groups, norms, strict=True):
             nn.utils.clip_grads_with_norm_(group, MAX_GRAD_NORM, norm)
         num_steps, final = config.length.num_steps, config.final_lr_ratio
@@ -179,20 +185,115 @@ class DecoderTraining:
         """How well the weights that would be written rebuild what is held out; some of it is drawn into the
         file. Both are logged.
         """
+        self.network.eval()
         with self.state.averaged():
-            rebuilt = self.held_out.rebuilt(self.decoder.eval())
-        self.decoder.train()
+            rebuilt, further = self.rebuilt(), self.further_measures()
+        self.network.train()
         self.held_out.draw(rebuilt, path)
-        found = self.held_out.measures(rebuilt, self.perceptual)
+        found = {**self.held_out.measures(rebuilt, self.perceptual), **further}
         tracker.log_metrics({f"eval/{name}": value for name, value in found.items()}, self.progress.step)
         tracker.log_image(path, "reconstructions", self.progress.step)
         return found
 
     @cached_property
     def held_out(self) -> HeldOut:
-        """What the decoder is measured on."""
+        """What the network is measured on."""
         images = self.pictures.measured(self.config.num_measured).to(self.device)
-        return HeldOut(to_pixels(images), self.encoder.encode_images(images).features)
+        return HeldOut(to_pixels(images), self.features(images))
+
+    def features(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b n d"] | None:
+        """What the frozen encoder makes of images; None where there is none."""
+        raise NotImplementedError
+
+
+class DecodingTraining(RebuildingTraining[DecoderTrainingConfig]):
+    """A decoder learns to make images of noised features of its encoder."""
+
+    kind = "decoder"
+    decoder: RAEDecoder | DrawingDecoder
+
+    def build(self) -> None:
+        self.encoder = self.config.encoder.load().to(self.device)
+        self.network = self.decoder = self.new_decoder()
+        self.image_size = self.encoder.image_size
+
+    def new_decoder(self) -> RAEDecoder | DrawingDecoder:
+        """What is trained, before its first step."""
+        raise NotImplementedError
+
+    def noised(self, step: int, images: Sequence[UInt8[Tensor, "b h w 3"]]) -> list[Float[Tensor, "b n d"]]:
+        """Features of a step's images under noise, by micro-batch."""
+        config = self.config
+        size = config.length.batch_size
+        with forward_pass(self.device):
+            features = [self.encoder.encode_images(one).features for one in images]
+        # of the whole batch on every rank, so that the noise of an image is the same on any number of them
+        generator = torch.Generator(self.device).manual_seed(
+            hash64("decoder noise", config.seed, step) % 2**63
+        )
+        sigma = config.feature_noise * torch.rand(size, 1, 1, generator=generator, device=self.device)
+        shape = size, *features[0].shape[1:]
+        noise = sigma * torch.randn(shape, generator=generator, device=self.device)
+        return [
+            seen + noise[numbers.start : numbers.stop]
+            for seen, numbers in zip(features, self.parts, strict=True)
+        ]
+
+    def features(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b n d"]:
+        return self.encoder.encode_images(images).features
+
+    def rebuilt(self) -> Float[Tensor, "b 3 h w"]:
+        return self.held_out.rebuilt(self.decoder)
+
+    def save(self, folder: Path) -> None:
+        self.decoder.save_pretrained(folder, dtype=getattr(torch, self.config.dtype))
+
+
+class DecoderTraining(DecodingTraining):
+    """An RAE decoder learns to rebuild images in one pass."""
+
+    def new_decoder(self) -> RAEDecoder:
+        self.rae = rebuilding_decoder(self.config, self.encoder)
+        return self.rae
+
+    def hidden(self, seen: Float[Tensor, "b n d"]) -> Hidden:
+        return self.rae.hidden(seen), {}
+
+    def draw(self, step: int) -> list[Part]:
+        """This rank's images of a step and their noised features, by micro-batch."""
+        images = self.images(step)
+        noised = self.noised(step, images)
+        return [(to_pixels(own), seen) for own, seen in zip(images, noised, strict=True)]
+
+
+class DrawingTraining(DecodingTraining):
+    """A decoder that draws learns the velocity of images, or of a VAE's latents."""
+
+    def new_decoder(self) -> DrawingDecoder:
+        self.drawing = drawing_decoder(self.config, self.encoder)
+        return self.drawing
+
+    def look(self) -> None:
+        """Loads the VAE in whose latents is drawn, and takes their statistics."""
+        self.painter = load_painter(self.config.method, self.image_size)
+        if self.painter is None:
+            return
+        self.painter.to(self.device)
+        if self.config.init_from is None:
+            images = self.pictures.batch(0, self.config.seed, range(NUM_PAINTED)).to(self.device)
+            self.drawing.measure_canvas(latent_images(self.painter, to_pixels(images)))
+
+    def new_gradients(self, compilation: Compilation | None) -> DrawingGradients:
+        return DrawingGradients(self.drawing, self.painter, compilation)
+
+    def draw(self, step: int) -> list[Part]:
+        """This rank's images of a step, their noised features and seeds, by micro-batch."""
+        images = self.images(step)
+        shares = zip(images, self.noised(step, images), self.parts, strict=True)
+        return [(to_pixels(own), Noised(seen, self._seeds(step, numbers))) for own, seen, numbers in shares]
+
+    def _seeds(self, step: int, numbers: range) -> list[int]:
+        return [hash64("decoder flow", self.config.seed, step, number) for number in numbers]
 
 
 def _apply(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -211,9 +312,15 @@ def train_decoder(config: DecoderTrainingConfig) -> dict[str, Any]:
             state of another training, or a tracking store that cannot be reached.
         NonFiniteError: a loss or a gradient is not finite; nothing was updated.
     """
+    draws = config.method.kind == "drawing"
+    return train_to_the_end(DrawingTraining if draws else DecoderTraining, config)
+
+
+def train_to_the_end(kind: type[RebuildingTraining[R]], config: R) -> dict[str, Any]:
+    """What `train_decoder` does, of any kind of network; raises what it raises."""
     fetch(weights_of(config).values())
     ranks = Ranks.join()
-    training = DecoderTraining(config, ranks)
+    training = kind(config, ranks)
     progress, num_steps = training.progress, config.length.num_steps
     tracker = start_tracking(training)
     status, saved_at = "FAILED", time.monotonic()
@@ -249,7 +356,7 @@ def train_decoder(config: DecoderTrainingConfig) -> dict[str, Any]:
             if ranks.is_main and not is_last and time.monotonic() - saved_at > config.save_every_sec:
                 training.state.save(training.path, progress)
                 saved_at = time.monotonic()
-        written = write_decoder(training, tracker) if ranks.is_main else {}
+        written = write_network(training, tracker) if ranks.is_main else {}
         status = "FINISHED"
     finally:
         bar.close()
@@ -257,7 +364,7 @@ def train_decoder(config: DecoderTrainingConfig) -> dict[str, Any]:
     return broadcast_object(written) if ranks.world_size > 1 else written
 
 
-def start_tracking(training: DecoderTraining) -> Tracker:
+def start_tracking(training: RebuildingTraining[Any]) -> Tracker:
     """A new MLflow run, or the one that this training started before. Rank 0 has it, the others track
     nothing.
 
@@ -280,12 +387,12 @@ def start_tracking(training: DecoderTraining) -> Tracker:
     return tracker
 
 
-def write_decoder(training: DecoderTraining, tracker: Tracker) -> dict[str, Any]:
-    """The last state, the decoder's folder and what was measured, which is returned. Rank 0's."""
+def write_network(training: RebuildingTraining[Any], tracker: Tracker) -> dict[str, Any]:
+    """The last state, the network's folder and what was measured, which is returned. Rank 0's."""
     config, progress = training.config, training.progress
     training.state.save(training.path, progress)
     with training.state.averaged():
-        training.decoder.save_pretrained(config.out, dtype=getattr(torch, config.dtype))
+        training.save(config.out)
     found: dict[str, Any] = {
         **training.measure(config.out / EXAMPLES, tracker),
         "num_measured": float(len(training.held_out.pixels)),

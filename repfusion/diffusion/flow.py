@@ -3,8 +3,9 @@
 `t` is the noise level: t=0 data, t=1 noise; z_t = (1 - t) * latents + t * noise; velocity = noise - latents.
 """
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -82,3 +83,19 @@ def draw(
         generator.manual_seed(seed)
         row.normal_(generator=generator)
     return t, noise
+
+
+def initial_noise(seeds: Iterable[int], shape: tuple[int, int]) -> Float[Tensor, "b n d"]:
+    """Each image's noise is the first draw of a generator of its own, on the CPU: the same on every device,
+    whatever else is in the batch.
+    """
+    generators = (torch.Generator().manual_seed(seed) for seed in seeds)
+    return torch.stack([torch.randn(shape, generator=one, device="cpu") for one in generators])
+
+
+def seeds_of(noise: Float[Tensor, "b n d"]) -> list[int]:
+    """A 64-bit seed a row, of all bits of its noise in float32: what is drawn later of an image, such as a
+    decoder's noise, so follows from what the image began from, however that came about.
+    """
+    rows = noise.detach().float().cpu().contiguous().numpy()
+    return [int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8).digest(), "little") for row in rows]

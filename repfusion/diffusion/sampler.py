@@ -110,7 +110,7 @@ class SamplerConfig(Config):
 
 def noise_levels(num_steps: int, shift: float) -> Float[Tensor, " steps"]:
     """num_steps + 1 levels from 1 to 0, both exact, spaced evenly before the shift; float64."""
-    return shift_noise_level(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift)
+    return shift_noise_level(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64, device="cpu"), shift)
 
 
 def num_evaluations(config: SamplerConfig, shift: float) -> tuple[int, int]:

@@ -16,12 +16,10 @@ from repfusion.evaluation.parts import Run
 from repfusion.evaluation.record import EvaluationConfig
 from repfusion.evaluation.suites.base import Item
 from repfusion.files import digest_of
-from repfusion.generate import generate, to_uint8
-from repfusion.latents.load import Decoder
-from repfusion.model.text_to_image import TextToImage
+from repfusion.generate import AnyDecoder, Drawer, flow_alone, generate, to_uint8
 from repfusion.request import Request
-from repfusion.runs.checkpoint import load_checked, load_checkpoint
-from repfusion.runs.completion import check_complete
+from repfusion.runs.checkpoint import load_drawer
+from repfusion.runs.completion import check_complete, read_complete
 from repfusion.runs.folder import AVERAGES, CONFIG, STATISTICS, WEIGHTS_FILE
 
 
@@ -30,7 +28,7 @@ class Drawing:
 
     def __init__(self, checkpoint: Path, config: EvaluationConfig, run: Run):
         self.checkpoint, self.config, self.run = checkpoint, config, run
-        self._loaded: tuple[TextToImage, Decoder] | None = None
+        self._loaded: tuple[Drawer, AnyDecoder] | None = None
         self._weights: dict[str, str] | None = None
 
     @property
@@ -55,14 +53,15 @@ class Drawing:
     def _digests(self) -> dict[str, str]:
         """sha256 of the files that decide the images, each compared with what is there."""
         trained = AVERAGES if self.config.use_ema else WEIGHTS_FILE
-        names = (CONFIG, trained, STATISTICS)
+        there = read_complete(self.checkpoint)["files"]
+        names = [CONFIG, trained, *([STATISTICS] if STATISTICS in there else [])]
         files = check_complete(self.checkpoint, names)["files"]
         return {name: files[name].sha256 for name in names}
 
     def check(self, items: Sequence[Item]) -> None:
         """Raises ValueError where a prompt of the items does not fit."""
         model, _ = self._model()
-        model.conditioner.llm.check_lengths([item.request.prompt for item in items])
+        model.captions.check_lengths([item.request.prompt for item in items])
 
     def __call__(self, items: Sequence[Item], first: int = 0) -> UInt8[np.ndarray, "n h w 3"]:
         """Images of items, each item's outputs beside each other. The noise of image i of them is that of
@@ -77,17 +76,17 @@ class Drawing:
             part, seed = requests[start : start + size], config.seed + first + start
             yield self.run(partial(generate, *model, part, seed, config.sampler, size))
 
-    def _model(self) -> tuple[TextToImage, Decoder]:
+    def _model(self) -> tuple[Drawer, AnyDecoder]:
         if self._loaded is None:
             self._loaded = self.run(self._load)
         assert self._loaded is not None
         return self._loaded
 
-    def _load(self) -> tuple[TextToImage, Decoder]:
-        load = load_checkpoint if self._weights is None else load_checked
-        model = load(self.checkpoint, self.config.use_ema).to(self.device)
+    def _load(self) -> tuple[Drawer, AnyDecoder]:
+        is_checked = self._weights is not None
+        model = load_drawer(self.checkpoint, self.config.use_ema, is_checked).to(self.device)
         if self.config.dropped_taps:
-            drop_taps(model.conditioner, self.config.dropped_taps)
+            drop_taps(flow_alone(model, "dropped_taps").conditioner, self.config.dropped_taps)
         if self.config.fast:
-            model.speed_up_sampling(self.config.sampler.precision)
+            flow_alone(model, "fast").speed_up_sampling(self.config.sampler.precision)
         return model, model.load_decoder()

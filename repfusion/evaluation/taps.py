@@ -14,7 +14,8 @@ from repfusion.evaluation.checkpoints import evaluate_checkpoint
 from repfusion.evaluation.record import EvaluationConfig
 from repfusion.evaluation.shown import in_brief
 from repfusion.files import write_json
-from repfusion.model.check import check_model
+from repfusion.model.check import check_flow
+from repfusion.model.config import flow_of
 from repfusion.runs.checkpoint import read_config
 
 TAPS = "taps.json"
@@ -43,7 +44,8 @@ def evaluate_without(
     Raises:
         ValueError: as `evaluate_checkpoint` and `drop_taps` do.
     """
-    bare = check_model(read_config(checkpoint)[0])  # a set that does not fit is said before hours of others
+    # a set that does not fit is said before hours of others
+    bare = check_flow(flow_of(read_config(checkpoint)[0], "--drop-taps"))
     for dropped in sets:
         drop_taps(bare.conditioner, dropped)
     found: list[WithoutTaps] = []

@@ -13,6 +13,7 @@ import numpy as np
 from repfusion.config import read_values, validate
 from repfusion.diffusion.sampler import SamplerConfig
 from repfusion.display.redaction import redact_text
+from repfusion.display.tables import aligned
 from repfusion.display.terminal import printable_lines
 from repfusion.flops.activations import activation_bytes
 from repfusion.flops.count import Costs, eyes_cost, sample_costs, train_costs
@@ -20,11 +21,10 @@ from repfusion.flops.counter import Cost, Number
 from repfusion.flops.memory import Frozen, column_bytes, rank_memory, sizes
 from repfusion.flops.paper import paper_markdown
 from repfusion.latents.load import Decoder
-from repfusion.model.config import ModelConfig
+from repfusion.model.config import ModelConfig, flow_of
 from repfusion.model.meta import GEOMETRY, absent_folders, meta_decoder, meta_from_config
 from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import load_model_config, read_config
-from repfusion.tables import aligned
 from repfusion.training.engine import EngineConfig
 from repfusion.weights import WEIGHTS
 
@@ -166,7 +166,10 @@ def main() -> None:
         if args.paper:
             print(paper_markdown())
             return
-        config = load_model_config(args.config) if args.config else read_config(args.checkpoint)[0]
+        if args.config:
+            config = load_model_config(args.config)
+        else:
+            config = flow_of(read_config(args.checkpoint)[0], "this command")
         say(config, args.config, args)
     except (ValueError, OSError) as error:
         sys.exit(printable_lines(redact_text(f"error: {error}")))

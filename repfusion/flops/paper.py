@@ -15,6 +15,7 @@ from torch import nn
 
 from repfusion.config import read_values
 from repfusion.diffusion.sampler import SamplerConfig
+from repfusion.display.tables import markdown
 from repfusion.flops.count import (
     DENOISER,
     LLM,
@@ -30,7 +31,6 @@ from repfusion.latents.geometry import is_vae
 from repfusion.model.meta import CONFIGS, geometry_folder, meta_decoder, meta_from_config
 from repfusion.model.text_to_image import TextToImage
 from repfusion.runs.checkpoint import load_model_config
-from repfusion.tables import markdown
 from repfusion.training.engine import EngineConfig
 
 TERA = 1e12

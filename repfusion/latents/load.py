@@ -3,21 +3,26 @@ or a VAE.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 
 from repfusion.config import Config, Weights
+from repfusion.latents.drawing_decoder import DrawingDecoder
 from repfusion.latents.encoder import PixelEncoder
 from repfusion.latents.geometry import is_vae
 from repfusion.latents.rae_decoder import RAEDecoder
 from repfusion.latents.tower import RepresentationEncoder
 from repfusion.latents.vae import VAEDecoder, VAEEncoder
+from repfusion.pretrained.config import read_config
 from repfusion.weights import WEIGHTS
 
-Decoder = RAEDecoder | VAEDecoder
-"""Features -> pixels; both have `grid`, `feature_dim` and `image_size`."""
+Decoder = RAEDecoder | VAEDecoder | DrawingDecoder
+"""(features, seeds) -> pixels; all have `grid`, `feature_dim` and `image_size`. There is a seed a row, which
+whoever decodes passes and one that draws reads.
+"""
+DecoderKind = Literal["rae", "vae", "drawing"]
 
 
 class EncoderConfig(Config):
@@ -50,20 +55,36 @@ class EncoderConfig(Config):
         return RepresentationEncoder.from_pretrained(self.path, self.layer, dtype, self.image_size, on_meta)
 
 
+def kind_of_decoder(folder: str | Path) -> DecoderKind:
+    """What a folder's config.json says that it holds; one without the file is taken for a RAE decoder's,
+    which says what is missing.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        return "rae"
+    if is_vae(folder, "decoder"):
+        return "vae"
+    return "drawing" if read_config(folder, "decoder").get("kind") == "drawing" else "rae"
+
+
 def load_decoder(folder: str | Path, grid: tuple[int, int] | None = None, on_meta: bool = False) -> Decoder:
-    """A RAE decoder, or the decoder of a VAE; on the CPU in float32, frozen, in eval mode.
+    """A RAE decoder, the decoder of a VAE, or one that draws; on the CPU in float32, frozen, in eval mode.
 
     Args:
-        folder: as written by RAEDecoder.save_pretrained, or a VAE's.
-        grid: rows and columns of the tokens that a VAE is to decode; None is its own. A RAE decoder has one.
-        on_meta: shapes without memory: of a RAE decoder's weights the headers alone are read.
+        folder: as written by the decoder's save_pretrained, or a VAE's.
+        grid: rows and columns of the tokens that a VAE is to decode; None is its own. The others have one.
+        on_meta: shapes without memory: of the weights the headers alone are read. A VAE, which is small, is
+            read.
 
     Raises:
         ValueError: where the folder lacks a file or the weights do not fit the config.
     """
-    if (Path(folder) / "config.json").is_file() and is_vae(folder, "decoder"):
-        return VAEDecoder.from_pretrained(folder, grid)
-    return RAEDecoder.from_pretrained(folder, on_meta)
+    match kind_of_decoder(folder):
+        case "vae":
+            return VAEDecoder.from_pretrained(folder, grid)
+        case "drawing":
+            return DrawingDecoder.from_pretrained(folder, on_meta)
+        case "rae":
+            return RAEDecoder.from_pretrained(folder, on_meta)
 
 
 def fitting_decoder(

@@ -2,20 +2,19 @@
 MAE, arXiv 2111.06377).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from pydantic import Field, ValidationError
-from safetensors.torch import load_file, save_file
+from pydantic import Field
 from torch import Tensor, nn
 
 from repfusion.config import Config
+from repfusion.latents.saved import read_decoder, save_decoder
 from repfusion.layers import Attention, RMSNorm, SwiGLU, rotary_2d, sin_cos_positions
-from repfusion.pretrained.config import read_config
-from repfusion.pretrained.weights import read_headers, refuse_misfits, refuse_not_finite, weight_files
 
 
 class RAEDecoderConfig(Config):
@@ -74,8 +73,10 @@ class RAEDecoder(nn.Module):
         """Side in px of the images it makes."""
         return self.config.grid[0] * self.config.patch_size
 
-    def forward(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b 3 h w"]:
-        """Pixels, about [0, 1] and not clamped."""
+    def forward(
+        self, features: Float[Tensor, "b n d"], seeds: Sequence[int] | None = None
+    ) -> Float[Tensor, "b 3 h w"]:
+        """Pixels, about [0, 1] and not clamped. It draws nothing: `seeds` are not read."""
         return self.to_pixels(self.hidden(features))
 
     def hidden(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n c"]:
@@ -98,12 +99,7 @@ class RAEDecoder(nn.Module):
         )
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
-        save_file(
-            {k: v.to(dtype).contiguous() for k, v in self.state_dict().items()},
-            str(Path(folder) / "model.safetensors"),
-        )
+        save_decoder(self, self.config, folder, dtype)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, on_meta: bool = False) -> "RAEDecoder":
@@ -116,31 +112,4 @@ class RAEDecoder(nn.Module):
         Raises: ValueError: where the folder lacks a file, or weights are missing, left over, of another shape
             or not finite.
         """
-        folder, writer = Path(folder), "RAEDecoder.save_pretrained"
-        place = f"decoder folder {folder}"
-        fields = read_config(folder, "decoder", writer)
-        try:
-            config = RAEDecoderConfig.model_validate(fields)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            raise ValueError(
-                f"{place}: config.json: {problem['loc'][0] if problem['loc'] else 'the whole'}: "
-                f"{problem['msg']}; expected a folder written by {writer}, or a VAE's"
-            ) from error
-        headers = read_headers(weight_files(folder, "decoder"), "decoder")
-        with torch.device("meta"):
-            decoder = cls(config)
-        own = decoder.state_dict()
-        misshapen = [
-            (name, headers[name].shape, own[name].shape)
-            for name in own.keys() & headers.keys()
-            if headers[name].shape != own[name].shape
-        ]
-        missing, left_over = own.keys() - headers.keys(), headers.keys() - own.keys()
-        refuse_misfits(place, missing, left_over, misshapen, writer)
-        if not on_meta:
-            decoder = cls(config)
-            for file in weight_files(folder, "decoder"):
-                decoder.load_state_dict(load_file(str(file)), strict=False)
-            refuse_not_finite(decoder, place)
-        return decoder.float().eval().requires_grad_(False)
+        return read_decoder(cls, RAEDecoderConfig, folder, on_meta)

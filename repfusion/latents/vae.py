@@ -6,6 +6,7 @@ Features are the posterior's mean (KL) or the code itself (DC-AE), as the networ
 and channel anyway. Token r * columns + c is the latent pixel in row r, column c.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,20 @@ class VAEDecoder(nn.Module):
         """
         return cls(load_vae(folder, dtype), grid or latent_geometry(folder).grid)
 
-    def forward(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b 3 h w"]:
-        """Pixels, about [0, 1] and not clamped."""
+    def forward(
+        self, features: Float[Tensor, "b n d"], seeds: Sequence[int] | None = None
+    ) -> Float[Tensor, "b 3 h w"]:
+        """Pixels, about [0, 1] and not clamped. It draws nothing: `seeds` are not read."""
         rows, columns = self.grid
         latent = rearrange(features, "b (r c) d -> b d r c", r=rows, c=columns)
         return self.vae.decode(latent.to(self.vae.dtype)).sample.float() / 2 + 0.5
+
+
+def bare_vae(fields: Mapping[str, Any]) -> Any:
+    """Diffusers' own module by the fields of its config.json, with fresh weights."""
+    import diffusers
+
+    return getattr(diffusers, fields["_class_name"]).from_config(dict(fields))
 
 
 def load_vae(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -84,9 +94,14 @@ def load_vae(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
         ValueError: where the folder lacks a file, or weights are missing, left over, of another shape or not
             finite.
     """
+    return load_diffusers(folder, vae_config(folder)["_class_name"], dtype)
+
+
+def load_diffusers(folder: str | Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """An autoencoder of diffusers' class `name`; raises as `load_vae`."""
     import diffusers
 
-    name, place = vae_config(folder)["_class_name"], f"VAE folder {folder}"
+    place = f"VAE folder {folder}"
     weight_files(Path(folder), "VAE", STEM)
     with said_of(place, f"as an {name}"):
         vae, report = getattr(diffusers, name).from_pretrained(

@@ -17,9 +17,8 @@ from repfusion.files import file_sha256
 from repfusion.images.decode import png_text
 from repfusion.images.limits import BadImage
 from repfusion.lineage.environment import git_commit, has_local_changes, lock_digest
-from repfusion.runs.checkpoint import WEIGHTS_MARK, portable
 from repfusion.runs.folder import COMPLETE, LINEAGE
-from repfusion.weights import WEIGHTS
+from repfusion.weights import WEIGHTS, WEIGHTS_MARK, portable
 
 CHUNK = "repfusion"
 PLACES = {"path", "folder", "tracking_uri"}

@@ -56,6 +56,16 @@ class RowRecord(BaseModel):
     seeds: list[int] = Field(min_length=1)
 
 
+class RetrievedRecord(BaseModel):
+    """Which image was retrieved in the place of one that is drawn."""
+
+    shard: str
+    sample: str
+    score: float
+    folder: str | None
+    index: str
+
+
 class ImageRecord(BaseModel):
     """The text chunk of an image."""
 
@@ -70,6 +80,7 @@ class ImageRecord(BaseModel):
     checkpoint: FolderRecord
     export: FolderRecord | None = None
     lineage: TrainingRecord | None = None
+    retrieved: RetrievedRecord | None = None
 
 
 def checked(kind: type[R], record: Any, where: str) -> R:

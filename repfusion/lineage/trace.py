@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from repfusion.data.columns import manifest_digest
+from repfusion.display.tables import aligned
 from repfusion.files import file_sha256, weights_digest
 from repfusion.lineage.describe import CHUNK, read_lineage, read_png
 from repfusion.lineage.records import ExportRecord, ImageRecord, TrainingRecord, checked
-from repfusion.runs.checkpoint import WEIGHTS_MARK, portable, read_config
+from repfusion.runs.checkpoint import read_config
 from repfusion.runs.completion import check_all
 from repfusion.runs.exported import MARK, check_export
 from repfusion.runs.folder import COMPLETE, CONFIG, LINEAGE, RunFolder
-from repfusion.tables import aligned
-from repfusion.weights import WEIGHTS
+from repfusion.weights import WEIGHTS, WEIGHTS_MARK, portable
 
 State = Literal["agrees", "differs", "missing", "elsewhere", "recorded", "unknown"]
 """`recorded`: nothing here to compare with; `elsewhere`: not on this machine, which an export may leave."""
@@ -65,10 +65,7 @@ def trace_image(path: Path) -> Iterator[Link]:
         of_row = f" {number}" if several else ""
         yield Link(f"prompt{of_row}", row["prompt"])
         yield Link(f"seed{of_row}", spell_seeds(row["seeds"]))
-    low, high = record["guidance_interval"]
-    where = "" if (low, high) == (0, 1) else f" at noise levels {low:g} to {high:g}"
-    guided = f"guidance {record['guidance_scale']:g}{where}"
-    yield Link("sampler", f"{record['num_steps']} {record['solver']} steps, {guided}")
+    yield how_it_came(record)
     if (exported := record.get("export")) is not None:
         link = marked_folder("export", exported, MARK, "missing")
         yield link
@@ -84,6 +81,18 @@ def trace_image(path: Path) -> Iterator[Link]:
     yield Link("step", str(saved["step"]))
     # What the image itself remembers of the checkpoint.
     yield from describe_training(record.get("lineage"), "missing" if exported is None else "elsewhere")
+
+
+def how_it_came(record: Mapping[str, Any]) -> Link:
+    """The sampler of an image that was drawn, or the sample of a data set that was retrieved in its place."""
+    if (found := record["retrieved"]) is not None:
+        where = f" in {found['folder']}" if found["folder"] is not None else ""
+        said = f"{found['sample']} of {found['shard']}{where}, score {found['score']:.3f}"
+        return Link("retrieved", said, "recorded", f"index {short(found['index'])}")
+    low, high = record["guidance_interval"]
+    where = "" if (low, high) == (0, 1) else f" at noise levels {low:g} to {high:g}"
+    guided = f"guidance {record['guidance_scale']:g}{where}"
+    return Link("sampler", f"{record['num_steps']} {record['solver']} steps, {guided}")
 
 
 def spell_seeds(seeds: Sequence[int]) -> str:

@@ -1,24 +1,17 @@
-"""A configuration -> a text-to-image model."""
-
-from collections.abc import Mapping
+"""A configuration -> a model."""
 
 import torch
 
 from repfusion.conditioning.noisy_latents import NoisyLatentConditioner
-from repfusion.data.readers import IMAGE_FEATURES, Reader, SampleArray
+from repfusion.data.readers import IMAGE_FEATURES
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.llm.base import LanguageModel
 from repfusion.llm.load import load_language_model
-from repfusion.model.config import ModelConfig
+from repfusion.model.config import CodesModelConfig, ModelConfig
+from repfusion.model.discrete.illume import Illume, IllumeConfig
+from repfusion.model.discrete.unidisc import UniDisc, UniDiscConfig
 from repfusion.model.methods import conditioner_and_denoiser
 from repfusion.model.text_to_image import TextToImage
-
-
-def columns_of(config: ModelConfig) -> Mapping[str, Reader]:
-    """How a model of this configuration reads the columns that it can use beside captions, by name; no
-    weights are read.
-    """
-    return {IMAGE_FEATURES: SampleArray(), **config.conditioning.columns}
 
 
 def assemble(
@@ -68,3 +61,14 @@ def build_model(config: ModelConfig, statistics: LatentStatistics) -> TextToImag
     if has_own and isinstance(model.conditioner, NoisyLatentConditioner):
         model.conditioner.projector.take_latents(statistics)
     return model
+
+
+def build_code_model(config: CodesModelConfig, on_meta: bool = False) -> UniDisc | Illume:
+    """A model of discrete codes, whose trained weights are fresh but for a language model's; `on_meta`, which
+    torch's meta device goes with, shapes without memory. Raises ValueError where a folder is none.
+    """
+    match config:
+        case IllumeConfig():
+            return Illume(config, on_meta)
+        case UniDiscConfig():
+            return UniDisc(config)

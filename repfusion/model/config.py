@@ -1,22 +1,31 @@
 """What a text-to-image model is made of: folders of frozen weights, a conditioning method, a denoiser."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
 
 from repfusion.conditioning.captioning import CaptioningConfig
 from repfusion.conditioning.noisy_latents import NoisyLatentsConfig
-from repfusion.config import Config, Wanted, Weights, WeightsFolder, weights_of
+from repfusion.config import Weights, WeightsFolder
+from repfusion.data.readers import IMAGE_FEATURES, Reader, SampleArray
 from repfusion.diffusion.flow import FlowConfig
 from repfusion.latents.geometry import latent_geometry
 from repfusion.latents.load import EncoderConfig
+from repfusion.model.discrete.illume import IllumeConfig
+from repfusion.model.discrete.unidisc import UniDiscConfig
 from repfusion.model.dit import DiTConfig
 from repfusion.model.methods import ConditioningConfig
+from repfusion.model.trainable import TrainableConfig
 from repfusion.weights import WEIGHTS
 
 
-class ModelConfig(Config):
+class ModelConfig(TrainableConfig):
+    """A text-to-image model."""
+
+    kind: Literal["text_to_image"] = Field(default="text_to_image", exclude=True)
+    """What names no kind is one, so it is not written."""
     mllm: WeightsFolder = WEIGHTS / "llava"
     """Folder of the MLLM (a LLaVA, or a causal language model), which is frozen unless `conditioning` trains
     it.
@@ -26,7 +35,7 @@ class ModelConfig(Config):
     encoder: EncoderConfig = EncoderConfig()
     """What makes the features that are denoised."""
     decoder: Annotated[Path, Weights(to_train=False)] = WEIGHTS / "decoder"
-    """Folder of the decoder: a RAE decoder's, or the VAE's that makes the features."""
+    """Folder of the decoder: a RAE decoder's or one's that draws, or the VAE's that makes the features."""
     conditioning: ConditioningConfig = Field(default=NoisyLatentsConfig(), discriminator="method")
     """RepFusion (noisy_latents), or a baseline. A method's name alone stands for its defaults."""
     dit: DiTConfig = DiTConfig()
@@ -61,16 +70,54 @@ class ModelConfig(Config):
         rows, columns = latent_geometry(self.encoder.path, self.encoder.image_size).grid
         return self.conditioning.tokens_beside(rows * columns)
 
-    def parts(self, wanted: Wanted = lambda weights: True) -> dict[str, Path]:
-        """Folders of frozen weights by part: `encoder`, `mllm`, `decoder`, and those of the method."""
-        found = weights_of(self, wanted=wanted)
-        return {key.removesuffix(".path"): found[key] for key in sorted(found)}
+    @property
+    def columns(self) -> Mapping[str, Reader]:
+        return {IMAGE_FEATURES: SampleArray(), **self.conditioning.columns}
+
+    @property
+    def label(self) -> str:
+        return f"the method {self.conditioning.method!r}"
+
+    @property
+    def reads_images(self) -> bool:
+        return self.conditioning.reads_images
+
+    @property
+    def needs_start(self) -> bool:
+        return self.conditioning.needs_start
 
     def describe(self) -> str:
-        """The method and the size of its denoiser, in a few words."""
         fields = self.conditioning.model_dump(exclude_defaults=True, exclude={"method", "captioning"})
         chosen = ", ".join(f"{name} {value}" for name, value in fields.items())
         method = self.conditioning.method + (f" ({chosen})" if chosen else "")
         if not self.conditioning.has_dit:
             return f"{method}, no DiT"
         return f"{method}, DiT {self.dit.depth} x {self.dit.hidden_size}"
+
+
+def kind_of(value: Any) -> str:
+    """The kind that a section says it is; what says none is a text-to-image model."""
+    if isinstance(value, dict):
+        return value.get("kind", "text_to_image")
+    return getattr(value, "kind", "text_to_image")
+
+
+AnyModelConfig = Annotated[
+    Annotated[ModelConfig, Tag("text_to_image")]
+    | Annotated[UniDiscConfig, Tag("unidisc")]
+    | Annotated[IllumeConfig, Tag("illume")],
+    Discriminator(kind_of),
+]
+"""Settings of every model, told apart by `kind`."""
+CodesModelConfig = UniDiscConfig | IllumeConfig
+"""Settings of the models of codes."""
+ANY_MODEL: TypeAdapter[ModelConfig | CodesModelConfig] = TypeAdapter(AnyModelConfig)
+
+
+def flow_of(config: TrainableConfig, what: str) -> ModelConfig:
+    """A text-to-image model's configuration. Raises ValueError where it is another's, of which `what` does
+    not know.
+    """
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"{config.label} is no text-to-image model, and {what} knows of these alone")
+    return config

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from repfusion.config import read_values, validate
-from repfusion.latents.geometry import is_vae, latent_geometry
-from repfusion.latents.load import Decoder
+from repfusion.latents.drawing_decoder import DrawingDecoder, DrawingDecoderConfig
+from repfusion.latents.geometry import latent_geometry
+from repfusion.latents.load import Decoder, kind_of_decoder
 from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.latents.vae import VAEDecoder
@@ -158,12 +159,15 @@ def meta_decoder(config: ModelConfig, grid: tuple[int, int]) -> Decoder | None:
     there.
     """
     folder = geometry_folder(config.decoder)
-    if is_vae(folder):
+    kind, fields = kind_of_decoder(folder), (folder / "config.json").read_text()
+    if kind == "vae":
         has_weights = any(folder.glob("*.safetensors"))
         return VAEDecoder.from_pretrained(folder, grid).to("meta") if has_weights else None
-    saved = RAEDecoderConfig.model_validate_json((folder / "config.json").read_text())
     with torch.device("meta"):
-        return RAEDecoder(saved).requires_grad_(False)
+        if kind == "drawing":
+            drawing = DrawingDecoder(DrawingDecoderConfig.model_validate_json(fields))
+            return drawing.requires_grad_(False)
+        return RAEDecoder(RAEDecoderConfig.model_validate_json(fields)).requires_grad_(False)
 
 
 def published() -> tuple[TextToImage, Decoder]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from repfusion.conditioning.base import Conditioner, Losses, Prepared
 from repfusion.config import naming
 from repfusion.data.dataset import Sample
-from repfusion.data.readers import IMAGE_FEATURES, SampleArray
+from repfusion.data.readers import IMAGE_FEATURES
 from repfusion.data.recipe import Recipe
 from repfusion.devices.compiling import Compilation, compilation_for
 from repfusion.devices.placing import Autocast, autocast_of
@@ -21,7 +21,7 @@ from repfusion.diffusion.graphs import StepGraphs
 from repfusion.inputs import Inputs, empty, to_device
 from repfusion.latents.load import Decoder, fitting_decoder
 from repfusion.latents.statistics import LatentStatistics
-from repfusion.llm.base import PromptTooLong
+from repfusion.llm.base import LanguageModel, PromptTooLong
 from repfusion.model.config import ModelConfig
 from repfusion.model.denoiser import Denoiser, Prefilled
 from repfusion.model.trainable import Trainable
@@ -61,6 +61,8 @@ class TextToImage(Trainable):
         ValueError: the statistics are of another grid.
     """
 
+    config: ModelConfig
+
     def __init__(
         self,
         config: ModelConfig,
@@ -88,7 +90,7 @@ class TextToImage(Trainable):
         added = {f"conditioner.{name}" for name in conditioner.adapters}
         own = ((name, p) for name, p in self.named_parameters() if id(p) not in read or name in added)
         self.kept = {name: p for name, p in own if not p.requires_grad}
-        self.columns = {IMAGE_FEATURES: SampleArray(), **config.conditioning.columns}
+        self.columns = config.columns
         self.graphs: StepGraphs | None = None
 
     @property
@@ -112,7 +114,8 @@ class TextToImage(Trainable):
             request = self.conditioner.collate(requests, branches, seeds)
         except PromptTooLong as error:
             texts = [one.prompt for one in requests]
-            raise ValueError(f"{samples[texts.index(error.prompt)].place}: {unfit_caption(error)}") from error
+            place = samples[texts.index(error.prompt)].place
+            raise ValueError(f"{place}: {self.unfit_caption(error)}") from error
         except ValueError:
             for sample, *one in zip(samples, requests, branches, seeds, strict=True):
                 with naming(sample.place):
@@ -124,6 +127,19 @@ class TextToImage(Trainable):
             "t": t,
             "noise": noise,
         }
+
+    @property
+    def captions(self) -> LanguageModel:
+        """The language model, which reads the captions."""
+        return self.conditioner.llm
+
+    def unfit_caption(self, error: PromptTooLong) -> str:
+        return (
+            f"its caption {error.prompt[:60]!r}... has {error.num_tokens} tokens, begin token included; the "
+            f"context of model.mllm takes {error.most} beside what else it reads: leave such samples out by "
+            "curate.max_caption_tokens (a column's captions by their max_tokens) in the workflow that wrote "
+            "the shards, or that caption by data.caption_weights"
+        )
 
     def forward(self, inputs: Inputs) -> Losses:
         """`velocity`: mean squared error of the velocity, float32; then the conditioner's auxiliary
@@ -228,16 +244,6 @@ def untrained(module: nn.Module) -> list[nn.Module]:
     if not any(p.requires_grad for p in weights):
         return [module] if weights else []
     return [part for child in module.children() for part in untrained(child)]
-
-
-def unfit_caption(error: PromptTooLong) -> str:
-    """What is wrong with a caption of a training, and what to do."""
-    return (
-        f"its caption {error.prompt[:60]!r}... has {error.num_tokens} tokens, begin token included; the "
-        f"context of model.mllm takes {error.most} beside what else it reads: leave such samples out by "
-        "curate.max_caption_tokens (a column's captions by their max_tokens) in the workflow that wrote the "
-        "shards, or that caption by data.caption_weights"
-    )
 
 
 def stack(arrays: Sequence[np.ndarray | None]) -> Tensor:

@@ -2,19 +2,21 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from repfusion.conditioning.base import Losses
-from repfusion.config import Config
+from repfusion.config import Config, Wanted, weights_of
 from repfusion.data.dataset import Sample
 from repfusion.data.readers import Reader
 from repfusion.data.recipe import Recipe
 from repfusion.devices.compiling import Compilation
 from repfusion.inputs import Inputs
+from repfusion.llm.base import PromptTooLong
 
 _aten = torch.ops.aten
 PRODUCTS = {
@@ -53,10 +55,56 @@ def computed_again(forward: Callable[..., Any], which: Literal["selective", "ful
     return checkpointed
 
 
+class TrainableConfig(Config):
+    """The configuration of a model, and what a training has to know of it before it is built."""
+
+    @property
+    def columns(self) -> Mapping[str, Reader]:
+        """How the model reads the columns that it can use beside captions, by name; no weights are read."""
+        raise NotImplementedError
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        raise NotImplementedError
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether requests may have images."""
+        return False
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether a training has to start from a checkpoint, which holds what the model keeps frozen."""
+        return False
+
+    def parts(self, wanted: Wanted = lambda weights: True) -> dict[str, Path]:
+        """Folders of frozen weights by part, such as `encoder`, `mllm`, `decoder` and those of the method."""
+        found = weights_of(self, wanted=wanted)
+        return {key.removesuffix(".path"): found[key] for key in sorted(found)}
+
+    def describe(self) -> str:
+        """The model and its size, in a few words."""
+        raise NotImplementedError
+
+
+@runtime_checkable
+class CaptionReader(Protocol):
+    """Who puts captions into tokens, and how long these may be."""
+
+    folder: Path
+    """The folder of the tokenizer."""
+    max_text_tokens: int
+
+    def check_lengths(self, prompts: Sequence[str]) -> None:
+        """Raises PromptTooLong where one is longer than that."""
+        ...
+
+
 class Trainable(nn.Module):
     """A model that the engine trains, a snapshot saves and the data serves, whatever it learns."""
 
-    config: Config
+    config: TrainableConfig
     columns: Mapping[str, Reader]
     """How it reads the columns that it can use beside captions, by name."""
     fixed: Mapping[str, tuple[int, ...]] = {}
@@ -80,6 +128,15 @@ class Trainable(nn.Module):
     def device(self) -> torch.device:
         """Where the trained weights lie."""
         return next(p for p in self.parameters() if p.requires_grad).device
+
+    @property
+    def captions(self) -> CaptionReader:
+        """Who reads its captions."""
+        raise NotImplementedError
+
+    def unfit_caption(self, error: PromptTooLong) -> str:
+        """What is wrong with a caption of a training, and what to do."""
+        raise NotImplementedError
 
     def layers(self) -> list[nn.Module]:
         """Repeated parts that do nearly all of the work: compiled and checkpointed one by one."""

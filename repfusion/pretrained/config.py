@@ -8,7 +8,9 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 ORIGINAL_LLAVA = ("mm_vision_tower", "mm_projector_type")
 """Fields by which the first LLaVA repository's config.json is known."""
@@ -23,6 +25,7 @@ ORIGINAL_INTERNVL = (
     "this is the layout of InternVL's own repository; take the folder made for transformers' own class "
     "(published with a name that ends in -HF)"
 )
+C = TypeVar("C", bound=BaseModel)
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 """Where transformers keeps an image processor, by itself or within a processor of all."""
 
@@ -79,6 +82,20 @@ def read_config(folder: str | Path, what: str, writer: str = "save_pretrained") 
     if any(field in config for field in ORIGINAL_LLAVA) or config.get("model_type") == "llava_llama":
         raise ValueError(f"{what} folder {folder}: {CONVERT_LLAVA}")
     return config
+
+
+def validated_config(kind: type[C], fields: Mapping[str, Any], place: str, writer: str) -> C:
+    """The fields of a config.json of ours as their class. Raises ValueError, naming the place and the first
+    field, where one does not hold.
+    """
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ValueError(
+            f"{place}: config.json: {problem['loc'][0] if problem['loc'] else 'the whole'}: "
+            f"{problem['msg']}; expected a folder written by {writer}"
+        ) from error
 
 
 def processor_fields(folder: Path, what: str) -> tuple[dict[str, Any], str]:

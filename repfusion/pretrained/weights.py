@@ -5,17 +5,19 @@ Nothing is unpickled.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from repfusion.pretrained.config import CONVERT_LLAVA, OWN_FILES_ALONE, read_json, said_of
 
+M = TypeVar("M", bound=nn.Module)
 SHOWN = 4
 """Names that a message gives of those that do not fit."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -117,6 +119,40 @@ def refuse_not_finite(model: nn.Module, place: str) -> None:
             and not torch.stack(weight.aminmax()).isfinite().all()
         ):
             raise ValueError(f"{place}: {name} holds values that are not finite; copy the folder again")
+
+
+def load_own(make: Callable[[], M], folder: Path, what: str, writer: str, on_meta: bool = False) -> M:
+    """A module of ours, every weight of it from the folder; in float32, frozen and in eval mode.
+
+    Args:
+        make: builds it, of the sizes that config.json says.
+        folder: written by `writer`.
+        what: how messages call it.
+        writer: what writes such a folder.
+        on_meta: shapes without memory: the weights' headers alone are read.
+
+    Raises:
+        ValueError: the folder has no safetensors, or weights are missing, left over, of another shape or not
+            finite.
+    """
+    place, files = f"{what} folder {folder}", weight_files(folder, what)
+    headers = read_headers(files, what)
+    with torch.device("meta"):
+        module = make()
+    own = module.state_dict()
+    misshapen = [
+        (name, headers[name].shape, own[name].shape)
+        for name in own.keys() & headers.keys()
+        if headers[name].shape != own[name].shape
+    ]
+    missing, left_over = own.keys() - headers.keys(), headers.keys() - own.keys()
+    refuse_misfits(place, missing, left_over, misshapen, writer)
+    if not on_meta:
+        module = make()
+        for file in files:
+            module.load_state_dict(load_file(str(file)), strict=False)
+        refuse_not_finite(module, place)
+    return module.float().eval().requires_grad_(False)
 
 
 def load_transformers(

@@ -23,9 +23,11 @@ from repfusion.config import merge, naming, read_values, validate
 from repfusion.files import weights_digest, write_json
 from repfusion.latents.geometry import latent_geometry
 from repfusion.latents.statistics import LatentStatistics
-from repfusion.model.build import build_model
-from repfusion.model.config import ModelConfig
+from repfusion.model.build import build_code_model, build_model
+from repfusion.model.config import ANY_MODEL, CodesModelConfig, ModelConfig, flow_of, kind_of
+from repfusion.model.discrete.base import CodeModel
 from repfusion.model.text_to_image import TextToImage
+from repfusion.model.trainable import Trainable, TrainableConfig
 from repfusion.pretrained.cache import fetch
 from repfusion.pretrained.weights import read_headers
 from repfusion.runs.completion import (
@@ -48,46 +50,32 @@ from repfusion.runs.folder import (
     step_of,
     working_folder,
 )
-from repfusion.weights import WEIGHTS
+from repfusion.weights import WEIGHTS, WEIGHTS_MARK, portable
 
 log = logging.getLogger(__name__)
 TRAINING_FIELDS = {"model", "output_dir", "data", "init_from", "engine", "num_steps"}
 """Fields by which a training's YAML is told from a model's."""
-# Stands for the folder of shipped weights in a saved config, so that a checkpoint can move to another
-# machine.
-WEIGHTS_MARK = "{weights}"
 
 
-def portable(config: Any, old: str = str(WEIGHTS), new: str = WEIGHTS_MARK) -> Any:
-    """The dumped config with the folder of shipped weights replaced by a mark (or back)."""
-    match config:
-        case dict():
-            return {key: portable(value, old, new) for key, value in config.items()}
-        case str() if config == old or config.startswith(f"{old}/"):
-            return new + config[len(old) :]
-        case _:
-            return config
-
-
-def frozen_digests(model: TextToImage) -> dict[str, str]:
+def frozen_digests(model: Trainable) -> dict[str, str]:
     """sha256 of the frozen weights that a checkpoint relies on and does not hold."""
-    llm = model.conditioner.llm
+    llm = model.conditioner.llm if isinstance(model, TextToImage) else None
     folders = model.config.parts(lambda weights: weights.to_train)
     return {
-        part: llm.digest if folder == llm.folder else weights_digest(folder)
+        part: llm.digest if llm is not None and folder == llm.folder else weights_digest(folder)
         for part, folder in folders.items()
     }
 
 
 def write_model(
     folder: Path,
-    model: TextToImage,
+    model: Trainable,
     weights: Mapping[str, Tensor],
     ema: Mapping[str, Tensor],
     digests: Mapping[str, str],
 ) -> None:
-    """Weights and averaged weights, each with the buffers that belong to them, statistics and config; all
-    that generating needs.
+    """Weights and averaged weights, each with the buffers that belong to them, config, and the statistics of
+    a model that has some; all that generating needs.
     """
     config = portable(model.config.model_dump(mode="json"))
     write_json(folder / CONFIG, {"schema": SCHEMA, "model": config, "digests": dict(digests)})
@@ -95,13 +83,14 @@ def write_model(
     for name, tensors in (("model", weights), ("ema", ema)):
         values = {key: value.detach().cpu().contiguous() for key, value in {**tensors, **fixed}.items()}
         save_file(values, str(folder / f"{name}.safetensors"))
-    model.statistics.save(folder / STATISTICS)
+    if isinstance(model, TextToImage):
+        model.statistics.save(folder / STATISTICS)
     mode = (folder / CONFIG).stat().st_mode
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)  # safetensors lets nobody else read what it writes
 
 
-def save_checkpoint(folder: Path, model: TextToImage, ema: Mapping[str, Tensor], **info: Any) -> None:
+def save_checkpoint(folder: Path, model: Trainable, ema: Mapping[str, Tensor], **info: Any) -> None:
     """A checkpoint to generate or start from, without the state that resuming needs. `info` goes to
     `complete.json`.
     """
@@ -110,7 +99,7 @@ def save_checkpoint(folder: Path, model: TextToImage, ema: Mapping[str, Tensor],
     finish_checkpoint(working, folder, info)
 
 
-def read_config(folder: Path) -> tuple[ModelConfig, dict[str, str]]:
+def read_config(folder: Path) -> tuple[ModelConfig | CodesModelConfig, dict[str, str]]:
     """The model config and the digests of the frozen weights it was trained with."""
     try:
         saved = json.loads((folder / CONFIG).read_text())
@@ -119,7 +108,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, str]]:
         raise ValueError(
             f"checkpoint {folder}: {CONFIG} is damaged ({type(error).__name__}: {error}); copy it again"
         ) from error
-    return ModelConfig.model_validate(portable(model, WEIGHTS_MARK, str(WEIGHTS))), digests
+    return ANY_MODEL.validate_python(portable(model, WEIGHTS_MARK, str(WEIGHTS))), digests
 
 
 def continued_model(folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,12 +132,12 @@ def continued_fields(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict
 
 
 def load_model_config(path: Path) -> ModelConfig:
-    """The `model` of a training's YAML (or of a workflow's last), or a YAML of a model alone. As in
-    training, fields that are not given are those of `init_from`, where it is there.
+    """The `model` of a training's YAML (or of a workflow's last), or a YAML of a model alone, which draws by
+    a flow. As in training, fields that are not given are those of `init_from`, where it is there.
 
     Raises:
-        ValueError: an unknown or wrong field; a training that names neither a model nor a checkpoint that is
-            there.
+        ValueError: an unknown or wrong field, or another kind of model; a training that names neither a model
+            nor a checkpoint that is there.
     """
     fields = read_values(path)
     if trainings := fields.get("trainings"):
@@ -156,9 +145,12 @@ def load_model_config(path: Path) -> ModelConfig:
     if not fields.keys() & TRAINING_FIELDS:
         return validate(ModelConfig, fields, str(path))
     given, start = fields.get("model") or {}, fields.get("init_from")
+    if (kind := kind_of(given)) != "text_to_image":
+        raise ValueError(f"{path}: model.kind is {kind!r}; expected a text-to-image model")
     if start is None:
         return validate(ModelConfig, given, str(path))
     if (Path(start) / CONFIG).is_file():
+        flow_of(read_config(Path(start))[0], f"a text-to-image model of {path}")
         given = continued_model(Path(start), given)
     elif not given:
         raise ValueError(f"{path}: init_from {start} is not there, and no model is given; train it first")
@@ -186,7 +178,7 @@ def differences(got: Any, expected: Any, prefix: str = "") -> list[str]:
     return [] if got == expected else [f"{prefix} {got!r}, expected {expected!r}"]
 
 
-def load_weights(model: TextToImage, folder: Path, use_ema: bool = True, on_meta: bool = False) -> None:
+def load_weights(model: Trainable, folder: Path, use_ema: bool = True, on_meta: bool = False) -> None:
     """Weights of a checkpoint, whose files were compared already, into a model that was built already; into
     one without memory (`on_meta`), their headers alone are read.
 
@@ -198,7 +190,7 @@ def load_weights(model: TextToImage, folder: Path, use_ema: bool = True, on_meta
         model.load_saved_state(_state_of(folder, use_ema, on_meta))
 
 
-def load_start(model: TextToImage, folder: Path, on_meta: bool = False) -> None:
+def load_start(model: Trainable, folder: Path, on_meta: bool = False) -> None:
     """Averaged weights of a checkpoint that a training starts from, as `load_weights` reads them: all of
     them, or what the model's method takes of another's (`MethodConfig.handover`). The log says what is read,
     what is left and what is fresh.
@@ -217,10 +209,21 @@ def load_start(model: TextToImage, folder: Path, on_meta: bool = False) -> None:
         fresh = model.load_part(state)
     said = "start from %s (%s): %d weights of it are taken, %d left out, %d of the model are fresh"
     counts = len(state), len(whole) - len(state), len(fresh)
-    log.info(said, folder, before.conditioning.method, *counts)
+    log.info(said, folder, before.label, *counts)
 
 
-def _handover(model: TextToImage, folder: Path, before: ModelConfig) -> Handover | None:
+def _refuse_other_kind(model: Trainable, folder: Path, before: TrainableConfig) -> None:
+    if type(before) is not type(model.config):
+        raise ValueError(
+            f"checkpoint {folder} is of {before.label}, of which {model.config.label} takes nothing; name "
+            "another init_from, or none"
+        )
+
+
+def _handover(model: Trainable, folder: Path, before: TrainableConfig) -> Handover | None:
+    _refuse_other_kind(model, folder, before)
+    if not isinstance(before, ModelConfig) or not isinstance(model, TextToImage):
+        return None
     with naming(f"checkpoint {folder}"):
         return model.config.conditioning.handover(before.conditioning)
 
@@ -232,7 +235,7 @@ def _state_of(folder: Path, use_ema: bool, on_meta: bool) -> Mapping[str, Tensor
 
 
 @contextmanager
-def _fitting(model: TextToImage, folder: Path) -> Iterator[None]:
+def _fitting(model: Trainable, folder: Path) -> Iterator[None]:
     """Puts before the message of a ValueError which checkpoint does not fit, and after it why."""
     try:
         yield
@@ -244,11 +247,11 @@ def _fitting(model: TextToImage, folder: Path) -> Iterator[None]:
 
 
 def load_checkpoint(folder: str | Path, use_ema: bool = True) -> TextToImage:
-    """The model of a checkpoint, on the CPU, in eval mode.
+    """The text-to-image model of a checkpoint, on the CPU, in eval mode.
 
     Raises:
-        ValueError: a checkpoint that is incomplete or damaged, or frozen weights on this machine that are
-            not those it was trained with.
+        ValueError: a checkpoint that is incomplete or damaged, or of another model, or frozen weights on this
+            machine that are not those it was trained with.
     """
     folder = Path(folder)
     check_complete(folder, files_to_load(read_complete(folder)["files"], use_ema))
@@ -257,15 +260,34 @@ def load_checkpoint(folder: str | Path, use_ema: bool = True) -> TextToImage:
 
 def files_to_load(files: Container[str], use_ema: bool = True) -> list[str]:
     """Which of a checkpoint's files are read to load the model, and to say where it is from."""
-    names = [CONFIG, STATISTICS, AVERAGES if use_ema else WEIGHTS_FILE]
-    return [*names, LINEAGE] if LINEAGE in files else names
+    names = [CONFIG, STATISTICS, AVERAGES if use_ema else WEIGHTS_FILE, LINEAGE]
+    return [name for name in names if name in files or name not in (STATISTICS, LINEAGE)]
 
 
 def load_checked(folder: Path, use_ema: bool = True) -> TextToImage:
     """`load_checkpoint` of one whose files were compared already."""
+    flow_of(read_config(folder)[0], f"who loads checkpoint {folder}")
+    model = load_drawer(folder, use_ema, is_checked=True)
+    assert isinstance(model, TextToImage)
+    return model
+
+
+def load_drawer(folder: Path, use_ema: bool = True, is_checked: bool = False) -> TextToImage | CodeModel:
+    """The model of a checkpoint, whatever it draws by; raises as `load_checkpoint`.
+
+    Args:
+        folder: the checkpoint.
+        use_ema: whether the averaged weights are taken.
+        is_checked: whether its files were compared already.
+    """
+    if not is_checked:
+        check_complete(folder, files_to_load(read_complete(folder)["files"], use_ema))
     config, digests = read_config(folder)
     fetch(config.parts().values())
-    model = build_model(config, LatentStatistics.load(folder / STATISTICS))
+    if isinstance(config, ModelConfig):
+        model = build_model(config, LatentStatistics.load(folder / STATISTICS))
+    else:
+        model = build_code_model(config)
     check_digests(folder, digests, frozen_digests(model))
     load_weights(model, folder, use_ema)
     return model.eval()
@@ -280,15 +302,19 @@ def check_digests(folder: Path, saved: Mapping[str, str], present: Mapping[str, 
             )
 
 
-def check_continues(model: TextToImage, folder: Path) -> None:
+def check_continues(model: Trainable, folder: Path) -> None:
     """A run that continues from a checkpoint must keep its encoder and noise levels, which no tensor's
-    shape tells apart.
+    shape tells apart; one of codes its tokenizers.
 
     Another MLLM of the same geometry is a legitimate experiment: that is only said. What is taken of another
     method's checkpoint was trained on what its MLLM says, and has to go on so.
     """
     saved, digests = read_config(folder)
     present = frozen_digests(model)
+    _refuse_other_kind(model, folder, saved)
+    if not isinstance(model, TextToImage) or not isinstance(saved, ModelConfig):
+        check_digests(folder, digests, present)
+        return
     check_digests(folder, {"encoder": digests["encoder"]}, present)
     wanted = _handover(model, folder, saved)
     if wanted is not None and digests["mllm"] != present[wanted.mllm]:

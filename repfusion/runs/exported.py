@@ -10,11 +10,12 @@ from repfusion.latents.statistics import LatentStatistics
 from repfusion.llm.projector import Projector
 from repfusion.model.build import assemble, load_llm, load_second_llm
 from repfusion.model.config import ModelConfig
+from repfusion.model.discrete.base import CodeModel
 from repfusion.model.text_to_image import TextToImage
-from repfusion.runs.checkpoint import WEIGHTS_MARK, load_checkpoint, portable, read_weights
+from repfusion.runs.checkpoint import load_drawer, read_weights
 from repfusion.runs.folder import CONFIG, STATISTICS
 from repfusion.runs.seals import damage, read_seals
-from repfusion.weights import WEIGHTS
+from repfusion.weights import WEIGHTS, WEIGHTS_MARK, portable
 
 SCHEMA = 3
 MARK = "export.json"
@@ -71,6 +72,6 @@ def load_export(folder: str | Path, mllm_dtype: str | None = None) -> TextToImag
     return model.eval()
 
 
-def load_any(folder: str | Path) -> TextToImage:
+def load_any(folder: str | Path) -> TextToImage | CodeModel:
     """The model of an export, or of a checkpoint (averaged weights)."""
-    return load_export(folder) if is_export(Path(folder)) else load_checkpoint(folder)
+    return load_export(folder) if is_export(Path(folder)) else load_drawer(Path(folder))

@@ -107,18 +107,18 @@ def say(
         prefix = "there are "
     things = [say_thing(want, rng) for want in wanted]
     if relation is None:
-        return prefix + f" {_choose(JOINTS, rng)} ".join(things)
+        return prefix + f" {choose(JOINTS, rng)} ".join(things)
     if rng.random() < 0.15:
-        return f"{prefix}{things[1]} with {things[0]} {_choose(RELATION_ENDINGS[relation], rng)}"
+        return f"{prefix}{things[1]} with {things[0]} {choose(RELATION_ENDINGS[relation], rng)}"
     verb = "is " if prefix == "" and rng.random() < 0.3 else ""
-    return f"{prefix}{things[0]} {verb}{_choose(RELATION_PHRASES[relation], rng)} {things[1]}"
+    return f"{prefix}{things[0]} {verb}{choose(RELATION_PHRASES[relation], rng)} {things[1]}"
 
 
 def say_thing(want: Wanted, rng: np.random.Generator | None = None) -> str:
     """A wanted thing in words, number or article first: "a red circle", "3 discs"."""
     look = say_look(want.shape, want.colour, rng)
     if want.number == 1:
-        return (ARTICLES[0] if rng is None else _choose(ARTICLES, rng)) + look
+        return (ARTICLES[0] if rng is None else choose(ARTICLES, rng)) + look
     as_digit = rng is not None and rng.random() < 0.3
     return f"{want.number if as_digit else NUMBERS[want.number]} {plural(look)}"
 
@@ -128,15 +128,15 @@ def say_look(shape: Shape, colour: Colour | None, rng: np.random.Generator | Non
     nouns, adjectives = NOUNS[shape], ADJECTIVES[colour] if colour else ("",)
     if rng is None:
         return f"{adjectives[0]} {nouns[0]}".strip()
-    return f"{_choose(adjectives, rng)} {_choose(nouns, rng)}".strip()
+    return f"{choose(adjectives, rng)} {choose(nouns, rng)}".strip()
 
 
 def plural(noun: str) -> str:
     return noun + ("es" if noun.endswith(("s", "x")) else "s")
 
 
-def _choose(words: tuple[str, ...], rng: np.random.Generator) -> str:
-    """The plain word in three cases of five, else one of the others."""
+def choose(words: tuple[str, ...], rng: np.random.Generator) -> str:
+    """One of several wordings: the first, plain one in three cases of five, else one of the others."""
     return words[0] if len(words) == 1 or rng.random() < 0.6 else words[1 + rng.integers(len(words) - 1)]
 
 

@@ -144,7 +144,8 @@ def scene_of(facts: Mapping[str, Any]) -> Scene:
     return Scene(tuple(Thing(**thing) for thing in facts["things"]), facts["relation"])
 
 
-def _in_hashed_share(text: str, share: float) -> bool:
+def in_hashed_share(text: str, share: float) -> bool:
+    """Whether a text is in a share in [0, 1] of all texts, by its hash: the same on every machine."""
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < share
 
@@ -152,7 +153,7 @@ def _in_hashed_share(text: str, share: float) -> bool:
 def is_held_out_pair(first: tuple[Colour, Shape], second: tuple[Colour, Shape]) -> bool:
     """Whether two differing things are never shown together in training, however they stand."""
     names = sorted([" ".join(first), " ".join(second)])
-    return _in_hashed_share("pair " + " & ".join(names), 0.12)
+    return in_hashed_share("pair " + " & ".join(names), 0.12)
 
 
 def is_held_out(scene: Scene) -> bool:
@@ -161,7 +162,7 @@ def is_held_out(scene: Scene) -> bool:
     if any(look in HELD_OUT_PAIRS for look in looks):
         return True
     if scene.is_count:
-        return _in_hashed_share(f"count {len(looks)} {looks[0]}", 0.2)
+        return in_hashed_share(f"count {len(looks)} {looks[0]}", 0.2)
     if len(looks) == 2:
         if is_held_out_pair(looks[0], looks[1]):
             return True
@@ -169,7 +170,7 @@ def is_held_out(scene: Scene) -> bool:
             first, relation, second = looks[0], scene.relation, looks[1]
             if relation in ("right of", "below"):
                 first, relation, second = second, INVERSE[relation], first
-            return _in_hashed_share(f"relation {first} {relation} {second}", 0.12)
+            return in_hashed_share(f"relation {first} {relation} {second}", 0.12)
     return False
 
 

@@ -6,19 +6,19 @@ Most are known to fit by the size of their member in the tar's header and are no
 
 from repfusion.data.mixture import Mixture
 from repfusion.data.readers import PROMPT_FEATURES
-from repfusion.llm.base import LanguageModel, PromptTooLong
+from repfusion.llm.base import PromptTooLong
 from repfusion.llm.tokenizer import longest_sure_bytes
-from repfusion.model.text_to_image import unfit_caption
+from repfusion.model.trainable import Trainable
 
 
-def check_captions(mixture: Mixture, llm: LanguageModel, rank: int = 0, world_size: int = 1) -> None:
+def check_captions(mixture: Mixture, model: Trainable, rank: int = 0, world_size: int = 1) -> None:
     """Looks at every shard that falls to a rank. A data set with prompt features of its captions was read by
     its language model before.
 
     Raises:
         ValueError: naming shard, key, tokens, limit and the setting, where a caption does not fit.
     """
-    sure = longest_sure_bytes(llm.max_text_tokens - 1)
+    sure = longest_sure_bytes(model.captions.max_text_tokens - 1)
     for dataset in mixture.datasets.values():
         if PROMPT_FEATURES in dataset.columns:
             continue
@@ -29,7 +29,9 @@ def check_captions(mixture: Mixture, llm: LanguageModel, rank: int = 0, world_si
                 for row in rows
             }
             try:
-                llm.check_lengths([text for own in texts.values() for text in own])
+                model.captions.check_lengths([text for own in texts.values() for text in own])
             except PromptTooLong as error:
                 row = next(row for row, own in texts.items() if error.prompt in own)
-                raise ValueError(f"{dataset.images.place(shard, row)}: {unfit_caption(error)}") from error
+                raise ValueError(
+                    f"{dataset.images.place(shard, row)}: {model.unfit_caption(error)}"
+                ) from error

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from repfusion.files import write_json
-from repfusion.model.text_to_image import TextToImage
+from repfusion.model.trainable import Trainable
 from repfusion.runs.checkpoint import write_model
 from repfusion.runs.completion import begin_checkpoint, finish_checkpoint
 from repfusion.runs.folder import (
@@ -43,7 +43,7 @@ class CheckpointError(RuntimeError):
 def snapshot(
     root: Path,
     step: int,
-    model: TextToImage,
+    model: Trainable,
     ema: EMA,
     engine: Engine,
     digests: Mapping[str, str],
@@ -76,8 +76,8 @@ def snapshot(
                 write_model(working, model, weights, averages, digests)
                 write_json(working / LINEAGE, {**lineage, "step": step})
                 write_json(working / RESUME / LOOP, {"step": step, "position": position, **state})
-                names = (CONFIG, WEIGHTS_FILE, AVERAGES, STATISTICS, LINEAGE, f"{RESUME}/{LOOP}")
-                sealing.add(*(working / name for name in names))
+                names = (CONFIG, WEIGHTS_FILE, AVERAGES, LINEAGE, f"{RESUME}/{LOOP}", STATISTICS)
+                sealing.add(*(working / name for name in names if (working / name).is_file()))
             own.update(sealing.seals())
 
     def finish() -> None:

@@ -8,10 +8,26 @@ CACHE is the environment's REPFUSION_CACHE, else ~/.cache/repfusion.
 
 import os
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 WEIGHTS = Path(__file__).parent
 CACHE = "REPFUSION_CACHE"
+WEIGHTS_MARK = "{weights}"
+"""Stands for the folder of shipped weights in a saved configuration, so that it can move to another
+machine.
+"""
+
+
+def portable(config: Any, old: str = str(WEIGHTS), new: str = WEIGHTS_MARK) -> Any:
+    """The dumped configuration with the folder of shipped weights replaced by a mark (or back)."""
+    match config:
+        case dict():
+            return {key: portable(value, old, new) for key, value in config.items()}
+        case str() if config == old or config.startswith(f"{old}/"):
+            return new + config[len(old) :]
+        case _:
+            return config
 
 
 def cache_root() -> Path:

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from repfusion.devices.placing import autocast_of
+from repfusion.diffusion.flow import initial_noise
 from repfusion.diffusion.sampler import SamplerConfig, sample
 from repfusion.files import file_sha256
-from repfusion.generate import generate, image_record, initial_noise, main, to_uint8
+from repfusion.generate import generate, image_record, main, to_uint8
 from repfusion.generation.prompts import PromptRow
 from repfusion.lineage.describe import read_png
 from repfusion.request import Request

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from pipelines.ladder.science.plan import SciencePlan
 from pipelines.ladder.science.training import autocast
-from repfusion.diffusion.flow import interpolate, shift_noise_level, velocity
+from repfusion.diffusion.flow import initial_noise, interpolate, shift_noise_level, velocity
 from repfusion.foundation import measure
-from repfusion.generate import initial_noise
 from repfusion.latents.encoder import PixelEncoder
 from repfusion.model.text_to_image import TextToImage
 from repfusion.request import Request

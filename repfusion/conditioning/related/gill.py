@@ -6,10 +6,12 @@ Faithful (paper and public code) are eight [IMG] tokens, the only rows of the em
 the mean norm of the others; the mapper (Linear, a 4 + 4 encoder-decoder of four heads with 77 queries,
 Linear), which reads states plus embeddings of the [IMG] tokens; its loss, the un-squared L2 distance to the
 text encoder's states, a token at a time; captions of images that the language model sees as four tokens, by
-cross-entropy; that of the [IMG] tokens with half the weight; InfoNCE of retrieval, 256 wide. The generator
-sees the text encoder in training and the mapper in sampling. Ours are that it trains beside the mapper, the
-blocks' form (RMSNorm, SwiGLU, normalised queries and keys), that an image is the mean of its latents, and
-that the first [IMG] token, which decides to draw, is not learned: a request to draw is one.
+cross-entropy; that of the [IMG] tokens after a caption with half the weight, of which the first is the
+model's own word that an image is due; InfoNCE of retrieval, 256 wide. The generator sees the text encoder in
+training and the mapper in sampling. Ours are that it trains beside the mapper, the blocks' form (RMSNorm,
+SwiGLU, normalised queries and keys), that an image is the mean of its latents, that a caption without an
+image trains the [IMG] rows by their share of the softmax alone (the rest of its cross-entropy is constant),
+and that a head which is not the embedding, as OPT's is, scores the same rows at the mean norm of its own.
 """
 
 from collections.abc import Sequence
@@ -30,16 +32,20 @@ from repfusion.conditioning.base import (
     conditioning_prompts,
     frozen_reading,
 )
-from repfusion.conditioning.captioning import CaptioningConfig, caption_batch, caption_losses
+from repfusion.conditioning.captioning import CaptionBatch, CaptioningConfig, caption_batch, caption_losses
 from repfusion.config import WeightsFolder
 from repfusion.inputs import Inputs
 from repfusion.layers import Attention, EncoderBlock, RMSNorm
-from repfusion.llm.base import LanguageModel, Prefix, PromptTooLong
+from repfusion.llm.base import LanguageModel, Prefix, PromptTooLong, take
 from repfusion.request import Branch, Request
 
 NUM_HEADS = 4
 CAPTIONS = CaptioningConfig(weight=1.0, share=1.0)
 """Every image is captioned."""
+IMAGE_STATES = "image_states"
+"""What `Request.computed` may hold: the states [k, c] at the [IMG] tokens of a dialogue, which then is drawn
+in the place of the prompt.
+"""
 
 
 class GillConfig(MethodConfig):
@@ -125,6 +131,7 @@ class GillConditioner(Conditioner):
     """
 
     mean_norm: Tensor
+    head_norm: Tensor
 
     def __init__(self, llm: LanguageModel, encoder: LanguageModel, latent_dim: int, config: GillConfig):
         super().__init__()
@@ -134,7 +141,10 @@ class GillConditioner(Conditioner):
         self.num_queries, self.image_tokens_weight = config.num_queries, config.image_tokens_weight
         self.context_widths = (encoder.width,)
         table = llm.language_model.get_input_embeddings().weight.float()
+        assert llm.head is not None
         self.register_buffer("mean_norm", table.norm(dim=1).mean()[None], persistent=False)
+        head_norm = llm.head.weight.float().norm(dim=1).mean()[None]
+        self.register_buffer("head_norm", head_norm, persistent=False)
         self.rows = nn.Parameter(torch.randn(config.num_image_tokens, llm.width))
         self.mapper = GillMapper(llm.width, encoder.width, config)
         self.see = nn.Linear(latent_dim, config.num_visual * llm.width)
@@ -150,17 +160,23 @@ class GillConditioner(Conditioner):
     def collate(
         self, requests: Sequence[Request], branches: Sequence[Branch], seeds: Sequence[int] | None = None
     ) -> Inputs:
-        """Prompts in the language model's tokens, as they are; as they condition, in the text encoder's;
-        which of them condition; in training what is to be said of each image.
+        """Prompts as they condition, in the text encoder's tokens; which of them condition; in training what
+        is to be said of each image, in sampling the prompts in the language model's tokens, or what the
+        requests hold of a dialogue in their place.
         """
         prompts = [one.prompt for one in requests]
         inputs: Inputs = {
-            "prefix": self.llm.tokenise(prompts),
             "encoded": self._padded(conditioning_prompts(requests, branches)),
             "full": torch.tensor([branch != "none" for branch in branches]),
         }
         if seeds is not None:
-            inputs["said"] = caption_batch(self.llm, prompts, seeds, CAPTIONS)
+            self.llm.check_lengths(prompts)
+            return {**inputs, "said": caption_batch(self.llm, prompts, seeds, CAPTIONS)}
+        inputs["prefix"] = self.llm.tokenise(prompts)
+        if any(IMAGE_STATES in one.computed for one in requests):
+            nothing = torch.zeros(len(self.rows), self.llm.width)
+            inputs["said_before"] = torch.stack([one.computed.get(IMAGE_STATES, nothing) for one in requests])
+            inputs["has_said"] = torch.tensor([IMAGE_STATES in one.computed for one in requests])
         return inputs
 
     def _padded(self, prompts: Sequence[str]) -> Int[Tensor, "b q"]:
@@ -177,7 +193,10 @@ class GillConditioner(Conditioner):
         """
         states = self._encoded(inputs["encoded"])
         if "said" not in inputs:
-            mapped = self.mapper(self._read(inputs["prefix"]) + self.image_tokens)
+            read = self.read_image_tokens(inputs["prefix"])
+            if "said_before" in inputs:
+                read = torch.where(inputs["has_said"][:, None, None], inputs["said_before"].to(read), read)
+            mapped = self.mapper(read + self.image_tokens)
             states = torch.where(inputs["full"][:, None, None], mapped, states)
         return Prepared(static=(Context(states),))
 
@@ -191,9 +210,27 @@ class GillConditioner(Conditioner):
         """The [IMG] tokens' embeddings, of the mean norm of all others."""
         return F.normalize(self.rows, dim=1) * self.mean_norm
 
-    def _read(self, prefix: Prefix) -> Float[Tensor, "b k c"]:
+    @property
+    def scored_tokens(self) -> Float[Tensor, "k c"]:
+        """The [IMG] tokens as the head scores them: of the mean norm of its rows. Of a head that is not the
+        embedding itself those may be ten times as long, and no shorter row would ever be the likeliest.
+        """
+        return F.normalize(self.rows, dim=1) * self.head_norm
+
+    def read_image_tokens(self, prefix: Prefix) -> Float[Tensor, "b k c"]:
         """The last states at the [IMG] tokens after the prompts."""
         return self.llm.read_on(prefix, self.image_tokens.expand(len(prefix.ids), -1, -1))
+
+    def see_images(self, latents: Float[Tensor, "b n d"]) -> Float[Tensor, "b v c"]:
+        """The tokens as which the language model sees images, of their clean latents."""
+        return self.see(latents.mean(1)).unflatten(1, (-1, self.llm.width))
+
+    def next_scores(self, states: Float[Tensor, "b c"]) -> Float[Tensor, "b v"]:
+        """Scores of the next token after last states, float32: the vocabulary's, then the first [IMG]
+        token's. The others follow the first and are never chosen.
+        """
+        image = states.float() @ self.scored_tokens[:1].float().T
+        return torch.cat([self.llm.logits(states[:, None])[:, 0], image], dim=1)
 
     def text_embeddings(self, states: Float[Tensor, "b k c"]) -> Float[Tensor, "b r"]:
         """Captions, by their states at the [IMG] tokens, as retrieval compares them: of unit length."""
@@ -207,27 +244,45 @@ class GillConditioner(Conditioner):
         """Distance of the mapper's tokens to the text encoder's, where the prompt was not dropped, InfoNCE of
         retrieval within the batch, and cross-entropies of captions and [IMG] tokens.
         """
-        states = self._read(inputs["prefix"])
-        mapped = self.mapper(states + self.image_tokens)
-        distance = (mapped - self._encoded(inputs["encoded"])).norm(dim=-1).mean(1)
+        said, image_tokens = inputs["said"], self.image_tokens
+        rows, places = self._written_out(said)
+        hidden = self.llm.language_model(inputs_embeds=rows, use_cache=False).last_hidden_state
+        states = take(hidden, places)
+        distance = (self.mapper(states + image_tokens) - self._encoded(inputs["encoded"])).norm(dim=-1)
         texts, images = self.text_embeddings(states), self.image_embeddings(latents)
-        visual = self.see(latents.mean(1)).unflatten(1, (-1, self.llm.width))
+        visual = self.see_images(latents)
         return {
-            "embedding": torch.where(inputs["full"], distance, 0),
+            "embedding": torch.where(inputs["full"], distance.mean(1), 0),
             "retrieval": contrasted(texts, images, self.log_scale.exp()),
-            "caption": caption_losses(self.llm, visual, inputs["said"], bidirectional=False),
-            "image_tokens": self.image_tokens_weight * self._image_token_losses(states),
+            "caption": caption_losses(self.llm, visual, said, bidirectional=False, beside=self.scored_tokens),
+            "image_tokens": self.image_tokens_weight * self._image_token_losses(hidden, places),
         }
 
-    def _image_token_losses(self, states: Float[Tensor, "b k c"]) -> Float[Tensor, " b"]:
-        """Mean cross-entropy of each [IMG] token after the one before it, among all tokens."""
-        before = states[:, :-1]
-        own = before.float() @ self.image_tokens.float().T
-        known = self.llm.logits(before)
-        num_known, num = known.shape[2], own.shape[2]
-        wanted = torch.arange(num_known + 1, num_known + num, device=own.device).expand(len(own), -1)
-        logits = torch.cat([known, own], dim=2).transpose(1, 2)
-        return F.cross_entropy(logits, wanted, reduction="none").mean(1)
+    def _written_out(self, said: CaptionBatch) -> tuple[Float[Tensor, "b l c"], Int[Tensor, "b k"]]:
+        """Captions and the [IMG] tokens after them, in the place of the end token, as embeddings with padding
+        at the end; and where the [IMG] tokens stand.
+        """
+        begin = said.ids.new_full((len(said.ids), 1), self.llm.begin_id)
+        num = len(self.rows)
+        rows = self.llm.embed(torch.cat([begin, said.ids, begin.expand(-1, num - 1)], dim=1))
+        places = said.mask.sum(1, keepdim=True) + torch.arange(num, device=begin.device)
+        own = self.image_tokens.to(rows.dtype).expand(len(rows), -1, -1)
+        return rows.scatter(1, places[..., None].expand_as(own), own), places
+
+    def _image_token_losses(
+        self, hidden: Float[Tensor, "b l c"], places: Int[Tensor, "b k"]
+    ) -> Float[Tensor, " b"]:
+        """Mean cross-entropy of each [IMG] token after the token before it, among all tokens, and the mean
+        -log(1 - p) of all [IMG] tokens where the caption goes on.
+        """
+        known = self.llm.logits(hidden)
+        own = hidden.float() @ self.scored_tokens.float().T
+        every = torch.cat([known, own], dim=2).logsumexp(2)
+        before = places - 1
+        due = (every.gather(1, before) - take(own, before).diagonal(dim1=1, dim2=2)).mean(1)
+        goes_on = torch.arange(hidden.shape[1], device=hidden.device) < before[:, :1]
+        undue = (every - known.logsumexp(2)) * goes_on
+        return due + undue.sum(1) / goes_on.sum(1).clamp(min=1)
 
 
 def contrasted(

@@ -7,6 +7,7 @@ from pydantic import Field
 from repfusion.evaluation.suites.base import Suite
 from repfusion.evaluation.suites.edits import EditsSuite, EditsSuiteConfig
 from repfusion.evaluation.suites.prompts import PromptsSuite, PromptsSuiteConfig
+from repfusion.evaluation.suites.published.compbench.suite import CompBenchSuite, CompBenchSuiteConfig
 from repfusion.evaluation.suites.published.dpg import DPGSuite, DPGSuiteConfig
 from repfusion.evaluation.suites.published.genai import GenAISuite, GenAISuiteConfig
 from repfusion.evaluation.suites.published.geneval import GenEvalSuite, GenEvalSuiteConfig
@@ -21,6 +22,7 @@ SuiteConfig = Annotated[
     | EditsSuiteConfig
     | ReferencesSuiteConfig
     | PromptsSuiteConfig
+    | CompBenchSuiteConfig
     | GenEvalSuiteConfig
     | GenEval2SuiteConfig
     | DPGSuiteConfig
@@ -43,6 +45,8 @@ def build_suite(config: SuiteConfig, seed: int) -> Suite:
             return PromptsSuite(config, seed)
         case ReferencesSuiteConfig():
             return ReferencesSuite(config, seed)
+        case CompBenchSuiteConfig():
+            return CompBenchSuite(config)
         case GenEvalSuiteConfig():
             return GenEvalSuite(config)
         case GenEval2SuiteConfig():

@@ -16,12 +16,21 @@ def frechet_distance(ours: Float[np.ndarray, "n d"], theirs: Float[np.ndarray, "
     """
     if min(len(ours), len(theirs)) < 2:
         raise ValueError(f"{len(ours)} and {len(theirs)} images; expected at least 2 of each")
-    means = [one.mean(0) for one in (ours, theirs)]
     first, second = (np.atleast_2d(np.cov(one, rowvar=False)) for one in (ours, theirs))
+    return normal_distance(ours.mean(0), first, theirs.mean(0), second)
+
+
+def normal_distance(
+    first_mean: Float[np.ndarray, " d"],
+    first: Float[np.ndarray, "d d"],
+    second_mean: Float[np.ndarray, " d"],
+    second: Float[np.ndarray, "d d"],
+) -> float:
+    """The Frechet distance of two normal distributions, of their means and covariances."""
     root = _root(first)
     cross = np.linalg.eigvalsh(root @ second @ root).clip(0)
     traces = np.trace(first) + np.trace(second) - 2 * np.sqrt(cross).sum()
-    return float(np.square(means[0] - means[1]).sum() + max(traces, 0.0))
+    return float(np.square(first_mean - second_mean).sum() + max(traces, 0.0))
 
 
 def _root(matrix: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:

@@ -2,26 +2,17 @@
 for all (RepFusion, arXiv 2606.14700).
 """
 
-import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from repfusion.layers import Attention, SwiGLU
+from repfusion.layers import ModulatedBlock
 
 Attended = tuple[Tensor, Tensor, Bool[Tensor, "b m"] | None]
 """Keys and values [b h m e] of a context in one block, and the mask of its real tokens."""
 
 
-class AdaLNBlock(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the shared modulation plus the block's table."""
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
-        super().__init__()
-        self.table = nn.Parameter(torch.zeros(6, dim))
-        self.attention_norm = nn.RMSNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.attention = Attention(dim, num_heads)
-        self.mlp_norm = nn.RMSNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.mlp = SwiGLU(dim, mlp_ratio)
+class AdaLNBlock(ModulatedBlock):
+    """The modulated block, with what a condition that is attended to puts into it."""
 
     def keys_values(self, number: int, tokens: Float[Tensor, "b m c"]) -> tuple[Tensor, Tensor]:
         """Keys and values [b h m e] of the tokens of context `number`; a block without contexts has none."""
@@ -39,11 +30,6 @@ class AdaLNBlock(nn.Module):
     def attend(self, x: Float[Tensor, "b n d"], contexts: tuple[Attended, ...]) -> Float[Tensor, "b n d"]:
         """What comes between self-attention and MLP: nothing, since the condition is in the modulation."""
         return x
-
-    def modulated(self, modulation: Float[Tensor, "b k 6 d"]) -> list[Float[Tensor, "b k d"]]:
-        """Shift, scale and gate of attention, then of the MLP: shared ones and the block's table."""
-        # One sum for each part: as views of one tensor all six would be kept for the backward pass.
-        return [part + row for part, row in zip(modulation.unbind(2), self.table, strict=True)]
 
     def forward(
         self,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from repfusion.config import to_yaml
 from repfusion.decoding import train
 from repfusion.decoding.config import AdversarialConfig, DecoderTrainingConfig
-from repfusion.decoding.gradients import adaptive_weight
+from repfusion.decoding.gradients import Gradients, adaptive_weight
 from repfusion.decoding.ranks import Ranks
 from repfusion.decoding.train import DecoderTraining, state_of, train_decoder
 from repfusion.foundation.config import LengthConfig
@@ -35,6 +35,7 @@ def against_from_the_start(full: DecoderTrainingConfig, num_steps: int = 1) -> D
 def gradients(config: DecoderTrainingConfig) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Losses, and gradients of all that is trained, of a training's first step."""
     training = DecoderTraining(config, Ranks())
+    assert isinstance(training.gradients, Gradients)
     losses = training.gradients.adversarial(training.draw(0), is_on=True)
     named = {**training.state.named, **{f"D/{k}": p for k, p in training.state.heads.items()}}
     found = {name: p.grad for name, p in named.items() if p.grad is not None}

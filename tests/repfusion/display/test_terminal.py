@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from repfusion.display.tables import aligned
 from repfusion.display.terminal import printable, printable_lines
-from repfusion.tables import aligned
 
 
 @pytest.mark.parametrize(

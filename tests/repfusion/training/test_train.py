@@ -35,7 +35,6 @@ from repfusion.devices import placing
 from repfusion.diffusion.flow import FlowConfig
 from repfusion.flops import train_flops
 from repfusion.lineage.describe import read_lineage
-from repfusion.model.build import columns_of
 from repfusion.runs.folder import complete_checkpoints, latest_checkpoint, step_of
 from repfusion.train import TrainConfig, build_trainable, train
 from repfusion.training.engine import NonFiniteError
@@ -182,7 +181,7 @@ def test_a_report_says_how_it_goes(world, tmp_path: Path):
         low, high = min(report.loss_by_noise.values()), max(report.loss_by_noise.values())
         assert low <= report.loss <= high
         assert "train/loss_at_t/0.0-0.2" in report.metrics()
-    generator = build_trainable(config, Mixture.open(config.data, columns_of(config.model)))
+    generator = build_trainable(config, Mixture.open(config.data, config.model.columns))
     num_tokens = 4.0  # three words and the begin token; every other sample has a caption of four words too
     rate = reports[0].tflops * 1e12 / reports[0].samples_per_sec
     assert train_flops(generator, num_tokens) < rate < train_flops(generator, num_tokens + 1)
@@ -205,7 +204,7 @@ def test_what_trains_and_what_is_frozen(world, tmp_path: Path, conditioning: str
     model = tiny_model(foundation, conditioning)
     data = tiny_data(columns)
     config = tiny_train(*world, tmp_path, model=model, data=data)
-    dataset = Mixture.open(config.data, columns_of(config.model))
+    dataset = Mixture.open(config.data, config.model.columns)
     fresh = build_trainable(config, dataset)
     before = {name: p.detach().clone() for name, p in fresh.named_parameters()}
     train(config)
@@ -392,7 +391,7 @@ def test_a_caption_that_does_not_fit_is_named_in_the_step_that_meets_it_too(worl
     columns = make_columns(tmp_path / "data")
     write_caption(columns, "000003", "a red circle " * 20)
     config = tiny_train(foundation, columns, tmp_path / "run")
-    mixture = Mixture.open(config.data, columns_of(config.model))
+    mixture = Mixture.open(config.data, config.model.columns)
     model = build_trainable(config, mixture)
     samples = [mixture.datasets["main"][i] for i in (2, 3)]
     with pytest.raises(ValueError, match=r"shard \S+00000\.tar, key 000003: its caption .* has 61 tokens"):

@@ -134,17 +134,20 @@ def test_image_tokens_have_the_mean_norm_of_all_embeddings(model):
     table = model.conditioner.llm.language_model.get_input_embeddings().weight
     norms = model.conditioner.image_tokens.norm(dim=1)
     torch.testing.assert_close(norms, table.norm(dim=1).mean().expand(3))
+    head = model.conditioner.llm.head.weight
+    norms = model.conditioner.scored_tokens.norm(dim=1)
+    torch.testing.assert_close(norms, head.norm(dim=1).mean().expand(3))
 
 
 def test_the_losses_are_what_the_paper_says(model, foundation):
-    """Un-squared distances, none of a dropped prompt; captions by transformers' own loss."""
+    """Un-squared distances, none of a dropped prompt; captions and [IMG] tokens by transformers' model."""
     conditioner = model.conditioner
     inputs = training_inputs(model, PROMPTS, range(4), model.shift)
     latents = model.normalise(inputs["features"])
     request = inputs["request"]
     with torch.no_grad():
         losses = conditioner.losses(request, latents)
-        states = conditioner._read(request["prefix"])
+        states = conditioner.read_image_tokens(conditioner.llm.tokenise(PROMPTS))
         mapped = conditioner.mapper(states + conditioner.image_tokens)
     llava = LlavaForConditionalGeneration.from_pretrained(foundation / "llava")
     language = LlamaForCausalLM(llava.config.text_config).eval()
@@ -159,17 +162,30 @@ def test_the_losses_are_what_the_paper_says(model, foundation):
             ids = torch.tensor([[*llm.token_ids([prompt])[0], llm.end_id]])
             visual = conditioner.see(latents[row].mean(0)).reshape(1, 4, -1)
             whole = torch.cat([llm.embed(torch.tensor([[llm.begin_id]])), visual, llm.embed(ids)], dim=1)
-            labels = torch.cat([torch.full((1, 5), -100), ids], dim=1)
-            said = language(inputs_embeds=whole, labels=labels).loss
+            vocabulary = torch.cat([language.lm_head.weight, conditioner.scored_tokens])
+            found = language.model(inputs_embeds=whole).last_hidden_state[0, 4:-1] @ vocabulary.T
+            said = torch.nn.functional.cross_entropy(found, ids[0])
             torch.testing.assert_close(losses["caption"][row], said, rtol=1e-4, atol=1e-4)
-            tokens = []
-            for place in range(2):
-                known = language.lm_head.weight @ states[row, place]
-                own = conditioner.image_tokens @ states[row, place]
-                both = torch.cat([known, own])
-                tokens.append(both.logsumexp(0) - own[place + 1])
-            got = losses["image_tokens"][row]
-            torch.testing.assert_close(got, 0.5 * torch.stack(tokens).mean(), rtol=1e-4, atol=1e-4)
+            called = called_tokens(conditioner, language, prompt)
+            torch.testing.assert_close(losses["image_tokens"][row], 0.5 * called, rtol=1e-4, atol=1e-4)
+
+
+def called_tokens(conditioner, language: LlamaForCausalLM, prompt: str) -> Tensor:
+    """How well a caption calls for its image, token by token: all [IMG] tokens after it, none before."""
+    llm, image_tokens = conditioner.llm, conditioner.image_tokens
+    text = [llm.begin_id, *llm.token_ids([prompt])[0]]
+    rows = torch.cat([llm.embed(torch.tensor([text]))[0], image_tokens])
+    states = language.model(inputs_embeds=rows[None]).last_hidden_state[0]
+    due, undue = [], [torch.zeros(())]
+    for place, state in enumerate(states[:-1]):
+        known, own = language.lm_head.weight @ state, conditioner.scored_tokens @ state
+        every = torch.cat([known, own]).softmax(0)
+        if place < len(text) - 1:
+            undue.append(-every[: len(known)].sum().log())
+        else:
+            due.append(-every[len(known) + place - len(text) + 1].log())
+    assert len(due) == len(image_tokens)
+    return torch.stack(due).mean() + torch.stack(undue).sum() / max(len(undue) - 1, 1)
 
 
 def test_retrieval_is_infonce_both_ways():
@@ -216,7 +232,7 @@ def test_images_are_retrieved_by_their_captions_once_learned(model):
         optimizer.step()
     conditioner = model.conditioner
     with torch.no_grad():
-        texts = conditioner.text_embeddings(conditioner._read(inputs["request"]["prefix"]))
+        texts = conditioner.text_embeddings(conditioner.read_image_tokens(conditioner.llm.tokenise(prompts)))
         scores = texts @ conditioner.image_embeddings(latents).T
     assert scores.argmax(1).tolist() == scores.argmax(0).tolist() == [0, 1, 2, 3]
     assert losses["embedding"] < 0.7 * first

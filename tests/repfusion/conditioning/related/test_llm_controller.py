@@ -162,7 +162,10 @@ def test_at_first_it_is_the_generator_that_it_starts_from(foundation, statistics
     model, base = controlled(foundation, statistics), load_checkpoint(generator)
     with caplog.at_level("INFO"):
         load_start(model, generator)
-    assert "(text_embed): 50 weights of it are taken, 0 left out, 19 of the model are fresh" in caplog.text
+    assert (
+        "(the method 'text_embed'): 50 weights of it are taken, 0 left out, 19 of the model are fresh"
+        in caplog.text
+    )
     inputs = training_inputs(model, PROMPTS, range(3), model.shift)
     own = training_inputs(base, PROMPTS, range(3), base.shift)
     with torch.no_grad():
@@ -226,7 +229,9 @@ def test_trains_over_a_generator_of_another_language_model_and_resumes(
     with pytest.raises(ValueError, match=r"reads with conditioning\.second, which holds"):
         train(tiny_train(foundation, columns, tmp_path / "wrong", init_from=start, model=wrong))
     stage_3 = {"zero_stage": 3}
-    with pytest.raises(ValueError, match="zero_stage 3 shards the frozen weights of 'llm_controller'"):
+    with pytest.raises(
+        ValueError, match="zero_stage 3 shards the frozen weights of the method 'llm_controller'"
+    ):
         train(tiny_train(foundation, columns, tmp_path / "sharded", engine=stage_3, **changes))
 
 

@@ -1,6 +1,6 @@
 """One writer of tables for terminals, markdown and HTML."""
 
-from repfusion.tables import aligned, html, markdown
+from repfusion.display.tables import aligned, html, markdown
 
 HEAD, ROWS = ("name", "n", "note"), [("one", "1,000", "a"), ("eleven", "2", "")]
 

@@ -1,0 +1,1 @@
+"""What each loss of a decoder is worth, on scenes: trainings that differ in it alone, side by side."""

@@ -1,0 +1,1 @@
+"""Curated images -> a tokenizer, and a column of its codes."""

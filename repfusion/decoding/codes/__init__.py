@@ -1,0 +1,1 @@
+"""Own image shards -> the tokenizer of images into discrete codes."""

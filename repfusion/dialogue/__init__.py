@@ -1,0 +1,1 @@
+"""Dialogues of texts and images with a checkpoint of GILL (arXiv 2305.17216)."""

@@ -1,0 +1,1 @@
+"""Clips of the embedded world: what moves, changes or appears, its captions, edits and exact checks."""
