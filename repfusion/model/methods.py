@@ -2,6 +2,8 @@
 parts.
 """
 
+from math import prod
+
 from repfusion.conditioning.base import Conditioner
 from repfusion.conditioning.fusions.all_layers import AllLayersConditioner, AllLayersConfig
 from repfusion.conditioning.fusions.channel_concat import ChannelConcatConditioner, ChannelConcatConfig
@@ -22,6 +24,7 @@ from repfusion.conditioning.related.query_kontext import QueryKontextConditioner
 from repfusion.conditioning.text_embed import TextEmbedConditioner, TextEmbedConfig
 from repfusion.conditioning.transfusion import TransfusionConfig
 from repfusion.conditioning.unifusion import UniFusionConditioner, UniFusionConfig
+from repfusion.layers import Grid
 from repfusion.llm.base import LanguageModel
 from repfusion.model.denoiser import Denoiser
 from repfusion.model.dit import DiT, DiTConfig, MixedDiT, controlled_dit
@@ -57,7 +60,7 @@ def conditioner_and_denoiser(
     dit: DiTConfig,
     llm: LanguageModel,
     latent_dim: int,
-    grid: tuple[int, int],
+    grid: Grid,
     second: LanguageModel | None = None,
 ) -> tuple[Conditioner, Denoiser]:
     """The parts of a method, fresh but for the language model and its projector.
@@ -67,13 +70,13 @@ def conditioner_and_denoiser(
         dit: the denoiser's, for a method that does not bring its own.
         llm: the language model.
         latent_dim: channels of a latent token.
-        grid: rows and columns of latent tokens.
+        grid: rows and columns of latent tokens, of clips frames before them.
         second: the second language model, of a method that has one.
 
     Raises:
         ValueError: parts do not fit each other.
     """
-    num_tokens = grid[0] * grid[1]
+    num_tokens = prod(grid)
     kind = InContextDiT if method.is_in_context else DiT
     match method:
         case TransfusionConfig():
