@@ -1,4 +1,7 @@
-"""A checkpoint and prompts -> images, or clips; `python -m repfusion.generate --prompt "a red circle" --out x.png`."""
+"""A checkpoint and prompts -> images, or clips.
+
+`python -m repfusion.generate --prompt "a red circle" --out x.png`.
+"""
 
 import argparse
 import sys
@@ -66,8 +69,8 @@ def flow_alone(model: Drawer, what: str) -> TextToImage:
 def decode(
     model: TextToImage, decoder: Decoder, latents: Float[Tensor, "b n d"], noise: Float[Tensor, "b n d"]
 ) -> Float[Tensor, "b *f 3 h w"]:
-    """Pixels of images or clips in [0, 1], on the CPU in float32. A decoder that draws takes each image's seed from the `noise`
-    that its latents began from.
+    """Pixels of images or clips in [0, 1], on the CPU in float32. A decoder that draws takes each image's
+    seed from the `noise` that its latents began from.
     """
     return decoder(model.denormalise(latents), seeds_of(noise)).float().clamp(0, 1).cpu()
 
@@ -81,8 +84,8 @@ def generate(
     config: SamplerConfig = SamplerConfig(),
     batch_size: int = 64,
 ) -> Float[Tensor, "b *f 3 h w"]:
-    """Pixels of images or clips in [0, 1] on the CPU. Image i depends on its seed (number i of several, or else seed + i) and
-    its request, not on the batch size (but for rounding).
+    """Pixels of images or clips in [0, 1] on the CPU. Image i depends on its seed (number i of several, or
+    else seed + i) and its request, not on the batch size (but for rounding).
     """
     seeds = range(seed, seed + len(requests)) if isinstance(seed, int) else seed
     model.captions.check_lengths([request.prompt for request in requests])
@@ -246,8 +249,8 @@ def add_files(group: Options) -> None:
         required=True,
         metavar="FILE.png|FILE.mp4|FOLDER/",
         help="one picture, a row for each prompt, in the format of its ending; or a folder, a .png for each "
-        "image. A .png carries its lineage. Of a checkpoint that draws clips FILE.mp4, with its frames beside "
-        "each other in FILE.png, or a folder of such pairs",
+        "image. A .png carries its lineage. Of a checkpoint that draws clips FILE.mp4, with its frames in a "
+        "row in FILE.png, or a folder of such pairs",
     )
     group.add_argument(
         "--rate", type=float, default=8.0, metavar="HZ", help="frames a second of clips, as they were trained"

@@ -10,7 +10,6 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-
 Grid = tuple[int, int] | tuple[int, int, int]
 """Rows and columns of tokens; of clips frames before them."""
 

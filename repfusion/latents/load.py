@@ -27,8 +27,8 @@ from repfusion.pretrained.config import read_config
 from repfusion.weights import WEIGHTS
 
 Decoder = RAEDecoder | VAEDecoder | DrawingDecoder | VideoVAEDecoder
-"""(features, seeds) -> pixels, of a VideoVAEDecoder those of clips; all have `grid`, `feature_dim` and `image_size`. There is a seed a row, which
-whoever decodes passes and one that draws reads.
+"""(features, seeds) -> pixels, of a VideoVAEDecoder those of clips; all have `grid`, `feature_dim` and
+`image_size`. There is a seed a row, which whoever decodes passes and one that draws reads.
 """
 DecoderKind = Literal["rae", "vae", "drawing", "video_vae"]
 
@@ -106,7 +106,8 @@ def load_decoder(folder: str | Path, grid: Grid | None = None, on_meta: bool = F
 
     Args:
         folder: as written by the decoder's save_pretrained, or a VAE's.
-        grid: rows and columns of the tokens that a VAE is to decode, of clips frames before them; None is its own, of images. The others have one.
+        grid: rows and columns of the tokens that a VAE is to decode, of clips frames before them; None is an
+            image VAE's own. The others have one.
         on_meta: shapes without memory: of the weights the headers alone are read. A VAE, which is small, is
             read.
 
@@ -131,9 +132,7 @@ def load_decoder(folder: str | Path, grid: Grid | None = None, on_meta: bool = F
             return RAEDecoder.from_pretrained(folder, on_meta)
 
 
-def fitting_decoder(
-    folder: str | Path, grid: Grid, feature_dim: int, on_meta: bool = False
-) -> Decoder:
+def fitting_decoder(folder: str | Path, grid: Grid, feature_dim: int, on_meta: bool = False) -> Decoder:
     """The decoder of a folder, for features of `feature_dim` channels on `grid`; see `load_decoder`.
 
     Raises:

@@ -62,9 +62,9 @@ class DiT(Denoiser):
     """Velocity of noisy latents.
 
     Args: config: widths and depth. latent_dim: channels of a latent token. grid: rows and columns of latent
-        tokens, of clips frames before them (patch size 1: a DiT token is a latent token). aligned_width: channels of condition tokens that
-        correspond to latent tokens; None where there are none. context_widths: channels of the contexts that
-        are attended to.
+        tokens, of clips frames before them (patch size 1: a DiT token is a latent token). aligned_width:
+        channels of condition tokens that correspond to latent tokens; None where there are none.
+        context_widths: channels of the contexts that are attended to.
 
     Raises:
         ValueError: a width does not divide or is below the latent width, or no block takes such a condition.

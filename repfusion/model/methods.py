@@ -20,6 +20,7 @@ from repfusion.conditioning.related.gill import GillConditioner, GillConfig
 from repfusion.conditioning.related.li_dit import LiDitConditioner, LiDitConfig
 from repfusion.conditioning.related.llm_controller import LlmControllerConditioner, LlmControllerConfig
 from repfusion.conditioning.related.metaquery import MetaQueryConditioner, MetaQueryConfig
+from repfusion.conditioning.related.omni_video import OmniVideoConditioner, OmniVideoConfig
 from repfusion.conditioning.related.query_kontext import QueryKontextConditioner, QueryKontextConfig
 from repfusion.conditioning.text_embed import TextEmbedConditioner, TextEmbedConfig
 from repfusion.conditioning.transfusion import TransfusionConfig
@@ -51,6 +52,7 @@ ConditioningConfig = (
     | GillConfig
     | LlmControllerConfig
     | QueryKontextConfig
+    | OmniVideoConfig
 )
 """Settings of every method, told apart by `method`."""
 
@@ -116,6 +118,8 @@ def conditioner_and_denoiser(
             kind = MixedDiT if method.trains_generator else controlled_dit
         case QueryKontextConfig():
             conditioner = QueryKontextConditioner(llm, method)
+        case OmniVideoConfig():
+            conditioner = OmniVideoConditioner(llm, latent_dim, grid, method)
         case UniFusionConfig():
             conditioner = UniFusionConditioner(llm, method)
             kind = ReferencesDiT if method.kept_references else kind

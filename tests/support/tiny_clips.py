@@ -74,5 +74,3 @@ def clip_training(folder: Path, model: ModelConfig, columns: Path, num_steps: in
             "log_every_steps": 1,
         }
     )
-
-

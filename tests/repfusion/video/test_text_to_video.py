@@ -9,8 +9,17 @@ import pytest
 import torch
 from PIL import Image
 from prompting import asked
-from tiny_clips import CHANNELS, FRAMES, GRID, SIZE, TOKENS, clip_model, clip_statistics, clip_training
-from tiny_clips import make_clip_columns
+from tiny_clips import (
+    CHANNELS,
+    FRAMES,
+    GRID,
+    SIZE,
+    TOKENS,
+    clip_model,
+    clip_statistics,
+    clip_training,
+    make_clip_columns,
+)
 from tiny_video import tiny_video_vae
 
 from repfusion.conditioning.base import Context
@@ -86,7 +95,7 @@ def test_parts_that_do_not_fit_a_clip_are_refused(tmp_path):
     assert clips.geometry.grid == GRID
     with pytest.raises(ValueError, match="images have none; leave it out"):
         clips.load()
-    with pytest.raises(ValueError, match="set encoder.image_size too"):
+    with pytest.raises(ValueError, match=r"set encoder\.image_size too"):
         _ = EncoderConfig(path=tmp_path, num_frames=FRAMES).geometry
     with pytest.raises(ValueError, match=r"makes clips, the latents have the axes \(4, 4\)"):
         load_decoder(tmp_path, (4, 4))
