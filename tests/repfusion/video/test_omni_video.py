@@ -94,19 +94,28 @@ def test_contexts_are_source_reference_adapter_and_text_and_what_is_missing_is_n
     source, reference = torch.randn(TOKENS, CHANNELS), torch.randn(16, CHANNELS)
     target = torch.randn(2, 6)
     computed = {SOURCE: source, REFERENCE: reference, TARGET: target}
-    requests = [Request("a red circle", computed=computed), Request("two blue"), Request("a", computed=computed)]
+    requests = [
+        Request("a red circle", computed=computed),
+        Request("two blue"),
+        Request("a", computed=computed),
+    ]
     inputs = conditioner.collate(requests, ["full", "full", "none"], range(3))
     with torch.no_grad():
         (context,) = conditioner.prepare(inputs).static
         states = conditioner.llm.read(inputs["prefix"])
         visual = conditioner.head(states, inputs["prefix"].mask)
-        parts = [conditioner.patches[SOURCE](source[None])[0], conditioner.patches[REFERENCE](reference[None])[0]]
+        parts = [
+            conditioner.patches[SOURCE](source[None])[0],
+            conditioner.patches[REFERENCE](reference[None])[0],
+        ]
         parts += [conditioner.adapter(visual)[0], conditioner.text(states)[0]]
         losses = conditioner.losses(inputs, torch.empty(3, TOKENS, CHANNELS))["align"]
     torch.testing.assert_close(context.tokens[0], torch.cat(parts))
     assert [len(part) for part in parts[:3]] == [12, 4, 6]
     assert context.mask is not None and context.positions is not None
-    assert context.mask[:, :12].all(1).tolist() == context.mask[:, 12:16].all(1).tolist() == [True, False, False]
+    assert (
+        context.mask[:, :12].all(1).tolist() == context.mask[:, 12:16].all(1).tolist() == [True, False, False]
+    )
     assert not context.mask[1:, :16].any() and context.mask[:, 16:22].all()
     torch.testing.assert_close(context.mask[:, 22:], inputs["prefix"].mask)
     text = context.positions[0, 22:][inputs["prefix"].mask[0]]
