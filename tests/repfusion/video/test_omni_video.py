@@ -46,7 +46,9 @@ def attended(attention: Any, x: torch.Tensor, memory: torch.Tensor) -> torch.Ten
     keys, values = attention.key_value(memory).chunk(2, dim=1)
     for token in attention.query(x):
         parts = []
-        for query, key, value in zip(token.chunk(heads), keys.chunk(heads, 1), values.chunk(heads, 1)):
+        for query, key, value in zip(
+            token.chunk(heads), keys.chunk(heads, 1), values.chunk(heads, 1), strict=True
+        ):
             query = rms(query, attention.query_norm.weight)
             weights = softmaxed(query, [rms(one, attention.key_norm.weight) for one in key])
             parts.append(weights @ value)
@@ -66,7 +68,7 @@ def test_the_head_reads_real_states_alone_by_queries():
             seen = rms(x, block.among.attention_norm.weight)
             x = x + attended(block.among.attention, seen, seen)
             x = x + attended(block.memory_attention, rms(x, block.memory_norm.weight), memory)
-            x = x + block.among.mlp(rms(x, block.among.mlp_norm.weight))
+            x = x + block.among.mlp(rms(x, block.among.mlp_norm.weight)[None])[0]
             torch.testing.assert_close(visual, head.leave(rms(x, head.norm.weight)), rtol=1e-5, atol=1e-5)
 
 
