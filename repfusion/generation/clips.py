@@ -11,7 +11,6 @@ from PIL import Image
 from repfusion.generation.outputs import CLIP, Output
 from repfusion.generation.prompts import PromptRow
 from repfusion.lineage.describe import png_info
-from repfusion.video.files import encode_clip
 from repfusion.video.sheets import contact_sheet
 
 
@@ -36,6 +35,8 @@ def save_clip(
     """Writes the mp4, lossless, at `rate` frames a second, and FILE.png beside it, all frames in a row, which
     carries the record where there is one.
     """
+    from repfusion.video.files import encode_clip  # PyAV is needed where there are clips alone
+
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encode_clip(frames, rate))
     options = {"pnginfo": png_info(record)} if record else {}
