@@ -13,7 +13,7 @@ from repfusion.diffusion.flow import DROPPED, draw, uniforms
 from repfusion.inputs import Inputs, pin
 from repfusion.latents.load import EncoderConfig
 from repfusion.latents.statistics import LatentStatistics
-from repfusion.layers import rotary_2d, sin_cos_positions
+from repfusion.layers import rotary_grid, sin_cos_positions
 from repfusion.model.config import ModelConfig
 from repfusion.model.dit import DiTConfig
 from repfusion.model.meta import BareTokenizer, meta_model
@@ -74,7 +74,7 @@ def fill(model: TextToImage, device: torch.device) -> TextToImage:
     llm, dit = model.conditioner.llm, model.denoiser
     # what to_empty lost: buffers that are no weights, and the statistics
     dit.positions = sin_cos_positions(model.grid, dit.config.hidden_size).to(device)
-    dit.rotary = rotary_2d(model.grid, dit.config.hidden_size // dit.config.num_heads).to(device)
+    dit.rotary = rotary_grid(model.grid, dit.config.hidden_size // dit.config.num_heads).to(device)
     rotary = llm.language_model.rotary_emb
     llm.language_model.rotary_emb = type(rotary)(rotary.config).to(device)
     mean = torch.zeros(model.latent_shape, dtype=torch.float64)

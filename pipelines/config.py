@@ -211,10 +211,14 @@ class WorkflowConfig(Config):
             raise ValueError(
                 f"columns.{of_images[0]} is of images, ingest.clips makes clips: take video_features"
             )
-        if self.last_stage not in (*BEFORE_COLUMNS, *made):
+        models = {name: one.model for name, one in self.trainings.items()}
+        drawn = [name for name, one in models.items() if isinstance(one, ModelConfig) and one.draws_clips]
+        ends = [*BEFORE_COLUMNS, *made, *drawn]
+        if self.last_stage not in ends:
             raise ValueError(
-                f"last_stage is {self.last_stage!r}, but no model is trained on clips yet: stop at a column, "
-                f"such as last_stage={[*BEFORE_COLUMNS, *made][-1]}"
+                f"last_stage is {self.last_stage!r}, which is not of clips (a training on them gives "
+                "model.encoder.num_frames; evaluations know nothing of clips yet): stop earlier, such as "
+                f"last_stage={ends[-1]}"
             )
         return self
 

@@ -33,14 +33,13 @@ from repfusion.display.terminal import printable_lines
 from repfusion.evaluation.record import Evaluation, read_evaluation
 from repfusion.evaluation.shown import shown_suites
 from repfusion.files import replace_folder, write_json
-from repfusion.latents.geometry import latent_geometry
 from repfusion.latents.load import DecoderKind, kind_of_decoder
 from repfusion.lineage.describe import checkpoint_record, read_lineage
 from repfusion.llm.chats.format import TEMPLATE_FILE
 from repfusion.llm.chats.read import GENERATION_CONFIG
 from repfusion.llm.load import LANGUAGE_MODELS, family_of
 from repfusion.llm.words import WORDS
-from repfusion.model.config import ModelConfig
+from repfusion.model.config import ModelConfig, refuse_clips
 from repfusion.model.text_to_image import TextToImage
 from repfusion.pretrained.config import PROCESSOR_FILES, transformers_config
 from repfusion.pretrained.weights import load_transformers
@@ -83,6 +82,7 @@ def export(checkpoint: Path, out: Path, use_ema: bool = True) -> Path:
     if name not in check_complete(checkpoint)["files"]:
         raise ValueError(f"checkpoint {checkpoint} holds no {name}; choose the other weights")
     model = load_checked(checkpoint, use_ema)
+    refuse_clips(model.config, "an export")
     model.load_decoder()  # fits, or says why not
     working = out.with_name(f".{out.name}.partial")
     shutil.rmtree(working, ignore_errors=True)
@@ -146,7 +146,7 @@ def write_denoiser(model: TextToImage, checkpoint: Path, folder: Path, use_ema: 
     """
     folder.mkdir()
     config = model.config
-    size = latent_geometry(config.encoder.path, config.encoder.image_size).image_size
+    size = config.encoder.geometry.image_size
     geometry = {"grid": list(model.grid), "image_size_px": size, "projector": projector_fields(model)}
     saved = portable(config.model_dump(mode="json"))
     write_json(folder / CONFIG, {"schema": SCHEMA, "model": saved, **geometry})

@@ -1,4 +1,7 @@
-"""A checkpoint and prompts -> images; `python -m repfusion.generate --prompt "a red circle" --out x.png`."""
+"""A checkpoint and prompts -> images, or clips.
+
+`python -m repfusion.generate --prompt "a red circle" --out x.png`.
+"""
 
 import argparse
 import sys
@@ -21,6 +24,7 @@ from repfusion.display.options import Options, WithDefaults
 from repfusion.display.redaction import redact_text
 from repfusion.display.terminal import printable_lines
 from repfusion.files import bytes_sha256
+from repfusion.generation.clips import clip_files, enlarged, save_clip
 from repfusion.generation.device import usable_device
 from repfusion.generation.outputs import Output, check_size, fitting_scale, grid
 from repfusion.generation.prompts import PromptRow, chosen_seeds, read_prompts
@@ -35,6 +39,7 @@ from repfusion.lineage.describe import (
 )
 from repfusion.llm.chats.eyes import check_image
 from repfusion.llm.words import unread
+from repfusion.model.config import ModelConfig
 from repfusion.model.discrete.base import CodeModel
 from repfusion.model.text_to_image import TextToImage
 from repfusion.request import Request
@@ -42,6 +47,8 @@ from repfusion.runs.exported import MARK, is_export, load_any
 from repfusion.runs.named import named_model
 from repfusion.weights import WEIGHTS
 
+MAX_RATE = 240
+"""Frames a second of a clip that is written."""
 Kept = Literal["all", "portable", "none"]
 Drawer = TextToImage | CodeModel
 """What draws images."""
@@ -61,9 +68,9 @@ def flow_alone(model: Drawer, what: str) -> TextToImage:
 @torch.no_grad()
 def decode(
     model: TextToImage, decoder: Decoder, latents: Float[Tensor, "b n d"], noise: Float[Tensor, "b n d"]
-) -> Float[Tensor, "b 3 h w"]:
-    """Pixels in [0, 1], on the CPU in float32. A decoder that draws takes each image's seed from the `noise`
-    that its latents began from.
+) -> Float[Tensor, "b *f 3 h w"]:
+    """Pixels of images or clips in [0, 1], on the CPU in float32. A decoder that draws takes each image's
+    seed from the `noise` that its latents began from.
     """
     return decoder(model.denormalise(latents), seeds_of(noise)).float().clamp(0, 1).cpu()
 
@@ -76,9 +83,9 @@ def generate(
     seed: int | Sequence[int] = 0,
     config: SamplerConfig = SamplerConfig(),
     batch_size: int = 64,
-) -> Float[Tensor, "b 3 h w"]:
-    """Pixels in [0, 1] on the CPU. Image i depends on its seed (number i of several, or else seed + i) and
-    its request, not on the batch size (but for rounding).
+) -> Float[Tensor, "b *f 3 h w"]:
+    """Pixels of images or clips in [0, 1] on the CPU. Image i depends on its seed (number i of several, or
+    else seed + i) and its request, not on the batch size (but for rounding).
     """
     seeds = range(seed, seed + len(requests)) if isinstance(seed, int) else seed
     model.captions.check_lengths([request.prompt for request in requests])
@@ -101,7 +108,7 @@ def draw_pixels(
     requests: Sequence[Request],
     noise: Float[Tensor, "b n d"],
     config: SamplerConfig,
-) -> Float[Tensor, "b 3 h w"]:
+) -> Float[Tensor, "b *f 3 h w"]:
     """Pixels of requests in [0, 1], on the CPU in float32. `noise` is of `noise_shape`."""
     if isinstance(model, CodeModel):
         return decode_codes(decoder, model.draw(requests, noise, config))
@@ -240,9 +247,13 @@ def add_files(group: Options) -> None:
     group.add_argument(
         "--out",
         required=True,
-        metavar="FILE.png|FOLDER/",
+        metavar="FILE.png|FILE.mp4|FOLDER/",
         help="one picture, a row for each prompt, in the format of its ending; or a folder, a .png for each "
-        "image. A .png carries its lineage",
+        "image. A .png carries its lineage. Of a checkpoint that draws clips FILE.mp4, with its frames in a "
+        "row in FILE.png, or a folder of such pairs",
+    )
+    group.add_argument(
+        "--rate", type=float, default=8.0, metavar="HZ", help="frames a second of clips, as they were trained"
     )
     group.add_argument(
         "--lineage",
@@ -324,26 +335,41 @@ def draw(args: argparse.Namespace) -> list[Path]:
     device, images = usable_device(args.device), read_images(args.image)
     rewrite = False if args.no_rewrite else args.rewrite
     fitting_scale(1, args.scale)
+    if not 0 < args.rate <= MAX_RATE:
+        raise ValueError(f"--rate {args.rate:g}: expected more than 0 and at most {MAX_RATE}")
     folder = named_model(args.checkpoint)
     model, sampler = load_any(folder).to(device), sampler.on(device)
     if args.fast:
         flow_alone(model, "--fast").speed_up_sampling(sampler.precision)
+    is_clip = isinstance(model.config, ModelConfig) and model.config.draws_clips
+    if output.is_clip and not is_clip:
+        raise ValueError(f"--out {args.out}: the model draws images; expected FILE.png or FOLDER/")
+    clips = clip_files(output, rows) if is_clip else []
     decoder = model.load_decoder()
-    scale = fitting_scale(decoder.image_size, args.scale)
-    files = output.files(rows)
+    files = [] if is_clip else output.files(rows)
+    scale = (args.scale or 1) if is_clip else fitting_scale(decoder.image_size, args.scale)
     for _, shown in files:
         check_size(shown, decoder.image_size * scale)
     if said := unread(model.captions.folder, [row.prompt for row in rows]):
         print(redact_text(f"warning: {said}"), file=sys.stderr)
     requests = [Request(row.prompt, images, rewrite) for row in rows for _ in row.seeds]
     seeds = [seed for row in rows for seed in row.seeds]
-    pixels = iter(to_uint8(generate(model, decoder, requests, seeds, sampler, args.batch_size)))
-    for path, shown in files:
-        widths = [len(row.seeds) for row in shown]
-        record = kept_of(image_record(folder, shown, sampler, images, rewrite), args.lineage)
-        save_image(grid(list(islice(pixels, sum(widths))), widths, scale), path, record)
-    print(f"{len(seeds)} image(s) of {len(rows)} prompt(s) -> {args.out} (checkpoint {folder})")
-    return [path for path, _ in files]
+    what = "clip" if is_clip else "image"
+    if is_clip:
+        for first in range(0, len(seeds), args.batch_size):
+            part = slice(first, first + args.batch_size)
+            drawn = to_uint8(generate(model, decoder, requests[part], seeds[part], sampler, args.batch_size))
+            for (path, row), frames in zip(clips[part], drawn, strict=True):
+                record = kept_of(image_record(folder, [row], sampler, images, rewrite), args.lineage)
+                save_clip(enlarged(frames, scale), args.rate, path, record)
+    else:
+        pixels = iter(to_uint8(generate(model, decoder, requests, seeds, sampler, args.batch_size)))
+        for path, shown in files:
+            widths = [len(row.seeds) for row in shown]
+            record = kept_of(image_record(folder, shown, sampler, images, rewrite), args.lineage)
+            save_image(grid(list(islice(pixels, sum(widths))), widths, scale), path, record)
+    print(f"{len(seeds)} {what}(s) of {len(rows)} prompt(s) -> {args.out} (checkpoint {folder})")
+    return [path for path, _ in (clips if is_clip else files)]
 
 
 def main() -> None:

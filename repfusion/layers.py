@@ -10,6 +10,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+Grid = tuple[int, int] | tuple[int, int, int]
+"""Rows and columns of tokens; of clips frames before them."""
+
 
 def timestep_embedding(t: Float[Tensor, " b"], dim: int) -> Float[Tensor, "b dim"]:
     """Sinusoidal embedding of noise levels in [0, 1] (scaled by 1000, as in DiT), float32."""
@@ -36,22 +39,26 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(timestep_embedding(t, self.frequency_dim))
 
 
-def rotary_2d(grid: tuple[int, int], head_dim: int) -> Float[Tensor, "n half 2"]:
-    """Cosine and sine per token and rotary pair; the first half of the pairs turns with the row, the second
-    with the column.
+def rotary_grid(grid: Grid, head_dim: int) -> Float[Tensor, "n half 2"]:
+    """Cosine and sine per token and rotary pair of all tokens of a grid, in its order."""
+    places = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
+    return rotary_at(torch.stack(places, dim=-1).flatten(0, -2), head_dim)
+
+
+def rotary_at(places: Int[Tensor, "*b n a"], head_dim: int) -> Float[Tensor, "*b n half 2"]:
+    """Cosine and sine per token and rotary pair, for tokens at any places. Of two axes each turns half of the
+    pairs, the row the first one; of three each a third, the frame the first one and what is left over, as in
+    Wan (arXiv 2503.20314).
     """
-    rows, cols = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    return rotary_at(rows.reshape(-1), cols.reshape(-1), head_dim)
-
-
-def rotary_at(
-    rows: Int[Tensor, "*b n"], cols: Int[Tensor, "*b n"], head_dim: int
-) -> Float[Tensor, "*b n half 2"]:
-    """Cosine and sine per token and rotary pair, for tokens at any rows and columns."""
-    quarter = head_dim // 4
-    frequencies = 1.0 / 100.0 ** (torch.arange(quarter, device=rows.device) / quarter)
-    angles = torch.cat([rows[..., None] * frequencies, cols[..., None] * frequencies], dim=-1)
-    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+    pairs, num_axes = head_dim // 2, places.shape[-1]
+    later = pairs // num_axes
+    first = pairs - (num_axes - 1) * later if num_axes > 2 else later
+    angles = []
+    for axis, width in enumerate([first, *[later] * (num_axes - 1)]):
+        frequencies = 1.0 / 100.0 ** (torch.arange(width, device=places.device) / width)
+        angles.append(places[..., axis, None] * frequencies)
+    joined = torch.cat(angles, dim=-1)
+    return torch.stack([joined.cos(), joined.sin()], dim=-1)
 
 
 def rotary_1d(num: int, head_dim: int, base: float = 10_000.0) -> Float[Tensor, "n half 2"]:
@@ -61,9 +68,11 @@ def rotary_1d(num: int, head_dim: int, base: float = 10_000.0) -> Float[Tensor, 
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
-def sin_cos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "n dim"]:
-    """Fixed 2-D positions: a quarter of the channels each for sine and cosine of row and column."""
-    return rearrange(rotary_2d(grid, dim), "n half two -> n (half two)")
+def sin_cos_positions(grid: Grid, dim: int) -> Float[Tensor, "n dim"]:
+    """Fixed positions: sines and cosines, half of the channels each, of which each axis has its share (see
+    `rotary_at`).
+    """
+    return rearrange(rotary_grid(grid, dim), "n half two -> n (half two)")
 
 
 def rotate(x: Float[Tensor, "b h n d"], rotary: Float[Tensor, "*r n half 2"]) -> Float[Tensor, "b h n d"]:

@@ -36,6 +36,7 @@ from repfusion.generate import (
 from repfusion.generation.device import usable_device
 from repfusion.generation.pictures import Picture, all_pixels
 from repfusion.llm.words import unread
+from repfusion.model.config import refuse_clips
 from repfusion.model.text_to_image import TextToImage
 from repfusion.request import Request
 from repfusion.runs.checkpoint import load_drawer
@@ -82,7 +83,11 @@ class RepFusionPipeline:
             scheduler: as of the attribute; None is Euler's.
             precision: of the computation; bf16 is autocast, auto that where the device multiplies in it.
             source: the folder that the parts were read from, for `save_pretrained`.
+
+        Raises:
+            ValueError: the model draws clips.
         """
+        refuse_clips(model.config, "RepFusionPipeline")
         self.model = model.eval()
         self.decoder = decoder
         self.precision: Literal["auto"] | Autocast = precision

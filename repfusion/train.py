@@ -28,7 +28,6 @@ from repfusion.config import WeightsFolder, copy_of, load_config, weights_of
 from repfusion.data.batches import batches
 from repfusion.data.config import DataConfig
 from repfusion.data.mixture import Mixture
-from repfusion.data.readers import IMAGE_FEATURES
 from repfusion.data.recipe import Recipe, RecipeConfig
 from repfusion.devices.compiling import Compilation, RecompilationWatch, compilation_for
 from repfusion.display.redaction import RedactingFormatter, redact_text, redact_tracebacks
@@ -199,7 +198,7 @@ def build_trainable(config: TrainConfig, dataset: Mixture, resume_from: Path | N
         read_complete(start)
     torch.manual_seed(config.seed)
     if isinstance(config.model, ModelConfig):
-        source = start or config.data.columns[IMAGE_FEATURES]
+        source = start or config.data.columns[config.model.features]
         model = build_model(config.model, LatentStatistics.load(source / STATISTICS))
         model.conditioner.llm.reads_apart = config.engine.reads_prompts_apart
     else:
@@ -226,11 +225,12 @@ def build_trainable(config: TrainConfig, dataset: Mixture, resume_from: Path | N
 
 def check_features(config: TrainConfig, model: TextToImage, dataset: Mixture) -> None:
     """Raises ValueError where the features are not the encoder's."""
-    shape, _ = dataset.forms[IMAGE_FEATURES]
+    features = model.config.features
+    shape, _ = dataset.forms[features]
     if shape != model.latent_shape:
         raise ValueError(
-            f"{config.data.columns[IMAGE_FEATURES]}: features are {shape}, the model makes "
-            f"{model.latent_shape}; re-run the '{IMAGE_FEATURES}' stage, or point model.encoder at the "
+            f"{config.data.columns[features]}: features are {shape}, the model makes "
+            f"{model.latent_shape}; re-run the '{features}' stage, or point model.encoder at the "
             "tower that made them"
         )
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from repfusion.codes.quantise import SimVQ
 from repfusion.config import Config
-from repfusion.layers import EncoderBlock, RMSNorm, rotary_2d
+from repfusion.layers import EncoderBlock, RMSNorm, rotary_grid
 
 
 class SemanticConfig(Config):
@@ -40,7 +40,7 @@ class SemanticBranch(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, eps=1e-6)
         self.out = nn.Linear(config.hidden_size, feature_dim)
-        rotary = rotary_2d(grid, config.hidden_size // config.num_heads)
+        rotary = rotary_grid(grid, config.hidden_size // config.num_heads)
         self.register_buffer("rotary", rotary, persistent=False)
 
     def rebuilt(self, codes: Float[Tensor, "b n d"]) -> Float[Tensor, "b n c"]:

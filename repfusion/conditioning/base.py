@@ -99,10 +99,11 @@ class Context:
 
     tokens: Float[Tensor, "b m c"]
     mask: Bool[Tensor, "b m"] | None = None
-    positions: Int[Tensor, "b m 2"] | None = None
-    """Row and column of each token, for a denoiser whose attention has places. Columns from 0 on count from
-    the place after the latents' grid, where text runs along the diagonal: (0, 0), (1, 1), ...; negative ones
-    are left of the grid, in its rows, where images stand. None is text in order, padding included.
+    positions: Int[Tensor, "b m _"] | None = None
+    """Row and column of each token, for a denoiser whose attention has places; of clips with the frame before
+    them or without. Columns from 0 on count from the place after the latents' grid, where text runs along
+    the diagonal: (0, 0), (1, 1), ...; negative ones are left of the grid, in its rows, where images stand.
+    None is text in order, padding included.
     """
 
     def first(self, num: int) -> "Context":

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 IMAGE_FEATURES = "image_features"
+VIDEO_FEATURES = "video_features"
 PROMPT_FEATURES = "prompt_features"
 REWRITES = "rewrites"
 

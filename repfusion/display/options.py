@@ -1,9 +1,10 @@
 """Options of a command line -> help that says their defaults."""
 
 import argparse
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Options(Protocol):
     """What options are added to: a parser or a group of one."""
 

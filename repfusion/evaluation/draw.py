@@ -17,6 +17,7 @@ from repfusion.evaluation.record import EvaluationConfig
 from repfusion.evaluation.suites.base import Item
 from repfusion.files import digest_of
 from repfusion.generate import AnyDecoder, Drawer, flow_alone, generate, to_uint8
+from repfusion.model.config import refuse_clips
 from repfusion.request import Request
 from repfusion.runs.checkpoint import load_drawer
 from repfusion.runs.completion import check_complete, read_complete
@@ -85,6 +86,7 @@ class Drawing:
     def _load(self) -> tuple[Drawer, AnyDecoder]:
         is_checked = self._weights is not None
         model = load_drawer(self.checkpoint, self.config.use_ema, is_checked).to(self.device)
+        refuse_clips(model.config, "an evaluation")
         if self.config.dropped_taps:
             drop_taps(flow_alone(model, "dropped_taps").conditioner, self.config.dropped_taps)
         if self.config.fast:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from repfusion.data.config import CAPTION
 from repfusion.data.dataset import Sample
-from repfusion.data.readers import IMAGE_FEATURES, REWRITES
+from repfusion.data.readers import REWRITES
 from repfusion.data.recipe import Recipe
 from repfusion.diffusion.flow import CAPTIONED, uniforms
 from repfusion.diffusion.sampler import SamplerConfig, num_evaluations
@@ -217,11 +217,11 @@ class Counter:
 
     def example(self, num_tokens: int, number: int, has_text_features: bool) -> Example:
         """A sample whose caption has so many tokens and is unlike that of another number."""
-        arrays = {IMAGE_FEATURES: np.zeros(self.model.latent_shape, np.float16)}
+        arrays = {self.model.config.features: np.zeros(self.model.latent_shape, np.float16)}
         if has_text_features:
             states = np.zeros((num_tokens, self.model.conditioner.llm.width), np.float16)
             ids = np.zeros(num_tokens - 1, np.int32)
-            names = [name for name in self.model.columns if name != IMAGE_FEATURES]
+            names = [name for name in self.model.columns if name != self.model.config.features]
             arrays |= {name: ids if name == REWRITES else states for name in names}
         return Example(prompt_of(num_tokens, number), arrays, self.images)
 
@@ -335,8 +335,7 @@ def sample_flops(
 
 def decoder_cost(decoder: Decoder) -> Cost:
     """FLOPs of decoding one image."""
-    rows, cols = decoder.grid
     twin = Twin(decoder)
-    features = twin.inputs(torch.empty(1, rows * cols, decoder.feature_dim, device="meta"))
+    features = twin.inputs(torch.empty(1, prod(decoder.grid), decoder.feature_dim, device="meta"))
     with torch.no_grad():
         return twin.costs(lambda one: one(features), {}, DECODER)[1][DECODER]

@@ -1,4 +1,4 @@
-"""Images -> one file with all of them in rows, or a folder with a file of each."""
+"""Images or clips -> one file with all images in rows, or a folder with a file of each."""
 
 import os
 from collections.abc import Sequence
@@ -16,6 +16,8 @@ SIDE_PX = 512
 MAX_SIDE_PX = 65_000
 """The longest side of a picture: beyond it JPEG cannot go, and no viewer shows the others."""
 PAPER = 255
+CLIP = ".mp4"
+"""The ending of a clip's file."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,14 @@ class Output:
 
     @classmethod
     def parse(cls, text: str) -> "Output":
-        """`FILE.png`, whose ending says the format, or `FOLDER/`.
+        """`FILE.png`, whose ending says the format, `FILE.mp4`, or `FOLDER/`.
 
         Raises:
-            ValueError: an ending that is no format of images, or a place that cannot be written.
+            ValueError: an ending that is no format of images or clips, or a place that cannot be written.
         """
         path = Path(text)
         is_folder = text.endswith(("/", os.sep)) or path.is_dir()
-        if not is_folder:
+        if not is_folder and path.suffix.lower() != CLIP:
             check_format(path)
         above = path if is_folder else path.parent
         there = next(one for one in (above, *above.resolve().parents) if os.path.lexists(one))
@@ -43,8 +45,13 @@ class Output:
             raise ValueError(f"--out {text}: {there} {what}; choose another place")
         return cls(path, is_folder)
 
+    @property
+    def is_clip(self) -> bool:
+        """Whether it is the file of one clip."""
+        return not self.is_folder and self.path.suffix.lower() == CLIP
+
     def files(self, rows: Sequence[PromptRow]) -> list[tuple[Path, list[PromptRow]]]:
-        """The files that are written, and what each shows."""
+        """The files of images that are written, and what each shows."""
         if not self.is_folder:
             return [(self.path, list(rows))]
         digits = len(str(len(rows) - 1))

@@ -21,7 +21,7 @@ from repfusion.diffusion.sampler import Solver, integrate, noise_levels
 from repfusion.latents.geometry import VAES, vae_factor
 from repfusion.latents.saved import read_decoder, save_decoder
 from repfusion.latents.vae import VAEDecoder, bare_vae
-from repfusion.layers import ModulatedBlock, TimestepEmbedder, rotary_2d, sin_cos_positions
+from repfusion.layers import ModulatedBlock, TimestepEmbedder, rotary_grid, sin_cos_positions
 
 MLP_RATIO = 4.0
 
@@ -133,7 +133,7 @@ class DrawingDecoder(nn.Module):
             nn.init.zeros_(layer.bias)
         grid = config.canvas_grid
         self.register_buffer("positions", sin_cos_positions(grid, dim), persistent=False)
-        self.register_buffer("rotary", rotary_2d(grid, dim // heads), persistent=False)
+        self.register_buffer("rotary", rotary_grid(grid, dim // heads), persistent=False)
         self.register_buffer("spread", interpolation(config.grid, grid), persistent=False)
         self.register_buffer("mean", torch.full((config.channels,), 0.5))
         self.register_buffer("std", torch.full((config.channels,), 0.5))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from repfusion.config import Config
 from repfusion.latents.saved import read_decoder, save_decoder
-from repfusion.layers import Attention, RMSNorm, SwiGLU, rotary_2d, sin_cos_positions
+from repfusion.layers import Attention, RMSNorm, SwiGLU, rotary_grid, sin_cos_positions
 
 
 class RAEDecoderConfig(Config):
@@ -57,7 +57,7 @@ class RAEDecoder(nn.Module):
             "positions", sin_cos_positions(config.grid, config.hidden_size), persistent=False
         )
         self.register_buffer(
-            "rotary", rotary_2d(config.grid, config.hidden_size // config.num_heads), persistent=False
+            "rotary", rotary_grid(config.grid, config.hidden_size // config.num_heads), persistent=False
         )
 
     @property

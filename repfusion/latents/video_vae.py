@@ -6,6 +6,7 @@ are not applied, the statistics of the data set normalise each position and chan
 (f * rows + r) * columns + c is the latent pixel in row r, column c of latent frame f.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -89,6 +90,28 @@ def clip_geometry(folder: str | Path, image_size: int, num_frames: int) -> ClipG
     return ClipGeometry(image_size, num_frames, (latent_frames, side, side), config["z_dim"])
 
 
+def geometry_of_grid(folder: str | Path, grid: tuple[int, int, int]) -> ClipGeometry:
+    """The latent space whose clips have a grid of latent frames, rows and columns.
+
+    Raises:
+        ValueError: where the folder holds something else, or no clip becomes such a grid.
+    """
+    config = DEFAULTS | read_config(folder, "video VAE")
+    factor = 2 ** (len(config["dim_mult"]) - 1) * (config["patch_size"] or 1)
+    num_frames = 1 + (grid[0] - 1) * 2 ** sum(config["temperal_downsample"])
+    geometry = clip_geometry(folder, grid[1] * factor, num_frames)
+    if geometry.grid != grid:
+        raise ValueError(f"video VAE folder {folder}: no clip of square frames becomes latents of {grid}")
+    return geometry
+
+
+def is_video_vae(folder: str | Path, what: str = "encoder") -> bool:
+    """Whether a folder, which messages call a `what` folder, holds a video VAE of diffusers. Raises
+    ValueError where there is no config.json.
+    """
+    return read_config(folder, what).get("_class_name") == VIDEO_VAE
+
+
 class VideoVAEEncoder(FrozenEncoder):
     """The encoder's half of a video VAE.
 
@@ -100,6 +123,7 @@ class VideoVAEEncoder(FrozenEncoder):
         super().__init__(frames * rows * columns, geometry.feature_dim, digest)
         vae.decoder = nn.Identity()
         self.geometry, self.vae = geometry, vae.eval().requires_grad_(False)
+        self.image_size, _, self.grid, _ = geometry
 
     def forward(self, pixels: Float[Tensor, "b f 3 h w"]) -> Float[Tensor, "b n d"]:
         """Features, float32, of pixels in [0, 1]. Raises ValueError for clips of another size."""
@@ -137,6 +161,7 @@ class VideoVAEDecoder(nn.Module):
         super().__init__()
         vae.encoder = nn.Identity()
         self.geometry, self.vae = geometry, vae.eval().requires_grad_(False)
+        self.image_size, self.num_frames, self.grid, self.feature_dim = geometry
 
     @classmethod
     def from_pretrained(
@@ -146,9 +171,18 @@ class VideoVAEDecoder(nn.Module):
         geometry = clip_geometry(folder, image_size, num_frames)
         return cls(load_diffusers(folder, VIDEO_VAE, dtype), geometry)
 
-    def forward(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b f 3 h w"]:
-        """Pixels in [0, 1]."""
-        frames, rows, columns = self.geometry.grid
+    @classmethod
+    def for_grid(cls, folder: str | Path, grid: tuple[int, int, int]) -> "VideoVAEDecoder":
+        """The decoder of latents of a grid. Raises ValueError where the folder has no such VAE, or no clip
+        becomes such a grid.
+        """
+        return cls(load_diffusers(folder, VIDEO_VAE), geometry_of_grid(folder, grid))
+
+    def forward(
+        self, features: Float[Tensor, "b n d"], seeds: Sequence[int] | None = None
+    ) -> Float[Tensor, "b f 3 h w"]:
+        """Pixels in [0, 1]. It draws nothing: `seeds` are not read."""
+        frames, rows, columns = self.grid
         latent = rearrange(features, "b (f r c) d -> b d f r c", f=frames, r=rows, c=columns)
         pixels = self.vae.decode(latent.to(self.vae.dtype)).sample.float() / 2 + 0.5
         return rearrange(pixels, "b d f h w -> b f d h w")

@@ -3,8 +3,8 @@
 import torch
 
 from repfusion.conditioning.noisy_latents import NoisyLatentConditioner
-from repfusion.data.readers import IMAGE_FEATURES
 from repfusion.latents.statistics import LatentStatistics
+from repfusion.layers import Grid
 from repfusion.llm.base import LanguageModel
 from repfusion.llm.load import load_language_model
 from repfusion.model.config import CodesModelConfig, ModelConfig
@@ -18,7 +18,7 @@ def assemble(
     config: ModelConfig,
     llm: LanguageModel,
     statistics: LatentStatistics,
-    grid: tuple[int, int],
+    grid: Grid,
     second: LanguageModel | None = None,
 ) -> TextToImage:
     """A model around a language model, or two, that are there already (real, or without memory)."""
@@ -48,13 +48,13 @@ def build_model(config: ModelConfig, statistics: LatentStatistics) -> TextToImag
     Raises:
         ValueError: where a folder is missing or parts do not fit each other.
     """
-    encoder = config.encoder.load()
+    encoder = config.encoder.load_latents()
     llm = load_llm(config)
     if statistics.mean.shape != (encoder.num_tokens, encoder.feature_dim):
         got, expected = tuple(statistics.mean.shape), (encoder.num_tokens, encoder.feature_dim)
         raise ValueError(
             f"latent statistics are of features {got}, the encoder {config.encoder.path} gives "
-            f"{expected} at {encoder.image_size} px; re-run '{IMAGE_FEATURES}'"
+            f"{expected} at {encoder.image_size} px; re-run '{config.features}'"
         )
     has_own = llm.projector is not None
     model = assemble(config, llm, statistics, encoder.grid, load_second_llm(config))

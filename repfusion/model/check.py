@@ -42,7 +42,7 @@ def check_flow(config: ModelConfig, key: str = "model", has_decoder: bool = True
         MLLM, decoder, method and denoiser do not fit each other. The message begins with the key.
     """
     with naming(f"{key}.encoder.path"):
-        encoder = config.encoder.load(on_meta=True)
+        encoder = config.encoder.load_latents(on_meta=True)
     with naming(f"{key}.mllm"):
         llm = load_llm(config, on_meta=True)
     with naming(f"{key}.conditioning"):

@@ -1,6 +1,7 @@
 """What a text-to-image model is made of: folders of frozen weights, a conditioning method, a denoiser."""
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,9 +10,8 @@ from pydantic import Discriminator, Field, Tag, TypeAdapter, field_validator, mo
 from repfusion.conditioning.captioning import CaptioningConfig
 from repfusion.conditioning.noisy_latents import NoisyLatentsConfig
 from repfusion.config import Weights, WeightsFolder
-from repfusion.data.readers import IMAGE_FEATURES, Reader, SampleArray
+from repfusion.data.readers import IMAGE_FEATURES, VIDEO_FEATURES, Reader, SampleArray
 from repfusion.diffusion.flow import FlowConfig
-from repfusion.latents.geometry import latent_geometry
 from repfusion.latents.load import EncoderConfig
 from repfusion.model.discrete.illume import IllumeConfig
 from repfusion.model.discrete.unidisc import UniDiscConfig
@@ -67,12 +67,21 @@ class ModelConfig(TrainableConfig):
         """Tokens that the MLLM reads after a prompt. Raises ValueError where the encoder's folder is
         missing.
         """
-        rows, columns = latent_geometry(self.encoder.path, self.encoder.image_size).grid
-        return self.conditioning.tokens_beside(rows * columns)
+        return self.conditioning.tokens_beside(prod(self.encoder.geometry.grid))
+
+    @property
+    def draws_clips(self) -> bool:
+        """Whether latents are those of clips."""
+        return self.encoder.num_frames is not None
+
+    @property
+    def features(self) -> str:
+        """The column of what is denoised."""
+        return VIDEO_FEATURES if self.draws_clips else IMAGE_FEATURES
 
     @property
     def columns(self) -> Mapping[str, Reader]:
-        return {IMAGE_FEATURES: SampleArray(), **self.conditioning.columns}
+        return {self.features: SampleArray(), **self.conditioning.columns}
 
     @property
     def label(self) -> str:
@@ -121,3 +130,12 @@ def flow_of(config: TrainableConfig, what: str) -> ModelConfig:
     if not isinstance(config, ModelConfig):
         raise ValueError(f"{config.label} is no text-to-image model, and {what} knows of these alone")
     return config
+
+
+def refuse_clips(config: TrainableConfig, what: str) -> None:
+    """Raises ValueError where a model draws clips, of which `what` does not know."""
+    if isinstance(config, ModelConfig) and config.draws_clips:
+        raise ValueError(
+            f"the model draws clips, of which {what} does not know yet; draw them by python -m "
+            "repfusion.generate --out FILE.mp4"
+        )

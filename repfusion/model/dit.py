@@ -2,20 +2,20 @@
 
 RepFusion's interface is token-wise AdaLN-Single (arXiv 2606.14700; AdaLN-Single from PixArt-alpha, arXiv
 2310.00426): aligned tokens correspond one to one to latent tokens. Cross-attention is the interface for
-contexts of any length. The blocks follow RAE's DiT (arXiv 2510.11690): RMSNorm, SwiGLU, 2-D rotary positions,
-zero-initialised gates and output.
+contexts of any length. The blocks follow RAE's DiT (arXiv 2510.11690): RMSNorm, SwiGLU, rotary positions,
+zero-initialised gates and output; of clips the positions have three axes.
 """
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
 from repfusion.conditioning.base import Condition, Context
 from repfusion.config import Config
-from repfusion.layers import TimestepEmbedder, rotary_2d, rotary_at, sin_cos_positions
+from repfusion.layers import Grid, TimestepEmbedder, rotary_at, rotary_grid, sin_cos_positions
 from repfusion.model.blocks.adaln import AdaLNBlock
 from repfusion.model.blocks.cross_attention import CrossAttentionBlock
 from repfusion.model.blocks.mixed_attention import MixedAttentionBlock
@@ -62,9 +62,9 @@ class DiT(Denoiser):
     """Velocity of noisy latents.
 
     Args: config: widths and depth. latent_dim: channels of a latent token. grid: rows and columns of latent
-        tokens (patch size 1: a DiT token is a latent token). aligned_width: channels of condition tokens that
-        correspond to latent tokens; None where there are none. context_widths: channels of the contexts that
-        are attended to.
+        tokens, of clips frames before them (patch size 1: a DiT token is a latent token). aligned_width:
+        channels of condition tokens that correspond to latent tokens; None where there are none.
+        context_widths: channels of the contexts that are attended to.
 
     Raises:
         ValueError: a width does not divide or is below the latent width, or no block takes such a condition.
@@ -76,7 +76,7 @@ class DiT(Denoiser):
         self,
         config: DiTConfig,
         latent_dim: int,
-        grid: tuple[int, int],
+        grid: Grid,
         aligned_width: int | None = None,
         context_widths: tuple[int, ...] = (),
     ):
@@ -84,14 +84,17 @@ class DiT(Denoiser):
         dim, heads = config.hidden_size, config.num_heads
         if dim % heads or (dim // heads) % 4:
             raise ValueError(f"hidden_size {dim} over {heads} heads must give a head width divisible by 4")
+        if dim // heads // 2 < len(grid):
+            raise ValueError(f"hidden_size {dim} over {heads} heads: {len(grid)} axes need a head width of 8")
         if dim < latent_dim:
             raise ValueError(
                 f"hidden_size {dim} is below the latent width {latent_dim}; raise dit.hidden_size to at "
                 f"least {latent_dim}"
             )
         self.config = config
+        self.grid = grid
         self.after_grid = max(grid)
-        """Row and column after the latents' grid, from which positions of contexts count."""
+        """Row, column and frame after the latents' grid, from which positions of contexts count."""
         self.embed = nn.Linear(latent_dim, dim)
         signal_width = aligned_width or (*context_widths, dim)[0]
         self.time = TimestepEmbedder(signal_width)
@@ -103,7 +106,7 @@ class DiT(Denoiser):
         self.final_table = nn.Parameter(torch.zeros(2, dim))
         self.final_modulation = nn.Linear(signal_width, 2 * dim)
         self.out = nn.Linear(dim, latent_dim)
-        self.register_buffer("rotary", rotary_2d(grid, dim // heads), persistent=False)
+        self.register_buffer("rotary", rotary_grid(grid, dim // heads), persistent=False)
         positions = sin_cos_positions(grid, dim) if config.absolute_positions else torch.zeros(1, dim)
         self.register_buffer("positions", positions, persistent=False)
         for layer in (self.modulation, self.final_modulation, self.out):
@@ -143,14 +146,23 @@ class DiT(Denoiser):
         column: text follows along the diagonal after the last of these (as Qwen-Image places it, arXiv
         2508.02324), images stand left of them. Of a context that says no positions, one row for all.
         """
+        num_axes = len(self.grid)
         if context.positions is None:
             numbers = torch.arange(context.tokens.shape[1], device=self.rotary.device)
-            rows = cols = self.after_grid + numbers[None]
+            places = self.after_grid + numbers[None, :, None].expand(1, -1, num_axes)
         else:
-            rows, cols = context.positions.unbind(-1)
-            after = self.after_grid * (cols >= 0)
-            rows, cols = rows + after, cols + after
-        return rotary_at(rows, cols, 2 * self.rotary.shape[1]).to(self.rotary.dtype)
+            places = self._on_axes(context.positions)
+            places = places + self.after_grid * (places[..., -1:] >= 0)
+        return rotary_at(places, 2 * self.rotary.shape[1]).to(self.rotary.dtype)
+
+    def _on_axes(self, positions: Int[Tensor, "b m a"]) -> Int[Tensor, "b m _"]:
+        """Positions on the axes of the latents' grid: in clips, rows and columns alone are text's, whose
+        frame counts on as they do, or an image's, which stands beside the first frame.
+        """
+        if positions.shape[-1] == len(self.grid):
+            return positions
+        rows, cols = positions.unbind(-1)
+        return torch.stack([rows * (cols >= 0), rows, cols], dim=-1)
 
     def velocity_of(
         self, x: Float[Tensor, "b n d"], signal: Float[Tensor, "b k c"]
@@ -188,7 +200,7 @@ class MixedDiT(DiT):
 def controlled_dit(
     config: DiTConfig,
     latent_dim: int,
-    grid: tuple[int, int],
+    grid: Grid,
     aligned_width: int | None,
     context_widths: tuple[int, ...],
 ) -> MixedDiT:

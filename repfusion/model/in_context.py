@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from repfusion.conditioning.base import Condition, Context
-from repfusion.layers import RMSNorm
+from repfusion.layers import Grid, RMSNorm
 from repfusion.model.blocks.in_context import InContextBlock
 from repfusion.model.blocks.references import Kept, ReferenceBlock
 from repfusion.model.denoiser import Prefilled
@@ -34,7 +34,7 @@ class InContextDiT(DiT):
         self,
         config: DiTConfig,
         latent_dim: int,
-        grid: tuple[int, int],
+        grid: Grid,
         aligned_width: int | None = None,
         context_widths: tuple[int, ...] = (),
     ):

@@ -5,6 +5,7 @@ Where a folder that a configuration names is absent, its geometry comes from `co
 config.json of published models, under the folder's own name.
 """
 
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,10 @@ from torch import nn
 
 from repfusion.config import read_values, validate
 from repfusion.latents.drawing_decoder import DrawingDecoder, DrawingDecoderConfig
-from repfusion.latents.geometry import latent_geometry
-from repfusion.latents.load import Decoder, kind_of_decoder
+from repfusion.latents.load import Decoder, kind_of_decoder, load_decoder
 from repfusion.latents.rae_decoder import RAEDecoder, RAEDecoderConfig
 from repfusion.latents.statistics import LatentStatistics
-from repfusion.latents.vae import VAEDecoder
+from repfusion.layers import Grid
 from repfusion.llm.base import LanguageModel
 from repfusion.llm.load import family_of
 from repfusion.llm.projector import Projector
@@ -78,14 +78,14 @@ def absent_folders(config: ModelConfig) -> list[Path]:
 
 
 def meta_model(
-    config: ModelConfig, text_config: Any, grid: tuple[int, int], latent_dim: int, **projector: Any
+    config: ModelConfig, text_config: Any, grid: Grid, latent_dim: int, **projector: Any
 ) -> TextToImage:
     """A model of any size without memory: its weights have shapes only.
 
     Args:
         config: of the model; of its folders that of a second language model alone is read.
         text_config: transformers' config of the language model.
-        grid: rows and columns of latent tokens.
+        grid: rows and columns of latent tokens, of clips frames before them.
         latent_dim: channels of a latent token.
         projector: activation and bias of the MLLM's own, where they are not LLaVA-1.5's.
     """
@@ -97,7 +97,7 @@ def meta_model(
         if folder is not None:
             text_config = transformers_config(geometry_folder(folder), "MLLM").get_text_config()
             second = bare_llm(config, folder, text_config)
-        statistics = LatentStatistics.empty(grid[0] * grid[1], latent_dim)
+        statistics = LatentStatistics.empty(prod(grid), latent_dim)
         return assemble(config, llm, statistics, grid, second)
 
 
@@ -139,12 +139,12 @@ def seeing_model(folder: Path, dtype: torch.dtype) -> LanguageModel:
 
 def meta_from_config(config: ModelConfig) -> TextToImage:
     """A model of any size from the config.json of the folders that a config names; no weights are read."""
-    geometry = latent_geometry(geometry_folder(config.encoder.path), config.encoder.image_size)
+    path = geometry_folder(config.encoder.path)
+    geometry = config.encoder.model_copy(update={"path": path}).geometry
     if config.conditioning.reads_images:
         llm = seeing_model(geometry_folder(config.mllm), getattr(torch, config.mllm_dtype))
         with torch.device("meta"):
-            rows, columns = geometry.grid
-            statistics = LatentStatistics.empty(rows * columns, geometry.feature_dim)
+            statistics = LatentStatistics.empty(prod(geometry.grid), geometry.feature_dim)
             return assemble(config, llm, statistics, geometry.grid)
     source = transformers_config(geometry_folder(config.mllm), "MLLM")
     projector = {
@@ -154,15 +154,15 @@ def meta_from_config(config: ModelConfig) -> TextToImage:
     return meta_model(config, source.get_text_config(), geometry.grid, geometry.feature_dim, **projector)
 
 
-def meta_decoder(config: ModelConfig, grid: tuple[int, int]) -> Decoder | None:
+def meta_decoder(config: ModelConfig, grid: Grid) -> Decoder | None:
     """The decoder that a config names, for latents of `grid` tokens; None for a VAE whose weights are not
     there.
     """
     folder = geometry_folder(config.decoder)
     kind, fields = kind_of_decoder(folder), (folder / "config.json").read_text()
-    if kind == "vae":
+    if kind in ("vae", "video_vae"):
         has_weights = any(folder.glob("*.safetensors"))
-        return VAEDecoder.from_pretrained(folder, grid).to("meta") if has_weights else None
+        return load_decoder(folder, grid).to("meta") if has_weights else None
     with torch.device("meta"):
         if kind == "drawing":
             drawing = DrawingDecoder(DrawingDecoderConfig.model_validate_json(fields))

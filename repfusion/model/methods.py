@@ -2,6 +2,8 @@
 parts.
 """
 
+from math import prod
+
 from repfusion.conditioning.base import Conditioner
 from repfusion.conditioning.fusions.all_layers import AllLayersConditioner, AllLayersConfig
 from repfusion.conditioning.fusions.channel_concat import ChannelConcatConditioner, ChannelConcatConfig
@@ -18,10 +20,12 @@ from repfusion.conditioning.related.gill import GillConditioner, GillConfig
 from repfusion.conditioning.related.li_dit import LiDitConditioner, LiDitConfig
 from repfusion.conditioning.related.llm_controller import LlmControllerConditioner, LlmControllerConfig
 from repfusion.conditioning.related.metaquery import MetaQueryConditioner, MetaQueryConfig
+from repfusion.conditioning.related.omni_video import OmniVideoConditioner, OmniVideoConfig
 from repfusion.conditioning.related.query_kontext import QueryKontextConditioner, QueryKontextConfig
 from repfusion.conditioning.text_embed import TextEmbedConditioner, TextEmbedConfig
 from repfusion.conditioning.transfusion import TransfusionConfig
 from repfusion.conditioning.unifusion import UniFusionConditioner, UniFusionConfig
+from repfusion.layers import Grid
 from repfusion.llm.base import LanguageModel
 from repfusion.model.denoiser import Denoiser
 from repfusion.model.dit import DiT, DiTConfig, MixedDiT, controlled_dit
@@ -48,6 +52,7 @@ ConditioningConfig = (
     | GillConfig
     | LlmControllerConfig
     | QueryKontextConfig
+    | OmniVideoConfig
 )
 """Settings of every method, told apart by `method`."""
 
@@ -57,7 +62,7 @@ def conditioner_and_denoiser(
     dit: DiTConfig,
     llm: LanguageModel,
     latent_dim: int,
-    grid: tuple[int, int],
+    grid: Grid,
     second: LanguageModel | None = None,
 ) -> tuple[Conditioner, Denoiser]:
     """The parts of a method, fresh but for the language model and its projector.
@@ -67,13 +72,13 @@ def conditioner_and_denoiser(
         dit: the denoiser's, for a method that does not bring its own.
         llm: the language model.
         latent_dim: channels of a latent token.
-        grid: rows and columns of latent tokens.
+        grid: rows and columns of latent tokens, of clips frames before them.
         second: the second language model, of a method that has one.
 
     Raises:
         ValueError: parts do not fit each other.
     """
-    num_tokens = grid[0] * grid[1]
+    num_tokens = prod(grid)
     kind = InContextDiT if method.is_in_context else DiT
     match method:
         case TransfusionConfig():
@@ -113,6 +118,8 @@ def conditioner_and_denoiser(
             kind = MixedDiT if method.trains_generator else controlled_dit
         case QueryKontextConfig():
             conditioner = QueryKontextConditioner(llm, method)
+        case OmniVideoConfig():
+            conditioner = OmniVideoConditioner(llm, latent_dim, grid, method)
         case UniFusionConfig():
             conditioner = UniFusionConditioner(llm, method)
             kind = ReferencesDiT if method.kept_references else kind

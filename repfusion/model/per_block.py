@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from repfusion.conditioning.base import Context
-from repfusion.layers import rotate
+from repfusion.layers import Grid, rotate
 from repfusion.model.blocks.in_context import InContextBlock
 from repfusion.model.blocks.joint_keys import JointKeysBlock
 from repfusion.model.denoiser import Prefilled
@@ -70,7 +70,7 @@ class InjectedDiT(InContextDiT):
         self,
         config: DiTConfig,
         latent_dim: int,
-        grid: tuple[int, int],
+        grid: Grid,
         aligned_width: int | None = None,
         context_widths: tuple[int, ...] = (),
     ):

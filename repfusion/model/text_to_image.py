@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from repfusion.conditioning.base import Conditioner, Losses, Prepared
 from repfusion.config import naming
 from repfusion.data.dataset import Sample
-from repfusion.data.readers import IMAGE_FEATURES
 from repfusion.data.recipe import Recipe
 from repfusion.devices.compiling import Compilation, compilation_for
 from repfusion.devices.placing import Autocast, autocast_of
@@ -21,6 +21,7 @@ from repfusion.diffusion.graphs import StepGraphs
 from repfusion.inputs import Inputs, empty, to_device
 from repfusion.latents.load import Decoder, fitting_decoder
 from repfusion.latents.statistics import LatentStatistics
+from repfusion.layers import Grid
 from repfusion.llm.base import LanguageModel, PromptTooLong
 from repfusion.model.config import ModelConfig
 from repfusion.model.denoiser import Denoiser, Prefilled
@@ -55,7 +56,7 @@ class TextToImage(Trainable):
         conditioner: requests -> condition.
         denoiser: built for the conditioner's widths.
         statistics: of the features; they define the latent space and travel with the checkpoint.
-        grid: rows and columns of latent tokens.
+        grid: rows and columns of latent tokens, of clips frames before them.
 
     Raises:
         ValueError: the statistics are of another grid.
@@ -69,14 +70,14 @@ class TextToImage(Trainable):
         conditioner: Conditioner,
         denoiser: Denoiser,
         statistics: LatentStatistics,
-        grid: tuple[int, int],
+        grid: Grid,
     ):
         super().__init__()
         num_tokens, latent_dim = statistics.mean.shape
-        if num_tokens != grid[0] * grid[1]:
+        if num_tokens != prod(grid):
             raise ValueError(
-                f"latent statistics have {num_tokens} tokens, the encoder's grid is {grid[0]} x "
-                f"{grid[1]}; re-run '{IMAGE_FEATURES}'"
+                f"latent statistics have {num_tokens} tokens, the encoder's grid is "
+                f"{' x '.join(map(str, grid))}; re-run '{config.features}'"
             )
         self.config = config
         self.statistics = statistics
@@ -123,7 +124,7 @@ class TextToImage(Trainable):
             raise
         return {
             "request": request,
-            "features": stack([sample.read(IMAGE_FEATURES) for sample in samples]),
+            "features": stack([sample.read(self.config.features) for sample in samples]),
             "t": t,
             "noise": noise,
         }

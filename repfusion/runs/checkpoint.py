@@ -21,7 +21,6 @@ from torch import Tensor
 from repfusion.conditioning.base import Handover
 from repfusion.config import merge, naming, read_values, validate
 from repfusion.files import weights_digest, write_json
-from repfusion.latents.geometry import latent_geometry
 from repfusion.latents.statistics import LatentStatistics
 from repfusion.model.build import build_code_model, build_model
 from repfusion.model.config import ANY_MODEL, CodesModelConfig, ModelConfig, flow_of, kind_of
@@ -327,7 +326,7 @@ def check_continues(model: Trainable, folder: Path) -> None:
     before, now = (_encoder_view(one, model) for one in (saved, model.config))
     if before != now:
         raise ValueError(
-            f"checkpoint {folder} was trained on the encoder's (layer, image_size) {before}, "
+            f"checkpoint {folder} was trained on the encoder's (layer, image_size, num_frames) {before}, "
             f"the run has {now}; "
             "leave model out of the config to take the checkpoint's"
         )
@@ -339,10 +338,11 @@ def check_continues(model: Trainable, folder: Path) -> None:
         )
 
 
-def _encoder_view(config: ModelConfig, model: TextToImage) -> tuple[int, int]:
-    """Layer and image size by which the features are taken; the weights are known to be the model's."""
+def _encoder_view(config: ModelConfig, model: TextToImage) -> tuple[int, int, int | None]:
+    """Layer, image size and frames by which features are taken; the weights are known to be the model's."""
     encoder = config.encoder
-    return encoder.layer, latent_geometry(model.config.encoder.path, encoder.image_size).image_size
+    at = model.config.encoder.model_copy(update={"image_size": encoder.image_size})
+    return encoder.layer, at.geometry.image_size, encoder.num_frames
 
 
 def expired(steps: Sequence[int], keep_last: int | None, keep_every_steps: int | None) -> list[int]:

@@ -17,8 +17,8 @@ from repfusion.data.columns import MANIFEST
 
 CONFIGS = sorted((Path(__file__).parents[2] / "pipelines" / "configs").glob("*.yaml"))
 FINETUNE = CONFIGS[0].with_name("finetune.yaml")
-LATER = {FINETUNE, FINETUNE.with_name("demo_edit.yaml")}
-"""What goes on from a checkpoint of another workflow."""
+LATER = {FINETUNE, FINETUNE.with_name("demo_edit.yaml"), FINETUNE.with_name("text_to_video.yaml")}
+"""What goes on from a checkpoint of another workflow, or needs weights that are not shipped."""
 """Goes on from what the demo made, which a fresh clone does not hold."""
 
 

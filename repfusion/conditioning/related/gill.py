@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -86,10 +86,16 @@ class QueryDecoderBlock(nn.Module):
         self.memory_norm = RMSNorm(width, eps=1e-6)
         self.memory_attention = Attention(width, NUM_HEADS)
 
-    def forward(self, x: Float[Tensor, "b q c"], memory: Float[Tensor, "b m c"]) -> Float[Tensor, "b q c"]:
+    def forward(
+        self,
+        x: Float[Tensor, "b q c"],
+        memory: Float[Tensor, "b m c"],
+        mask: Bool[Tensor, "b m"] | None = None,
+    ) -> Float[Tensor, "b q c"]:
+        """The tokens after the block; `mask` marks the memory's real ones."""
         x = x + self.among.attention(self.among.attention_norm(x))
         attended = self.memory_attention.keys_values(memory)
-        x = x + self.memory_attention(self.memory_norm(x), attended=attended)
+        x = x + self.memory_attention(self.memory_norm(x), attended=attended, mask=mask)
         return x + self.among.mlp(self.among.mlp_norm(x))
 
 

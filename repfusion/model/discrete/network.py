@@ -123,7 +123,7 @@ class JointTransformer(nn.Module):
         self.blocks = nn.ModuleList(SandwichBlock(config) for _ in range(config.depth))
         self.norm = RMSNorm(width, eps=1e-6)
         self.heads = nn.ModuleDict({one.name: nn.Linear(width, one.num_ids) for one in self.sections})
-        rotary = rotary_at(*places_of(text_length, streams), width // config.num_heads)
+        rotary = rotary_at(torch.stack(places_of(text_length, streams), dim=-1), width // config.num_heads)
         kinds = torch.cat(
             [torch.full((one.stop - one.start,), number) for number, one in enumerate(self.sections)]
         )

@@ -255,7 +255,7 @@ def test_a_workflow_of_clips_says_what_does_not_go_together(tmp_path):
         "give ingest.clips": {"source": {"kind": "moving_scenes"}},
         "is of clips": {"columns": columns},
         "has images alone": {"ingest": {"clips": {}}, "last_stage": "curate"},
-        "no model is trained on clips yet": {**clips, "columns": columns},
+        "is not of clips .* such as last_stage=video_features": {**clips, "columns": columns},
         "of images, ingest.clips": {**clips, "columns": {"image_features": {"encoder": {}}}},
         "center_crop alone": {"ingest": {"clips": {}, "resize": "border"}},
     }.items():

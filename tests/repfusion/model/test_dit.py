@@ -11,7 +11,7 @@ from repfusion.layers import (
     RMSNorm,
     SwiGLU,
     TimestepEmbedder,
-    rotary_2d,
+    rotary_grid,
     rotate,
     timestep_embedding,
 )
@@ -185,7 +185,7 @@ def test_zero_initialised_timestep_embedder_can_learn():
 
 
 def test_rotary_scores_depend_on_the_offset_in_rows_and_columns_alone():
-    rotary = rotary_2d((5, 6), 16)
+    rotary = rotary_grid((5, 6), 16)
     generator = torch.Generator().manual_seed(2)
     query, key = torch.randn(2, 1, 1, 1, 16, generator=generator).expand(2, 1, 1, 30, 16)
     scores = (rotate(query, rotary) @ rotate(key, rotary).mT)[0, 0].reshape(5, 6, 5, 6)

@@ -90,8 +90,7 @@ def test_images_lie_beside_each_other_left_of_the_latents_and_text_after_them(di
     assert second[:, 1].tolist() == [-6, -5, -4, -3] * 2
     (rotary,) = dit.rotary_of(Context(torch.zeros(1, 19, 24), positions=torch.cat([TEXT, IMAGES])[None]))
     places = [[3 + k, 3 + k] for k in range(5)] + IMAGES.tolist()  # the grid's longer side is 3
-    rows, columns = torch.tensor(places).unbind(1)
-    torch.testing.assert_close(rotary, rotary_at(rows, columns, 16))
+    torch.testing.assert_close(rotary, rotary_at(torch.tensor(places), 16))
 
 
 def test_text_without_positions_stands_where_text_with_them_does(dit):

@@ -29,7 +29,7 @@ from repfusion.layers import (
     Attention,
     RMSNorm,
     SwiGLU,
-    rotary_2d,
+    rotary_grid,
     rotate,
     timestep_embedding,
 )
@@ -177,7 +177,7 @@ BLOCK = DiTConfig(hidden_size=DIM, num_heads=HEADS)
 def block_and_inputs(num_signals: int) -> tuple[AdaLNBlock, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Awake, with two samples and a modulation for each sample or each token."""
     block = awaken(AdaLNBlock(DIM, HEADS, BLOCK.mlp_ratio))
-    return block, randn(2, 6, DIM), randn(2, num_signals, 6, DIM, seed=1), rotary_2d(GRID, DIM // HEADS)
+    return block, randn(2, 6, DIM), randn(2, num_signals, 6, DIM, seed=1), rotary_grid(GRID, DIM // HEADS)
 
 
 @pytest.mark.parametrize("num_signals", [1, 6])
@@ -310,7 +310,7 @@ def test_rotation_is_llamas_and_that_of_complex_numbers(grid):
     head_dim, (rows, columns) = 16, grid
     quarter = head_dim // 4
     x = randn(2, 3, rows * columns, head_dim)
-    rotary = rotary_2d(grid, head_dim)
+    rotary = rotary_grid(grid, head_dim)
     turned = rotate(x, rotary)
 
     cos, sin = (part.repeat(1, 2)[None] for part in rotary.unbind(-1))
@@ -337,7 +337,7 @@ def test_rotation_gives_the_scores_of_dinov3s():
     cos, sin = rope(torch.zeros(1, 3, side * 4, side * 4))
     q, k = randn(1, 2, side**2, head_dim), randn(1, 2, side**2, head_dim, seed=1)
     theirs = apply_rotary_pos_emb(q, k, cos[None], sin[None])
-    rotary = rotary_2d((side, side), head_dim)
+    rotary = rotary_grid((side, side), head_dim)
     scores = rotate(q, rotary) @ rotate(k, rotary).transpose(-1, -2)
     torch.testing.assert_close(scores, theirs[0] @ theirs[1].transpose(-1, -2), atol=1e-4, rtol=1e-4)
 

@@ -160,9 +160,7 @@ def test_a_damaged_index_is_named(index: ImageIndex, tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(
-        ValueError, match=r"00001\.safetensors is not readable \(its sha256 is another\); make the"
-    ):
+    with pytest.raises(ValueError, match=r"00001\.safetensors is not readable \(its sha256 is another\)"):
         ImageIndex(tmp_path / "index").find(torch.ones(1, 8), 1)
     path.unlink()
     with pytest.raises(ValueError, match=r"00001\.safetensors is not readable \(.*No such file"):

@@ -272,7 +272,7 @@ def test_it_continues_from_a_base_with_the_base_s_statistics(world, tmp_path: Pa
         train(shifted)
     encoder = config.model.encoder.model_copy(update={"layer": -1})
     last = config.model.model_copy(update={"encoder": encoder})
-    with pytest.raises(ValueError, match=r"\(layer, image_size\) \(-2, \d+\), the run has \(-1, \d+\)"):
+    with pytest.raises(ValueError, match=r"\(layer, image_size, num_frames\) \(-2, \d+, None\)"):
         train(config.model_copy(update={"output_dir": tmp_path / "last", "model": last}))
     wider = config.model.model_copy(update={"dit": config.model.dit.model_copy(update={"hidden_size": 32})})
     with pytest.raises(
