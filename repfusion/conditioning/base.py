@@ -159,6 +159,8 @@ class Conditioner(nn.Module):
     """Names of buffers, of the latents' shape, without which the trained weights mean something else."""
     adapters: tuple[str, ...] = ()
     """Names of parameters that it adds within a language model, whose folder does not hold them."""
+    array_shapes: Mapping[str, tuple[int, int]] = {}
+    """Shapes of arrays that it reads of samples rather than of captions, by their columns."""
 
     @property
     def language_models(self) -> tuple[LanguageModel, ...]:

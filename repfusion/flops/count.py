@@ -223,6 +223,8 @@ class Counter:
             ids = np.zeros(num_tokens - 1, np.int32)
             names = [name for name in self.model.columns if name != self.model.config.features]
             arrays |= {name: ids if name == REWRITES else states for name in names}
+        shapes = self.model.conditioner.array_shapes
+        arrays |= {name: np.zeros(shape, np.float16) for name, shape in shapes.items()}
         return Example(prompt_of(num_tokens, number), arrays, self.images)
 
     def batch(self, num_tokens: int, seeds: Sequence[int], has_text_features: bool, dropped: bool) -> Costs:

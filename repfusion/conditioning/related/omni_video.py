@@ -193,6 +193,9 @@ class OmniVideoConditioner(Conditioner):
         self.head = VisionHead(llm.width, config) if config.has_head else None
         self.adapter = VisionAdapter(config) if config.has_head else None
         self.text = nn.Linear(llm.width, config.width)
+        self.array_shapes = {name: (one.num_features, latent_dim) for name, one in self._patches()}
+        if config.is_aligned:
+            self.array_shapes[TARGET] = (config.num_visual, config.vision_width)
 
     def collate(
         self, requests: Sequence[Request], branches: Sequence[Branch], seeds: Sequence[int] | None = None
@@ -202,15 +205,12 @@ class OmniVideoConditioner(Conditioner):
         """
         inputs: Inputs = {"prefix": self.llm.tokenise(conditioning_prompts(requests, branches))}
         pairs = [*zip(requests, branches, strict=True)]
-        for name, patches in self._patches():
-            shape = (patches.num_features, patches.embed.in_channels)
-            inputs[name], inputs[f"has_{name}"] = _stacked(
-                name, [None if branch == "none" else one.computed.get(name) for one, branch in pairs], shape
-            )
+        for name in self.patches:
+            given = [None if branch == "none" else one.computed.get(name) for one, branch in pairs]
+            inputs[name], inputs[f"has_{name}"] = _stacked(name, given, self.array_shapes[name])
         if self.config.is_aligned and seeds is not None:
-            shape = (self.config.num_visual, self.config.vision_width)
             targets = [None if branch == "none" else one.computed.get(TARGET) for one, branch in pairs]
-            inputs[TARGET], inputs[f"has_{TARGET}"] = _stacked(TARGET, targets, shape)
+            inputs[TARGET], inputs[f"has_{TARGET}"] = _stacked(TARGET, targets, self.array_shapes[TARGET])
         return inputs
 
     def _patches(self) -> list[tuple[str, LatentPatches]]:
