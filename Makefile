@@ -147,7 +147,7 @@ test test-slow test-cluster: export RAY_worker_niceness := 0
 test: $(STAMP) ## the test suite, without the slow and GPU tests
 	$(BIN)/python -m pytest -x -q -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder -m "not slow and not gpu" tests
 
-test-slow: $(STAMP) ## the slow tests, about an hour, two minutes of fuzzing among them
+test-slow: $(STAMP) ## the slow tests, two minutes of fuzzing among them: an hour on quick cores, two and more on slow ones
 	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder -m "slow and not gpu" tests
 
 test-gpu: export RAY_worker_niceness := 0

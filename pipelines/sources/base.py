@@ -57,12 +57,17 @@ def list_stage(
     place: Place,
 ) -> ShardStage:
     """The stage `source`, which lists what `ingest` downloads: `number` entries, `shard_size` to a shard."""
-    jobs = tuple(
-        ShardJob(shard_name(index), "", {}, {"start": start, "stop": min(start + shard_size, number)})
-        for index, start in enumerate(range(0, number, shard_size))
-    )
+    jobs = ranged_jobs(number, shard_size)
     return ShardStage(
         "source", dict(fields), place.data / "source", (), worker, dict(arguments), actors, jobs
+    )
+
+
+def ranged_jobs(number: int, shard_size: int) -> tuple[ShardJob, ...]:
+    """A shard for every `shard_size` of so many entries, which are known by their positions."""
+    return tuple(
+        ShardJob(shard_name(index), "", {}, {"start": start, "stop": min(start + shard_size, number)})
+        for index, start in enumerate(range(0, number, shard_size))
     )
 
 

@@ -5,22 +5,19 @@ They are drawn by `ingest` itself: unlike scenes, which show how lists are downl
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from pipelines.dag import Place, ShardStage
-from pipelines.lists.values import BadEntry
 from pipelines.runtime.pool import ShardJob
 from pipelines.shards.digests import flatten
 from pipelines.shards.storage import Folder
-from pipelines.shards.store import ShardCommit, Sidecar, sample_key, shard_name
-from pipelines.shards.tars import tar_shard
-from pipelines.sources.base import Entries, numbered_entries, read_stage
+from pipelines.shards.store import Sidecar
+from pipelines.sources.base import Entries, numbered_entries, ranged_jobs, read_stage
 from pipelines.sources.ingest import IngestConfig, image_fields
-from pipelines.sources.raw_samples import PACKAGES, SampleMaker, sample_maker
+from pipelines.sources.raw_samples import Entry, SampleMaker, write_drawn
 from pipelines.sources.scenes import NO_IMAGE, defect_positions, png_of
 from repfusion.config import Config
 from repfusion.scenes.captions import Wording
@@ -87,15 +84,7 @@ class EditsSource:
 def jobs(config: EditsConfig) -> tuple[ShardJob, ...]:
     """Shards of `source.shard_size` samples. Raises ValueError where there are more defects than samples."""
     defect_positions(config)
-    starts = range(0, config.num_samples, config.shard_size)
-    return tuple(
-        ShardJob(shard_name(index), "", {}, {"start": start, "stop": _end(start, config)})
-        for index, start in enumerate(starts)
-    )
-
-
-def _end(start: int, config: EditsConfig) -> int:
-    return min(start + config.shard_size, config.num_samples)
+    return ranged_jobs(config.num_samples, config.shard_size)
 
 
 class EditWorker:
@@ -113,22 +102,9 @@ class EditWorker:
         self._make = SampleMaker(ingest)
 
     def __call__(self, job: ShardJob) -> Sidecar:
-        wanted = range(job.arguments["start"], job.arguments["stop"], job.arguments.get("step", 1))
-        with ShardCommit(self.folder, job.name, job.fingerprint, job.inputs, ("numpy", *PACKAGES)) as commit:
-            with tar_shard(commit) as samples, sample_maker(self._make, job.careful_sec) as make:
-                for position in wanted:
-                    key = sample_key(position)
-                    try:
-                        members = make(key, *self._entry(position))
-                    except BadEntry as error:
-                        commit.drop(key, error.reason, error.detail)
-                    else:
-                        samples.write(key, members)
-            commit.check_drops(self.ingest.max_drop_fraction)
-            commit.write_drops()
-            return commit.commit(f"{job.name}.tar")
+        return write_drawn(job, self.folder, self.ingest, self._make, self._entry)
 
-    def _entry(self, position: int) -> tuple[bytes | None, str, dict[str, Any], Sequence[bytes | None]]:
+    def _entry(self, position: int) -> Entry:
         """Target, instruction, metadata and source picture, spoilt where they are to be."""
         config = self.config
         seed = (config.seed << 32) + position

@@ -3,24 +3,21 @@
 They are drawn by `ingest` itself, which brings them to its form as it does any other clip.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from jaxtyping import UInt8
 from pydantic import Field
 
 from pipelines.dag import Place, ShardStage
-from pipelines.lists.values import BadEntry
 from pipelines.runtime.pool import ShardJob
 from pipelines.shards.digests import flatten
 from pipelines.shards.storage import Folder
-from pipelines.shards.store import ShardCommit, Sidecar, sample_key, shard_name
-from pipelines.shards.tars import tar_shard
-from pipelines.sources.base import Entries, numbered_entries, read_stage
+from pipelines.shards.store import Sidecar
+from pipelines.sources.base import Entries, numbered_entries, ranged_jobs, read_stage
 from pipelines.sources.ingest import IngestConfig, image_fields
-from pipelines.sources.raw_samples import SampleMaker, picture_packages, sample_maker
+from pipelines.sources.raw_samples import Entry, SampleMaker, write_drawn
 from pipelines.sources.scenes import CAPTION_STREAM, NO_IMAGE, defect_positions
 from repfusion.config import Config
 from repfusion.scenes.captions import Wording
@@ -87,15 +84,7 @@ class MovingScenesSource:
 def jobs(config: MovingScenesConfig) -> tuple[ShardJob, ...]:
     """Shards of `source.shard_size` samples. Raises ValueError where there are more defects than samples."""
     defect_positions(config)
-    starts, size = range(0, config.num_samples, config.shard_size), config.shard_size
-    return tuple(
-        ShardJob(shard_name(index), "", {}, {"start": start, "stop": min(start + size, config.num_samples)})
-        for index, start in enumerate(starts)
-    )
-
-
-Entry = tuple[bytes | None, str, dict[str, Any], Sequence[bytes | None]]
-"""Clip, caption or instruction, metadata and source clips."""
+    return ranged_jobs(config.num_samples, config.shard_size)
 
 
 class MovingScenesWorker:
@@ -112,23 +101,9 @@ class MovingScenesWorker:
         self._defects = defect_positions(config)
         self._first = next((i for i in range(config.num_samples) if i not in self._defects), 0)
         self._make = SampleMaker(ingest)
-        self._packages = ("numpy", *picture_packages(ingest))
 
     def __call__(self, job: ShardJob) -> Sidecar:
-        wanted = range(job.arguments["start"], job.arguments["stop"], job.arguments.get("step", 1))
-        with ShardCommit(self.folder, job.name, job.fingerprint, job.inputs, self._packages) as commit:
-            with tar_shard(commit) as samples, sample_maker(self._make, job.careful_sec) as make:
-                for position in wanted:
-                    key = sample_key(position)
-                    try:
-                        members = make(key, *self._entry(position))
-                    except BadEntry as error:
-                        commit.drop(key, error.reason, error.detail)
-                    else:
-                        samples.write(key, members)
-            commit.check_drops(self.ingest.max_drop_fraction)
-            commit.write_drops()
-            return commit.commit(f"{job.name}.tar")
+        return write_drawn(job, self.folder, self.ingest, self._make, self._entry)
 
     def _entry(self, position: int) -> Entry:
         """A sample, spoilt where it is to be."""

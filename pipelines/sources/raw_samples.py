@@ -12,6 +12,10 @@ from pydantic import AfterValidator
 from pipelines.lists.captions import clean
 from pipelines.lists.values import BadEntry, json_values
 from pipelines.runtime.careful import KILLED, KilledError, guarded
+from pipelines.runtime.pool import ShardJob
+from pipelines.shards.storage import Folder
+from pipelines.shards.store import ShardCommit, Sidecar, sample_key
+from pipelines.shards.tars import tar_shard
 from pipelines.sources.ingest import SIZES, ImageFitter, IngestConfig
 from repfusion.data.source_images import CLIP_EXTENSION, source_member
 from repfusion.files import canonical_json
@@ -26,6 +30,9 @@ CLIP_ENDINGS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".gif")
 OWN_FIELDS = {"key", "source_key", "source_file", *SIZES}
 """Fields of a sample's JSON that are ours to give."""
 PACKAGES = ("img2dataset", "opencv-python-headless", "pillow")
+
+Entry = tuple[bytes | None, str, dict[str, Any], Sequence[bytes | None]]
+"""Image or clip, caption or instruction, metadata, and source pictures."""
 
 
 def free_names(reserved: Set[str]) -> AfterValidator:
@@ -155,3 +162,26 @@ def sample_maker(maker: SampleMaker, careful_sec: float | None) -> Iterator[Call
                 raise BadEntry(KILLED, str(error)) from error
 
         yield make
+
+
+def write_drawn(
+    job: ShardJob, folder: Folder, config: IngestConfig, make: SampleMaker, draw: Callable[[int], Entry]
+) -> Sidecar:
+    """Writes a shard of the samples that `draw` makes of their positions; those of which none can be made are
+    counted drops.
+    """
+    wanted = range(job.arguments["start"], job.arguments["stop"], job.arguments.get("step", 1))
+    packages = ("numpy", *picture_packages(config))
+    with ShardCommit(folder, job.name, job.fingerprint, job.inputs, packages) as commit:
+        with tar_shard(commit) as samples, sample_maker(make, job.careful_sec) as made:
+            for position in wanted:
+                key = sample_key(position)
+                try:
+                    members = made(key, *draw(position))
+                except BadEntry as error:
+                    commit.drop(key, error.reason, error.detail)
+                else:
+                    samples.write(key, members)
+        commit.check_drops(config.max_drop_fraction)
+        commit.write_drops()
+        return commit.commit(f"{job.name}.tar")

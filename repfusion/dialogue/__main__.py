@@ -6,8 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from repfusion.config import load_config
 from repfusion.dialogue.hold import DIALOGUE, Dialogue, HoldingConfig
 from repfusion.dialogue.turns import IMAGE, REPLY, SAY, given_turns, read_turns
@@ -15,6 +13,7 @@ from repfusion.display.options import WithDefaults
 from repfusion.display.redaction import redact_text
 from repfusion.display.terminal import printable_lines
 from repfusion.generation.device import usable_device
+from repfusion.retrieval.command import add_checkpoint
 from repfusion.retrieval.decision import load_decision
 from repfusion.retrieval.embedding import GillReader
 from repfusion.retrieval.index import ImageIndex
@@ -24,13 +23,7 @@ def parser_of_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m repfusion.dialogue", description=__doc__, formatter_class=WithDefaults
     )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="a checkpoint of GILL, an export, a training or a workflow's root",
-    )
+    add_checkpoint(parser)
     abouts = {SAY: ("TEXT", "what is said"), IMAGE: ("FILE", "what is shown")}
     for option, (name, about) in abouts.items():
         parser.add_argument(
@@ -58,9 +51,6 @@ def parser_of_options() -> argparse.ArgumentParser:
     parser.add_argument("--index", type=Path, help="of images to retrieve (repfusion.retrieval index)")
     parser.add_argument("--decision", type=Path, help="whether to draw (repfusion.retrieval decide)")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
-    )
     parser.add_argument(
         "overrides",
         nargs="*",

@@ -1,16 +1,15 @@
 """A decoder's folder <-> the decoder: config.json and model.safetensors, which hold all of it."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import nn
 
 from repfusion.config import Config
-from repfusion.pretrained.config import read_config
-from repfusion.pretrained.weights import read_headers, refuse_misfits, refuse_not_finite, weight_files
+from repfusion.pretrained.config import read_config, validated_config
+from repfusion.pretrained.weights import load_own
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -37,36 +36,6 @@ def read_decoder(make: type[M], config: type[Config], folder: str | Path, on_met
             finite.
     """
     folder, writer = Path(folder), f"{make.__name__}.save_pretrained"
-    place = f"decoder folder {folder}"
-    values = _validated(config, read_config(folder, "decoder", writer), place, writer)
-    headers = read_headers(weight_files(folder, "decoder"), "decoder")
-    with torch.device("meta"):
-        decoder = make(values)
-    _refuse_others(place, decoder.state_dict(), headers, writer)
-    if not on_meta:
-        decoder = make(values)
-        for file in weight_files(folder, "decoder"):
-            decoder.load_state_dict(load_file(str(file)), strict=False)
-        refuse_not_finite(decoder, place)
-    return decoder.float().eval().requires_grad_(False)
-
-
-def _validated(config: type[Config], fields: dict[str, Any], place: str, writer: str) -> Config:
-    try:
-        return config.model_validate(fields)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise ValueError(
-            f"{place}: config.json: {problem['loc'][0] if problem['loc'] else 'the whole'}: "
-            f"{problem['msg']}; expected a folder written by {writer}, or a VAE's"
-        ) from error
-
-
-def _refuse_others(place: str, own: dict[str, Tensor], headers: dict[str, Tensor], writer: str) -> None:
-    """Raises ValueError where a folder's weights have other names or shapes than the decoder's own."""
-    misshapen = [
-        (name, headers[name].shape, own[name].shape)
-        for name in own.keys() & headers.keys()
-        if headers[name].shape != own[name].shape
-    ]
-    refuse_misfits(place, own.keys() - headers.keys(), headers.keys() - own.keys(), misshapen, writer)
+    place, fields = f"decoder folder {folder}", read_config(folder, "decoder", writer)
+    values = validated_config(config, fields, place, f"{writer}, or a VAE's")
+    return load_own(lambda: make(values), folder, "decoder", writer, on_meta)

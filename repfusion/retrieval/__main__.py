@@ -10,7 +10,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from repfusion.config import load_config
@@ -20,6 +19,7 @@ from repfusion.display.terminal import printable_lines
 from repfusion.files import json_bytes, write_json
 from repfusion.generate import read_images, save_image
 from repfusion.generation.device import usable_device
+from repfusion.retrieval.command import add_checkpoint
 from repfusion.retrieval.conversation import Conversation
 from repfusion.retrieval.decision import DecisionConfig, learn_decision, save_decision
 from repfusion.retrieval.embedding import GillReader
@@ -61,19 +61,6 @@ def parser_of_options() -> argparse.ArgumentParser:
         help="of DecisionConfig, such as num_prompts=800",
     )
     return parser
-
-
-def add_checkpoint(group: Options) -> None:
-    group.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="a checkpoint of GILL, an export, a training or a workflow's root",
-    )
-    group.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
-    )
 
 
 def add_parts(group: Options) -> None:
